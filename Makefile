@@ -1,0 +1,42 @@
+# make demo   distil a selector on a small real model, generate dense and sparse, print and plot the comparison (CPU)
+# make test   build and run every test (CPU); compiles the CUDA kernels too where nvcc is found
+# make build  the spot binary, build/cpu/spot
+# make gpu    on a machine with a GPU: build with CUDA, run the GPU tests and benchmarks
+PYTHON := $(CURDIR)/.venv/bin/python
+export SPOT_BUILD := $(CURDIR)/build/cpu
+NVCC := $(shell command -v nvcc 2>/dev/null)
+
+.PHONY: setup build demo test test-cpp test-python cuda-compile gpu clean
+
+setup:
+	@scripts/setup.sh
+
+build: setup
+	@cmake --preset cpu -DPython3_EXECUTABLE=$(PYTHON) >/dev/null
+	@cmake --build build/cpu
+
+demo: build
+	@$(PYTHON) tools/demo.py
+
+# The CUDA code must compile and link everywhere; only a GPU machine can run it (make gpu).
+cuda-compile: setup
+ifeq ($(NVCC),)
+	@echo "nvcc was not found: the CUDA compile check was NOT run"
+else
+	@cmake --preset cuda -DPython3_EXECUTABLE=$(PYTHON) >/dev/null
+	@cmake --build build/cuda
+endif
+
+test: build cuda-compile test-python test-cpp
+
+test-python: build
+	@$(PYTHON) -m pytest -q tests
+
+test-cpp: build
+	@ctest --test-dir build/cpu --output-on-failure -j2
+
+gpu:
+	@bench/run_gpu.sh
+
+clean:
+	rm -rf build out

@@ -1,0 +1,31 @@
+# Imports the libtorch that lies inside the installed `torch` Python package as the target torch::torch.
+# TorchConfig.cmake is not used: with a CUDA build of torch it demands a whole CUDA toolkit configuration
+# even from targets that hold no device code.
+find_package(Python3 REQUIRED COMPONENTS Interpreter)
+execute_process(
+  COMMAND ${Python3_EXECUTABLE} -c
+          "import torch,os;print(os.path.dirname(torch.__file__));print(torch.__version__);print(torch.version.cuda or '')"
+  OUTPUT_VARIABLE torch_facts
+  RESULT_VARIABLE torch_missing
+  OUTPUT_STRIP_TRAILING_WHITESPACE)
+if(torch_missing)
+  message(FATAL_ERROR "${Python3_EXECUTABLE} has no torch package: run scripts/setup.sh, or pass -DPython3_EXECUTABLE")
+endif()
+string(REPLACE "\n" ";" torch_facts "${torch_facts};")
+list(GET torch_facts 0 torch_root)
+list(GET torch_facts 1 SPOT_TORCH_VERSION)
+list(GET torch_facts 2 SPOT_TORCH_CUDA)
+message(STATUS "torch ${SPOT_TORCH_VERSION} at ${torch_root}, CUDA '${SPOT_TORCH_CUDA}'")
+
+add_library(torch::torch INTERFACE IMPORTED)
+target_include_directories(torch::torch SYSTEM INTERFACE ${torch_root}/include
+                                                         ${torch_root}/include/torch/csrc/api/include)
+target_link_directories(torch::torch INTERFACE ${torch_root}/lib)
+target_link_options(torch::torch INTERFACE -Wl,-rpath,${torch_root}/lib)
+# --no-as-needed: the CUDA libraries register their kernels at load time; no symbol of theirs is referenced.
+if(SPOT_TORCH_CUDA)
+  target_link_libraries(torch::torch INTERFACE -Wl,--no-as-needed torch torch_cpu torch_cuda c10 c10_cuda -Wl,--as-needed)
+  target_compile_definitions(torch::torch INTERFACE SPOT_TORCH_CUDA=1)
+else()
+  target_link_libraries(torch::torch INTERFACE torch torch_cpu c10)
+endif()

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Installs everything the project needs on a bare Debian 12 machine: system packages and a virtual environment
+# in .venv. Safe to repeat; each part is skipped when it is there. A failing step stops with its own message.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+packages=(g++ cmake ninja-build make ccache python3-venv python3-dev nlohmann-json3-dev libcli11-dev libfmt-dev
+  libpcre2-dev libutf8proc-dev libcpp-httplib-dev libgtest-dev libbenchmark-dev zlib1g-dev libzstd-dev)
+missing=()
+for package in "${packages[@]}"; do
+  dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  as_root=""
+  [ "$(id -u)" = 0 ] || as_root="sudo"
+  echo "Installing Debian packages: ${missing[*]}"
+  $as_root apt-get update -q >/dev/null
+  DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+stamp=.venv/.installed
+if [ ! -f "$stamp" ] || [ requirements.txt -nt "$stamp" ]; then
+  echo "Installing Python packages into .venv (torch among them; a few minutes)"
+  [ -x .venv/bin/python ] || python3 -m venv .venv
+  .venv/bin/python -m pip install -q 'torch==2.13.0'
+  .venv/bin/python -m pip install -q -r requirements.txt
+  touch "$stamp"
+fi

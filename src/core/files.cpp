@@ -1,0 +1,79 @@
+#include "core/files.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+
+#include "core/error.h"
+
+namespace spot {
+namespace fs = std::filesystem;
+
+std::string read_file(const fs::path& path) {
+  std::error_code code;
+  if (!fs::exists(path, code)) fail("{}: no such file", path.string());
+  if (fs::is_directory(path, code)) fail("{}: is a folder, a file was expected", path.string());
+  std::ifstream in(path, std::ios::binary);
+  if (!in) fail("{}: cannot be opened: {}", path.string(), std::strerror(errno));
+  std::string bytes((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  if (in.bad()) fail("{}: cannot be read: {}", path.string(), std::strerror(errno));
+  return bytes;
+}
+
+nlohmann::json read_json(const fs::path& path) {
+  const std::string bytes = read_file(path);
+  try {
+    return nlohmann::json::parse(bytes);
+  } catch (const nlohmann::json::parse_error& e) {
+    fail("{}: not valid JSON at byte {} of {}; the file may be truncated, fetch it again", path.string(), e.byte,
+         bytes.size());
+  }
+}
+
+void write_file_atomically(const fs::path& path, const std::function<void(std::ostream&)>& write) {
+  const fs::path temporary = path.string() + fmt::format(".tmp{}", ::getpid());
+  auto give_up = [&](const std::string& why) {
+    std::error_code ignored;
+    fs::remove(temporary, ignored);
+    fail("{}: cannot be written: {}", path.string(), why);
+  };
+  {
+    std::ofstream out(temporary, std::ios::binary | std::ios::trunc);
+    if (!out) give_up(std::strerror(errno));
+    errno = 0;
+    try {
+      write(out);
+    } catch (...) {
+      std::error_code ignored;
+      out.close();
+      fs::remove(temporary, ignored);
+      throw;
+    }
+    out.flush();
+    if (!out) give_up(errno ? std::strerror(errno) : "the write failed");
+  }
+  const int fd = ::open(temporary.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) give_up(std::strerror(errno));
+  const int synced = ::fsync(fd);
+  const int sync_errno = errno;
+  ::close(fd);
+  if (synced != 0) give_up(std::strerror(sync_errno));
+  std::error_code code;
+  fs::rename(temporary, path, code);
+  if (code) give_up(code.message());
+}
+
+void write_file_atomically(const fs::path& path, std::string_view bytes) {
+  write_file_atomically(path, [&](std::ostream& out) { out.write(bytes.data(), static_cast<std::streamsize>(bytes.size())); });
+}
+
+void make_folder(const fs::path& path) {
+  std::error_code code;
+  fs::create_directories(path, code);
+  if (code || !fs::is_directory(path)) fail("{}: cannot be created as a folder: {}", path.string(), code.message());
+}
+
+}  // namespace spot

@@ -1,0 +1,27 @@
+// Reading and writing whole files, with errors that name the path and leave nothing half-written behind.
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <ostream>
+#include <string>
+#include <string_view>
+
+namespace spot {
+
+// The bytes of `path`. Throws Error when it is missing, a folder, or cannot be read.
+std::string read_file(const std::filesystem::path& path);
+
+// Parses `path` as JSON. Throws Error with the byte offset of the first fault.
+nlohmann::json read_json(const std::filesystem::path& path);
+
+// Writes through a temporary file in the same folder, flushed to disk and renamed over `path`: a reader sees
+// the old file or the new one. On any failure (full disk included) the temporary file is removed and Error thrown.
+void write_file_atomically(const std::filesystem::path& path, std::string_view bytes);
+void write_file_atomically(const std::filesystem::path& path, const std::function<void(std::ostream&)>& write);
+
+// Creates a folder and its parents; throws Error if that fails.
+void make_folder(const std::filesystem::path& path);
+
+}  // namespace spot
