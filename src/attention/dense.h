@@ -1,0 +1,54 @@
+// Exact attention over everything cached.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "model/attention.h"
+#include "model/kv_cache.h"
+
+namespace spot {
+
+// The new tokens of one sequence in a batch, or a run of them.
+struct QueryChunk {
+  int64_t sequence;  // index in the batch, not the cache's id
+  int64_t first;     // first row in the batch's [T, ...] tensors
+  int64_t count;     // rows
+  int64_t start;     // position of the first row; row i sees start + i + 1 tokens
+};
+
+// The whole batch as chunks of at most `most` queries, in order (0: one chunk a sequence).
+std::vector<QueryChunk> query_chunks(const Batch& batch, int64_t most = 0);
+
+// Page tables, lengths and slots of a batch on the cache's device; the same for every layer of a forward
+// pass, so kept from the pass's first layer to its last.
+class BatchView {
+ public:
+  // `layer` in increasing order within a pass; a layer not above the last one begins a new pass.
+  void update(const KvCache& cache, const Batch& batch, int64_t layer);
+  at::Tensor slots;       // [T] int64
+  at::Tensor page_table;  // [num_sequences, most pages] int32
+  at::Tensor lengths;     // [num_sequences] int32
+
+ private:
+  int64_t last_layer_ = -1;
+  const Batch* batch_ = nullptr;
+};
+
+// Causal attention of query [T, num_heads, head_dim] at positions start .. start + T - 1 over key and value
+// [num_kv_heads, length, head_dim], length >= start + T. Grouped-query heads are not copied; queries are
+// taken in chunks, so that memory grows with length, not with its square. Returns [T, num_heads, head_dim].
+at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                            int64_t start, double scale);
+
+class DenseAttention : public AttentionBackend {
+ public:
+  explicit DenseAttention(KvCache& cache) : cache_(cache) {}
+  // Writes keys and values to the cache, then attends.
+  at::Tensor forward(const AttentionInputs& inputs) override;
+
+ private:
+  KvCache& cache_;
+  BatchView view_;
+};
+
+}  // namespace spot

@@ -1,0 +1,131 @@
+// Who chooses the blocks: the trained selector, a window, the exact teacher, or Quest's bound.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "attention/dense.h"
+#include "attention/mass.h"
+#include "model/attention.h"
+#include "model/kv_cache.h"
+#include "selection/selection.h"
+#include "selector/cache.h"
+#include "selector/selector.h"
+
+namespace spot {
+
+// A policy scores blocks; the rule, the same for all policies, turns scores into a selection. Subclasses give
+// scores.
+class SelectionPolicy {
+ public:
+  explicit SelectionPolicy(const SelectionRule& rule) : rule_(rule) { rule_.validate(); }
+  virtual ~SelectionPolicy() = default;
+
+  virtual std::string name() const = 0;
+  // Block sets a row has: 1, or num_kv_heads.
+  virtual int64_t groups() const = 0;
+  // Whether the policy can choose in this layer (a selector may be absent); else the layer attends densely.
+  virtual bool covers(int64_t layer) const { return true; }
+  virtual SelectionRule rule(int64_t layer) const { return rule_; }
+  void set_rule(const SelectionRule& rule);
+
+  // Called for every covered layer of every pass, prefill and decode, after keys and values were written to
+  // `cache` at view.slots: where a policy feeds its own caches.
+  virtual void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {}
+
+  // Block scores [count, groups, blocks] float32 of one chunk's queries, blocks = ceil((start + count) / 16);
+  // blocks past a query's position hold -inf.
+  virtual at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
+                                 const QueryChunk& chunk) = 0;
+  // Block scores [sequences, groups, most blocks] float32 of a batch with one query a sequence, -inf past
+  // each length.
+  virtual at::Tensor score_decode(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view);
+
+  // One row per sequence.
+  Selection select_decode(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view);
+  // One row per query. With query_tile 16, queries whose positions share a multiple of 16 share one set: the
+  // rule applied to the max of their scores at the last one's length. (A chunk that cuts a tile cuts its set
+  // too.)
+  Selection select_chunk(const AttentionInputs& inputs, const KvCache& cache, const QueryChunk& chunk,
+                         int64_t query_tile = 1);
+
+ protected:
+  SelectionRule rule_;
+};
+
+// SpotAttention: block max of the trained selector's token scores, over its own key cache.
+class SpotPolicy : public SelectionPolicy {
+ public:
+  // The cache must have been made for the same selector and hold as many pages as the KvCache. Both outlive
+  // the policy.
+  SpotPolicy(const Selector& selector, SelectorCache& cache, const SelectionRule& rule);
+
+  std::string name() const override { return "spot"; }
+  int64_t groups() const override { return selector_.groups(); }
+  bool covers(int64_t layer) const override { return selector_.has_layer(layer); }
+  // The rule with the layer's fitted temperature (times the rule's own).
+  SelectionRule rule(int64_t layer) const override;
+  void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
+  at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
+                         const QueryChunk& chunk) override;
+  at::Tensor score_decode(const AttentionInputs& inputs, const KvCache& cache,
+                          const BatchView& view) override;
+
+ private:
+  const Selector& selector_;
+  SelectorCache& keys_;
+};
+
+// StreamingLLM: the first `sinks` tokens and the latest ones, `budget` tokens in all.
+class StreamingPolicy : public SelectionPolicy {
+ public:
+  // Throws Error when budget <= sinks.
+  explicit StreamingPolicy(int64_t budget, int64_t sinks = 128);
+  std::string name() const override { return "streaming"; }
+  int64_t groups() const override { return 1; }
+  at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
+                         const QueryChunk& chunk) override;
+};
+
+// The exact teacher under the same rule: block score = log of the block's head-averaged probability (sum over
+// its tokens, or their max). Reads every key: the ceiling of what one set per group can capture, not a fast
+// method.
+class OraclePolicy : public SelectionPolicy {
+ public:
+  OraclePolicy(const SelectionRule& rule, int64_t groups = 1, BlockReduction reduction = BlockReduction::sum)
+      : SelectionPolicy(rule), groups_(groups), reduction_(reduction) {}
+  std::string name() const override { return "oracle"; }
+  int64_t groups() const override { return groups_; }
+  at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
+                         const QueryChunk& chunk) override;
+
+ private:
+  int64_t groups_;
+  BlockReduction reduction_;
+};
+
+// Quest (Tang et al. 2024): an upper bound of q . k over each page from the elementwise min and max of its
+// keys, sum_i max(q_i min_i, q_i max_i), times the softmax scale. For grouped-query models the bound is
+// merged over query heads: `kv_group` takes the max over each KV head's heads and keeps a set per KV head;
+// `layer` takes the mean over all heads and keeps one set.
+class QuestPolicy : public SelectionPolicy {
+ public:
+  QuestPolicy(const ModelConfig& model, int64_t num_pages, at::Device device, const SelectionRule& rule,
+              SelectorScope scope = SelectorScope::kv_group);
+  std::string name() const override { return "quest"; }
+  int64_t groups() const override { return scope_ == SelectorScope::layer ? 1 : num_kv_heads_; }
+  void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
+  at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
+                         const QueryChunk& chunk) override;
+
+ private:
+  int64_t num_kv_heads_;
+  SelectorScope scope_;
+  std::map<int64_t, at::Tensor> min_, max_;  // by layer, [num_kv_heads, num_pages, head_dim]
+};
+
+}  // namespace spot

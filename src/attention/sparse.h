@@ -1,0 +1,72 @@
+// Attention over the blocks that a policy chooses.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <set>
+
+#include "attention/policy.h"
+#include "model/attention.h"
+
+namespace spot {
+
+enum class PrefillMode { dense, sparse };
+
+// What an observer sees: one call per covered sparse layer for all decode rows together (chunk.sequence = -1,
+// rows are the batch's sequences), or per chunk of a sparse prefill.
+struct SelectionEvent {
+  int64_t layer;
+  const AttentionInputs& inputs;
+  const KvCache& cache;
+  const BatchView& view;
+  QueryChunk chunk;
+  SelectionRule rule;
+  const Selection& selection;  // one row per query of the chunk, or per sequence
+};
+using SelectionObserver = std::function<void(const SelectionEvent&)>;
+
+struct SparseOptions {
+  PrefillMode prefill = PrefillMode::dense;
+  std::set<int64_t> dense_layers;  // besides those the policy does not cover
+  int64_t query_tile = 1;          // 1 or 16: queries that share one set in sparse prefill
+  int64_t prefill_chunk = 512;     // queries selected and attended at once in sparse prefill
+  SelectionObserver observer;
+};
+
+// A decode step (every sequence of the batch brings one token) selects and attends sparsely. With more tokens
+// for any sequence the call is a prefill: dense or sparse by `prefill`; the policy's caches are fed either
+// way. Queries that see no more than the rule's floor get exactly DenseAttention's result.
+class SparseAttention : public AttentionBackend {
+ public:
+  struct Counters {
+    int64_t rows = 0;            // sparse queries
+    double tokens_attended = 0;  // summed over rows, averaged over groups
+    int64_t tokens_visible = 0;  // summed over rows
+    double predicted_mass = 0;   // summed over rows, averaged over groups
+  };
+
+  // The cache and the policy outlive this object. Throws Error on an unsupported query_tile.
+  SparseAttention(KvCache& cache, SelectionPolicy& policy, SparseOptions options = {});
+
+  at::Tensor forward(const AttentionInputs& inputs) override;
+
+  void set_prefill(PrefillMode mode) { options_.prefill = mode; }
+  void set_observer(SelectionObserver observer) { options_.observer = std::move(observer); }
+  SelectionPolicy& policy() { return policy_; }
+  // By model layer, since the last reset; dense layers have none. Copies from the device.
+  std::map<int64_t, Counters> counters() const;
+  void reset_counters() { sums_.clear(); }
+
+ private:
+  at::Tensor decode(const AttentionInputs& inputs);
+  at::Tensor sparse_prefill(const AttentionInputs& inputs);
+  void count(int64_t layer, const Selection& selection);
+
+  KvCache& cache_;
+  SelectionPolicy& policy_;
+  SparseOptions options_;
+  BatchView view_;
+  std::map<int64_t, at::Tensor> sums_;  // by layer: [4] float64 on the device, fields of Counters in order
+};
+
+}  // namespace spot

@@ -1,0 +1,43 @@
+// Paged store of the selector's keys, beside KvCache and under the same page ids.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <map>
+#include <vector>
+
+#include "selector/config.h"
+
+namespace spot {
+
+// One pool per selector layer, [num_pages, page_bytes] uint8; kernels/key_format.h says how a page of 16
+// tokens lies in it. Pages need no clearing when they change hands: only positions below a sequence's length
+// are ever read.
+class SelectorCache {
+ public:
+  SelectorCache(const SelectorConfig& config, const std::vector<int64_t>& layers, int64_t num_pages,
+                CacheFormat format, at::Device device);
+
+  // Writes key [T, key_heads, head_dim] at slots [T] int64 (page * 16 + offset).
+  void append(int64_t layer, const at::Tensor& slots, const at::Tensor& key);
+  // The first `length` tokens of a sequence that owns `pages`, dequantised: [length, key_heads, head_dim]
+  // float32.
+  at::Tensor gather(int64_t layer, const std::vector<int32_t>& pages, int64_t length) const;
+
+  at::Tensor pool(int64_t layer) const;
+  CacheFormat format() const { return format_; }
+  int64_t key_heads() const { return key_heads_; }
+  int64_t num_pages() const { return num_pages_; }
+  // Bytes of one token in one layer, scales included.
+  double bytes_per_token() const;
+  at::Device device() const { return device_; }
+
+ private:
+  CacheFormat format_;
+  int64_t key_heads_, head_dim_, num_pages_, page_bytes_;
+  at::Device device_;
+  std::map<int64_t, at::Tensor> pools_;
+};
+
+}  // namespace spot

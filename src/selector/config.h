@@ -1,0 +1,77 @@
+// What a selector is: its shape, how it was distilled, and how its scores are turned into a selection by
+// default.
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+namespace spot {
+
+inline constexpr int64_t kBlockSize = 16;  // tokens of a selection block; equals the page size of the caches
+
+enum class KeyNorm { none, layernorm, rmsnorm };  // on the selector's keys, before RoPE
+enum class SelectorScope { layer, kv_group };     // one block set per layer, or one per KV head
+enum class DistillLoss { dense, sparse };         // KL over all keys, or over the student's top k_train
+enum class Teacher { token, block_max };          // teacher distribution over tokens or over blocks
+enum class TeacherScope { all, residual };        // residual: without sink and recency tokens
+enum class CacheFormat { f32, bf16, int8, int4, mxfp4, nvfp4 };  // of the selector's cached keys
+
+std::string to_string(CacheFormat format);
+// Throws Error naming the accepted words.
+CacheFormat cache_format_from_string(const std::string& word);
+
+// What a selection uses unless the caller asks for something else. Units are tokens.
+struct SelectionDefaults {
+  int64_t sinks = 128;    // reserved tokens at the start
+  int64_t recency = 256;  // reserved tokens at the end
+  int64_t floor = 512;    // never fewer tokens in all; contexts no longer than this are dense
+  int64_t cap = 0;        // never more tokens in all (reserved ones stay); 0: no cap
+  double p = 0.9;         // mass of the nucleus over the residual blocks
+  std::vector<double>
+      temperature;  // one per selector layer (order of Selector::layers()); empty: 1 everywhere
+  std::vector<int64_t> dense_layers;  // model layers that attend densely and hold no selector
+
+  bool operator==(const SelectionDefaults&) const = default;
+};
+
+struct DistillationFields {
+  DistillLoss loss = DistillLoss::sparse;
+  int64_t k_train = 8192;  // tokens kept by the sparse loss
+  Teacher teacher = Teacher::token;
+  TeacherScope teacher_scope = TeacherScope::all;
+  bool rest_bucket = false;  // one more outcome that holds the mass of everything not kept by the sparse loss
+
+  bool operator==(const DistillationFields&) const = default;
+};
+
+// Every field is written to selector.json, so that a checkpoint says what it is.
+struct SelectorConfig {
+  std::string preset = "spot";  // the preset this began from: "paper", "spot", or "custom"
+  int64_t num_heads = 4;
+  int64_t head_dim = 128;
+  int64_t key_heads = 1;   // num_heads: a key per head; 1: one key shared by the heads
+  int64_t rope_dims = 64;  // leading dims of q and k that rotate, half-split pairing
+  KeyNorm key_norm = KeyNorm::layernorm;
+  double norm_eps = 1e-6;
+  SelectorScope scope = SelectorScope::layer;  // written as "per"
+  int64_t block_size = kBlockSize;
+  CacheFormat cache_format = CacheFormat::int4;
+  SelectionDefaults selection;
+  DistillationFields distillation;
+
+  // "paper": the published architecture and loss (a key per head, sparse KL, bf16 cache). "spot": ours
+  // (shared key). Throws Error on another name.
+  static SelectorConfig from_preset(const std::string& name);
+  // Absent fields take the preset's value (field "preset", default "spot"). Throws Error on an unknown field,
+  // a wrong type, or what validate() refuses; `source` names the file.
+  static SelectorConfig from_json(const nlohmann::json& json, const std::string& source);
+  nlohmann::json to_json() const;
+  // Throws Error naming the first impossible value.
+  void validate(const std::string& source) const;
+
+  bool operator==(const SelectorConfig&) const = default;
+};
+
+}  // namespace spot
