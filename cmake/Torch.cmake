@@ -22,6 +22,8 @@ target_include_directories(torch::torch SYSTEM INTERFACE ${torch_root}/include
                                                          ${torch_root}/include/torch/csrc/api/include)
 target_link_directories(torch::torch INTERFACE ${torch_root}/lib)
 target_link_options(torch::torch INTERFACE -Wl,-rpath,${torch_root}/lib)
+# torch's include folder carries its own, newer fmt without a library for it; its headers come first in the search.
+target_compile_definitions(torch::torch INTERFACE FMT_HEADER_ONLY=1)
 # --no-as-needed: the CUDA libraries register their kernels at load time; no symbol of theirs is referenced.
 if(SPOT_TORCH_CUDA)
   target_link_libraries(torch::torch INTERFACE -Wl,--no-as-needed torch torch_cpu torch_cuda c10 c10_cuda -Wl,--as-needed)
