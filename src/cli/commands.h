@@ -1,0 +1,13 @@
+// The subcommands of `spot`. Each adds its options to `app` and runs from its callback.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+namespace spot::cli {
+
+void add_distill(CLI::App& app);
+void add_generate(CLI::App& app);
+void add_eval(CLI::App& app);
+void add_inspect(CLI::App& app);
+
+}  // namespace spot::cli

@@ -1,0 +1,77 @@
+#include "cli/options.h"
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+
+#include "core/error.h"
+
+namespace spot::cli {
+
+void ModelOptions::add(CLI::App& app) {
+  app.add_option("--model", folder, "Folder of a Hugging Face checkpoint")->required();
+  app.add_option("--device", device, "auto, cpu, cuda or cuda:N")->capture_default_str();
+  app.add_option("--dtype", dtype, "auto, float32, bfloat16 or float16 (auto: float32 on CPU, the checkpoint's on CUDA)")
+      ->check(CLI::IsMember({"auto", "float32", "bfloat16", "float16"}))
+      ->capture_default_str();
+  app.add_option("--threads", threads, "CPU threads (0: all cores)")->check(CLI::NonNegativeNumber)->capture_default_str();
+}
+
+Backbone ModelOptions::load() const {
+  if (threads > 0) at::set_num_threads(threads);
+  std::string name = device;
+  if (name == "auto") name = at::globalContext().hasCUDA() ? "cuda" : "cpu";
+  if (name != "cpu" && name.rfind("cuda", 0) != 0) fail("device '{}' is unknown; give auto, cpu, cuda or cuda:N", device);
+  if (name != "cpu" && !at::globalContext().hasCUDA()) fail("device '{}': this machine (or this build of torch) has no CUDA; use --device cpu", device);
+  std::optional<at::ScalarType> type;
+  if (dtype == "float32") type = at::kFloat;
+  if (dtype == "bfloat16") type = at::kBFloat16;
+  if (dtype == "float16") type = at::kHalf;
+  return Backbone::load(folder, at::Device(name), type);
+}
+
+void SelectorOptions::add(CLI::App& app) {
+  app.add_option("--selector", name, "Folder of a selector, or the NAME of one in MODEL/selectors");
+}
+
+std::optional<Selector> SelectorOptions::load(const ModelOptions& model, const Backbone& backbone) const {
+  if (name.empty()) return {};
+  return Selector::load(name, model.folder, backbone.config(), backbone.fingerprint(), backbone.device());
+}
+
+void RuleOptions::add(CLI::App& app) {
+  auto* by_p = app.add_option("--top-p", p, "Dual top-p: nucleus mass over the residual blocks, in (0, 1]");
+  auto* by_budget = app.add_option("--top-k-tokens", budget, "Fixed budget: tokens attended by each query");
+  auto* by_share = app.add_option("--top-k-share", share, "Fixed budget as a share of the context, in (0, 1]");
+  by_p->excludes(by_budget, by_share);
+  by_budget->excludes(by_share);
+  app.add_option("--sinks", sinks, "Reserved tokens at the start of the context");
+  app.add_option("--recency", recency, "Reserved tokens at its end");
+  app.add_option("--floor", floor, "Fewest tokens attended; shorter contexts are dense");
+  app.add_option("--cap", cap, "Most tokens attended under --top-p (0: no cap)");
+  app.add_option("--selection-temperature", temperature, "Divides block scores before the nucleus, times the fitted one");
+  app.add_option("--cache-format", cache_format, "Selector keys: f32, bf16, int8, int4, mxfp4 or nvfp4");
+}
+
+SelectionRule RuleOptions::rule(const Selector* selector) const {
+  SelectionRule rule = selector ? SelectionRule::from_defaults(selector->config().selection) : SelectionRule{};
+  if (p) rule.mode = SelectionMode::top_p, rule.p = *p;
+  if (budget) rule.mode = SelectionMode::top_k, rule.budget = *budget;
+  if (share) rule.mode = SelectionMode::top_k, rule.budget_fraction = *share;
+  if (sinks) rule.sinks = *sinks;
+  if (recency) rule.recency = *recency;
+  if (floor) rule.floor = *floor;
+  if (cap) rule.cap = *cap;
+  if (temperature) rule.temperature = *temperature;
+  rule.validate();
+  return rule;
+}
+
+AttentionSpec RuleOptions::spec(AttentionKind kind, const Selector* selector) const {
+  AttentionSpec spec;
+  spec.kind = kind;
+  spec.rule = rule(selector);
+  if (cache_format) spec.cache_format = cache_format_from_string(*cache_format);
+  return spec;
+}
+
+}  // namespace spot::cli

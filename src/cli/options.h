@@ -1,0 +1,45 @@
+// Options that several subcommands share.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+#include <optional>
+#include <string>
+
+#include "engine/attention_choice.h"
+#include "model/backbone.h"
+#include "selector/selector.h"
+
+namespace spot::cli {
+
+// --model, --device, --dtype, --threads
+struct ModelOptions {
+  std::string folder, device = "auto", dtype = "auto";
+  int threads = 0;
+
+  void add(CLI::App& app);
+  Backbone load() const;
+};
+
+// --selector
+struct SelectorOptions {
+  std::string name;
+
+  void add(CLI::App& app);
+  // Empty when no selector was named.
+  std::optional<Selector> load(const ModelOptions& model, const Backbone& backbone) const;
+};
+
+// --top-p | --top-k-tokens | --top-k-share, and the reserved tiers
+struct RuleOptions {
+  std::optional<double> p, share, temperature;
+  std::optional<int64_t> budget, sinks, recency, floor, cap;
+  std::optional<std::string> cache_format;
+
+  void add(CLI::App& app);
+  // The selector's defaults (or the method's, without one) with what was given on the command line.
+  SelectionRule rule(const Selector* selector) const;
+  AttentionSpec spec(AttentionKind kind, const Selector* selector) const;
+};
+
+}  // namespace spot::cli

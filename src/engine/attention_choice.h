@@ -1,0 +1,51 @@
+// What attends in a run, by name, with the caches it needs.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "attention/sparse.h"
+#include "model/backbone.h"
+#include "selector/selector.h"
+
+namespace spot {
+
+enum class AttentionKind { dense, spot, streaming, oracle, quest };
+
+std::string to_string(AttentionKind kind);
+// Throws Error naming the accepted words.
+AttentionKind attention_kind_from_string(const std::string& word);
+
+struct AttentionSpec {
+  AttentionKind kind = AttentionKind::dense;
+  SelectionRule rule;  // streaming takes rule.budget (tokens) and rule.sinks
+  SparseOptions sparse;
+  std::optional<CacheFormat> cache_format;  // of the selector's keys; without it the selector's own
+};
+
+// A policy with the caches it feeds. `selector` is needed for spot only (Error without it) and must outlive the result.
+struct Policy {
+  std::unique_ptr<SelectorCache> keys;
+  std::unique_ptr<SelectionPolicy> policy;
+};
+Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector, int64_t num_pages);
+
+// KV cache, policy and backend of one run over at most `max_tokens` tokens in all (each sequence rounded up to whole pages).
+class AttentionRun {
+ public:
+  AttentionRun(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector, int64_t max_tokens,
+               int64_t num_sequences = 1);
+  KvCache& cache() { return *cache_; }
+  AttentionBackend& backend() { return *backend_; }
+  // The sparse backend, for its counters; null for dense.
+  SparseAttention* sparse() { return sparse_; }
+
+ private:
+  std::unique_ptr<KvCache> cache_;
+  Policy policy_;
+  std::unique_ptr<AttentionBackend> backend_;
+  SparseAttention* sparse_ = nullptr;
+};
+
+}  // namespace spot

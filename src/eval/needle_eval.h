@@ -1,0 +1,44 @@
+// Retrieval under sparse attention: multi-key needle prompts, answered by several methods after one dense prefill.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "eval/needle_task.h"
+#include "eval/text_eval.h"
+#include "report/page.h"
+#include "text/tokenizer.h"
+
+namespace spot {
+
+struct NeedleMethodResult {
+  std::string name;
+  std::vector<bool> correct;          // by prompt
+  std::vector<std::string> outputs;   // the generated text, by prompt
+  double attended_share = 1;          // tokens attended / visible, mean over sparse layers and decode steps
+  double captured_mass = 1;           // true attention mass on the selected blocks, likewise
+  double milliseconds_per_token = 0;  // one decode step, measured without the mass computation
+
+  int64_t num_correct() const;
+};
+
+struct NeedleEvalResult {
+  NeedleOptions options;
+  double prefill_seconds = 0;  // dense, all prompts
+  std::vector<double> depths;  // by prompt
+  std::vector<NeedleMethodResult> methods;
+
+  nlohmann::json to_json() const;
+  Table summary() const;
+  void add_to(Page& page) const;
+};
+
+// Each prompt's context is prefilled densely once. Then every method reads the question token by token and writes the
+// answer greedily, all through its own (sparse) decode, so that finding the needle falls to the method. A method of kind dense is
+// the reference.
+NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* selector, const Tokenizer& tokenizer,
+                                  const std::vector<NeedlePrompt>& prompts, const NeedleOptions& options,
+                                  const std::vector<EvalMethod>& methods);
+
+}  // namespace spot
