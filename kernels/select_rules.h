@@ -1,0 +1,148 @@
+// The rules of block selection, shared word for word by the host reference (select_reference.h) and the
+// device (select_blocks.h): which blocks are reserved, how scores are ordered, what a block's mass is, what
+// the budgets are.
+//
+// A row is one selection: the scores of one sequence of L tokens under one query, one float a block of
+// block_size tokens, n = ceil(L / block_size) blocks.
+//   reserved   blocks [0, ceil(sink_tokens / block_size)) and [floor((L - recency_tokens) / block_size), n),
+//   both
+//              clamped to [0, n]; the rest are residual.
+//   all        every block, when L <= min_tokens or no block is residual.
+//   top_k      ceil(top_k_tokens / block_size) blocks in all: the reserved, then residual ones by descending
+//   score. top_p      the reserved, and the shortest prefix of the residual blocks in descending score whose
+//   mass reaches p
+//              of the residual mass; lengthened along that order until min_tokens / block_size (rounded up)
+//              blocks are chosen in all; then cut to max_tokens / block_size (rounded down) in all, the
+//              reserved always kept.
+//   order      descending score, ties to the lower index. NaN counts as -infinity, -0 as +0.
+//   mass       m_b = round(2^24 exp2((s_b - s_max) log2(e) / temperature)), an integer; s_max is the largest
+//   residual
+//              score. The masses and their sums are integers, so no order of summation can change a result,
+//              and p is an integer too: round(p 2^20).
+// Formula: the dual top-p rule of SpotAttention (arXiv 2606.22874), with the mass made exact.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "kernels/key_format.h"
+
+namespace spot::kernels {
+
+enum class SelectMode : int32_t { kTopK = 0, kTopP = 1 };
+
+struct SelectParams {
+  SelectMode mode = SelectMode::kTopP;
+  int32_t block_size = kPageTokens;  // tokens
+  int32_t sink_tokens = 128;
+  int32_t recency_tokens = 256;
+  int32_t min_tokens = 512;
+  int32_t max_tokens = 0;       // 0: no cap (top_p only)
+  int32_t top_k_tokens = 4096;  // top_k only
+  float top_p = 0.9f;
+  float temperature = 1.0f;  // > 0
+};
+
+inline constexpr int kMassBits = 24;         // the mass of the best residual block is 2^24
+inline constexpr int kProbabilityBits = 20;  // p is a multiple of 2^-20
+
+// log2(e) / temperature: what mass_of multiplies score differences by.
+SPOT_HOST_DEVICE float mass_scale(const SelectParams& params) {
+  return div_rn(1.44269504088896340736f, params.temperature);
+}
+SPOT_HOST_DEVICE uint32_t fixed_probability(const SelectParams& params) {
+  const float p = params.top_p * static_cast<float>(1 << kProbabilityBits);  // exact: a power of two
+  return p <= 0.0f                                        ? 0u
+         : p >= static_cast<float>(1 << kProbabilityBits) ? 1u << kProbabilityBits
+                                                          : static_cast<uint32_t>(round_even(p));
+}
+// ceil(p * total) in integers; total < 2^44.
+SPOT_HOST_DEVICE uint64_t mass_target(uint32_t probability, uint64_t total) {
+  return (total * probability + ((1u << kProbabilityBits) - 1)) >> kProbabilityBits;
+}
+
+// The budgets of one row, in blocks.
+struct SelectRow {
+  int32_t num_blocks;      // n
+  int32_t residual_begin;  // residual blocks are [residual_begin, residual_end)
+  int32_t residual_end;
+  int32_t take_all;      // 1: every block is selected
+  int32_t min_residual;  // top_k: exactly this many residual blocks; top_p: at least
+  int32_t max_residual;  // top_k: the same; top_p: at most
+};
+
+// `capacity` is the number of blocks the output row can hold: a further cap, which the reserved blocks must
+// fit (smallest_capacity).
+SPOT_HOST_DEVICE SelectRow select_row(const SelectParams& params, int32_t length, int32_t capacity) {
+  SelectRow row;
+  const int32_t size = params.block_size;
+  const int32_t n = (length + size - 1) / size;
+  const int32_t sinks = (params.sink_tokens + size - 1) / size;
+  const int32_t recent = length > params.recency_tokens ? (length - params.recency_tokens) / size : 0;
+  row.num_blocks = n;
+  row.residual_begin = sinks < n ? sinks : n;
+  row.residual_end = recent > row.residual_begin ? recent : row.residual_begin;
+  const int32_t residual = row.residual_end - row.residual_begin;
+  const int32_t reserved = n - residual;
+  row.take_all = length <= params.min_tokens || residual == 0 ? 1 : 0;
+  const int32_t room = capacity > reserved ? capacity - reserved : 0;
+  int32_t least, most;
+  if (params.mode == SelectMode::kTopK) {
+    const int32_t wanted = (params.top_k_tokens + size - 1) / size - reserved;
+    least = most = wanted > 0 ? wanted : 0;
+  } else {
+    const int32_t floor = (params.min_tokens + size - 1) / size - reserved;
+    const int32_t cap = params.max_tokens > 0 ? params.max_tokens / size - reserved : residual;
+    least = floor > 0 ? floor : 0;
+    most = cap > 0 ? cap : 0;
+  }
+  most = most < residual ? most : residual;
+  most = most < room ? most : room;
+  row.min_residual = least < most ? least : most;
+  row.max_residual = most;
+  return row;
+}
+// The fewest blocks an output row must hold so that reserved blocks and whole short rows always fit.
+SPOT_HOST_DEVICE int32_t smallest_capacity(const SelectParams& params) {
+  const int32_t size = params.block_size;
+  const int32_t reserved =
+      (params.sink_tokens + size - 1) / size + (params.recency_tokens + size - 1) / size + 1;
+  const int32_t floor = (params.min_tokens + size - 1) / size;
+  return reserved > floor ? reserved : floor;
+}
+
+// NaN to -infinity, -0 to +0.
+SPOT_HOST_DEVICE float canonical_score(float score) {
+  return score == score ? score + 0.0f : bits_float(0xff800000u);
+}
+// Unsigned integers in the order of the (canonical) scores.
+SPOT_HOST_DEVICE uint32_t order_key(float score) {
+  const uint32_t u = float_bits(score);
+  return u ^ ((u >> 31) != 0 ? 0xffffffffu : 0x80000000u);
+}
+SPOT_HOST_DEVICE float score_of_key(uint32_t key) {
+  return bits_float(key ^ ((key >> 31) != 0 ? 0x80000000u : 0xffffffffu));
+}
+
+// m_b of the header; `score` and `largest` canonical, score <= largest. exp2 by a polynomial of degree 6,
+// relative error below 1e-7: every step one IEEE operation, hence equal bits on host and device.
+SPOT_HOST_DEVICE uint32_t mass_of(float score, float largest, float scale) {
+  if (score == largest) return 1u << kMassBits;  // infinities too
+  const float y = mul_rn(sub_rn(score, largest), scale);
+  if (!(y > -26.0f)) return 0;
+  const float n = round_even(y);
+  const float f = sub_rn(y, n);
+  float e = 1.5461447765119374e-4f;
+  e = fma_rn(e, f, 1.3390866806730628e-3f);
+  e = fma_rn(e, f, 9.618056938052177e-3f);
+  e = fma_rn(e, f, 5.5503569543361664e-2f);
+  e = fma_rn(e, f, 2.4022650718688965e-1f);
+  e = fma_rn(e, f, 6.931471824645996e-1f);
+  e = fma_rn(e, f, 1.0f);
+  const float scaled =
+      bits_float(float_bits(e) + (static_cast<uint32_t>(static_cast<int32_t>(n) + kMassBits) << 23));
+  const uint32_t mass = static_cast<uint32_t>(round_even(scaled));
+  return mass < (1u << kMassBits) ? mass : 1u << kMassBits;
+}
+
+}  // namespace spot::kernels
