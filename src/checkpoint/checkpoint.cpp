@@ -1,0 +1,60 @@
+#include "checkpoint/checkpoint.h"
+
+#include "core/error.h"
+#include "core/files.h"
+
+namespace spot {
+namespace fs = std::filesystem;
+
+Checkpoint::Checkpoint(const fs::path& path) : path_(path) {
+  std::error_code code;
+  fs::path single = path;
+  if (fs::is_directory(path, code)) {
+    single = path / "model.safetensors";
+    const fs::path index_path = path / "model.safetensors.index.json";
+    if (!fs::exists(single, code) && fs::exists(index_path, code)) {
+      const nlohmann::json index = read_json(index_path);
+      const auto map = index.is_object() ? index.find("weight_map") : index.end();
+      if (map == index.end() || !map->is_object()) fail("{}: weight_map is missing", index_path.string());
+      std::map<std::string, std::shared_ptr<const SafetensorsFile>> opened;
+      for (const auto& [name, shard] : map->items()) {
+        if (!shard.is_string())
+          fail("{}: the file of tensor '{}' is not a string", index_path.string(), name);
+        const auto& file_name = shard.get_ref<const std::string&>();
+        // A shard lies beside its index: anything else could read files that the user did not name.
+        if (file_name.empty() || fs::path(file_name).filename() != file_name || file_name == "." ||
+            file_name == "..") {
+          fail("{}: tensor '{}' points to '{}', which is no file name", index_path.string(), name, file_name);
+        }
+        auto& file = opened[file_name];
+        if (!file) file = std::make_shared<const SafetensorsFile>(path / file_name);
+        if (!file->has(name)) {
+          fail("{}: tensor '{}' is missing, although {} places it there", file->path().string(), name,
+               index_path.filename().string());
+        }
+        files_[name] = file;
+      }
+      if (files_.empty()) fail("{}: weight_map is empty", index_path.string());
+      return;
+    }
+    if (!fs::exists(single, code)) {
+      fail("{}: holds neither model.safetensors nor model.safetensors.index.json", path.string());
+    }
+  }
+  const auto file = std::make_shared<const SafetensorsFile>(single);
+  for (const std::string& name : file->names()) files_[name] = file;
+}
+
+std::vector<std::string> Checkpoint::names() const {
+  std::vector<std::string> names;
+  for (const auto& [name, file] : files_) names.push_back(name);
+  return names;
+}
+
+const SafetensorsFile& Checkpoint::file(const std::string& name) const {
+  const auto it = files_.find(name);
+  if (it == files_.end()) fail("{}: tensor '{}' is missing", path_.string(), name);
+  return *it->second;
+}
+
+}  // namespace spot

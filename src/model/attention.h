@@ -1,0 +1,30 @@
+// The seam between a backbone and what attends: the backbone projects, normalises and rotates; an AttentionBackend
+// stores keys and values and returns the attention output. Dense, sparse and distilling passes differ only here.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "model/batch.h"
+#include "model/kv_cache.h"
+
+namespace spot {
+
+struct AttentionInputs {
+  int64_t layer;      // index among all layers of the model
+  at::Tensor hidden;  // [T, hidden_size], the layer's input after its input norm (what a selector sees)
+  at::Tensor query;   // [T, num_heads, head_dim], after QK norm and RoPE
+  at::Tensor key;     // [T, num_kv_heads, head_dim], after QK norm and RoPE
+  at::Tensor value;   // [T, num_kv_heads, head_dim]
+  double scale;       // softmax scale, head_dim^-1/2
+  const Batch& batch;
+};
+
+class AttentionBackend {
+ public:
+  virtual ~AttentionBackend() = default;
+  // Called once a forward pass and full-attention layer, in layer order. Returns [T, num_heads, head_dim] in the
+  // dtype of query. Query t of a sequence attends to that sequence's positions <= its own.
+  virtual at::Tensor forward(const AttentionInputs& inputs) = 0;
+};
+
+}  // namespace spot

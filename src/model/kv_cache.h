@@ -1,0 +1,72 @@
+// Paged store of keys and values, and of the recurrent states of linear-attention layers.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <map>
+#include <vector>
+
+#include "checkpoint/config.h"
+#include "model/batch.h"
+
+namespace spot {
+
+inline constexpr int64_t kPageSize = 16;  // tokens a page; equals the selection block
+
+// Keys and values of every full-attention layer. A layer's pool is [num_kv_heads, num_pages, 16, head_dim], so that a
+// page of one head is contiguous, and so that a sequence whose pages are consecutive is a plain strided
+// [num_kv_heads, tokens, head_dim] view. Pages are handed out lowest first; all layers share one page table.
+class KvCache {
+ public:
+  KvCache(const ModelConfig& config, int64_t num_pages, at::ScalarType dtype, at::Device device);
+
+  // A new empty sequence; its id.
+  int64_t open_sequence();
+  // Returns the sequence's pages to the pool and zeroes its recurrent states.
+  void close_sequence(int64_t sequence);
+
+  // Makes room for `count` more tokens and advances the length. Throws Error when no page is free, saying how many
+  // tokens the cache holds.
+  void extend(int64_t sequence, int64_t count);
+  int64_t length(int64_t sequence) const;
+  const std::vector<int32_t>& pages(int64_t sequence) const;
+  int64_t num_pages() const { return num_pages_; }
+  int64_t num_free_pages() const { return static_cast<int64_t>(free_pages_.size()); }
+
+  at::Tensor keys(int64_t layer) const;    // [num_kv_heads, num_pages, 16, head_dim]
+  at::Tensor values(int64_t layer) const;  // [num_kv_heads, num_pages, 16, head_dim]
+
+  // Slot (page * 16 + offset) of each token of the batch, [T] int64 on the cache's device. extend() must have run.
+  at::Tensor slots(const Batch& batch) const;
+  // Page tables of the batch's sequences, [num_sequences, most pages] int32 on the cache's device, padded with 0.
+  at::Tensor page_table(const Batch& batch) const;
+  // Tokens of each sequence including this batch's, [num_sequences] int32 on the cache's device.
+  at::Tensor lengths(const Batch& batch) const;
+
+  // Writes key and value [T, num_kv_heads, head_dim] of the batch's tokens at slots (see above).
+  void write(int64_t layer, const at::Tensor& slots, const at::Tensor& key, const at::Tensor& value);
+  // Keys or values of one sequence's first `length` tokens as [num_kv_heads, length, head_dim]: a view when its pages
+  // are consecutive, else a gathered copy.
+  at::Tensor gather(const at::Tensor& pool, int64_t sequence, int64_t length) const;
+
+  at::Device device() const { return device_; }
+  at::ScalarType dtype() const { return dtype_; }
+
+ private:
+  struct Sequence {
+    std::vector<int32_t> pages;
+    int64_t length = 0;
+  };
+  const Sequence& at(int64_t sequence) const;
+
+  int64_t num_pages_;
+  at::ScalarType dtype_;
+  at::Device device_;
+  std::vector<int32_t> free_pages_;  // descending, so that the lowest is taken from the back
+  std::map<int64_t, Sequence> sequences_;
+  int64_t next_id_ = 0;
+  std::vector<at::Tensor> keys_, values_;  // by layer; undefined for linear-attention layers
+};
+
+}  // namespace spot
