@@ -1,5 +1,6 @@
-// The seam between a backbone and what attends: the backbone projects, normalises and rotates; an AttentionBackend
-// stores keys and values and returns the attention output. Dense, sparse and distilling passes differ only here.
+// The seam between a backbone and what attends: the backbone projects, normalises and rotates; an
+// AttentionBackend stores keys and values and returns the attention output. Dense, sparse and distilling
+// passes differ only here.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -22,8 +23,8 @@ struct AttentionInputs {
 class AttentionBackend {
  public:
   virtual ~AttentionBackend() = default;
-  // Called once a forward pass and full-attention layer, in layer order. Returns [T, num_heads, head_dim] in the
-  // dtype of query. Query t of a sequence attends to that sequence's positions <= its own.
+  // Called once a forward pass and full-attention layer, in layer order. Returns [T, num_heads, head_dim] in
+  // the dtype of query. Query t of a sequence attends to that sequence's positions <= its own.
   virtual at::Tensor forward(const AttentionInputs& inputs) = 0;
 };
 

@@ -17,9 +17,10 @@ namespace spot {
 // published; norms and softmax run in float32.
 class Backbone {
  public:
-  // Loads a Hugging Face folder. Throws Error on missing, misshapen or non-finite tensors. Without an explicit dtype
-  // the checkpoint's is kept on CUDA, and float32 is used on the CPU.
-  static Backbone load(const std::filesystem::path& folder, at::Device device, std::optional<at::ScalarType> dtype = {});
+  // Loads a Hugging Face folder. Throws Error on missing, misshapen or non-finite tensors. Without an
+  // explicit dtype the checkpoint's is kept on CUDA, and float32 is used on the CPU.
+  static Backbone load(const std::filesystem::path& folder, at::Device device,
+                       std::optional<at::ScalarType> dtype = {});
   // Random weights of the given shape (normal, standard deviation 0.02), for benchmarks and tests.
   static Backbone random(const ModelConfig& config, at::Device device, at::ScalarType dtype, uint64_t seed);
 
@@ -27,10 +28,10 @@ class Backbone {
   at::Device device() const;
   at::ScalarType dtype() const;
 
-  // Final hidden states [T, hidden_size], after the last norm, of the batch's tokens. Attention goes through `attention`; the
-  // recurrent states of linear-attention layers live in `cache` (unused by pure-attention models). Linear-attention
-  // states advance by this call. Throws Error on token ids outside the vocabulary and on positions past
-  // max_position_embeddings.
+  // Final hidden states [T, hidden_size], after the last norm, of the batch's tokens. Attention goes through
+  // `attention`; the recurrent states of linear-attention layers live in `cache` (unused by pure-attention
+  // models). Linear-attention states advance by this call. Throws Error on token ids outside the vocabulary
+  // and on positions past max_position_embeddings.
   at::Tensor forward(const Batch& batch, AttentionBackend& attention, KvCache& cache) const;
   // float32 logits [rows, vocab_size] of hidden states [rows, hidden_size].
   at::Tensor logits(const at::Tensor& hidden) const;
@@ -43,8 +44,9 @@ class Backbone {
   std::shared_ptr<const Weights> weights_;
 };
 
-// The batch for the next tokens of some open sequences: extends the cache by each token list's length and fills
-// positions. tokens[i] belongs to sequences[i].
-Batch make_batch(KvCache& cache, const std::vector<int64_t>& sequences, const std::vector<std::vector<int32_t>>& tokens);
+// The batch for the next tokens of some open sequences: extends the cache by each token list's length and
+// fills positions. tokens[i] belongs to sequences[i].
+Batch make_batch(KvCache& cache, const std::vector<int64_t>& sequences,
+                 const std::vector<std::vector<int32_t>>& tokens);
 
 }  // namespace spot

@@ -8,8 +8,9 @@
 
 namespace spot {
 
-// The new tokens of several sequences laid end to end: the prompt (or a chunk of it) of each in prefill, one token of
-// each in decode. Sequence i contributes query_lengths[i] tokens at positions starts[i], starts[i] + 1, ...
+// The new tokens of several sequences laid end to end: the prompt (or a chunk of it) of each in prefill, one
+// token of each in decode. Sequence i contributes query_lengths[i] tokens at positions starts[i], starts[i] +
+// 1, ...
 struct Batch {
   at::Tensor tokens;                   // [T] int64, on the model's device
   at::Tensor positions;                // [T] int64, on the model's device

@@ -7,15 +7,23 @@
 
 namespace spot {
 
-// cos and sin, each [positions, rotary_dim / 2] float32, scaled by YaRN's attention factor where the config says so.
-// `rotary_dim` overrides the config's (a selector rotates 64 dims with the backbone's theta and scaling).
+// cos and sin, each [positions, rotary_dim / 2] float32, scaled by YaRN's attention factor where the config
+// says so. `rotary_dim` overrides the config's (a selector rotates 64 dims with the backbone's theta and
+// scaling). Frequencies: default theta^(-2i/dim); YaRN (arXiv 2309.00071) and Llama 3.1's scaling as
+// transformers computes them.
 struct RopeTable {
   at::Tensor cos, sin;
 };
-RopeTable rope_table(const RopeConfig& config, int64_t num_positions, at::Device device, int64_t rotary_dim = 0);
+RopeTable rope_table(const RopeConfig& config, int64_t num_positions, at::Device device,
+                     int64_t rotary_dim = 0);
 
-// Rotates the first 2 * cos.size(1) dims of x [T, heads, dim], half-split pairing, in float32; the rest passes through.
-// positions [T] int64.
+// Rotates the first 2 * cos.size(1) dims of x [T, heads, dim], half-split pairing, in float32; the rest
+// passes through. positions [T] int64. The result is contiguous, in the dtype of x.
 at::Tensor apply_rope(const at::Tensor& x, const at::Tensor& positions, const RopeTable& table);
+
+// The same in two steps, for callers that rotate several tensors at the same positions: the table's rows, [T,
+// 1, rotary_dim / 2], and the rotation by them. `dtype` of the result: that of x unless given.
+RopeTable rope_rows(const RopeTable& table, const at::Tensor& positions);
+at::Tensor rotate(const at::Tensor& x, const RopeTable& rows, std::optional<at::ScalarType> dtype = {});
 
 }  // namespace spot
