@@ -153,6 +153,39 @@ int64_t KvCache::import_sequence(const SequenceState& state) {
   return id;
 }
 
+KvCache::Mark KvCache::mark(int64_t id) const {
+  const Sequence& sequence = find(id);
+  Mark mark;
+  mark.length = sequence.length;
+  mark.conv.resize(conv_.size());
+  mark.recurrent.resize(recurrent_.size());
+  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+    if (config_.is_full_attention(layer)) continue;
+    mark.conv[layer] = conv_[layer].select(0, sequence.state_slot).clone();
+    mark.recurrent[layer] = recurrent_[layer].select(0, sequence.state_slot).clone();
+  }
+  return mark;
+}
+
+void KvCache::rollback(int64_t id, const Mark& mark) {
+  find(id);
+  Sequence& sequence = sequences_.at(id);
+  if (mark.length > sequence.length) {
+    fail("sequence {} has {} tokens and cannot return to {}", id, sequence.length, mark.length);
+  }
+  while (static_cast<int64_t>(sequence.pages.size()) > pages_for(mark.length)) {
+    free_pages_.push_back(sequence.pages.back());
+    sequence.pages.pop_back();
+  }
+  std::sort(free_pages_.begin(), free_pages_.end(), std::greater<>());
+  sequence.length = mark.length;
+  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+    if (config_.is_full_attention(layer)) continue;
+    conv_[layer].select(0, sequence.state_slot).copy_(mark.conv[layer]);
+    recurrent_[layer].select(0, sequence.state_slot).copy_(mark.recurrent[layer]);
+  }
+}
+
 int64_t KvCache::pages_needed(int64_t id, int64_t count) const {
   const Sequence& sequence = find(id);
   return pages_for(sequence.length + count) - static_cast<int64_t>(sequence.pages.size());

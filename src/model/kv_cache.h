@@ -46,6 +46,15 @@ class KvCache {
   SequenceState export_sequence(int64_t sequence) const;
   int64_t import_sequence(const SequenceState& state);
 
+  // A point in a sequence that it can return to: its length and copies of its recurrent states. Tokens appended
+  // after the mark are dropped by rollback(), which can be repeated.
+  struct Mark {
+    int64_t length = 0;
+    std::vector<at::Tensor> conv, recurrent;  // by layer, without the slot; undefined for attention layers
+  };
+  Mark mark(int64_t sequence) const;
+  void rollback(int64_t sequence, const Mark& mark);
+
   // Makes room for `count` more tokens and advances the length. Throws Error when no page is free, saying how
   // many tokens the cache holds, and beyond max_position_embeddings; then nothing has changed.
   void extend(int64_t sequence, int64_t count);
