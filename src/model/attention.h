@@ -10,6 +10,7 @@
 
 namespace spot {
 
+// query, key and value are contiguous, in the model's dtype.
 struct AttentionInputs {
   int64_t layer;      // index among all layers of the model
   at::Tensor hidden;  // [T, hidden_size], the layer's input after its input norm (what a selector sees)

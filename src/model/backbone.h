@@ -21,6 +21,9 @@ class Backbone {
   // explicit dtype the checkpoint's is kept on CUDA, and float32 is used on the CPU.
   static Backbone load(const std::filesystem::path& folder, at::Device device,
                        std::optional<at::ScalarType> dtype = {});
+  // The same with a config that differs from the folder's in what does not change the weights, such as YaRN.
+  static Backbone load(const std::filesystem::path& folder, const ModelConfig& config, at::Device device,
+                       std::optional<at::ScalarType> dtype = {});
   // Random weights of the given shape (normal, standard deviation 0.02), for benchmarks and tests.
   static Backbone random(const ModelConfig& config, at::Device device, at::ScalarType dtype, uint64_t seed);
 
@@ -31,7 +34,11 @@ class Backbone {
   // Final hidden states [T, hidden_size], after the last norm, of the batch's tokens. Attention goes through
   // `attention`; the recurrent states of linear-attention layers live in `cache` (unused by pure-attention
   // models). Linear-attention states advance by this call. Throws Error on token ids outside the vocabulary
-  // and on positions past max_position_embeddings.
+  // (on a GPU only make_batch sees them) and on positions past max_position_embeddings.
+  //
+  // Runs without autograd; a backend that trains turns it on itself (at::AutoGradMode). A decode batch can be
+  // captured in a CUDA graph if the backend can: nothing waits for the GPU or depends on its data. Set
+  // batch.state_slots before (make_batch does).
   at::Tensor forward(const Batch& batch, AttentionBackend& attention, KvCache& cache) const;
   // float32 logits [rows, vocab_size] of hidden states [rows, hidden_size].
   at::Tensor logits(const at::Tensor& hidden) const;
@@ -41,11 +48,13 @@ class Backbone {
 
  private:
   struct Weights;
+  explicit Backbone(std::shared_ptr<const Weights> weights) : weights_(std::move(weights)) {}
   std::shared_ptr<const Weights> weights_;
 };
 
 // The batch for the next tokens of some open sequences: extends the cache by each token list's length and
-// fills positions. tokens[i] belongs to sequences[i].
+// fills positions. tokens[i] belongs to sequences[i]. Throws Error on token ids outside the vocabulary, when
+// the cache is full and beyond max_position_embeddings; then the cache is unchanged.
 Batch make_batch(KvCache& cache, const std::vector<int64_t>& sequences,
                  const std::vector<std::vector<int32_t>>& tokens);
 

@@ -17,6 +17,8 @@ struct Batch {
   std::vector<int64_t> sequences;      // ids in the KvCache
   std::vector<int64_t> starts;         // tokens already in the cache before this call
   std::vector<int64_t> query_lengths;  // sum = T
+  at::Tensor state_slots;  // KvCache::state_slots, [num_sequences] int64 on the model's device; may
+                           // be left undefined outside a graph capture
 
   int64_t num_sequences() const { return static_cast<int64_t>(sequences.size()); }
   int64_t num_tokens() const { return tokens.numel(); }

@@ -46,8 +46,8 @@ class KvCache {
   SequenceState export_sequence(int64_t sequence) const;
   int64_t import_sequence(const SequenceState& state);
 
-  // A point in a sequence that it can return to: its length and copies of its recurrent states. Tokens appended
-  // after the mark are dropped by rollback(), which can be repeated.
+  // A point in a sequence that it can return to: its length and copies of its recurrent states. Tokens
+  // appended after the mark are dropped by rollback(), which can be repeated.
   struct Mark {
     int64_t length = 0;
     std::vector<at::Tensor> conv, recurrent;  // by layer, without the slot; undefined for attention layers

@@ -1,0 +1,324 @@
+#include "model/backbone.h"
+
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/error.h"
+#include "model/gated_delta.h"
+#include "model/rope.h"
+#include "model/weights.h"
+
+namespace spot {
+namespace {
+
+at::Tensor linear(const at::Tensor& x, const LinearWeights& weights) {
+  return at::linear(x, weights.weight,
+                    weights.bias.defined() ? std::optional<at::Tensor>(weights.bias) : std::nullopt);
+}
+
+// hidden += linear(x), rounded once.
+void add_linear(at::Tensor& hidden, const at::Tensor& x, const LinearWeights& weights) {
+  if (weights.bias.defined()) hidden.add_(weights.bias);
+  hidden.addmm_(x, weights.weight.t());
+}
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& factor, double eps) {
+  const at::IntArrayRef shape = factor.sizes();
+  if (factor.scalar_type() == x.scalar_type()) return at::rms_norm(x, shape, factor, eps);
+  return at::rms_norm(x.to(factor.scalar_type()), shape, factor, eps).to(x.scalar_type());
+}
+
+// What every layer of one forward pass shares.
+struct Pass {
+  const ModelConfig& config;
+  const Batch& batch;
+  AttentionBackend& attention;
+  KvCache& cache;
+  RopeTable rope_rows;
+  at::Tensor state_slots;  // [num_sequences], models with linear-attention layers
+};
+
+// Projects, normalises, rotates, lets the backend attend; returns the heads' outputs [T, num_heads *
+// head_dim].
+at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const AttentionWeights& weights) {
+  const ModelConfig& c = pass.config;
+  const int64_t tokens = x.size(0), dim = c.head_dim;
+  const int64_t query_rows = c.num_heads * dim * (c.attention_output_gate ? 2 : 1);
+  const int64_t kv_rows = c.num_kv_heads * dim;
+  const at::Tensor projected = linear(x, weights.qkv);
+  at::Tensor query_key, gate;  // [T, num_heads + num_kv_heads, head_dim]
+  if (c.attention_output_gate) {
+    // Each head's rows are its query, then its gate.
+    const at::Tensor both = projected.narrow(1, 0, query_rows).unflatten(1, {c.num_heads, 2 * dim});
+    gate = both.narrow(2, dim, dim);
+    query_key = at::cat({both.narrow(2, 0, dim),
+                         projected.narrow(1, query_rows, kv_rows).unflatten(1, {c.num_kv_heads, dim})},
+                        1);
+  } else {
+    query_key =
+        projected.narrow(1, 0, query_rows + kv_rows).unflatten(1, {c.num_heads + c.num_kv_heads, dim});
+  }
+  if (c.qk_norm) {
+    query_key = at::rms_norm(query_key.to(at::kFloat), {dim}, {}, c.rms_norm_eps) * weights.qk_norm;
+  }
+  query_key = rotate(query_key, pass.rope_rows, at::kFloat);
+  const auto heads = [&](int64_t first, int64_t count) {
+    return query_key.narrow(1, first, count).to(x.scalar_type()).contiguous();
+  };
+  const AttentionInputs inputs{
+      .layer = layer,
+      .hidden = x,
+      .query = heads(0, c.num_heads),
+      .key = heads(c.num_heads, c.num_kv_heads),
+      .value =
+          projected.narrow(1, query_rows + kv_rows, kv_rows).unflatten(1, {c.num_kv_heads, dim}).contiguous(),
+      .scale = 1.0 / std::sqrt(static_cast<double>(dim)),
+      .batch = pass.batch};
+  at::Tensor out = pass.attention.forward(inputs);
+  if (out.sizes() != inputs.query.sizes() || out.scalar_type() != x.scalar_type()) {
+    fail("the attention backend returned a tensor of another shape or dtype than the query in layer {}",
+         layer);
+  }
+  if (gate.defined()) out = out * at::sigmoid(gate);
+  return out.reshape({tokens, c.num_heads * dim});
+}
+
+// Divides each vector of the last dim by its length.
+at::Tensor normalised(const at::Tensor& x) {
+  return x * x.square().sum(-1, true).add_(1e-6).rsqrt_();
+}
+
+// A Gated DeltaNet layer; returns the gated heads' outputs [T, num_value_heads * value_head_dim].
+at::Tensor delta_net(const Pass& pass, int64_t layer, const at::Tensor& x, const DeltaNetWeights& weights) {
+  const LinearAttentionConfig& c = pass.config.linear;
+  const int64_t tokens = x.size(0);
+  const int64_t key_rows = c.num_key_heads * c.key_head_dim,
+                value_rows = c.num_value_heads * c.value_head_dim;
+  const int64_t channels = 2 * key_rows + value_rows, history = c.conv_kernel - 1;
+  const at::Tensor projected = linear(x, weights.in);
+  const at::Tensor conv_input = projected.narrow(1, 0, channels).to(at::kFloat);
+  const at::Tensor gate = projected.narrow(1, channels, value_rows).to(at::kFloat);
+  const at::Tensor beta_decay =
+      projected.narrow(1, channels + value_rows, 2 * c.num_value_heads).to(at::kFloat);
+  const at::Tensor beta = beta_decay.narrow(1, 0, c.num_value_heads).sigmoid();
+  const at::Tensor log_decay =
+      at::softplus(beta_decay.narrow(1, c.num_value_heads, c.num_value_heads) + weights.dt_bias) *
+      weights.decay_rate;
+
+  // From the convolution's output (before its activation) to what the delta rule reads.
+  const auto rule_inputs = [&](const at::Tensor& conv_output, int64_t first, int64_t count) {
+    const at::Tensor mixed = at::silu(conv_output);
+    const auto key_heads = [&](int64_t offset) {
+      // Each key head serves consecutive value heads.
+      return normalised(mixed.narrow(1, offset, key_rows).unflatten(1, {c.num_key_heads, c.key_head_dim}))
+          .repeat_interleave(c.num_value_heads / c.num_key_heads, 1);
+    };
+    return GatedDeltaInputs{
+        .query = key_heads(0).mul_(1.0 / std::sqrt(static_cast<double>(c.key_head_dim))),
+        .key = key_heads(key_rows),
+        .value =
+            mixed.narrow(1, 2 * key_rows, value_rows).unflatten(1, {c.num_value_heads, c.value_head_dim}),
+        .log_decay = log_decay.narrow(0, first, count),
+        .beta = beta.narrow(0, first, count)};
+  };
+
+  at::Tensor conv_pool = pass.cache.conv_states(layer), state_pool = pass.cache.recurrent_states(layer);
+  at::Tensor out;  // [T, num_value_heads, value_head_dim]
+  if (pass.batch.is_decode()) {
+    const at::Tensor window = at::cat({conv_pool.index_select(0, pass.state_slots), conv_input.unsqueeze(1)},
+                                      1);  // [N, kernel, channels]
+    conv_pool.index_copy_(0, pass.state_slots, window.narrow(1, 1, history));
+    at::Tensor states = state_pool.index_select(0, pass.state_slots);
+    out = gated_delta_step(rule_inputs((window * weights.conv).sum(1), 0, tokens), states);
+    state_pool.index_copy_(0, pass.state_slots, states);
+  } else {
+    std::vector<at::Tensor> outs;
+    int64_t first = 0;
+    for (int64_t i = 0; i < pass.batch.num_sequences(); ++i) {
+      const int64_t count = pass.batch.query_lengths[i];
+      const at::Tensor slot = pass.state_slots.narrow(0, i, 1);
+      const at::Tensor window =
+          at::cat({conv_pool.index_select(0, slot).squeeze(0), conv_input.narrow(0, first, count)});
+      conv_pool.index_copy_(0, slot, window.narrow(0, count, history).unsqueeze(0));
+      at::Tensor conv_output = window.narrow(0, 0, count) * weights.conv[0];
+      for (int64_t tap = 1; tap < c.conv_kernel; ++tap) {
+        conv_output.addcmul_(window.narrow(0, tap, count), weights.conv[tap]);
+      }
+      at::Tensor state = state_pool.index_select(0, slot).squeeze(0);
+      outs.push_back(gated_delta_prefill(rule_inputs(conv_output, first, count), state));
+      state_pool.index_copy_(0, slot, state.unsqueeze(0));
+      first += count;
+    }
+    out = at::cat(outs);
+  }
+  const at::Tensor normed = at::rms_norm(out, {c.value_head_dim}, weights.norm, pass.config.rms_norm_eps);
+  return (normed.reshape({tokens, value_rows}) * at::silu(gate)).to(x.scalar_type());
+}
+
+at::Tensor mlp_inner(const at::Tensor& x, const LinearWeights& gate_up) {
+  const auto halves = linear(x, gate_up).chunk(2, 1);
+  return at::silu(halves[0]).mul_(halves[1]);
+}
+
+void check_batch(const Batch& batch, const ModelConfig& config, at::Device device) {
+  const auto sequences = batch.sequences.size();
+  int64_t total = 0;
+  if (batch.starts.size() != sequences || batch.query_lengths.size() != sequences) {
+    fail("a batch of {} sequences has {} starts and {} lengths", sequences, batch.starts.size(),
+         batch.query_lengths.size());
+  }
+  for (size_t i = 0; i < sequences; ++i) {
+    const int64_t end = batch.starts[i] + batch.query_lengths[i];
+    if (batch.starts[i] < 0 || batch.query_lengths[i] < 1 || end > config.max_position_embeddings) {
+      fail("tokens {} to {} of sequence {} do not fit the model's {} positions", batch.starts[i], end,
+           batch.sequences[i], config.max_position_embeddings);
+    }
+    total += batch.query_lengths[i];
+  }
+  if (total == 0 || batch.tokens.dim() != 1 || batch.tokens.numel() != total || batch.positions.dim() != 1 ||
+      batch.positions.numel() != total) {
+    fail("a batch of {} tokens has tokens of shape [{}] and positions of [{}]", total, batch.tokens.numel(),
+         batch.positions.numel());
+  }
+  if (batch.tokens.device() != device || batch.positions.device() != device) {
+    fail("the batch lies on {}, the model on {}", batch.tokens.device().str(), device.str());
+  }
+  // On a GPU this would stop the stream, and break a graph capture; make_batch checks the host's ids instead.
+  if (device.is_cpu()) {
+    const auto [least, greatest] = at::aminmax(batch.tokens);
+    if (least.item<int64_t>() < 0 || greatest.item<int64_t>() >= config.vocab_size) {
+      fail("token ids run from {} to {}, the model's vocabulary from 0 to {}", least.item<int64_t>(),
+           greatest.item<int64_t>(), config.vocab_size - 1);
+    }
+  }
+}
+
+}  // namespace
+
+struct Backbone::Weights : ModelWeights {};
+
+Backbone Backbone::load(const std::filesystem::path& folder, at::Device device,
+                        std::optional<at::ScalarType> dtype) {
+  return load(folder, ModelConfig::load(folder), device, dtype);
+}
+
+Backbone Backbone::load(const std::filesystem::path& folder, const ModelConfig& config, at::Device device,
+                        std::optional<at::ScalarType> dtype) {
+  const at::NoGradGuard no_grad;
+  return Backbone(std::make_shared<const Weights>(Weights{load_weights(folder, config, device, dtype)}));
+}
+
+Backbone Backbone::random(const ModelConfig& config, at::Device device, at::ScalarType dtype, uint64_t seed) {
+  const at::NoGradGuard no_grad;
+  return Backbone(std::make_shared<const Weights>(Weights{random_weights(config, device, dtype, seed)}));
+}
+
+const ModelConfig& Backbone::config() const {
+  return weights_->config;
+}
+at::Device Backbone::device() const {
+  return weights_->embedding.device();
+}
+at::ScalarType Backbone::dtype() const {
+  return weights_->dtype;
+}
+std::string Backbone::fingerprint() const {
+  return weights_->fingerprint;
+}
+
+at::Tensor Backbone::forward(const Batch& batch, AttentionBackend& attention, KvCache& cache) const {
+  const at::NoGradGuard no_grad;
+  const ModelConfig& config = weights_->config;
+  check_batch(batch, config, device());
+  const bool hybrid = config.full_attention_layers().size() != static_cast<size_t>(config.num_layers);
+  Pass pass{config, batch, attention, cache, rope_rows(weights_->rope, batch.positions), {}};
+  if (hybrid) pass.state_slots = batch.state_slots.defined() ? batch.state_slots : cache.state_slots(batch);
+
+  at::Tensor hidden = at::embedding(weights_->embedding, batch.tokens);
+  for (int64_t i = 0; i < config.num_layers; ++i) {
+    const LayerWeights& layer = weights_->layers[i];
+    const at::Tensor x = rms_norm(hidden, layer.input_norm, config.rms_norm_eps);
+    if (config.is_full_attention(i)) {
+      add_linear(hidden, attend(pass, i, x, layer.attention), layer.attention.out);
+    } else {
+      add_linear(hidden, delta_net(pass, i, x, layer.delta), layer.delta.out);
+    }
+    add_linear(hidden, mlp_inner(rms_norm(hidden, layer.mlp_norm, config.rms_norm_eps), layer.gate_up),
+               layer.down);
+  }
+  return rms_norm(hidden, weights_->final_norm, config.rms_norm_eps);
+}
+
+at::Tensor Backbone::logits(const at::Tensor& hidden) const {
+  const at::NoGradGuard no_grad;
+  if (hidden.dim() != 2 || hidden.size(1) != weights_->config.hidden_size) {
+    fail("logits need hidden states of [rows, {}]", weights_->config.hidden_size);
+  }
+  // cuBLAS can keep its float32 sums; elsewhere they are rounded to the model's dtype.
+  if (hidden.is_cuda() && hidden.scalar_type() != at::kFloat) {
+    return at::mm(hidden, weights_->head.t(), at::kFloat);
+  }
+  return at::linear(hidden, weights_->head).to(at::kFloat);
+}
+
+Batch make_batch(KvCache& cache, const std::vector<int64_t>& sequences,
+                 const std::vector<std::vector<int32_t>>& tokens) {
+  if (sequences.empty() || sequences.size() != tokens.size()) {
+    fail("a batch of {} sequences was given {} token lists", sequences.size(), tokens.size());
+  }
+  // Everything is checked before the cache changes, so that a refused batch leaves no sequence half extended.
+  const ModelConfig& config = cache.config();
+  Batch batch;
+  batch.sequences = sequences;
+  std::vector<int64_t> ids, positions;
+  int64_t pages = 0;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    if (std::count(sequences.begin(), sequences.end(), sequences[i]) != 1) {
+      fail("sequence {} occurs twice in a batch", sequences[i]);
+    }
+    if (tokens[i].empty()) fail("sequence {} has no token in a batch", sequences[i]);
+    const int64_t start = cache.length(sequences[i]), count = static_cast<int64_t>(tokens[i].size());
+    if (start + count > config.max_position_embeddings) {
+      fail(
+          "a sequence of {} tokens exceeds the model's {} positions; shorten the prompt or the answer, or "
+          "extend the "
+          "model with YaRN",
+          start + count, config.max_position_embeddings);
+    }
+    pages += cache.pages_needed(sequences[i], count);
+    for (int64_t j = 0; j < count; ++j) {
+      const int32_t id = tokens[i][j];
+      if (id < 0 || id >= config.vocab_size) {
+        fail("token id {} lies outside the model's vocabulary of {}; is this the model's own tokenizer?", id,
+             config.vocab_size);
+      }
+      ids.push_back(id);
+      positions.push_back(start + j);
+    }
+    batch.starts.push_back(start);
+    batch.query_lengths.push_back(count);
+  }
+  if (pages > cache.num_free_pages()) {
+    fail(
+        "the KV cache of {} tokens is full: the batch needs {} more pages of {} tokens, {} are free; make "
+        "the cache "
+        "larger or the requests shorter or fewer",
+        cache.num_pages() * kPageSize, pages, kPageSize, cache.num_free_pages());
+  }
+  for (size_t i = 0; i < sequences.size(); ++i) cache.extend(sequences[i], batch.query_lengths[i]);
+  const auto to_device = [&](std::vector<int64_t>& values) {
+    return at::from_blob(values.data(), {static_cast<int64_t>(values.size())}, at::kLong)
+        .clone()
+        .to(cache.device());
+  };
+  batch.tokens = to_device(ids);
+  batch.positions = to_device(positions);
+  if (config.full_attention_layers().size() != static_cast<size_t>(config.num_layers)) {
+    batch.state_slots = cache.state_slots(batch);
+  }
+  return batch;
+}
+
+}  // namespace spot

@@ -1,0 +1,76 @@
+// The weights of a backbone as they lie in memory, and how they get there.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "checkpoint/config.h"
+#include "model/rope.h"
+
+namespace spot {
+
+struct LinearWeights {
+  at::Tensor weight;  // [out, in]
+  at::Tensor bias;    // [out], or undefined
+};
+
+struct AttentionWeights {
+  LinearWeights qkv;  // rows: queries, (gates,) keys, values; see num_query_rows
+  LinearWeights out;  // [hidden, num_heads * head_dim]
+  at::Tensor
+      qk_norm;  // [num_heads + num_kv_heads, head_dim] float32: the norm's factor of each query and key head
+};
+
+// A Gated DeltaNet layer. Its four input projections are one matrix, rows: queries | keys | values (the
+// convolution's channels), output gate z, b, a.
+struct DeltaNetWeights {
+  LinearWeights in, out;
+  at::Tensor conv;        // [conv_kernel, channels] float32
+  at::Tensor decay_rate;  // [num_value_heads] float32, -exp(A_log)
+  at::Tensor dt_bias;     // [num_value_heads] float32
+  at::Tensor norm;        // [value_head_dim] float32
+};
+
+struct LayerWeights {
+  at::Tensor input_norm, mlp_norm;  // [hidden]; float32 and already 1 + weight where the norm is zero-centred
+  AttentionWeights attention;       // of a full-attention layer
+  DeltaNetWeights delta;            // of a linear-attention layer
+  LinearWeights gate_up;            // rows: gate, up
+  LinearWeights down;
+};
+
+struct ModelWeights {
+  ModelConfig config;
+  at::ScalarType dtype;
+  at::Tensor embedding;  // [vocab, hidden]
+  at::Tensor head;       // [vocab, hidden]; the embedding itself when tied
+  at::Tensor final_norm;
+  std::vector<LayerWeights> layers;
+  RopeTable rope;
+  std::string fingerprint;
+};
+
+// One tensor that a checkpoint of this architecture holds.
+struct TensorSpec {
+  enum class Init { normal, one, zero, log_uniform };  // how random weights fill it
+  std::string name;                                    // without the prefix below
+  std::vector<int64_t> shape;
+  Init init = Init::normal;
+};
+
+// Every tensor of the text model, in loading order. Names begin after "model." (Llama, Qwen3, text-only
+// Qwen3.5) or "model.language_model." (Qwen3.5 with its vision tower); "lm_head.weight" alone stands without
+// prefix.
+std::vector<TensorSpec> tensor_specs(const ModelConfig& config);
+
+// See Backbone::load and Backbone::random.
+ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig& config, at::Device device,
+                          std::optional<at::ScalarType> dtype);
+ModelWeights random_weights(const ModelConfig& config, at::Device device, at::ScalarType dtype,
+                            uint64_t seed);
+
+}  // namespace spot
