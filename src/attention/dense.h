@@ -31,7 +31,6 @@ class BatchView {
 
  private:
   int64_t last_layer_ = -1;
-  const Batch* batch_ = nullptr;
 };
 
 // Causal attention of query [T, num_heads, head_dim] at positions start .. start + T - 1 over key and value
@@ -39,6 +38,12 @@ class BatchView {
 // taken in chunks, so that memory grows with length, not with its square. Returns [T, num_heads, head_dim].
 at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                             int64_t start, double scale);
+
+// Page ids of a sequence's first `blocks` blocks, [blocks] int64.
+at::Tensor sequence_pages(const KvCache& cache, int64_t sequence, int64_t blocks, at::Device device);
+
+// Dense attention of the whole batch, whose keys and values are in the cache already.
+at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache);
 
 class DenseAttention : public AttentionBackend {
  public:

@@ -60,7 +60,9 @@ class SparseAttention : public AttentionBackend {
  private:
   at::Tensor decode(const AttentionInputs& inputs);
   at::Tensor sparse_prefill(const AttentionInputs& inputs);
-  void count(int64_t layer, const Selection& selection);
+  at::Tensor attend_chunk(const AttentionInputs& inputs, const QueryChunk& chunk, const at::Tensor& lengths,
+                          const Selection& selection);
+  void count(int64_t layer, const Selection& selection, const at::Tensor& lengths);
 
   KvCache& cache_;
   SelectionPolicy& policy_;

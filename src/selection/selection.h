@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
 
 #include "selector/config.h"
 
@@ -67,8 +68,8 @@ at::Tensor block_max(const at::Tensor& token_scores);
 at::Tensor token_mask(const Selection& selection, int64_t length);
 
 // Tokens kept and visible, each summed over the rows (kept: averaged over groups): scalar tensors, float64
-// and int64, on the selection's device. Every selection keeps a row's last, partial block or that block does
-// not exist.
-std::pair<at::Tensor, at::Tensor> count_tokens(const Selection& selection);
+// and int64, on the selection's device. visible [rows] int32: the tokens each row sees, at most
+// selection.lengths and in the same last block. Every rule keeps a row's last block when it is partial.
+std::pair<at::Tensor, at::Tensor> count_tokens(const Selection& selection, const at::Tensor& visible);
 
 }  // namespace spot

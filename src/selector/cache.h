@@ -11,9 +11,9 @@
 
 namespace spot {
 
-// One pool per selector layer, [num_pages, page_bytes] uint8; kernels/key_format.h says how a page of 16
-// tokens lies in it. Pages need no clearing when they change hands: only positions below a sequence's length
-// are ever read.
+// One pool per selector layer, [num_pages, key_heads, bytes] uint8; kernels/key_format.h says how a page of
+// 16 tokens lies in it. Pages need no clearing when they change hands: only positions below a sequence's
+// length are ever read.
 class SelectorCache {
  public:
   SelectorCache(const SelectorConfig& config, const std::vector<int64_t>& layers, int64_t num_pages,
@@ -21,11 +21,15 @@ class SelectorCache {
 
   // Writes key [T, key_heads, head_dim] at slots [T] int64 (page * 16 + offset).
   void append(int64_t layer, const at::Tensor& slots, const at::Tensor& key);
-  // The first `length` tokens of a sequence that owns `pages`, dequantised: [length, key_heads, head_dim]
-  // float32.
-  at::Tensor gather(int64_t layer, const std::vector<int32_t>& pages, int64_t length) const;
+  // The first `length` tokens of a sequence, dequantised: [length, key_heads, head_dim] float32. page_table
+  // [pages] int32 is the sequence's row of KvCache::page_table.
+  at::Tensor gather(int64_t layer, const at::Tensor& page_table, int64_t length) const;
 
   at::Tensor pool(int64_t layer) const;
+  // The float32 that multiplies every nvfp4 block scale. A constant, since keys arrive one at a time: with it
+  // blocks whose largest number lies between 0.006 and 168 have a normal E4M3 scale, far around what
+  // normalised keys reach.
+  double global_scale() const { return format_ == CacheFormat::nvfp4 ? 0.0625 : 1.0; }
   CacheFormat format() const { return format_; }
   int64_t key_heads() const { return key_heads_; }
   int64_t num_pages() const { return num_pages_; }

@@ -103,9 +103,9 @@ class Selector {
 };
 
 // score[g, q, t] = sum_h weight[q, g, h] * ReLU(query[q, h] . key[t, h]); with one key head all heads share
-// it. query [Tq, num_heads, dim], weight [Tq, groups, num_heads], key [Tk, key_heads, dim] -> [groups, Tq,
-// Tk], float32 (float64 for float64 weights). Not causal: the caller masks. Differentiable; holds num_heads *
-// Tq * Tk numbers.
+// it. query [Tq, num_heads, dim], weight [Tq, groups, num_heads], key [Tk, key_heads, dim] of query's dtype,
+// in which the products run -> [groups, Tq, Tk], float32 (float64 for float64 weights). Not causal: the
+// caller masks. Differentiable; holds num_heads * Tq * Tk numbers.
 at::Tensor token_scores(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& key);
 
 }  // namespace spot

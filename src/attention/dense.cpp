@@ -1,0 +1,143 @@
+#include "attention/dense.h"
+
+#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "core/error.h"
+
+namespace spot {
+namespace {
+
+// Partial attention over some keys: output [heads, T, head_dim] and the log of its normaliser [heads, T],
+// float32.
+struct Partial {
+  at::Tensor output, logsumexp;
+};
+
+Partial flash(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, bool causal,
+              double scale) {
+  auto [output, logsumexp] = at::_scaled_dot_product_flash_attention_for_cpu(
+      query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), 0.0, causal, std::nullopt, scale);
+  return {output[0], logsumexp[0]};
+}
+
+// The flash kernel aligns its causal mask to the first key, so a chunk that begins at `start` is attended in
+// two parts: the keys before it, all visible, and its own, causal. A mask tensor would be four times slower.
+at::Tensor causal_attention_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                int64_t start, double scale) {
+  const int64_t tokens = query.size(0), heads = query.size(1), dim = query.size(2), kv_heads = key.size(0);
+  const int64_t group = heads / kv_heads;
+  const at::Tensor grouped =
+      query.view({tokens, kv_heads, group, dim}).permute({1, 2, 0, 3});  // [Hkv, g, T, d]
+  if (tokens == 1) {
+    const at::Tensor part = flash(grouped.reshape({kv_heads, group, dim}), key.narrow(1, 0, start + 1),
+                                  value.narrow(1, 0, start + 1), false, scale)
+                                .output;
+    return part.reshape({1, heads, dim});
+  }
+  const at::Tensor own_key = key.narrow(1, start, tokens), own_value = value.narrow(1, start, tokens);
+  at::Tensor output = at::empty({kv_heads, group, tokens, dim}, query.options());
+  at::Tensor own_sum = at::empty({kv_heads, group, tokens}, query.options().dtype(at::kFloat));
+  for (int64_t member = 0; member < group; ++member) {
+    const Partial own = flash(grouped.select(1, member), own_key, own_value, true, scale);
+    output.select(1, member).copy_(own.output);
+    own_sum.select(1, member).copy_(own.logsumexp);
+  }
+  if (start > 0) {
+    const Partial past = flash(grouped.reshape({kv_heads, group * tokens, dim}), key.narrow(1, 0, start),
+                               value.narrow(1, 0, start), false, scale);
+    const at::Tensor past_sum = past.logsumexp.view({kv_heads, group, tokens});
+    const at::Tensor past_share = at::sigmoid(past_sum - own_sum).unsqueeze(-1);
+    const at::Tensor past_output = past.output.reshape({kv_heads, group, tokens, dim});
+    output = at::lerp(output.to(at::kFloat), past_output.to(at::kFloat), past_share).to(query.scalar_type());
+  }
+  return output.permute({2, 0, 1, 3}).reshape({tokens, heads, dim});
+}
+
+at::Tensor causal_attention_masked(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                   int64_t start, double scale) {
+  const int64_t tokens = query.size(0);
+  const bool grouped = query.size(1) != key.size(0);
+  const at::Tensor q = query.transpose(0, 1).unsqueeze(0), k = key.unsqueeze(0), v = value.unsqueeze(0);
+  if (tokens == 1 || start == 0) {
+    const int64_t length = start + tokens;
+    return at::scaled_dot_product_attention(q, k.narrow(2, 0, length), v.narrow(2, 0, length), std::nullopt,
+                                            0.0, tokens > 1, scale, grouped)[0]
+        .transpose(0, 1);
+  }
+  std::vector<at::Tensor> parts;
+  const int64_t chunk = std::max<int64_t>(16, (int64_t{1} << 26) / (start + tokens));
+  for (int64_t first = 0; first < tokens; first += chunk) {
+    const int64_t count = std::min(chunk, tokens - first), length = start + first + count;
+    const at::Tensor position =
+        at::arange(start + first, length, query.options().dtype(at::kLong)).unsqueeze(1);
+    const at::Tensor mask = at::arange(length, query.options().dtype(at::kLong)).unsqueeze(0) <= position;
+    parts.push_back(at::scaled_dot_product_attention(q.narrow(2, first, count), k.narrow(2, 0, length),
+                                                     v.narrow(2, 0, length), mask, 0.0, false, scale,
+                                                     grouped)[0]
+                        .transpose(0, 1));
+  }
+  return at::cat(parts);
+}
+
+}  // namespace
+
+std::vector<QueryChunk> query_chunks(const Batch& batch, int64_t most) {
+  std::vector<QueryChunk> chunks;
+  int64_t row = 0;
+  for (int64_t i = 0; i < batch.num_sequences(); ++i) {
+    const int64_t total = batch.query_lengths[i], step = most > 0 ? most : std::max<int64_t>(total, 1);
+    for (int64_t done = 0; done < total; done += step)
+      chunks.push_back({i, row + done, std::min(step, total - done), batch.starts[i] + done});
+    row += total;
+  }
+  return chunks;
+}
+
+void BatchView::update(const KvCache& cache, const Batch& batch, int64_t layer) {
+  if (layer <= last_layer_ || !slots.defined()) {
+    slots = cache.slots(batch);
+    page_table = cache.page_table(batch);
+    lengths = cache.lengths(batch);
+  }
+  last_layer_ = layer;
+}
+
+at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                            int64_t start, double scale) {
+  if (query.size(1) % key.size(0) != 0 || key.size(1) < start + query.size(0))
+    fail("causal attention: {} query heads at positions {} to {} do not fit keys {}", query.size(1), start,
+         start + query.size(0) - 1, fmt::join(key.sizes(), "x"));
+  return query.is_cpu() ? causal_attention_cpu(query, key, value, start, scale)
+                        : causal_attention_masked(query, key, value, start, scale);
+}
+
+at::Tensor sequence_pages(const KvCache& cache, int64_t sequence, int64_t blocks, at::Device device) {
+  const auto& pages = cache.pages(sequence);
+  return at::tensor(at::ArrayRef<int32_t>(pages).slice(0, blocks), at::TensorOptions().dtype(at::kLong))
+      .to(device);
+}
+
+at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache) {
+  const at::Tensor keys = cache.keys(inputs.layer), values = cache.values(inputs.layer);
+  at::Tensor output = at::empty_like(inputs.query);
+  for (const QueryChunk& chunk : query_chunks(inputs.batch)) {
+    const int64_t sequence = inputs.batch.sequences[chunk.sequence], length = chunk.start + chunk.count;
+    output.narrow(0, chunk.first, chunk.count)
+        .copy_(causal_attention(inputs.query.narrow(0, chunk.first, chunk.count),
+                                cache.gather(keys, sequence, length), cache.gather(values, sequence, length),
+                                chunk.start, inputs.scale));
+  }
+  return output;
+}
+
+at::Tensor DenseAttention::forward(const AttentionInputs& inputs) {
+  view_.update(cache_, inputs.batch, inputs.layer);
+  cache_.write(inputs.layer, view_.slots, inputs.key, inputs.value);
+  return attend_dense(inputs, cache_);
+}
+
+}  // namespace spot

@@ -1,0 +1,159 @@
+#include "attention/policy.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "core/error.h"
+#include "ops/ops.h"
+
+namespace spot {
+namespace {
+
+constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
+
+// Lengths of a chunk's queries, [count] int32: row i sees start + i + 1 tokens.
+at::Tensor row_lengths(const QueryChunk& chunk, at::Device device) {
+  return at::arange(chunk.start + 1, chunk.start + chunk.count + 1,
+                    at::TensorOptions(device).dtype(at::kInt));
+}
+
+at::Tensor rows_of(const at::Tensor& tensor, const QueryChunk& chunk) {
+  return tensor.narrow(0, chunk.first, chunk.count);
+}
+
+}  // namespace
+
+void SelectionPolicy::set_rule(const SelectionRule& rule) {
+  rule.validate();
+  rule_ = rule;
+}
+
+at::Tensor SelectionPolicy::score_decode(const AttentionInputs& inputs, const KvCache& cache,
+                                         const BatchView& view) {
+  const auto options = inputs.query.options().dtype(at::kFloat);
+  at::Tensor scores =
+      at::full({inputs.batch.num_sequences(), groups(), view.page_table.size(1)}, kMinusInfinity, options);
+  for (const QueryChunk& chunk : query_chunks(inputs.batch)) {
+    const at::Tensor row = score_chunk(inputs, cache, chunk);
+    scores[chunk.sequence].narrow(1, 0, row.size(2)).copy_(row[0]);
+  }
+  return scores;
+}
+
+Selection SelectionPolicy::select_decode(const AttentionInputs& inputs, const KvCache& cache,
+                                         const BatchView& view) {
+  return select_blocks(score_decode(inputs, cache, view), view.lengths, rule(inputs.layer));
+}
+
+Selection SelectionPolicy::select_chunk(const AttentionInputs& inputs, const KvCache& cache,
+                                        const QueryChunk& chunk, int64_t query_tile) {
+  const at::Tensor lengths = row_lengths(chunk, inputs.query.device());
+  at::Tensor scores = score_chunk(inputs, cache, chunk);
+  if (query_tile == 1) return select_blocks(scores, lengths, rule(inputs.layer));
+
+  // Tiles lie at multiples of query_tile; those at the chunk's ends may be partial.
+  const int64_t before = chunk.start % query_tile;
+  const int64_t tiles = (before + chunk.count + query_tile - 1) / query_tile;
+  const int64_t after = tiles * query_tile - before - chunk.count;
+  scores = at::constant_pad_nd(scores, {0, 0, 0, 0, before, after}, kMinusInfinity)
+               .view({tiles, query_tile, scores.size(1), scores.size(2)})
+               .amax(1);
+  const at::Tensor tile_of_row = at::div(
+      at::arange(before, before + chunk.count, lengths.options().dtype(at::kLong)), query_tile, "floor");
+  const at::Tensor last =
+      ((at::arange(1, tiles + 1, lengths.options()) + chunk.start / query_tile) * query_tile)
+          .clamp_max(chunk.start + chunk.count);
+  const Selection tile = select_blocks(scores, last, rule(inputs.layer));
+  return {tile.indices.index_select(0, tile_of_row), tile.counts.index_select(0, tile_of_row),
+          tile.predicted_mass.index_select(0, tile_of_row), tile.lengths.index_select(0, tile_of_row)};
+}
+
+SpotPolicy::SpotPolicy(const Selector& selector, SelectorCache& cache, const SelectionRule& rule)
+    : SelectionPolicy(rule), selector_(selector), keys_(cache) {
+  if (cache.key_heads() != selector.config().key_heads)
+    fail("the selector cache has {} key heads, the selector {}; make the cache from the selector's config",
+         cache.key_heads(), selector.config().key_heads);
+  for (int64_t layer : selector.layers()) cache.pool(layer);
+}
+
+SelectionRule SpotPolicy::rule(int64_t layer) const {
+  SelectionRule rule = rule_;
+  rule.temperature *= selector_.temperature(layer);
+  return rule;
+}
+
+void SpotPolicy::append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {
+  if (cache.num_pages() > keys_.num_pages())
+    fail("the selector cache has {} pages, the KV cache {}; they share page ids and must be of one size",
+         keys_.num_pages(), cache.num_pages());
+  keys_.append(inputs.layer, view.slots,
+               selector_.project_key(inputs.layer, inputs.hidden, inputs.batch.positions));
+}
+
+at::Tensor SpotPolicy::score_chunk(const AttentionInputs& inputs, const KvCache& cache,
+                                   const QueryChunk& chunk) {
+  const at::Tensor hidden = rows_of(inputs.hidden, chunk), positions = rows_of(inputs.batch.positions, chunk);
+  const at::Tensor query = selector_.project_query(inputs.layer, hidden, positions).to(at::kFloat);
+  const at::Tensor weight = selector_.project_weight(inputs.layer, hidden);
+  const int64_t length = chunk.start + chunk.count, blocks = (length + kBlockSize - 1) / kBlockSize;
+  const at::Tensor pages =
+      sequence_pages(cache, inputs.batch.sequences[chunk.sequence], blocks, hidden.device());
+  const at::Tensor key = keys_.gather(inputs.layer, pages.to(at::kInt), length);
+  at::Tensor scores = at::empty({chunk.count, groups(), blocks}, weight.options());
+  // In parts, so that the [4, queries, tokens] products stay small.
+  const int64_t step = std::max<int64_t>(1, (int64_t{1} << 24) / (4 * length));
+  for (int64_t done = 0; done < chunk.count; done += step) {
+    const int64_t count = std::min(step, chunk.count - done);
+    at::Tensor tokens = token_scores(query.narrow(0, done, count), weight.narrow(0, done, count), key);
+    const at::Tensor position =
+        at::arange(chunk.start + done, chunk.start + done + count, positions.options());
+    tokens.masked_fill_(at::arange(length, positions.options()).unsqueeze(0) > position.unsqueeze(1),
+                        kMinusInfinity);
+    scores.narrow(0, done, count).copy_(block_max(tokens).transpose(0, 1));
+  }
+  return scores;
+}
+
+at::Tensor SpotPolicy::score_decode(const AttentionInputs& inputs, const KvCache& cache,
+                                    const BatchView& view) {
+  return ops::score_blocks(selector_.project_query(inputs.layer, inputs.hidden, inputs.batch.positions),
+                           selector_.project_weight(inputs.layer, inputs.hidden), keys_.pool(inputs.layer),
+                           view.page_table, view.lengths, to_string(keys_.format()), keys_.global_scale());
+}
+
+namespace {
+
+SelectionRule window_rule(int64_t budget, int64_t sinks) {
+  if (sinks < 0 || budget <= sinks)
+    fail("a streaming window of {} tokens cannot hold {} sink tokens and a recent one; raise the budget",
+         budget, sinks);
+  SelectionRule rule;
+  rule.mode = SelectionMode::top_k;
+  rule.budget = 0;  // the reserved blocks and no other
+  rule.sinks = sinks;
+  rule.recency = budget - sinks;
+  rule.floor = budget;
+  return rule;
+}
+
+}  // namespace
+
+StreamingPolicy::StreamingPolicy(int64_t budget, int64_t sinks)
+    : SelectionPolicy(window_rule(budget, sinks)) {}
+
+at::Tensor StreamingPolicy::score_chunk(const AttentionInputs& inputs, const KvCache&,
+                                        const QueryChunk& chunk) {
+  const int64_t blocks = (chunk.start + chunk.count + kBlockSize - 1) / kBlockSize;
+  return at::zeros({chunk.count, 1, blocks}, inputs.query.options().dtype(at::kFloat));
+}
+
+at::Tensor OraclePolicy::score_chunk(const AttentionInputs& inputs, const KvCache& cache,
+                                     const QueryChunk& chunk) {
+  const at::Tensor key = cache.gather(cache.keys(inputs.layer), inputs.batch.sequences[chunk.sequence],
+                                      chunk.start + chunk.count);
+  return attention_mass(rows_of(inputs.query, chunk), key, inputs.scale, chunk.start, groups_, reduction_)
+      .to(at::kFloat)
+      .log();
+}
+
+}  // namespace spot

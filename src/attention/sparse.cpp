@@ -1,0 +1,114 @@
+#include "attention/sparse.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+#include "ops/ops.h"
+
+namespace spot {
+
+SparseAttention::SparseAttention(KvCache& cache, SelectionPolicy& policy, SparseOptions options)
+    : cache_(cache), policy_(policy), options_(std::move(options)) {
+  if (options_.query_tile != 1 && options_.query_tile != kBlockSize)
+    fail("sparse attention: query_tile is {}; it must be 1 or 16", options_.query_tile);
+  if (options_.prefill_chunk < kBlockSize || options_.prefill_chunk % kBlockSize != 0)
+    fail("sparse attention: prefill_chunk is {}; it must be a multiple of 16", options_.prefill_chunk);
+}
+
+at::Tensor SparseAttention::forward(const AttentionInputs& inputs) {
+  view_.update(cache_, inputs.batch, inputs.layer);
+  cache_.write(inputs.layer, view_.slots, inputs.key, inputs.value);
+  if (!policy_.covers(inputs.layer) || options_.dense_layers.count(inputs.layer))
+    return attend_dense(inputs, cache_);
+  policy_.append(inputs, cache_, view_);
+  if (inputs.batch.is_decode()) return decode(inputs);
+  return options_.prefill == PrefillMode::dense ? attend_dense(inputs, cache_) : sparse_prefill(inputs);
+}
+
+at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
+  const Selection selection = policy_.select_decode(inputs, cache_, view_);
+  const SelectionRule rule = policy_.rule(inputs.layer);
+  count(inputs.layer, selection, view_.lengths);
+  if (options_.observer)
+    options_.observer(
+        {inputs.layer, inputs, cache_, view_, {-1, 0, inputs.batch.num_sequences(), 0}, rule, selection});
+
+  const at::Tensor keys = cache_.keys(inputs.layer), values = cache_.values(inputs.layer);
+  const auto& starts = inputs.batch.starts;
+  auto is_short = [&](int64_t start) { return start + 1 <= rule.floor; };
+  if (std::all_of(starts.begin(), starts.end(), is_short)) return attend_dense(inputs, cache_);
+  at::Tensor output =
+      ops::sparse_decode_attention(inputs.query, keys, values, view_.page_table, view_.lengths,
+                                   selection.indices, selection.counts, inputs.scale);
+  for (int64_t i = 0; i < inputs.batch.num_sequences(); ++i) {
+    if (!is_short(starts[i])) continue;
+    const int64_t sequence = inputs.batch.sequences[i], length = starts[i] + 1;
+    output.narrow(0, i, 1).copy_(
+        causal_attention(inputs.query.narrow(0, i, 1), cache_.gather(keys, sequence, length),
+                         cache_.gather(values, sequence, length), starts[i], inputs.scale));
+  }
+  return output;
+}
+
+at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs) {
+  const at::Tensor keys = cache_.keys(inputs.layer), values = cache_.values(inputs.layer);
+  const SelectionRule rule = policy_.rule(inputs.layer);
+  at::Tensor output = at::empty_like(inputs.query);
+  for (const QueryChunk& whole : query_chunks(inputs.batch)) {
+    const int64_t sequence = inputs.batch.sequences[whole.sequence];
+    QueryChunk chunk = whole;
+    // Queries up to the floor see everything: no selection to make.
+    const int64_t dense = std::clamp<int64_t>(rule.floor - whole.start, 0, whole.count);
+    if (dense > 0) {
+      const int64_t length = whole.start + dense;
+      output.narrow(0, whole.first, dense)
+          .copy_(causal_attention(inputs.query.narrow(0, whole.first, dense),
+                                  cache_.gather(keys, sequence, length),
+                                  cache_.gather(values, sequence, length), whole.start, inputs.scale));
+    }
+    for (int64_t done = dense; done < whole.count; done += chunk.count) {
+      // Chunks end at multiples of the tile, so that none but the batch's own ends cuts a tile.
+      const int64_t start = whole.start + done,
+                    end = (start / kBlockSize) * kBlockSize + options_.prefill_chunk;
+      chunk = {whole.sequence, whole.first + done, std::min(whole.count - done, end - start), start};
+      const Selection selection = policy_.select_chunk(inputs, cache_, chunk, options_.query_tile);
+      const at::Tensor lengths =
+          at::arange(chunk.start + 1, chunk.start + chunk.count + 1, view_.lengths.options());
+      count(inputs.layer, selection, lengths);
+      if (options_.observer) options_.observer({inputs.layer, inputs, cache_, view_, chunk, rule, selection});
+      output.narrow(0, chunk.first, chunk.count).copy_(attend_chunk(inputs, chunk, lengths, selection));
+    }
+  }
+  return output;
+}
+
+// Every query of the chunk is a row of the decode operator, all with the sequence's page table and each with
+// its own length: what comes after a query is past its length.
+at::Tensor SparseAttention::attend_chunk(const AttentionInputs& inputs, const QueryChunk& chunk,
+                                         const at::Tensor& lengths, const Selection& selection) {
+  const at::Tensor table = view_.page_table.narrow(0, chunk.sequence, 1).expand({chunk.count, -1});
+  return ops::sparse_decode_attention(inputs.query.narrow(0, chunk.first, chunk.count),
+                                      cache_.keys(inputs.layer), cache_.values(inputs.layer), table, lengths,
+                                      selection.indices, selection.counts, inputs.scale);
+}
+
+void SparseAttention::count(int64_t layer, const Selection& selection, const at::Tensor& lengths) {
+  const auto [kept, visible] = count_tokens(selection, lengths);
+  const at::Tensor rows = at::full({}, static_cast<double>(selection.rows()), kept.options());
+  const at::Tensor mass = selection.predicted_mass.to(at::kDouble).mean(1).sum();
+  const at::Tensor addend = at::stack({rows, kept, visible.to(at::kDouble), mass});
+  at::Tensor& sum = sums_[layer];
+  sum = sum.defined() ? sum + addend : addend;
+}
+
+std::map<int64_t, SparseAttention::Counters> SparseAttention::counters() const {
+  std::map<int64_t, Counters> all;
+  for (const auto& [layer, sum] : sums_) {
+    const at::Tensor host = sum.cpu();
+    const double* data = host.const_data_ptr<double>();
+    all[layer] = {static_cast<int64_t>(data[0]), data[1], static_cast<int64_t>(data[2]), data[3]};
+  }
+  return all;
+}
+
+}  // namespace spot

@@ -1,0 +1,90 @@
+#include "selection/selection.h"
+
+#include <cmath>
+#include <limits>
+
+#include "core/error.h"
+#include "ops/ops.h"
+
+namespace spot {
+
+void SelectionRule::validate() const {
+  auto require = [](bool holds, const char* field, auto value, const char* wanted) {
+    if (!holds) fail("selection rule: {} is {}; it must be {}", field, value, wanted);
+  };
+  require(budget >= 0, "budget", budget, "0 or more tokens");
+  require(budget_fraction >= 0 && budget_fraction <= 1, "budget_fraction", budget_fraction,
+          "0 (unused) to 1");
+  require(p > 0 && p <= 1, "p", p, "above 0 and at most 1");
+  require(sinks >= 0, "sinks", sinks, "0 or more tokens");
+  require(recency >= 0, "recency", recency, "0 or more tokens");
+  require(floor >= 0, "floor", floor, "0 or more tokens");
+  require(cap >= 0 && (cap == 0 || cap >= floor), "cap", cap, "0 (none) or at least the floor");
+  require(temperature > 0 && std::isfinite(temperature), "temperature", temperature, "positive");
+}
+
+std::string SelectionRule::describe() const {
+  if (mode == SelectionMode::top_p)
+    return cap > 0 ? fmt::format("top-p {:g}, at most {}", p, cap) : fmt::format("top-p {:g}", p);
+  return budget_fraction > 0 ? fmt::format("top-k {:g}%", 100 * budget_fraction)
+                             : fmt::format("top-k {}", budget);
+}
+
+SelectionRule SelectionRule::from_defaults(const SelectionDefaults& defaults) {
+  SelectionRule rule;
+  rule.p = defaults.p;
+  rule.sinks = defaults.sinks;
+  rule.recency = defaults.recency;
+  rule.floor = defaults.floor;
+  rule.cap = defaults.cap;
+  return rule;
+}
+
+Selection select_blocks(const at::Tensor& scores, const at::Tensor& lengths, const SelectionRule& rule) {
+  rule.validate();
+  ops::SelectArguments arguments;
+  arguments.top_p = rule.mode == SelectionMode::top_p;
+  arguments.p = rule.p;
+  arguments.budget = rule.budget;
+  arguments.budget_fraction = rule.budget_fraction;
+  arguments.sinks = rule.sinks;
+  arguments.recency = rule.recency;
+  arguments.floor = rule.floor;
+  arguments.cap = rule.cap;
+  arguments.temperature = rule.temperature;
+  auto [indices, counts, mass] = ops::select_blocks(scores, lengths, arguments);
+  return {indices, counts, mass, lengths};
+}
+
+at::Tensor block_max(const at::Tensor& token_scores) {
+  const int64_t tokens = token_scores.size(-1), blocks = (tokens + kBlockSize - 1) / kBlockSize;
+  at::Tensor padded = token_scores;
+  if (tokens % kBlockSize != 0)
+    padded = at::constant_pad_nd(token_scores, {0, blocks * kBlockSize - tokens},
+                                 -std::numeric_limits<float>::infinity());
+  std::vector<int64_t> shape(token_scores.sizes().begin(), token_scores.sizes().end() - 1);
+  shape.push_back(blocks);
+  shape.push_back(kBlockSize);
+  return padded.reshape(shape).amax(-1);
+}
+
+at::Tensor token_mask(const Selection& selection, int64_t length) {
+  const int64_t blocks = (length + kBlockSize - 1) / kBlockSize;
+  // One column more than there are blocks takes the padding.
+  const at::Tensor index = at::where(selection.indices < 0, blocks, selection.indices).to(at::kLong);
+  at::Tensor mask =
+      at::zeros({selection.rows(), selection.groups(), blocks + 1}, index.options().dtype(at::kBool));
+  mask.scatter_(2, index, true);
+  return mask.narrow(2, 0, blocks).repeat_interleave(kBlockSize, 2).narrow(2, 0, length);
+}
+
+std::pair<at::Tensor, at::Tensor> count_tokens(const Selection& selection, const at::Tensor& visible) {
+  const at::Tensor lengths = visible.to(at::kLong).unsqueeze(1);
+  const at::Tensor blocks = at::div(lengths + (kBlockSize - 1), kBlockSize, "floor");
+  const at::Tensor missing =
+      blocks * kBlockSize - lengths;  // of the last block, which is always kept when partial
+  const at::Tensor kept = (selection.counts.to(at::kLong) * kBlockSize - missing).clamp_min(0);
+  return {kept.to(at::kDouble).mean(1).sum(), lengths.sum()};
+}
+
+}  // namespace spot

@@ -1,0 +1,231 @@
+#include "selector/config.h"
+
+#include <cmath>
+#include <set>
+#include <utility>
+
+#include "core/error.h"
+
+namespace spot {
+namespace {
+
+using nlohmann::json;
+
+template <typename Enum>
+using Words = std::vector<std::pair<Enum, const char*>>;
+
+const Words<KeyNorm> kKeyNorms = {
+    {KeyNorm::none, "none"}, {KeyNorm::layernorm, "layernorm"}, {KeyNorm::rmsnorm, "rmsnorm"}};
+const Words<SelectorScope> kScopes = {{SelectorScope::layer, "layer"}, {SelectorScope::kv_group, "kv_group"}};
+const Words<DistillLoss> kLosses = {{DistillLoss::dense, "dense"}, {DistillLoss::sparse, "sparse"}};
+const Words<Teacher> kTeachers = {{Teacher::token, "token"}, {Teacher::block_max, "block_max"}};
+const Words<TeacherScope> kTeacherScopes = {{TeacherScope::all, "all"}, {TeacherScope::residual, "residual"}};
+const Words<CacheFormat> kCacheFormats = {{CacheFormat::f32, "f32"},     {CacheFormat::bf16, "bf16"},
+                                          {CacheFormat::int8, "int8"},   {CacheFormat::int4, "int4"},
+                                          {CacheFormat::mxfp4, "mxfp4"}, {CacheFormat::nvfp4, "nvfp4"}};
+
+template <typename Enum>
+std::string word_of(const Words<Enum>& words, Enum value) {
+  for (const auto& [candidate, word] : words)
+    if (candidate == value) return word;
+  fail("enum value {} has no name", static_cast<int>(value));
+}
+
+template <typename Enum>
+Enum value_of(const Words<Enum>& words, const std::string& word, const std::string& where) {
+  std::string accepted;
+  for (const auto& [candidate, name] : words) {
+    if (word == name) return candidate;
+    accepted += (accepted.empty() ? "" : ", ") + std::string(name);
+  }
+  fail("{} is \"{}\"; it must be one of {}", where, word, accepted);
+}
+
+// Reads the fields of one JSON object and refuses those that nobody asked for.
+class Fields {
+ public:
+  Fields(const json& object, std::string where) : object_(object), where_(std::move(where)) {
+    if (!object.is_object()) fail("{} must be a JSON object, not {}", where_, object.type_name());
+  }
+
+  void read(const char* name, int64_t& value) {
+    if (const json* field = find(name)) {
+      if (!field->is_number_integer()) wrong(name, *field, "an integer");
+      value = field->get<int64_t>();
+    }
+  }
+  void read(const char* name, double& value) {
+    if (const json* field = find(name)) {
+      if (!field->is_number()) wrong(name, *field, "a number");
+      value = field->get<double>();
+    }
+  }
+  void read(const char* name, bool& value) {
+    if (const json* field = find(name)) {
+      if (!field->is_boolean()) wrong(name, *field, "true or false");
+      value = field->get<bool>();
+    }
+  }
+  void read(const char* name, std::string& value) {
+    if (const json* field = find(name)) {
+      if (!field->is_string()) wrong(name, *field, "a string");
+      value = field->get<std::string>();
+    }
+  }
+  template <typename Enum>
+  void read(const char* name, Enum& value, const Words<Enum>& words) {
+    std::string word = word_of(words, value);
+    read(name, word);
+    value = value_of(words, word, where_ + "." + name);
+  }
+  template <typename Number>
+  void read(const char* name, std::vector<Number>& value) {
+    const json* field = find(name);
+    if (!field) return;
+    if (!field->is_array()) wrong(name, *field, "an array of numbers");
+    value.clear();
+    for (const json& item : *field) {
+      if (std::is_integral_v<Number> ? !item.is_number_integer() : !item.is_number())
+        wrong(name, item, "an array of numbers");
+      value.push_back(item.get<Number>());
+    }
+  }
+  const json* find(const char* name) {
+    known_.insert(name);
+    auto found = object_.find(name);
+    return found == object_.end() ? nullptr : &*found;
+  }
+  void refuse_others() const {
+    for (const auto& [name, value] : object_.items())
+      if (!known_.count(name)) fail("{} has the unknown field \"{}\"; remove it or upgrade", where_, name);
+  }
+
+ private:
+  [[noreturn]] void wrong(const char* name, const json& field, const char* wanted) const {
+    fail("{}.{} must be {}, not {}", where_, name, wanted, field.dump());
+  }
+
+  const json& object_;
+  std::string where_;
+  std::set<std::string> known_;
+};
+
+}  // namespace
+
+std::string to_string(CacheFormat format) {
+  return word_of(kCacheFormats, format);
+}
+
+CacheFormat cache_format_from_string(const std::string& word) {
+  return value_of(kCacheFormats, word, "the selector's cache format");
+}
+
+SelectorConfig SelectorConfig::from_preset(const std::string& name) {
+  SelectorConfig config;
+  config.preset = name;
+  if (name == "paper") {
+    config.key_heads = config.num_heads;
+    config.cache_format = CacheFormat::bf16;
+  } else if (name != "spot" && name != "custom") {
+    fail("there is no selector preset \"{}\"; use paper, spot or custom", name);
+  }
+  return config;
+}
+
+SelectorConfig SelectorConfig::from_json(const json& object, const std::string& source) {
+  Fields fields(object, source);
+  std::string preset = "spot";
+  fields.read("preset", preset);
+  SelectorConfig config = from_preset(preset);
+  fields.read("num_heads", config.num_heads);
+  fields.read("head_dim", config.head_dim);
+  fields.read("key_heads", config.key_heads);
+  fields.read("rope_dims", config.rope_dims);
+  fields.read("key_norm", config.key_norm, kKeyNorms);
+  fields.read("norm_eps", config.norm_eps);
+  fields.read("per", config.scope, kScopes);
+  fields.read("block_size", config.block_size);
+  fields.read("cache_format", config.cache_format, kCacheFormats);
+  if (const json* object = fields.find("selection")) {
+    Fields selection(*object, source + ".selection");
+    selection.read("sinks", config.selection.sinks);
+    selection.read("recency", config.selection.recency);
+    selection.read("floor", config.selection.floor);
+    selection.read("cap", config.selection.cap);
+    selection.read("p", config.selection.p);
+    selection.read("temperature", config.selection.temperature);
+    selection.read("dense_layers", config.selection.dense_layers);
+    selection.refuse_others();
+  }
+  if (const json* object = fields.find("distillation")) {
+    Fields distillation(*object, source + ".distillation");
+    distillation.read("loss", config.distillation.loss, kLosses);
+    distillation.read("k_train", config.distillation.k_train);
+    distillation.read("teacher", config.distillation.teacher, kTeachers);
+    distillation.read("teacher_scope", config.distillation.teacher_scope, kTeacherScopes);
+    distillation.read("rest_bucket", config.distillation.rest_bucket);
+    distillation.refuse_others();
+  }
+  fields.refuse_others();
+  config.validate(source);
+  return config;
+}
+
+json SelectorConfig::to_json() const {
+  return {{"preset", preset},
+          {"num_heads", num_heads},
+          {"head_dim", head_dim},
+          {"key_heads", key_heads},
+          {"rope_dims", rope_dims},
+          {"key_norm", word_of(kKeyNorms, key_norm)},
+          {"norm_eps", norm_eps},
+          {"per", word_of(kScopes, scope)},
+          {"block_size", block_size},
+          {"cache_format", word_of(kCacheFormats, cache_format)},
+          {"selection",
+           {{"sinks", selection.sinks},
+            {"recency", selection.recency},
+            {"floor", selection.floor},
+            {"cap", selection.cap},
+            {"p", selection.p},
+            {"temperature", selection.temperature},
+            {"dense_layers", selection.dense_layers}}},
+          {"distillation",
+           {{"loss", word_of(kLosses, distillation.loss)},
+            {"k_train", distillation.k_train},
+            {"teacher", word_of(kTeachers, distillation.teacher)},
+            {"teacher_scope", word_of(kTeacherScopes, distillation.teacher_scope)},
+            {"rest_bucket", distillation.rest_bucket}}}};
+}
+
+void SelectorConfig::validate(const std::string& source) const {
+  auto require = [&](bool holds, const char* field, auto value, const char* wanted) {
+    if (!holds) fail("{}: {} is {}; it must be {}", source, field, value, wanted);
+  };
+  from_preset(preset);
+  require(num_heads == 4, "num_heads", num_heads, "4, what the scoring kernels are built for");
+  require(head_dim == 128, "head_dim", head_dim, "128, what the key formats are built for");
+  require(key_heads == 1 || key_heads == num_heads, "key_heads", key_heads, "1 (shared) or num_heads");
+  require(rope_dims >= 0 && rope_dims <= head_dim && rope_dims % 2 == 0, "rope_dims", rope_dims,
+          "even and at most head_dim");
+  require(norm_eps > 0 && norm_eps < 1, "norm_eps", norm_eps, "between 0 and 1");
+  require(block_size == kBlockSize, "block_size", block_size, "16, the page size of the caches");
+  require(selection.sinks >= 0, "selection.sinks", selection.sinks, "0 or more tokens");
+  require(selection.recency >= 0, "selection.recency", selection.recency, "0 or more tokens");
+  require(selection.floor >= 0, "selection.floor", selection.floor, "0 or more tokens");
+  require(selection.cap >= 0, "selection.cap", selection.cap, "0 (no cap) or more tokens");
+  require(selection.cap == 0 || selection.cap >= selection.floor, "selection.cap", selection.cap,
+          "0 (no cap) or at least selection.floor");
+  require(selection.p > 0 && selection.p <= 1, "selection.p", selection.p, "above 0 and at most 1");
+  for (double temperature : selection.temperature)
+    require(temperature > 0 && std::isfinite(temperature), "selection.temperature", temperature,
+            "positive for every layer");
+  std::set<int64_t> dense;
+  for (int64_t layer : selection.dense_layers) {
+    require(layer >= 0, "selection.dense_layers", layer, "a list of layer indices from 0");
+    require(dense.insert(layer).second, "selection.dense_layers", layer, "listed once");
+  }
+  require(distillation.k_train >= 1, "distillation.k_train", distillation.k_train, "1 or more tokens");
+}
+
+}  // namespace spot

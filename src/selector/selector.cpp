@@ -1,0 +1,191 @@
+#include "selector/selector.h"
+
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/error.h"
+
+namespace spot {
+namespace {
+
+uint64_t mix_bits(uint64_t x) {  // the finaliser of splitmix64
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+// Uniform on [-a, a) with variance 1 / columns. Made of integers and one rounding each, so that no vector
+// width, libm or device can change a bit.
+at::Tensor initial_weight(int64_t rows, int64_t columns, uint64_t seed, int64_t layer, uint64_t which) {
+  at::Tensor weight = at::empty({rows, columns}, at::kFloat);
+  float* data = weight.mutable_data_ptr<float>();
+  const uint64_t stream = mix_bits(seed ^ mix_bits(static_cast<uint64_t>(layer) * 4 + which));
+  const float bound = static_cast<float>(std::sqrt(3.0 / static_cast<double>(columns)));
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    const auto bits = static_cast<int32_t>(mix_bits(stream + static_cast<uint64_t>(i)) >> 40);  // 24 bits
+    data[i] = static_cast<float>(bits - (1 << 23)) * (1.0f / (1 << 23)) * bound;
+  }
+  return weight;
+}
+
+at::Tensor accumulation(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? x : x.to(at::kFloat);
+}
+
+}  // namespace
+
+void Selector::bind(const SelectorConfig& config, const ModelConfig& backbone, at::Device device) {
+  config.validate("selector config");
+  config_ = config;
+  backbone_ = backbone;
+  groups_ = config.scope == SelectorScope::layer ? 1 : backbone.num_kv_heads;
+  layers_.clear();
+  const auto& dense = config.selection.dense_layers;
+  for (int64_t layer : dense)
+    if (layer >= backbone.num_layers)
+      fail("selection.dense_layers names layer {}, but the {} backbone has {} layers", layer,
+           backbone.model_type, backbone.num_layers);
+  for (int64_t layer : backbone.full_attention_layers())
+    if (std::find(dense.begin(), dense.end(), layer) == dense.end()) layers_.push_back(layer);
+  if (layers_.empty())
+    fail("selection.dense_layers leaves no full-attention layer of the {} backbone for a selector",
+         backbone.model_type);
+  const auto& temperature = config.selection.temperature;
+  if (!temperature.empty() && temperature.size() != layers_.size())
+    fail("selection.temperature has {} values, but the selector has {} layers", temperature.size(),
+         layers_.size());
+  if (config.rope_dims > 0) {
+    // YaRN checkpoints state the length before scaling; the table must reach the scaled one.
+    const double scaled =
+        backbone.rope.factor * static_cast<double>(backbone.rope.original_max_position_embeddings);
+    const int64_t positions = std::max(backbone.max_position_embeddings, static_cast<int64_t>(scaled));
+    rope_ = rope_table(backbone.rope, positions, device, config.rope_dims);
+  }
+}
+
+Selector::Selector(const SelectorConfig& config, const ModelConfig& backbone, at::Device device,
+                   at::ScalarType dtype, uint64_t seed) {
+  bind(config, backbone, device);
+  const auto options = at::TensorOptions(device).dtype(dtype);
+  for (int64_t layer : layers_) {
+    LayerWeights& weights = weights_[layer];
+    auto fresh = [&](int64_t rows, uint64_t which) {
+      return initial_weight(rows, backbone.hidden_size, seed, layer, which).to(options);
+    };
+    weights.query = fresh(config.num_heads * config.head_dim, 0);
+    weights.key = fresh(config.key_heads * config.head_dim, 1);
+    weights.mix = fresh(groups_ * config.num_heads, 2);
+    if (config.key_norm != KeyNorm::none) weights.norm_weight = at::ones({config.head_dim}, options);
+    if (config.key_norm == KeyNorm::layernorm) weights.norm_bias = at::zeros({config.head_dim}, options);
+  }
+}
+
+const Selector::LayerWeights& Selector::layer_weights(int64_t layer) const {
+  auto found = weights_.find(layer);
+  if (found == weights_.end()) fail("layer {} has no selector; it must attend densely", layer);
+  return found->second;
+}
+
+double Selector::temperature(int64_t layer) const {
+  const auto& temperature = config_.selection.temperature;
+  auto found = std::find(layers_.begin(), layers_.end(), layer);
+  if (found == layers_.end()) fail("layer {} has no selector, hence no temperature", layer);
+  return temperature.empty() ? 1.0 : temperature.at(found - layers_.begin());
+}
+
+at::Tensor Selector::project_query(int64_t layer, const at::Tensor& hidden,
+                                   const at::Tensor& positions) const {
+  const at::Tensor weight = layer_weights(layer).query.to(hidden.scalar_type());
+  const at::Tensor query =
+      at::linear(hidden, weight).view({hidden.size(0), config_.num_heads, config_.head_dim});
+  return config_.rope_dims > 0 ? apply_rope(query, positions, rope_) : query;
+}
+
+at::Tensor Selector::project_key(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions) const {
+  const LayerWeights& weights = layer_weights(layer);
+  at::Tensor key = at::linear(hidden, weights.key.to(hidden.scalar_type()))
+                       .view({hidden.size(0), config_.key_heads, config_.head_dim});
+  if (config_.key_norm != KeyNorm::none) {
+    at::Tensor x = accumulation(key);
+    if (config_.key_norm == KeyNorm::layernorm) x = x - x.mean(-1, true);
+    x = x * at::rsqrt(x.square().mean(-1, true) + config_.norm_eps);
+    x = x * weights.norm_weight.to(x.scalar_type());
+    if (weights.norm_bias.defined()) x = x + weights.norm_bias.to(x.scalar_type());
+    key = x.to(hidden.scalar_type());
+  }
+  return config_.rope_dims > 0 ? apply_rope(key, positions, rope_) : key;
+}
+
+at::Tensor Selector::project_weight(int64_t layer, const at::Tensor& hidden) const {
+  const at::Tensor x = accumulation(hidden);
+  const double scale = 1.0 / std::sqrt(static_cast<double>(config_.num_heads * config_.head_dim));
+  return at::linear(x, layer_weights(layer).mix.to(x.scalar_type()))
+             .view({hidden.size(0), groups_, config_.num_heads}) *
+         scale;
+}
+
+SelectorProjection Selector::project(int64_t layer, const at::Tensor& hidden,
+                                     const at::Tensor& positions) const {
+  if (hidden.dim() != 2 || hidden.size(1) != backbone_.hidden_size)
+    fail("selector of layer {}: hidden states are {}; they must be [tokens, {}]", layer,
+         fmt::join(hidden.sizes(), "x"), backbone_.hidden_size);
+  return {project_query(layer, hidden, positions), project_key(layer, hidden, positions),
+          project_weight(layer, hidden)};
+}
+
+std::vector<std::pair<std::string, at::Tensor>> Selector::named_parameters() const {
+  std::vector<std::pair<std::string, at::Tensor>> named;
+  for (int64_t layer : layers_) {
+    const LayerWeights& weights = layer_weights(layer);
+    const std::string prefix = fmt::format("layers.{}.", layer);
+    named.emplace_back(prefix + "query.weight", weights.query);
+    named.emplace_back(prefix + "key.weight", weights.key);
+    named.emplace_back(prefix + "mix.weight", weights.mix);
+    if (weights.norm_weight.defined()) named.emplace_back(prefix + "key_norm.weight", weights.norm_weight);
+    if (weights.norm_bias.defined()) named.emplace_back(prefix + "key_norm.bias", weights.norm_bias);
+  }
+  return named;
+}
+
+std::vector<at::Tensor> Selector::parameters() const {
+  std::vector<at::Tensor> all;
+  for (auto& [name, tensor] : named_parameters()) all.push_back(tensor);
+  return all;
+}
+
+std::vector<at::Tensor> Selector::parameters(int64_t layer) const {
+  const LayerWeights& weights = layer_weights(layer);
+  std::vector<at::Tensor> some = {weights.query, weights.key, weights.mix};
+  for (const at::Tensor& tensor : {weights.norm_weight, weights.norm_bias})
+    if (tensor.defined()) some.push_back(tensor);
+  return some;
+}
+
+int64_t Selector::num_parameters() const {
+  int64_t count = 0;
+  for (const at::Tensor& tensor : parameters()) count += tensor.numel();
+  return count;
+}
+
+at::Tensor token_scores(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& key) {
+  const int64_t heads = query.size(1), key_heads = key.size(1);
+  if (query.dim() != 3 || key.dim() != 3 || weight.dim() != 3 || query.size(2) != key.size(2) ||
+      weight.size(0) != query.size(0) || weight.size(2) != heads || (key_heads != 1 && key_heads != heads))
+    fail(
+        "token_scores: query {}, weight {} and key {} do not fit [Tq, heads, dim], [Tq, groups, heads] and "
+        "[Tk, 1 or heads, dim]",
+        fmt::join(query.sizes(), "x"), fmt::join(weight.sizes(), "x"), fmt::join(key.sizes(), "x"));
+  const int64_t queries = query.size(0), tokens = key.size(0);
+  const auto dtype = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  // [Tq, heads, Tk]. A shared key is one plain product over all (query, head) rows.
+  const at::Tensor dots = key_heads == 1
+                              ? at::matmul(query.reshape({queries * heads, -1}), key.select(1, 0).t())
+                                    .view({queries, heads, tokens})
+                              : at::matmul(query.transpose(0, 1), key.permute({1, 2, 0})).transpose(0, 1);
+  return at::matmul(weight.to(dtype), at::relu(dots.to(dtype))).transpose(0, 1);
+}
+
+}  // namespace spot

@@ -1,0 +1,145 @@
+// Selector checkpoints: selector.safetensors holds the weights, selector.json says what they are.
+#include <fmt/ranges.h>
+
+#include <bit>
+#include <fstream>
+
+#include "checkpoint/safetensors.h"
+#include "core/error.h"
+#include "core/files.h"
+#include "selector/selector.h"
+
+namespace spot {
+namespace {
+
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+constexpr const char* kFormat = "spotattention-selector";
+constexpr int64_t kVersion = 1;
+
+// Ties the two files together: a hash over the names, shapes and a sample of the values.
+std::string weights_id(const std::vector<std::pair<std::string, at::Tensor>>& tensors) {
+  uint64_t hash = 0xcbf29ce484222325ull;
+  auto add = [&](uint64_t word) {
+    for (int shift = 0; shift < 64; shift += 8) hash = (hash ^ ((word >> shift) & 0xff)) * 0x100000001b3ull;
+  };
+  for (const auto& [name, tensor] : tensors) {
+    for (char c : name) add(static_cast<unsigned char>(c));
+    const float* data = tensor.const_data_ptr<float>();
+    const int64_t step = std::max<int64_t>(1, tensor.numel() / 1024);
+    for (int64_t i = 0; i < tensor.numel(); i += step) add(std::bit_cast<uint32_t>(data[i]));
+  }
+  return fmt::format("{:016x}", hash);
+}
+
+json backbone_facts(const ModelConfig& backbone, const std::string& fingerprint) {
+  return {{"fingerprint", fingerprint},          {"architecture", backbone.architecture},
+          {"hidden_size", backbone.hidden_size}, {"num_layers", backbone.num_layers},
+          {"num_heads", backbone.num_heads},     {"num_kv_heads", backbone.num_kv_heads},
+          {"head_dim", backbone.head_dim}};
+}
+
+void check_backbone(const json& stored, const json& actual, const std::string& source) {
+  if (!stored.is_object())
+    fail("{}: field \"backbone\" is missing or no object; the selector must be saved again", source);
+  for (const auto& [name, value] : actual.items()) {
+    auto found = stored.find(name);
+    if (found == stored.end())
+      fail("{}: field \"backbone.{}\" is missing; the selector must be saved again", source, name);
+    const bool unknown = name == "fingerprint" && (found->empty() || *found == "" || value == "");
+    if (!unknown && *found != value)
+      fail(
+          "{} was distilled for another backbone: its {} is {}, this model's is {}; use the model it was "
+          "made for or "
+          "distil a selector for this one",
+          source, name, found->dump(), value.dump());
+  }
+}
+
+}  // namespace
+
+fs::path Selector::resolve(const std::string& selector, const fs::path& model_folder) {
+  const fs::path path(selector);
+  const bool bare = !selector.empty() && !path.has_parent_path() && selector != "." && selector != "..";
+  if (bare && fs::is_directory(model_folder / "selectors" / path)) return model_folder / "selectors" / path;
+  if (fs::is_directory(path)) return path;
+  if (bare)
+    fail(
+        "there is no selector \"{}\": neither {} nor a folder of that name exists; train one with `spot "
+        "distill`",
+        selector, (model_folder / "selectors" / path).string());
+  fail("the selector folder {} does not exist", selector);
+}
+
+void Selector::save(const fs::path& folder, const std::string& fingerprint, const json& notes) const {
+  make_folder(folder);
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  for (const auto& [name, tensor] : named_parameters())
+    tensors.emplace_back(name, tensor.detach().to(at::kCPU, at::kFloat).contiguous());
+  const std::string id = weights_id(tensors);
+  write_safetensors(folder / "selector.safetensors", tensors,
+                    {{"format", kFormat}, {"weights_id", id}, {"preset", config_.preset}});
+  const json document = {{"format", kFormat},
+                         {"version", kVersion},
+                         {"config", config_.to_json()},
+                         {"backbone", backbone_facts(backbone_, fingerprint)},
+                         {"layers", layers_},
+                         {"weights_id", id},
+                         {"notes", notes}};
+  write_file_atomically(folder / "selector.json", document.dump(2) + "\n");
+}
+
+Selector Selector::load(const std::string& name, const fs::path& model_folder, const ModelConfig& backbone,
+                        const std::string& fingerprint, at::Device device, at::ScalarType dtype) {
+  const fs::path folder = resolve(name, model_folder);
+  const std::string source = (folder / "selector.json").string();
+  const json document = read_json(folder / "selector.json");
+  if (!document.is_object() || document.value("format", json()) != kFormat)
+    fail("{} is not a selector: its field \"format\" must be \"{}\"", source, kFormat);
+  if (document.value("version", json()) != kVersion)
+    fail("{} has version {}, this program reads version {}; upgrade it", source,
+         document.value("version", json()).dump(), kVersion);
+  check_backbone(document.value("backbone", json()), backbone_facts(backbone, fingerprint), source);
+
+  Selector selector;
+  selector.bind(SelectorConfig::from_json(document.value("config", json()), source + ": config"), backbone,
+                device);
+  selector.notes_ = document.value("notes", json::object());
+  if (document.value("layers", json()) != json(selector.layers_))
+    fail("{}: field \"layers\" is {}, but the backbone and dense_layers give {}", source,
+         document.value("layers", json()).dump(), json(selector.layers_).dump());
+
+  const SafetensorsFile file(folder / "selector.safetensors");
+  const auto& metadata = file.metadata();
+  if (!metadata.contains("weights_id") || document.value("weights_id", json()) != metadata.at("weights_id"))
+    fail("{} and selector.safetensors beside it were not written together; restore both from the same run",
+         source);
+  const SelectorConfig& config = selector.config_;
+  size_t used = 0;
+  for (int64_t layer : selector.layers_) {
+    auto take = [&](const char* part, std::vector<int64_t> shape) {
+      const std::string tensor_name = fmt::format("layers.{}.{}", layer, part);
+      const at::Tensor tensor = file.tensor(tensor_name);
+      if (tensor.sizes() != at::IntArrayRef(shape))
+        fail("{}: tensor {} is {}; config and backbone make it {}", file.path().string(), tensor_name,
+             fmt::join(tensor.sizes(), "x"), fmt::join(shape, "x"));
+      if (!at::isfinite(tensor).all().item<bool>())
+        fail("{}: tensor {} holds values that are not finite; train the selector again", file.path().string(),
+             tensor_name);
+      ++used;
+      return tensor.to(at::TensorOptions(device).dtype(dtype), /*non_blocking=*/false, /*copy=*/true);
+    };
+    LayerWeights& weights = selector.weights_[layer];
+    weights.query = take("query.weight", {config.num_heads * config.head_dim, backbone.hidden_size});
+    weights.key = take("key.weight", {config.key_heads * config.head_dim, backbone.hidden_size});
+    weights.mix = take("mix.weight", {selector.groups_ * config.num_heads, backbone.hidden_size});
+    if (config.key_norm != KeyNorm::none) weights.norm_weight = take("key_norm.weight", {config.head_dim});
+    if (config.key_norm == KeyNorm::layernorm) weights.norm_bias = take("key_norm.bias", {config.head_dim});
+  }
+  if (file.names().size() != used)
+    fail("{} holds {} tensors, the config makes {}", file.path().string(), file.names().size(), used);
+  return selector;
+}
+
+}  // namespace spot
