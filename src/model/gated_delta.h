@@ -1,29 +1,93 @@
-// The gated delta rule of linear-attention layers (Gated DeltaNet, arXiv 2412.06464).
+// Gated DeltaNet, the linear attention of Qwen3.5 (Yang et al., "Gated Delta Networks", arXiv 2412.06464):
+// what lies between a layer's input projections and its output projection, as functions on tensors.
 //
-// Per value head a state S [key_head_dim, value_head_dim] follows
-//   S <- e^g S;  d = beta (v - S^T k);  S <- S + k d^T;  o = S^T q.
-// Everything is float32. Queries and keys come normalised, the query scaled, one head per value head.
+// H_k key heads of D_k dims, H_v value heads of D_v; value head h reads key head h / (H_v / H_k). Channels
+// are 2 H_k D_k + H_v D_v, in the order q | k | v. Per token and value head, with state S [D_k, D_v]:
+//   u = SiLU(causal depthwise convolution of the channels)       q, k, v = split(u)
+//   q = D_k^-1/2 q / sqrt(|q|^2 + 1e-6),  k = k / sqrt(|k|^2 + 1e-6)
+//   g = -exp(A_log) softplus(a + dt_bias),  beta = sigmoid(b)
+//   S <- e^g S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q
+//   y = RMSNorm(o) * weight * SiLU(z)
+//
+// Inputs may be float32, bfloat16 or float16, with any strides between tokens; all arithmetic and both states
+// are float32. CPU and CUDA tensors alike; where the build has SPOT_CUDA and the shape fits
+// kernels/gated_delta.h, CUDA tensors go to the fused kernels. Functions throw Error on shapes and dtypes
+// that do not fit.
+//
+// States live in pools whose first dimension is a slot; state_slots [num_sequences] int64, on the pools'
+// device, says which slot a sequence has. Slots of one call must be distinct and in range. A zeroed slot is
+// an empty past. The functions below update the slots in place, reading no device value on the host: decode
+// may be captured in a CUDA graph (the slots' contents may change between replays).
 #pragma once
 
 #include <ATen/ATen.h>
 
+#include <cstdint>
+#include <vector>
+
 namespace spot {
 
-// What the rule reads for N tokens.
-struct GatedDeltaInputs {
-  at::Tensor query, key;  // [N, heads, key_head_dim]
-  at::Tensor value;       // [N, heads, value_head_dim]
-  at::Tensor log_decay;   // [N, heads], g <= 0
-  at::Tensor beta;        // [N, heads]
+// A layer's weights in the form used here, float32, on the layer's device. Make them with
+// gated_delta_weights().
+struct GatedDeltaWeights {
+  at::Tensor conv;        // [conv_kernel, channels], oldest tap first
+  at::Tensor decay_rate;  // [H_v], exp(A_log)
+  at::Tensor dt_bias;     // [H_v]
+  at::Tensor norm;        // [D_v], the output norm's weight (plain, not zero-centred)
+  double norm_epsilon = 1e-6;
 };
 
-// One token of each of N sequences. states [N, heads, key_head_dim, value_head_dim] are updated in place.
-// Returns [N, heads, value_head_dim].
-at::Tensor gated_delta_step(const GatedDeltaInputs& inputs, at::Tensor& states);
+// From the tensors of a checkpoint: conv1d.weight [channels, 1, conv_kernel] (or [channels, conv_kernel]),
+// A_log [H_v], dt_bias [H_v], norm.weight [D_v]; any floating dtype.
+GatedDeltaWeights gated_delta_weights(const at::Tensor& conv1d_weight, const at::Tensor& a_log,
+                                      const at::Tensor& dt_bias, const at::Tensor& norm_weight,
+                                      double norm_epsilon);
 
-// N consecutive tokens of one sequence, in chunks of 64: inside a chunk the updates are one triangular
-// system, so that the work is matrix products and only the states between chunks are sequential. state
-// [heads, key_head_dim, value_head_dim] is updated in place. Returns [N, heads, value_head_dim].
-at::Tensor gated_delta_prefill(const GatedDeltaInputs& inputs, at::Tensor& state);
+// The whole layer between its projections; T tokens of several sequences laid end to end, sequence i having
+// query_lengths[i] of them (0 is allowed), as in Batch. Takes the recurrent step when every length is 1, else
+// the chunked form.
+//   mixed_qkv [T, channels], z [T, H_v * D_v] (or [T, H_v, D_v]), b [T, H_v], a [T, H_v]: the projections'
+//   outputs conv_states [slots, conv_kernel - 1, channels] float32, oldest input first (KvCache::conv_states)
+//   recurrent_states [slots, H_v, D_k, D_v] float32 (KvCache::recurrent_states)
+// Returns [T, H_v * D_v] in mixed_qkv's dtype, to be multiplied by out_proj.
+at::Tensor gated_delta_layer(const at::Tensor& mixed_qkv, const at::Tensor& z, const at::Tensor& b,
+                             const at::Tensor& a, const GatedDeltaWeights& weights, at::Tensor conv_states,
+                             at::Tensor recurrent_states, const at::Tensor& state_slots,
+                             const std::vector<int64_t>& query_lengths);
+
+// The parts, in plain ATen operations.
+
+// SiLU of the depthwise causal convolution of x [T, channels] with weight [conv_kernel, channels] float32,
+// each sequence continuing from its slot of conv_states, which then holds its last conv_kernel - 1 inputs.
+// float32 [T, channels].
+at::Tensor causal_conv_silu(const at::Tensor& x, const at::Tensor& weight, at::Tensor conv_states,
+                            const at::Tensor& state_slots, const std::vector<int64_t>& query_lengths);
+
+// x / sqrt(sum x^2 + 1e-6) over the last dimension, float32.
+at::Tensor l2_normalized(const at::Tensor& x);
+
+struct DeltaGates {
+  at::Tensor log_decay;  // g <= 0, [T, H_v] float32
+  at::Tensor beta;       // in (0, 1), [T, H_v] float32
+};
+DeltaGates delta_gates(const at::Tensor& b, const at::Tensor& a, const GatedDeltaWeights& weights);
+
+// The recurrence alone. query [T, H_k, D_k], already normalised and scaled; key [T, H_k, D_k], already
+// normalised; value [T, H_v, D_v]; all float32. Returns o [T, H_v, D_v] float32 and updates recurrent_states.
+//
+// Chunked form, for prefill: chunks of 64 tokens, the triangular system of the delta rule solved within a
+// chunk, the state carried from chunk to chunk (WY representation; Yang et al., arXiv 2406.06484). Equal to
+// the recurrence up to rounding.
+at::Tensor gated_delta_chunked(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                               const DeltaGates& gates, at::Tensor recurrent_states,
+                               const at::Tensor& state_slots, const std::vector<int64_t>& query_lengths);
+// One token a sequence, for decode: T = num_sequences.
+at::Tensor gated_delta_step(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                            const DeltaGates& gates, at::Tensor recurrent_states,
+                            const at::Tensor& state_slots);
+
+// RMSNorm(o) * weight * SiLU(z) over the last dimension: o [T, H_v, D_v] float32, z of as many elements,
+// weight [D_v] float32. Returns [T, H_v * D_v] in z's dtype.
+at::Tensor gated_rms_norm(const at::Tensor& o, const at::Tensor& z, const at::Tensor& weight, double epsilon);
 
 }  // namespace spot
