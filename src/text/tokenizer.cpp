@@ -1,0 +1,300 @@
+#include "text/tokenizer.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "text/added_tokens.h"
+#include "text/bpe.h"
+#include "text/pretokenizer.h"
+#include "text/unicode.h"
+
+namespace spot {
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace {
+
+const json& member(const json& object, const char* key) {
+  static const json null;
+  return object.contains(key) ? object.at(key) : null;
+}
+
+// Whether the normalizer is NFC; false if there is none.
+bool normalizes(const json& normalizer, const std::string& where) {
+  if (normalizer.is_null()) return false;
+  const std::string type = normalizer.at("type");
+  if (type == "NFC") return true;
+  if (type != "Sequence")
+    fail("{}: the normalizer {} is not supported; NFC, Sequence and null are", where, type);
+  bool any = false;
+  for (const auto& part : normalizer.at("normalizers")) any |= normalizes(part, where);
+  return any;
+}
+
+void check_decoder(const json& decoder, const std::string& where) {
+  if (decoder.is_null())
+    fail("{}: there is no decoder; a byte-level BPE tokenizer needs a ByteLevel one", where);
+  const std::string type = decoder.at("type");
+  if (type == "ByteLevel") return;
+  const auto& parts = member(decoder, "decoders");
+  if (type != "Sequence" || parts.size() != 1)
+    fail("{}: the decoder {} is not supported; ByteLevel is", where, type);
+  check_decoder(parts[0], where);
+}
+
+// The ids that a TemplateProcessing post-processor puts around one sequence.
+struct Frame {
+  std::vector<int32_t> before, after;
+};
+
+void read_post_processor(const json& processor, const std::string& where, Frame& frame) {
+  if (processor.is_null()) return;
+  const std::string type = processor.at("type");
+  if (type == "ByteLevel") return;  // it only moves offsets, which are not reported here
+  if (type == "Sequence") {
+    for (const auto& part : processor.at("processors")) read_post_processor(part, where, frame);
+    return;
+  }
+  if (type != "TemplateProcessing") {
+    fail("{}: the post_processor {} is not supported; TemplateProcessing, ByteLevel, Sequence and null are",
+         where, type);
+  }
+  Frame read;
+  int sequences = 0;
+  for (const auto& piece : processor.at("single")) {
+    if (piece.contains("Sequence")) {
+      ++sequences;
+      continue;
+    }
+    const std::string name = piece.at("SpecialToken").at("id");
+    for (const int32_t id : processor.at("special_tokens").at(name).at("ids")) {
+      (sequences == 0 ? read.before : read.after).push_back(id);
+    }
+  }
+  if (sequences != 1)
+    fail("{}: the post_processor's single template names the text {} times, not once", where, sequences);
+  frame.before.insert(frame.before.begin(), read.before.begin(), read.before.end());
+  frame.after.insert(frame.after.end(), read.after.begin(), read.after.end());
+}
+
+// eos_token_id and the like: a number, a list of numbers, or nothing.
+std::vector<int32_t> ids_in(const json& value) {
+  if (value.is_number_integer()) return {value.get<int32_t>()};
+  if (value.is_array()) return value.get<std::vector<int32_t>>();
+  return {};
+}
+
+json read_if_there(const fs::path& path) {
+  return fs::exists(path) ? read_json(path) : json::object();
+}
+
+}  // namespace
+
+struct Tokenizer::Tables {
+  Tables(const json& file, const json& config, const std::string& where);
+  void read_special_ids(const fs::path& folder, const json& config);
+  void check_id(int32_t id) const;
+
+  struct Token {
+    std::string bytes;
+    bool known = false, special = false;
+  };
+  std::string where;
+  BytePairEncoding bpe;
+  PreTokenizer pre_tokenizer;
+  bool nfc;
+  Frame frame;
+  std::vector<AddedToken> added;
+  std::vector<Token> tokens;  // by id
+  StringMap<int32_t> added_ids;
+  AddedTokenMatcher raw_matcher, normalized_matcher;
+  std::vector<int32_t> eos_ids;
+  std::optional<int32_t> bos_id, pad_id;
+
+ private:
+  static std::vector<AddedToken> read_added(const json& file, const json& config, const BytePairEncoding& bpe,
+                                            const std::string& where);
+};
+
+std::vector<AddedToken> Tokenizer::Tables::read_added(const json& file, const json& config,
+                                                      const BytePairEncoding& bpe, const std::string& where) {
+  std::vector<AddedToken> added;
+  for (const auto& entry : member(file, "added_tokens")) {
+    added.push_back(AddedToken::from_json(entry, entry.at("id").get<int32_t>()));
+  }
+  // tokenizer_config.json may name tokens that tokenizer.json lacks.
+  for (const auto& [key, entry] : member(config, "added_tokens_decoder").items()) {
+    const AddedToken token = AddedToken::from_json(entry, std::stoi(key));
+    const bool known = std::any_of(added.begin(), added.end(),
+                                   [&](const AddedToken& t) { return t.content == token.content; });
+    if (!known) added.push_back(token);
+  }
+  for (const AddedToken& token : added) {
+    const auto found = bpe.vocab().find(token.content);
+    if (token.id < 0 || token.id >= 1 << 24 || (found != bpe.vocab().end() && found->second != token.id)) {
+      fail("{}: the added token {} has the id {}, which contradicts the vocabulary", where, token.content,
+           token.id);
+    }
+  }
+  return added;
+}
+
+Tokenizer::Tables::Tables(const json& file, const json& config, const std::string& path)
+    : where(path),
+      bpe(file.at("model"), path),
+      pre_tokenizer(member(file, "pre_tokenizer"), path),
+      nfc(normalizes(member(file, "normalizer"), path)),
+      added(read_added(file, config, bpe, path)),
+      raw_matcher(added, [](const AddedToken& t) { return t.normalized ? "" : t.content; }),
+      normalized_matcher(added, [this](const AddedToken& t) {
+        return !t.normalized ? "" : nfc ? normalize_nfc(t.content) : t.content;
+      }) {
+  check_decoder(member(file, "decoder"), path);
+  read_post_processor(member(file, "post_processor"), path, frame);
+  const auto place = [&](int32_t id, const std::string& text) -> Token& {
+    if (static_cast<size_t>(id) >= tokens.size()) tokens.resize(static_cast<size_t>(id) + 1);
+    // A token with a character that stands for no byte means itself.
+    return tokens[static_cast<size_t>(id)] = {bytes_of_token(text).value_or(text), true, false};
+  };
+  for (const auto& [text, id] : bpe.vocab()) place(id, text);
+  for (const AddedToken& token : added) {
+    place(token.id, token.normalized && nfc ? normalize_nfc(token.content) : token.content).special =
+        token.special;
+    added_ids.emplace(token.content, token.id);
+  }
+  for (const auto* ids : {&frame.before, &frame.after})
+    std::for_each(ids->begin(), ids->end(), [&](int32_t id) { check_id(id); });
+}
+
+void Tokenizer::Tables::check_id(int32_t id) const {
+  if (id < 0 || static_cast<size_t>(id) >= tokens.size()) {
+    fail("{}: the id {} is outside the vocabulary of {} tokens", where, id, tokens.size());
+  }
+  if (!tokens[static_cast<size_t>(id)].known) fail("{}: no token has the id {}", where, id);
+}
+
+void Tokenizer::Tables::read_special_ids(const fs::path& folder, const json& config) {
+  const json generation = read_if_there(folder / "generation_config.json");
+  const json model = read_if_there(folder / "config.json");
+  const auto named = [&](const char* key) -> std::optional<int32_t> {
+    const json& value = member(config, key);
+    if (value.is_null()) return std::nullopt;
+    const std::string token = value.is_object() ? value.at("content") : value;
+    const auto added_id = added_ids.find(token);
+    if (added_id != added_ids.end()) return added_id->second;
+    const auto id = bpe.vocab().find(token);
+    if (id == bpe.vocab().end()) {
+      fail("{}: {} is {}, which is not in the vocabulary", (folder / "tokenizer_config.json").string(), key,
+           token);
+    }
+    return id->second;
+  };
+  const auto first = [](const std::vector<int32_t>& ids) {
+    return ids.empty() ? std::nullopt : std::optional<int32_t>(ids.front());
+  };
+  const auto either = [&](const char* token_key, const char* id_key) {
+    if (const auto id = named(token_key)) return id;
+    if (const auto id = first(ids_in(member(generation, id_key)))) return id;
+    return first(ids_in(member(model, id_key)));
+  };
+  bos_id = either("bos_token", "bos_token_id");
+  pad_id = either("pad_token", "pad_token_id");
+  eos_ids = ids_in(member(generation, "eos_token_id"));
+  if (const auto eos = named("eos_token")) eos_ids.push_back(*eos);
+  if (eos_ids.empty()) eos_ids = ids_in(member(model, "eos_token_id"));
+  std::vector<int32_t> distinct;
+  for (const int32_t id : eos_ids) {
+    check_id(id);
+    if (std::find(distinct.begin(), distinct.end(), id) == distinct.end()) distinct.push_back(id);
+  }
+  eos_ids = std::move(distinct);
+}
+
+Tokenizer Tokenizer::load(const fs::path& folder_or_file) {
+  const bool is_folder = fs::is_directory(folder_or_file);
+  const fs::path path = is_folder ? folder_or_file / "tokenizer.json" : folder_or_file;
+  const json file = read_json(path);
+  try {
+    const json config = is_folder ? read_if_there(folder_or_file / "tokenizer_config.json") : json::object();
+    auto tables = std::make_shared<Tables>(file, config, path.string());
+    if (is_folder) tables->read_special_ids(folder_or_file, config);
+    return Tokenizer(std::move(tables));
+  } catch (const json::exception& e) {
+    fail("{}: not of the form of a tokenizer.json: {}", path.string(), e.what());
+  }
+}
+
+std::vector<int32_t> Tokenizer::encode(std::string_view utf8, bool add_special_tokens) const {
+  const Tables& tables = *tables_;
+  if (const size_t offset = find_invalid_utf8(utf8); offset != std::string_view::npos) {
+    fail("the text is not UTF-8: ill-formed bytes at offset {} of {}", offset, utf8.size());
+  }
+  std::vector<int32_t> ids;
+  ids.reserve(utf8.size() / 4 + 2);
+  if (add_special_tokens) ids = tables.frame.before;
+  Splitter splitter(tables.pre_tokenizer);
+  PieceCache cache(tables.bpe);
+  for (const auto& raw : tables.raw_matcher.split(utf8)) {
+    if (raw.id >= 0) {
+      ids.push_back(raw.id);
+      continue;
+    }
+    const std::string normalized = tables.nfc ? normalize_nfc(raw.text) : std::string();
+    for (const auto& part : tables.normalized_matcher.split(tables.nfc ? normalized : raw.text)) {
+      if (part.id >= 0) {
+        ids.push_back(part.id);
+      } else {
+        splitter.split(part.text, [&](std::string_view piece) { cache.encode(piece, ids); });
+      }
+    }
+  }
+  if (add_special_tokens) ids.insert(ids.end(), tables.frame.after.begin(), tables.frame.after.end());
+  return ids;
+}
+
+std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special_tokens) const {
+  std::string text;
+  Utf8Stream stream;
+  for (const int32_t id : ids) {
+    tables_->check_id(id);
+    const auto& token = tables_->tokens[static_cast<size_t>(id)];
+    if (!skip_special_tokens || !token.special) stream.push(token.bytes, text);
+  }
+  stream.finish(text);
+  return text;
+}
+
+std::optional<int32_t> Tokenizer::token_id(std::string_view token) const {
+  for (const auto* table : {&tables_->added_ids, &tables_->bpe.vocab()}) {
+    if (const auto found = table->find(token); found != table->end()) return found->second;
+  }
+  return std::nullopt;
+}
+
+const std::string& Tokenizer::token_bytes(int32_t id) const {
+  tables_->check_id(id);
+  return tables_->tokens[static_cast<size_t>(id)].bytes;
+}
+
+int64_t Tokenizer::vocab_size() const {
+  return static_cast<int64_t>(tables_->tokens.size());
+}
+
+bool Tokenizer::is_special(int32_t id) const {
+  tables_->check_id(id);
+  return tables_->tokens[static_cast<size_t>(id)].special;
+}
+
+const std::vector<int32_t>& Tokenizer::eos_ids() const {
+  return tables_->eos_ids;
+}
+std::optional<int32_t> Tokenizer::bos_id() const {
+  return tables_->bos_id;
+}
+std::optional<int32_t> Tokenizer::pad_id() const {
+  return tables_->pad_id;
+}
+
+}  // namespace spot
