@@ -1,87 +1,517 @@
 #include "model/gated_delta.h"
 
+#include <torch/library.h>
+
 #include <algorithm>
-#include <limits>
+#include <cmath>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "core/error.h"
+#ifdef SPOT_CUDA
+#include "ops/cuda/gated_delta.h"
+#endif
 
 namespace spot {
 namespace {
 
 constexpr int64_t kChunk = 64;
-// Chunks whose products are formed at once: bounds the memory of a long prompt.
-constexpr int64_t kChunksAtOnce = 64;
+// Tokens worked on at once in prefill: enough for wide batches of matrix products, few enough that the
+// float32 intermediates stay near a hundred megabytes.
+constexpr int64_t kPieceTokens = 2048;
 
-// Tokens start .. start + chunks * length of `inputs`, in equal chunks. Writes their outputs.
-//
-// With G the running sum of g inside a chunk, the values a chunk adds to the state, D (one row a token),
-// solve
-//   (I + A) D = beta V - beta e^G K S,   A[i, j] = beta_i e^(G_i - G_j) k_i . k_j for j < i,
-// S being the state before the chunk. The right side's two parts are solved before S is known.
-void advance(const GatedDeltaInputs& inputs, int64_t start, int64_t chunks, int64_t length, at::Tensor& state,
-             at::Tensor& output) {
-  // [chunks, heads, length, dim]: chunk by chunk contiguous, heads as the batch of every product.
-  const auto chunked = [&](const at::Tensor& x) {
-    const at::Tensor part = x.narrow(0, start, chunks * length);
-    return part.unflatten(0, {chunks, length}).transpose(1, 2).contiguous();
-  };
-  const at::Tensor query = chunked(inputs.query), key = chunked(inputs.key), value = chunked(inputs.value);
-  const at::Tensor beta = chunked(inputs.beta.unsqueeze(2));
-  const at::Tensor decay =
-      chunked(inputs.log_decay.unsqueeze(2)).squeeze(3).cumsum(2);  // G [chunks, heads, length]
-  const at::Tensor final_decay = decay.narrow(2, length - 1, 1);
-  const at::Tensor grown = decay.exp().unsqueeze(3);
+std::string shape_text(const at::Tensor& t) {
+  if (!t.defined()) return "an undefined tensor";
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "] " + c10::toString(t.scalar_type());
+}
 
-  const at::Tensor future = at::ones({length, length}, key.options().dtype(at::kBool)).triu(1);
-  const at::Tensor pair_decay = (decay.unsqueeze(3) - decay.unsqueeze(2))
-                                    .masked_fill_(future, -std::numeric_limits<float>::infinity())
-                                    .exp_();
-  const at::Tensor transposed_key = key.transpose(2, 3);
-  const at::Tensor attention = at::matmul(query, transposed_key).mul_(pair_decay);
-  const at::Tensor weighted_key = key * beta;
-  const at::Tensor system = at::matmul(weighted_key, transposed_key).mul_(pair_decay);
-  // Solved rather than inverted by powers of A, whose entries explode when keys repeat.
-  const at::Tensor solved =
-      at::linalg_solve_triangular(system, at::cat({value * beta, weighted_key * grown}, 3),
-                                  /*upper=*/false, /*left=*/true, /*unitriangular=*/true);
-  const int64_t value_dim = value.size(3), key_dim = key.size(3);
-  const at::Tensor new_values = solved.narrow(3, 0, value_dim).contiguous();
-  const at::Tensor old_keys = solved.narrow(3, value_dim, key_dim).contiguous();
-  const at::Tensor grown_query = query * grown;
-  const at::Tensor left_key = (key * (final_decay - decay).exp_().unsqueeze(3)).transpose(2, 3);
-  const at::Tensor chunk_decay = final_decay.exp().unsqueeze(3);  // [chunks, heads, 1, 1]
-
-  at::Tensor out = output.narrow(0, start, chunks * length).unflatten(0, {chunks, length});
-  at::Tensor current = state;
-  for (int64_t i = 0; i < chunks; ++i) {
-    const at::Tensor added = at::baddbmm(new_values[i], old_keys[i], current, 1, -1);
-    const at::Tensor result = at::baddbmm(at::bmm(grown_query[i], current), attention[i], added);
-    out[i].copy_(result.transpose(0, 1));
-    current = at::baddbmm(current * chunk_decay[i], left_key[i], added);
+// Size -1 stands for any.
+void expect(const at::Tensor& t, at::IntArrayRef sizes, std::optional<at::ScalarType> dtype,
+            const char* name) {
+  bool fits = t.defined() && t.dim() == static_cast<int64_t>(sizes.size()) &&
+              (dtype ? t.scalar_type() == *dtype : at::isFloatingType(t.scalar_type()));
+  std::string wanted;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (fits && sizes[i] >= 0) fits = t.size(static_cast<int64_t>(i)) == sizes[i];
+    wanted += (i ? ", " : "") + (sizes[i] < 0 ? std::string("any") : std::to_string(sizes[i]));
   }
-  state.copy_(current);
+  if (!fits)
+    fail("gated delta rule: {} is {}; it must be [{}] {}", name, shape_text(t), wanted,
+         dtype ? c10::toString(*dtype) : "of a floating dtype");
+}
+
+void expect_sequences(const at::Tensor& state_slots, int64_t num_sequences) {
+  expect(state_slots, {num_sequences}, at::kLong, "state_slots");
+}
+
+// Checks the lengths against the tokens; returns their number.
+int64_t expect_lengths(at::IntArrayRef query_lengths, int64_t num_tokens) {
+  int64_t sum = 0;
+  for (const int64_t n : query_lengths) {
+    if (n < 0) fail("gated delta rule: a query length is {}; lengths must not be negative", n);
+    sum += n;
+  }
+  if (sum != num_tokens)
+    fail("gated delta rule: query_lengths sum to {}, but there are {} tokens; they must agree", sum,
+         num_tokens);
+  return static_cast<int64_t>(query_lengths.size());
+}
+
+bool all_ones(at::IntArrayRef query_lengths) {
+  return std::all_of(query_lengths.begin(), query_lengths.end(), [](int64_t n) { return n == 1; });
+}
+
+struct Shape {
+  int64_t num_key_heads, num_value_heads, key_head_dim, value_head_dim;
+};
+
+// The heads follow from the weights and the state pool; everything else is checked against them.
+Shape expect_layer(const at::Tensor& mixed_qkv, const at::Tensor& z, const at::Tensor& b, const at::Tensor& a,
+                   const GatedDeltaWeights& w, const at::Tensor& conv_states,
+                   const at::Tensor& recurrent_states, const at::Tensor& state_slots, int64_t num_sequences) {
+  expect(w.conv, {-1, -1}, at::kFloat, "the convolution weight");
+  expect(w.decay_rate, {-1}, at::kFloat, "decay_rate");
+  expect(w.norm, {-1}, at::kFloat, "the norm weight");
+  const int64_t taps = w.conv.size(0), channels = w.conv.size(1);
+  Shape s;
+  s.num_value_heads = w.decay_rate.size(0);
+  s.value_head_dim = w.norm.size(0);
+  expect(w.dt_bias, {s.num_value_heads}, at::kFloat, "dt_bias");
+  expect(recurrent_states, {-1, s.num_value_heads, -1, s.value_head_dim}, at::kFloat, "recurrent_states");
+  s.key_head_dim = recurrent_states.size(2);
+  const int64_t key_channels = channels - s.num_value_heads * s.value_head_dim;
+  if (key_channels <= 0 || s.key_head_dim == 0 || key_channels % (2 * s.key_head_dim) != 0 ||
+      s.num_value_heads % (key_channels / (2 * s.key_head_dim)) != 0)
+    fail(
+        "gated delta rule: {} channels do not divide into queries and keys of {} dims and {} value heads of "
+        "{}; "
+        "check the convolution weight {} and recurrent_states {}",
+        channels, s.key_head_dim, s.num_value_heads, s.value_head_dim, shape_text(w.conv),
+        shape_text(recurrent_states));
+  s.num_key_heads = key_channels / (2 * s.key_head_dim);
+  const int64_t tokens = mixed_qkv.defined() && mixed_qkv.dim() == 2 ? mixed_qkv.size(0) : -1;
+  expect(mixed_qkv, {-1, channels}, {}, "mixed_qkv");
+  if (z.defined() && z.dim() == 3)
+    expect(z, {tokens, s.num_value_heads, s.value_head_dim}, mixed_qkv.scalar_type(), "z");
+  else
+    expect(z, {tokens, s.num_value_heads * s.value_head_dim}, mixed_qkv.scalar_type(), "z");
+  expect(b, {tokens, s.num_value_heads}, {}, "b");
+  expect(a, {tokens, s.num_value_heads}, {}, "a");
+  expect(conv_states, {recurrent_states.size(0), taps - 1, channels}, at::kFloat, "conv_states");
+  expect_sequences(state_slots, num_sequences);
+  return s;
+}
+
+struct Parts {
+  at::Tensor query, key, value;
+};
+
+// q | k | v of the convolution's output, per head; q and k normalised, q scaled.
+Parts split_heads(const at::Tensor& u, const Shape& s) {
+  const int64_t tokens = u.size(0), key_channels = s.num_key_heads * s.key_head_dim;
+  const auto heads = [&](int64_t start) {
+    return l2_normalized(u.narrow(1, start, key_channels).reshape({tokens, s.num_key_heads, s.key_head_dim}));
+  };
+  return {heads(0).mul_(1.0 / std::sqrt(static_cast<double>(s.key_head_dim))), heads(key_channels),
+          u.narrow(1, 2 * key_channels, s.num_value_heads * s.value_head_dim)
+              .reshape({tokens, s.num_value_heads, s.value_head_dim})};
+}
+
+// Where the chunks of a ragged batch lie: step by step (chunk 0 of every sequence, chunk 1 of every sequence
+// that has one, ...), sequences with more chunks first, so that the sequences still running at a step are a
+// prefix.
+struct ChunkPlan {
+  std::vector<int64_t> order;    // sequences, most chunks first
+  std::vector<int64_t> running;  // sequences at each step
+  int64_t num_chunks = 0;
+  std::optional<at::Tensor> positions;  // [T] row of each token among num_chunks * 64; absent: the identity
+};
+
+ChunkPlan plan_chunks(at::IntArrayRef query_lengths, at::Device device) {
+  const int64_t num_sequences = static_cast<int64_t>(query_lengths.size());
+  const auto chunks_of = [&](int64_t i) { return (query_lengths[i] + kChunk - 1) / kChunk; };
+  ChunkPlan plan;
+  plan.order.resize(num_sequences);
+  std::iota(plan.order.begin(), plan.order.end(), 0);
+  std::stable_sort(plan.order.begin(), plan.order.end(),
+                   [&](int64_t i, int64_t j) { return chunks_of(i) > chunks_of(j); });
+  const int64_t steps = num_sequences > 0 ? chunks_of(plan.order[0]) : 0;
+  std::vector<int64_t> first_chunk(steps);
+  for (int64_t step = 0, count = num_sequences; step < steps; ++step) {
+    while (chunks_of(plan.order[count - 1]) <= step) --count;
+    first_chunk[step] = plan.num_chunks;
+    plan.running.push_back(count);
+    plan.num_chunks += count;
+  }
+  if (num_sequences == 1) return plan;
+  std::vector<int64_t> rank(num_sequences), rows;
+  for (int64_t i = 0; i < num_sequences; ++i) rank[plan.order[i]] = i;
+  for (int64_t i = 0; i < num_sequences; ++i)
+    for (int64_t t = 0; t < query_lengths[i]; ++t)
+      rows.push_back((first_chunk[t / kChunk] + rank[i]) * kChunk + t % kChunk);
+  plan.positions = at::tensor(rows, at::kLong).to(device);
+  return plan;
+}
+
+// x [T, heads, ...] as chunks [num_chunks, heads, 64, ...], contiguous, zero where a chunk has no token.
+// Tokens of zeros with a gate of zeros leave the state alone.
+at::Tensor into_chunks(const at::Tensor& x, const ChunkPlan& plan) {
+  std::vector<int64_t> sizes = x.sizes().vec();
+  const int64_t tokens = sizes[0];
+  sizes[0] = plan.num_chunks * kChunk;
+  at::Tensor padded;
+  if (plan.positions) {
+    padded = at::zeros(sizes, x.options()).index_copy_(0, *plan.positions, x);
+  } else if (sizes[0] == tokens) {
+    padded = x;
+  } else {
+    padded = at::empty(sizes, x.options());
+    padded.narrow(0, 0, tokens).copy_(x);
+    padded.narrow(0, tokens, sizes[0] - tokens).zero_();
+  }
+  sizes.insert(sizes.begin(), plan.num_chunks);
+  sizes[1] = kChunk;
+  return padded.view(sizes).transpose(1, 2).contiguous();
+}
+
+at::Tensor out_of_chunks(const at::Tensor& chunks, int64_t num_tokens, const ChunkPlan& plan) {
+  const at::Tensor rows =
+      chunks.transpose(1, 2).reshape({plan.num_chunks * kChunk, chunks.size(1), chunks.size(3)});
+  return plan.positions ? rows.index_select(0, *plan.positions) : rows.narrow(0, 0, num_tokens);
+}
+
+// [n, H_k, rows, cols] -> [n * H_v, rows, cols], each key head repeated for its value heads.
+at::Tensor repeat_heads(const at::Tensor& x, int64_t repeats) {
+  if (repeats == 1) return x.reshape({x.size(0) * x.size(1), x.size(2), x.size(3)});
+  return x.unsqueeze(2)
+      .expand({x.size(0), x.size(1), repeats, x.size(2), x.size(3)})
+      .reshape({x.size(0) * x.size(1) * repeats, x.size(2), x.size(3)});
 }
 
 }  // namespace
 
-at::Tensor gated_delta_step(const GatedDeltaInputs& inputs, at::Tensor& states) {
-  const at::Tensor key = inputs.key.unsqueeze(2);  // [N, heads, 1, key_head_dim]
-  states.mul_(inputs.log_decay.exp().unsqueeze(2).unsqueeze(3));
-  const at::Tensor added =
-      (inputs.value.unsqueeze(2) - at::matmul(key, states)).mul_(inputs.beta.unsqueeze(2).unsqueeze(3));
-  states.addcmul_(key.transpose(2, 3), added);
-  return at::matmul(inputs.query.unsqueeze(2), states).squeeze(2);
+GatedDeltaWeights gated_delta_weights(const at::Tensor& conv1d_weight, const at::Tensor& a_log,
+                                      const at::Tensor& dt_bias, const at::Tensor& norm_weight,
+                                      double norm_epsilon) {
+  if (conv1d_weight.defined() && conv1d_weight.dim() == 3)
+    expect(conv1d_weight, {-1, 1, -1}, {}, "conv1d.weight");
+  else
+    expect(conv1d_weight, {-1, -1}, {}, "conv1d.weight");
+  expect(a_log, {-1}, {}, "A_log");
+  expect(dt_bias, {a_log.size(0)}, {}, "dt_bias");
+  expect(norm_weight, {-1}, {}, "norm.weight");
+  GatedDeltaWeights w;
+  w.conv = conv1d_weight.reshape({conv1d_weight.size(0), -1}).to(at::kFloat).t().contiguous();
+  w.decay_rate = a_log.to(at::kFloat).exp().contiguous();
+  w.dt_bias = dt_bias.to(at::kFloat).contiguous();
+  w.norm = norm_weight.to(at::kFloat).contiguous();
+  w.norm_epsilon = norm_epsilon;
+  return w;
 }
 
-at::Tensor gated_delta_prefill(const GatedDeltaInputs& inputs, at::Tensor& state) {
-  const int64_t tokens = inputs.value.size(0);
-  at::Tensor output = at::empty(inputs.value.sizes(), inputs.value.options());
-  for (int64_t start = 0; start < tokens;) {
-    const int64_t left = tokens - start;
-    const int64_t chunks = left < kChunk ? 1 : std::min(left / kChunk, kChunksAtOnce);
-    const int64_t length = std::min(left, kChunk);
-    advance(inputs, start, chunks, length, state, output);
-    start += chunks * length;
+at::Tensor causal_conv_silu(const at::Tensor& x, const at::Tensor& weight, at::Tensor conv_states,
+                            const at::Tensor& state_slots, const std::vector<int64_t>& query_lengths) {
+  expect(weight, {-1, -1}, at::kFloat, "the convolution weight");
+  const int64_t taps = weight.size(0), channels = weight.size(1), history = taps - 1;
+  expect(x, {-1, channels}, {}, "the convolution's input");
+  expect(conv_states, {-1, history, channels}, at::kFloat, "conv_states");
+  const int64_t num_sequences = expect_lengths(query_lengths, x.size(0));
+  expect_sequences(state_slots, num_sequences);
+  const at::Tensor states = conv_states.index_select(0, state_slots);
+  if (all_ones(query_lengths)) {
+    const at::Tensor window = at::cat({states, x.unsqueeze(1).to(at::kFloat)}, 1);
+    conv_states.index_copy_(0, state_slots, window.narrow(1, 1, history));
+    return at::silu(window.mul(weight).sum(1));
   }
-  return output;
+  // Each sequence's history and tokens end to end. Windows that run over a seam are computed and dropped.
+  std::vector<at::Tensor> rows;
+  for (int64_t i = 0, token = 0; i < num_sequences; token += query_lengths[i++]) {
+    rows.push_back(states.select(0, i));
+    rows.push_back(x.narrow(0, token, query_lengths[i]).to(at::kFloat));
+  }
+  const at::Tensor inputs = at::cat(rows);
+  const int64_t num_windows = inputs.size(0) - history;
+  at::Tensor sums = inputs.narrow(0, 0, num_windows).mul(weight.select(0, 0));
+  for (int64_t tap = 1; tap < taps; ++tap)
+    sums.addcmul_(inputs.narrow(0, tap, num_windows), weight.select(0, tap));
+  std::vector<at::Tensor> outputs, last;
+  for (int64_t i = 0, row = 0; i < num_sequences; row += history + query_lengths[i++]) {
+    outputs.push_back(sums.narrow(0, std::min(row, num_windows), query_lengths[i]));
+    last.push_back(inputs.narrow(0, row + query_lengths[i], history));
+  }
+  conv_states.index_copy_(0, state_slots, at::stack(last));
+  at::Tensor output = num_sequences == 1 ? outputs[0] : at::cat(outputs);
+  return at::silu_(output);
+}
+
+at::Tensor l2_normalized(const at::Tensor& x) {
+  const at::Tensor y = x.to(at::kFloat);
+  return y * y.square().sum(-1, /*keepdim=*/true).add_(1e-6).rsqrt_();
+}
+
+DeltaGates delta_gates(const at::Tensor& b, const at::Tensor& a, const GatedDeltaWeights& weights) {
+  return {at::softplus(a.to(at::kFloat) + weights.dt_bias).mul_(weights.decay_rate).neg_(),
+          at::sigmoid(b.to(at::kFloat))};
+}
+
+namespace {
+
+Shape expect_recurrence(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                        const DeltaGates& gates, const at::Tensor& recurrent_states) {
+  expect(query, {-1, -1, -1}, at::kFloat, "query");
+  expect(value, {query.size(0), -1, -1}, at::kFloat, "value");
+  const Shape s = {query.size(1), value.size(1), query.size(2), value.size(2)};
+  expect(key, query.sizes(), at::kFloat, "key");
+  expect(gates.log_decay, {query.size(0), s.num_value_heads}, at::kFloat, "log_decay");
+  expect(gates.beta, {query.size(0), s.num_value_heads}, at::kFloat, "beta");
+  expect(recurrent_states, {-1, s.num_value_heads, s.key_head_dim, s.value_head_dim}, at::kFloat,
+         "recurrent_states");
+  if (s.num_key_heads == 0 || s.num_value_heads % s.num_key_heads != 0)
+    fail("gated delta rule: {} value heads are no multiple of {} key heads", s.num_value_heads,
+         s.num_key_heads);
+  return s;
+}
+
+}  // namespace
+
+at::Tensor gated_delta_chunked(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                               const DeltaGates& gates, at::Tensor recurrent_states,
+                               const at::Tensor& state_slots, const std::vector<int64_t>& query_lengths) {
+  const Shape s = expect_recurrence(query, key, value, gates, recurrent_states);
+  const int64_t num_sequences = expect_lengths(query_lengths, query.size(0));
+  expect_sequences(state_slots, num_sequences);
+  const int64_t heads = s.num_value_heads, repeats = heads / s.num_key_heads;
+  const ChunkPlan plan = plan_chunks(query_lengths, query.device());
+  if (plan.num_chunks == 0) return at::empty_like(value);
+  const int64_t n = plan.num_chunks;
+
+  // Within the chunks, all at once. Sums of g are kept in double: a token that forgets much (g of -50) would
+  // otherwise round away the small differences of the tokens after it.
+  const at::Tensor k = into_chunks(key, plan), v = into_chunks(value, plan);      // [n, heads, 64, dim]
+  const at::Tensor keys_and_queries = at::cat({k, into_chunks(query, plan)}, 2);  // [n, H_k, 128, D_k]
+  const at::Tensor beta = into_chunks(gates.beta, plan).unsqueeze(-1);            // [n, H_v, 64, 1]
+  const at::Tensor sums = into_chunks(gates.log_decay.to(at::kDouble), plan).cumsum(-1);
+  const at::Tensor decay =
+      (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(at::kFloat).exp_().tril_();  // [n, H_v, 64, 64]
+  const at::Tensor decay_in = sums.exp().to(at::kFloat).unsqueeze(-1);          // from the chunk's start
+  const at::Tensor decay_out = (sums.narrow(-1, kChunk - 1, 1) - sums).exp_().to(at::kFloat).unsqueeze(-1);
+  const at::Tensor products = at::matmul(keys_and_queries, k.transpose(2, 3))
+                                  .unsqueeze(2)
+                                  .mul(decay.view({n, s.num_key_heads, repeats, 1, kChunk, kChunk})
+                                           .expand({n, s.num_key_heads, repeats, 2, kChunk, kChunk})
+                                           .reshape({n, s.num_key_heads, repeats, 2 * kChunk, kChunk}))
+                                  .reshape({n, heads, 2 * kChunk, kChunk});
+  const at::Tensor attention = products.narrow(2, kChunk, kChunk);  // causal q k^T with decay
+  // I + A is unit lower triangular; the solver reads only what lies below the diagonal.
+  const at::Tensor inverse =
+      at::linalg_solve_triangular(products.narrow(2, 0, kChunk) * beta,
+                                  at::eye(kChunk, beta.options()).expand({n, heads, kChunk, kChunk}),
+                                  /*upper=*/false, /*left=*/true, /*unitriangular=*/true);
+  const at::Tensor beta_v = v * beta, beta_decay = beta * decay_in;
+
+  // From chunk to chunk: r = beta (v - e^G K S), new values = (I + A)^-1 r.
+  const at::Tensor slots =
+      num_sequences == 1 ? state_slots
+                         : state_slots.index_select(0, at::tensor(plan.order, at::kLong).to(query.device()));
+  at::Tensor states = recurrent_states.index_select(0, slots);  // [sequences, H_v, D_k, D_v]
+  at::Tensor o = at::empty_like(v);
+  int64_t first = 0;
+  for (const int64_t count : plan.running) {
+    const int64_t batch = count * heads;
+    const auto at_step = [&](const at::Tensor& t) {
+      const at::Tensor part = t.narrow(0, first, count);
+      return part.reshape({batch, part.size(2), part.size(3)});
+    };
+    at::Tensor state = states.narrow(0, 0, count).view({batch, s.key_head_dim, s.value_head_dim});
+    const at::Tensor kq = repeat_heads(keys_and_queries.narrow(0, first, count), repeats);
+    const at::Tensor read = at::bmm(kq, state);  // K S and Q S
+    const at::Tensor r =
+        at::addcmul(at_step(beta_v), read.narrow(1, 0, kChunk), at_step(beta_decay), /*value=*/-1);
+    const at::Tensor new_values = at::bmm(at_step(inverse), r);
+    at_step(o).copy_(
+        at::baddbmm(read.narrow(1, kChunk, kChunk) * at_step(decay_in), at_step(attention), new_values));
+    state.mul_(at_step(decay_in).narrow(1, kChunk - 1, 1));
+    state.baddbmm_(kq.narrow(1, 0, kChunk).transpose(1, 2), new_values * at_step(decay_out));
+    first += count;
+  }
+  recurrent_states.index_copy_(0, slots, states);
+  return out_of_chunks(o, query.size(0), plan);
+}
+
+at::Tensor gated_delta_step(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                            const DeltaGates& gates, at::Tensor recurrent_states,
+                            const at::Tensor& state_slots) {
+  const Shape s = expect_recurrence(query, key, value, gates, recurrent_states);
+  const int64_t num_sequences = query.size(0), heads = s.num_value_heads, batch = num_sequences * heads;
+  expect_sequences(state_slots, num_sequences);
+  if (num_sequences == 0) return at::empty_like(value);
+  const at::Tensor kq = repeat_heads(at::stack({key, query}, 2), heads / s.num_key_heads);  // [batch, 2, D_k]
+  const at::Tensor decay = gates.log_decay.exp().reshape({batch, 1, 1});
+  at::Tensor states =
+      recurrent_states.index_select(0, state_slots).view({batch, s.key_head_dim, s.value_head_dim});
+  // One pass over the state reads for key and query; the query's share of the new value is added by hand:
+  // S'^T q = e^g S^T q + (k.q) d.
+  const at::Tensor read = at::bmm(kq, states).mul_(decay);  // [batch, 2, D_v]
+  const at::Tensor k = kq.narrow(1, 0, 1), q = kq.narrow(1, 1, 1);
+  const at::Tensor d = (value.reshape({batch, 1, s.value_head_dim}) - read.narrow(1, 0, 1))
+                           .mul_(gates.beta.reshape({batch, 1, 1}));
+  states.mul_(decay).baddbmm_(k.transpose(1, 2), d);
+  recurrent_states.index_copy_(0, state_slots,
+                               states.view({num_sequences, heads, s.key_head_dim, s.value_head_dim}));
+  return at::addcmul(read.narrow(1, 1, 1), d, (k * q).sum(-1, /*keepdim=*/true))
+      .view({num_sequences, heads, s.value_head_dim});
+}
+
+at::Tensor gated_rms_norm(const at::Tensor& o, const at::Tensor& z, const at::Tensor& weight,
+                          double epsilon) {
+  expect(o, {-1, -1, -1}, at::kFloat, "the norm's input");
+  expect(weight, {o.size(2)}, at::kFloat, "the norm weight");
+  if (!z.defined() || z.numel() != o.numel())
+    fail("gated delta rule: the gate z is {} for an output of {}; they must have as many elements",
+         shape_text(z), shape_text(o));
+  const at::Tensor gate = at::silu(z.reshape(o.sizes()).to(at::kFloat));
+  return (o * o.square().mean(-1, /*keepdim=*/true).add_(epsilon).rsqrt_())
+      .mul_(weight)
+      .mul_(gate)
+      .reshape({o.size(0), o.size(1) * o.size(2)})
+      .to(z.scalar_type());
+}
+
+// The operators. Their ATen form serves every device; fused CUDA kernels take precedence where they fit.
+namespace {
+
+at::Tensor decode_aten(const at::Tensor& mixed_qkv, const at::Tensor& z, const at::Tensor& b,
+                       const at::Tensor& a, const GatedDeltaWeights& w, const Shape& shape,
+                       at::Tensor conv_states, at::Tensor recurrent_states, const at::Tensor& state_slots) {
+  const std::vector<int64_t> ones(static_cast<size_t>(mixed_qkv.size(0)), 1);
+  const Parts p = split_heads(causal_conv_silu(mixed_qkv, w.conv, conv_states, state_slots, ones), shape);
+  const at::Tensor o =
+      gated_delta_step(p.query, p.key, p.value, delta_gates(b, a, w), recurrent_states, state_slots);
+  return gated_rms_norm(o, z, w.norm, w.norm_epsilon);
+}
+
+// In pieces of kPieceTokens, the states carrying a sequence from one piece to the next.
+at::Tensor prefill_aten(const at::Tensor& mixed_qkv, const at::Tensor& z, const at::Tensor& b,
+                        const at::Tensor& a, const GatedDeltaWeights& w, const Shape& shape,
+                        at::Tensor conv_states, at::Tensor recurrent_states, const at::Tensor& state_slots,
+                        at::IntArrayRef query_lengths) {
+  at::Tensor y =
+      at::empty({mixed_qkv.size(0), shape.num_value_heads * shape.value_head_dim}, mixed_qkv.options());
+  const int64_t num_sequences = static_cast<int64_t>(query_lengths.size());
+  int64_t token = 0, sequence = 0, done = 0;  // done: tokens of `sequence` in earlier pieces
+  while (sequence < num_sequences) {
+    const int64_t first_sequence = sequence;
+    std::vector<int64_t> lengths;
+    int64_t count = 0;
+    while (sequence < num_sequences && count < kPieceTokens) {
+      const int64_t left = query_lengths[sequence] - done;
+      int64_t take = std::min(left, kPieceTokens - count);
+      if (take < left) take -= take % kChunk;  // whole chunks, but at a sequence's end
+      if (take == 0 && left > 0) break;
+      lengths.push_back(take);
+      count += take;
+      done = take < left ? done + take : 0;
+      if (take < left) break;
+      ++sequence;
+    }
+    const at::Tensor slots = state_slots.narrow(0, first_sequence, static_cast<int64_t>(lengths.size()));
+    const auto piece = [&](const at::Tensor& t) { return t.narrow(0, token, count); };
+    const Parts p =
+        split_heads(causal_conv_silu(piece(mixed_qkv), w.conv, conv_states, slots, lengths), shape);
+    const at::Tensor o = gated_delta_chunked(p.query, p.key, p.value, delta_gates(piece(b), piece(a), w),
+                                             recurrent_states, slots, lengths);
+    piece(y).copy_(gated_rms_norm(o, piece(z), w.norm, w.norm_epsilon));
+    token += count;
+  }
+  return y;
+}
+
+template <bool kFused>
+at::Tensor decode_op(const at::Tensor& mixed_qkv, const at::Tensor& z, const at::Tensor& b,
+                     const at::Tensor& a, const at::Tensor& conv, const at::Tensor& decay_rate,
+                     const at::Tensor& dt_bias, const at::Tensor& norm, double norm_epsilon,
+                     at::Tensor conv_states, at::Tensor recurrent_states, const at::Tensor& state_slots) {
+  const GatedDeltaWeights w = {conv, decay_rate, dt_bias, norm, norm_epsilon};
+  const Shape s = expect_layer(mixed_qkv, z, b, a, w, conv_states, recurrent_states, state_slots,
+                               mixed_qkv.defined() && mixed_qkv.dim() > 0 ? mixed_qkv.size(0) : 0);
+#ifdef SPOT_CUDA
+  if constexpr (kFused)
+    if (ops::cuda::gated_delta_fits(mixed_qkv, s.key_head_dim, s.value_head_dim, conv, conv_states,
+                                    recurrent_states))
+      return ops::cuda::gated_delta_decode(mixed_qkv, z, b, a, conv, decay_rate, dt_bias, norm, norm_epsilon,
+                                           conv_states, recurrent_states, state_slots);
+#endif
+  return decode_aten(mixed_qkv, z, b, a, w, s, conv_states, recurrent_states, state_slots);
+}
+
+template <bool kFused>
+at::Tensor prefill_op(const at::Tensor& mixed_qkv, const at::Tensor& z, const at::Tensor& b,
+                      const at::Tensor& a, const at::Tensor& conv, const at::Tensor& decay_rate,
+                      const at::Tensor& dt_bias, const at::Tensor& norm, double norm_epsilon,
+                      at::Tensor conv_states, at::Tensor recurrent_states, const at::Tensor& state_slots,
+                      at::IntArrayRef query_lengths) {
+  const GatedDeltaWeights w = {conv, decay_rate, dt_bias, norm, norm_epsilon};
+  const Shape s = expect_layer(mixed_qkv, z, b, a, w, conv_states, recurrent_states, state_slots,
+                               static_cast<int64_t>(query_lengths.size()));
+  expect_lengths(query_lengths, mixed_qkv.size(0));
+#ifdef SPOT_CUDA
+  if constexpr (kFused)
+    if (ops::cuda::gated_delta_fits(mixed_qkv, s.key_head_dim, s.value_head_dim, conv, conv_states,
+                                    recurrent_states))
+      return ops::cuda::gated_delta_prefill(mixed_qkv, z, b, a, conv, decay_rate, dt_bias, norm, norm_epsilon,
+                                            conv_states, recurrent_states, state_slots, query_lengths);
+#endif
+  return prefill_aten(mixed_qkv, z, b, a, w, s, conv_states, recurrent_states, state_slots, query_lengths);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(spot, library) {
+  library.def(
+      "gated_delta_decode(Tensor mixed_qkv, Tensor z, Tensor b, Tensor a, Tensor conv, Tensor decay_rate, "
+      "Tensor "
+      "dt_bias, Tensor norm, float norm_epsilon, Tensor(a!) conv_states, Tensor(b!) recurrent_states, Tensor "
+      "state_slots) -> Tensor");
+  library.def(
+      "gated_delta_prefill(Tensor mixed_qkv, Tensor z, Tensor b, Tensor a, Tensor conv, Tensor decay_rate, "
+      "Tensor "
+      "dt_bias, Tensor norm, float norm_epsilon, Tensor(a!) conv_states, Tensor(b!) recurrent_states, Tensor "
+      "state_slots, int[] query_lengths) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(spot, CompositeExplicitAutograd, library) {
+  library.impl("gated_delta_decode", decode_op<false>);
+  library.impl("gated_delta_prefill", prefill_op<false>);
+}
+
+#ifdef SPOT_CUDA
+TORCH_LIBRARY_IMPL(spot, CUDA, library) {
+  library.impl("gated_delta_decode", decode_op<true>);
+  library.impl("gated_delta_prefill", prefill_op<true>);
+}
+#endif
+
+at::Tensor gated_delta_layer(const at::Tensor& mixed_qkv, const at::Tensor& z, const at::Tensor& b,
+                             const at::Tensor& a, const GatedDeltaWeights& w, at::Tensor conv_states,
+                             at::Tensor recurrent_states, const at::Tensor& state_slots,
+                             const std::vector<int64_t>& query_lengths) {
+  using Decode = decltype(decode_op<false>);
+  using Prefill = decltype(prefill_op<false>);
+  if (all_ones(query_lengths)) {
+    expect_lengths(query_lengths, mixed_qkv.size(0));
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("spot::gated_delta_decode", "").typed<Decode>();
+    return op.call(mixed_qkv, z, b, a, w.conv, w.decay_rate, w.dt_bias, w.norm, w.norm_epsilon, conv_states,
+                   recurrent_states, state_slots);
+  }
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("spot::gated_delta_prefill", "").typed<Prefill>();
+  return op.call(mixed_qkv, z, b, a, w.conv, w.decay_rate, w.dt_bias, w.norm, w.norm_epsilon, conv_states,
+                 recurrent_states, state_slots, query_lengths);
 }
 
 }  // namespace spot
