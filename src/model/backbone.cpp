@@ -85,76 +85,15 @@ at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const At
   return out.reshape({tokens, c.num_heads * dim});
 }
 
-// Divides each vector of the last dim by its length.
-at::Tensor normalised(const at::Tensor& x) {
-  return x * x.square().sum(-1, true).add_(1e-6).rsqrt_();
-}
-
-// A Gated DeltaNet layer; returns the gated heads' outputs [T, num_value_heads * value_head_dim].
+// A Gated DeltaNet layer up to its output projection: [T, num_value_heads * value_head_dim].
 at::Tensor delta_net(const Pass& pass, int64_t layer, const at::Tensor& x, const DeltaNetWeights& weights) {
   const LinearAttentionConfig& c = pass.config.linear;
-  const int64_t tokens = x.size(0);
-  const int64_t key_rows = c.num_key_heads * c.key_head_dim,
-                value_rows = c.num_value_heads * c.value_head_dim;
-  const int64_t channels = 2 * key_rows + value_rows, history = c.conv_kernel - 1;
-  const at::Tensor projected = linear(x, weights.in);
-  const at::Tensor conv_input = projected.narrow(1, 0, channels).to(at::kFloat);
-  const at::Tensor gate = projected.narrow(1, channels, value_rows).to(at::kFloat);
-  const at::Tensor beta_decay =
-      projected.narrow(1, channels + value_rows, 2 * c.num_value_heads).to(at::kFloat);
-  const at::Tensor beta = beta_decay.narrow(1, 0, c.num_value_heads).sigmoid();
-  const at::Tensor log_decay =
-      at::softplus(beta_decay.narrow(1, c.num_value_heads, c.num_value_heads) + weights.dt_bias) *
-      weights.decay_rate;
-
-  // From the convolution's output (before its activation) to what the delta rule reads.
-  const auto rule_inputs = [&](const at::Tensor& conv_output, int64_t first, int64_t count) {
-    const at::Tensor mixed = at::silu(conv_output);
-    const auto key_heads = [&](int64_t offset) {
-      // Each key head serves consecutive value heads.
-      return normalised(mixed.narrow(1, offset, key_rows).unflatten(1, {c.num_key_heads, c.key_head_dim}))
-          .repeat_interleave(c.num_value_heads / c.num_key_heads, 1);
-    };
-    return GatedDeltaInputs{
-        .query = key_heads(0).mul_(1.0 / std::sqrt(static_cast<double>(c.key_head_dim))),
-        .key = key_heads(key_rows),
-        .value =
-            mixed.narrow(1, 2 * key_rows, value_rows).unflatten(1, {c.num_value_heads, c.value_head_dim}),
-        .log_decay = log_decay.narrow(0, first, count),
-        .beta = beta.narrow(0, first, count)};
-  };
-
-  at::Tensor conv_pool = pass.cache.conv_states(layer), state_pool = pass.cache.recurrent_states(layer);
-  at::Tensor out;  // [T, num_value_heads, value_head_dim]
-  if (pass.batch.is_decode()) {
-    const at::Tensor window = at::cat({conv_pool.index_select(0, pass.state_slots), conv_input.unsqueeze(1)},
-                                      1);  // [N, kernel, channels]
-    conv_pool.index_copy_(0, pass.state_slots, window.narrow(1, 1, history));
-    at::Tensor states = state_pool.index_select(0, pass.state_slots);
-    out = gated_delta_step(rule_inputs((window * weights.conv).sum(1), 0, tokens), states);
-    state_pool.index_copy_(0, pass.state_slots, states);
-  } else {
-    std::vector<at::Tensor> outs;
-    int64_t first = 0;
-    for (int64_t i = 0; i < pass.batch.num_sequences(); ++i) {
-      const int64_t count = pass.batch.query_lengths[i];
-      const at::Tensor slot = pass.state_slots.narrow(0, i, 1);
-      const at::Tensor window =
-          at::cat({conv_pool.index_select(0, slot).squeeze(0), conv_input.narrow(0, first, count)});
-      conv_pool.index_copy_(0, slot, window.narrow(0, count, history).unsqueeze(0));
-      at::Tensor conv_output = window.narrow(0, 0, count) * weights.conv[0];
-      for (int64_t tap = 1; tap < c.conv_kernel; ++tap) {
-        conv_output.addcmul_(window.narrow(0, tap, count), weights.conv[tap]);
-      }
-      at::Tensor state = state_pool.index_select(0, slot).squeeze(0);
-      outs.push_back(gated_delta_prefill(rule_inputs(conv_output, first, count), state));
-      state_pool.index_copy_(0, slot, state.unsqueeze(0));
-      first += count;
-    }
-    out = at::cat(outs);
-  }
-  const at::Tensor normed = at::rms_norm(out, {c.value_head_dim}, weights.norm, pass.config.rms_norm_eps);
-  return (normed.reshape({tokens, value_rows}) * at::silu(gate)).to(x.scalar_type());
+  const int64_t value_rows = c.num_value_heads * c.value_head_dim;
+  const int64_t channels = 2 * c.num_key_heads * c.key_head_dim + value_rows;
+  const auto parts =
+      linear(x, weights.in).split_with_sizes({channels, value_rows, c.num_value_heads, c.num_value_heads}, 1);
+  return gated_delta_layer(parts[0], parts[1], parts[2], parts[3], weights.rule, pass.cache.conv_states(layer),
+                           pass.cache.recurrent_states(layer), pass.state_slots, pass.batch.query_lengths);
 }
 
 at::Tensor mlp_inner(const at::Tensor& x, const LinearWeights& gate_up) {

@@ -123,10 +123,9 @@ class Builder {
     delta.in = linear(
         {prefix + "in_proj_qkv", prefix + "in_proj_z", prefix + "in_proj_b", prefix + "in_proj_a"}, false);
     delta.out = linear({prefix + "out_proj"}, false);
-    delta.conv = read_(prefix + "conv1d.weight", at::kFloat).squeeze(1).t().contiguous();
-    delta.decay_rate = read_(prefix + "A_log", at::kFloat).exp().neg();
-    delta.dt_bias = read_(prefix + "dt_bias", at::kFloat);
-    delta.norm = read_(prefix + "norm.weight", at::kFloat);
+    delta.rule = gated_delta_weights(read_(prefix + "conv1d.weight", at::kFloat), read_(prefix + "A_log", at::kFloat),
+                                     read_(prefix + "dt_bias", at::kFloat), read_(prefix + "norm.weight", at::kFloat),
+                                     config_.rms_norm_eps);
     return delta;
   }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checkpoint/config.h"
+#include "model/gated_delta.h"
 #include "model/rope.h"
 
 namespace spot {
@@ -28,11 +29,8 @@ struct AttentionWeights {
 // A Gated DeltaNet layer. Its four input projections are one matrix, rows: queries | keys | values (the
 // convolution's channels), output gate z, b, a.
 struct DeltaNetWeights {
-  LinearWeights in, out;
-  at::Tensor conv;        // [conv_kernel, channels] float32
-  at::Tensor decay_rate;  // [num_value_heads] float32, -exp(A_log)
-  at::Tensor dt_bias;     // [num_value_heads] float32
-  at::Tensor norm;        // [value_head_dim] float32
+  LinearWeights in, out;  // rows of in: the convolution's channels, z, b, a
+  GatedDeltaWeights rule;
 };
 
 struct LayerWeights {
