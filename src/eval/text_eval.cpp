@@ -82,7 +82,7 @@ class Measurer {
       const CapturedMass captured = captured_mass(mass, selection, event.rule);
       LayerMeasures& layer = layers_[event.layer];
       layer.queries += 1;
-      const auto [kept, visible] = count_tokens(selection);
+      const auto [kept, visible] = count_tokens(selection, lengths);
       layer.attended_share += kept.item<double>() / static_cast<double>(visible.item<int64_t>());
       layer.captured_mass += captured.total.mean().item<double>();
       layer.captured_residual += captured.residual.mean().item<double>();

@@ -1,4 +1,6 @@
 // How a text evaluation is shown: JSON, a terminal table and charts.
+#include <fmt/format.h>
+
 #include <cmath>
 
 #include "eval/text_eval.h"

@@ -1,0 +1,98 @@
+// RULER under sparse attention: every method answers the same prompts after one dense prefill of each.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "eval/ruler_score.h"
+#include "eval/ruler_tasks.h"
+#include "eval/text_eval.h"
+#include "report/page.h"
+#include "text/tokenizer.h"
+
+namespace spot {
+
+// What an evaluation needs of a tokenizer.
+struct TextCodec {
+  // Token ids of a text; `first`: it begins the prompt, where a tokenizer may add a token of its own.
+  std::function<std::vector<int32_t>(std::string_view text, bool first)> encode;
+  std::function<std::string(std::span<const int32_t> ids)> decode;
+  std::vector<int32_t> stop_ids;  // end an answer
+};
+// Special tokens are left out of decoded text; the stop ids are the tokenizer's.
+TextCodec codec_of(const Tokenizer& tokenizer);
+
+struct RulerEvalOptions {
+  std::vector<RulerTask> tasks = all_ruler_tasks();
+  std::vector<int64_t> lengths = {4096};  // tokens, prompt and answer together
+  int64_t samples = 20;                   // prompts for each task, length and depth
+  // When given, a depth sweep: the one needle of every prompt lies at each of these shares of the haystack.
+  std::vector<double> depths;
+  RulerOptions prompts;
+  bool stop_at_newline = false;   // an answer ends with its first line
+  // An answer ends as soon as every reference is in it: the score cannot change any more.
+  bool stop_when_answered = true;
+  int64_t mass_every = 4;  // decode steps from one measurement of captured mass to the next; 0: none
+  int64_t prefill_chunk = 1024;
+  // Every finished prompt is appended to out/ruler.jsonl, and prompts that this file holds already are not run
+  // again. Empty: nothing is kept.
+  std::filesystem::path out;
+};
+
+struct RulerOutcome {
+  std::string output;
+  double score = 0;           // in [0, 1]
+  int64_t answer_tokens = 0;  // generated
+  // Summed over sparse layers and decode steps; 0 for dense attention.
+  double attended = 0, visible = 0;  // tokens
+  double captured = 0;               // true attention mass on the selected blocks
+  int64_t measured = 0;              // terms of that sum
+};
+
+// One finished prompt.
+struct RulerRecord {
+  RulerTask task;
+  int64_t length = 0, sample = 0;
+  double asked_depth = std::numeric_limits<double>::quiet_NaN();  // of the sweep
+  double depth = std::numeric_limits<double>::quiet_NaN();        // where the one needle really lies
+  int64_t prompt_tokens = 0;
+  std::vector<std::string> references;
+  std::vector<RulerOutcome> outcomes;  // by method
+
+  nlohmann::json to_json() const;
+  // Throws Error on a missing field or a wrong type.
+  static RulerRecord from_json(const nlohmann::json& json);
+};
+
+struct RulerResult {
+  RulerEvalOptions options;
+  nlohmann::json settings;           // everything that the outcomes depend on
+  std::vector<std::string> methods;  // the first is what the others are compared with
+  std::vector<RulerRecord> records;  // by task, length, depth and sample, as in options
+  int64_t reused = 0;                // of them taken from out/ruler.jsonl
+
+  // Mean scores in percent with 95% confidence intervals: a row a task and length, and the average over tasks.
+  Table scores() const;
+  // A row a method and length: average score, difference to the first method on the same prompts, tokens attended,
+  // captured mass.
+  Table measures() const;
+  Table summary() const { return scores(); }
+  nlohmann::json to_json() const;
+  void add_to(Page& page) const;
+};
+
+// Each prompt's context is prefilled densely once. Then every method reads question and answer prefix token by token and
+// writes the answer greedily, all through its own decode. `essay` may be empty when no task needs one; `selector` may be
+// null when no method needs it. Throws Error before any work when a length is too small for a task or passes the model's
+// positions.
+RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, const TextCodec& codec, const std::string& essay,
+                           const std::vector<EvalMethod>& methods, const RulerEvalOptions& options);
+
+}  // namespace spot
