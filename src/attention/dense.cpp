@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/error.h"
+#include "ops/ops.h"
 
 namespace spot {
 namespace {
@@ -98,7 +99,7 @@ std::vector<QueryChunk> query_chunks(const Batch& batch, int64_t most) {
 }
 
 void BatchView::update(const KvCache& cache, const Batch& batch, int64_t layer) {
-  if (layer <= last_layer_ || !slots.defined()) {
+  if (!fixed_ && (layer <= last_layer_ || !slots.defined())) {
     slots = cache.slots(batch);
     page_table = cache.page_table(batch);
     lengths = cache.lengths(batch);
@@ -121,8 +122,15 @@ at::Tensor sequence_pages(const KvCache& cache, int64_t sequence, int64_t blocks
       .to(device);
 }
 
-at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache) {
+at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {
   const at::Tensor keys = cache.keys(inputs.layer), values = cache.values(inputs.layer);
+  if (inputs.query.is_cpu() && inputs.batch.is_decode()) {
+    const int64_t rows = view.page_table.size(0), blocks = view.page_table.size(1);
+    const at::Tensor every = at::arange(blocks, view.page_table.options()).expand({rows, 1, blocks});
+    const at::Tensor counts = at::div(view.lengths + (kPageSize - 1), kPageSize, "floor").unsqueeze(1);
+    return ops::sparse_decode_attention(inputs.query, keys, values, view.page_table, view.lengths, every,
+                                        counts, inputs.scale);
+  }
   at::Tensor output = at::empty_like(inputs.query);
   for (const QueryChunk& chunk : query_chunks(inputs.batch)) {
     const int64_t sequence = inputs.batch.sequences[chunk.sequence], length = chunk.start + chunk.count;
@@ -137,7 +145,7 @@ at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache) {
 at::Tensor DenseAttention::forward(const AttentionInputs& inputs) {
   view_.update(cache_, inputs.batch, inputs.layer);
   cache_.write(inputs.layer, view_.slots, inputs.key, inputs.value);
-  return attend_dense(inputs, cache_);
+  return attend_dense(inputs, cache_, view_);
 }
 
 }  // namespace spot

@@ -25,12 +25,17 @@ class BatchView {
  public:
   // `layer` in increasing order within a pass; a layer not above the last one begins a new pass.
   void update(const KvCache& cache, const Batch& batch, int64_t layer);
+  // From now on update() does nothing: the caller has set the tensors and refreshes their contents in place,
+  // as a captured CUDA graph needs.
+  void fix() { fixed_ = true; }
+
   at::Tensor slots;       // [T] int64
   at::Tensor page_table;  // [num_sequences, most pages] int32
   at::Tensor lengths;     // [num_sequences] int32
 
  private:
   int64_t last_layer_ = -1;
+  bool fixed_ = false;
 };
 
 // Causal attention of query [T, num_heads, head_dim] at positions start .. start + T - 1 over key and value
@@ -42,14 +47,17 @@ at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, cons
 // Page ids of a sequence's first `blocks` blocks, [blocks] int64.
 at::Tensor sequence_pages(const KvCache& cache, int64_t sequence, int64_t blocks, at::Device device);
 
-// Dense attention of the whole batch, whose keys and values are in the cache already.
-at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache);
+// Dense attention of the whole batch, whose keys and values are in the cache already. On the CPU a decode
+// step runs the sparse operator over every block: it is faster there than torch's attention, and sparse
+// attention with a full budget then gives the same bits.
+at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view);
 
 class DenseAttention : public AttentionBackend {
  public:
   explicit DenseAttention(KvCache& cache) : cache_(cache) {}
   // Writes keys and values to the cache, then attends.
   at::Tensor forward(const AttentionInputs& inputs) override;
+  BatchView& view() { return view_; }
 
  private:
   KvCache& cache_;

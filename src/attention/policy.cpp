@@ -23,6 +23,18 @@ at::Tensor rows_of(const at::Tensor& tensor, const QueryChunk& chunk) {
 
 }  // namespace
 
+at::Tensor page_index(const std::vector<int32_t>& pages, at::Device device) {
+  return at::tensor(at::ArrayRef<int32_t>(pages), at::TensorOptions().dtype(at::kLong)).to(device);
+}
+
+const at::Tensor& state_tensor(const PolicyState& state, const std::string& name) {
+  auto found = state.find(name);
+  if (found == state.end())
+    fail("the saved sequence has no {}: it was saved under another selection policy; process its text again",
+         name);
+  return found->second;
+}
+
 void SelectionPolicy::set_rule(const SelectionRule& rule) {
   rule.validate();
   rule_ = rule;
@@ -88,6 +100,20 @@ void SpotPolicy::append(const AttentionInputs& inputs, const KvCache& cache, con
          keys_.num_pages(), cache.num_pages());
   keys_.append(inputs.layer, view.slots,
                selector_.project_key(inputs.layer, inputs.hidden, inputs.batch.positions));
+}
+
+PolicyState SpotPolicy::export_pages(const std::vector<int32_t>& pages) const {
+  PolicyState state;
+  for (int64_t layer : selector_.layers())
+    state[fmt::format("selector_keys.{}", layer)] =
+        keys_.pool(layer).index_select(0, page_index(pages, keys_.device()));
+  return state;
+}
+
+void SpotPolicy::import_pages(const std::vector<int32_t>& pages, const PolicyState& state) {
+  for (int64_t layer : selector_.layers())
+    keys_.pool(layer).index_copy_(0, page_index(pages, keys_.device()),
+                                  state_tensor(state, fmt::format("selector_keys.{}", layer)));
 }
 
 at::Tensor SpotPolicy::score_chunk(const AttentionInputs& inputs, const KvCache& cache,

@@ -18,6 +18,9 @@
 
 namespace spot {
 
+// By name, such as "selector_keys.3"; copies on the cache's device, first dim the pages.
+using PolicyState = std::map<std::string, at::Tensor>;
+
 // A policy scores blocks; the rule, the same for all policies, turns scores into a selection. Subclasses give
 // scores.
 class SelectionPolicy {
@@ -36,6 +39,11 @@ class SelectionPolicy {
   // Called for every covered layer of every pass, prefill and decode, after keys and values were written to
   // `cache` at view.slots: where a policy feeds its own caches.
   virtual void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {}
+
+  // What the policy's own caches hold for some pages, and putting it back under other pages of the same
+  // number: for sequences that are copied, saved or moved. Empty for policies without caches.
+  virtual PolicyState export_pages(const std::vector<int32_t>& pages) const { return {}; }
+  virtual void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) {}
 
   // Block scores [count, groups, blocks] float32 of one chunk's queries, blocks = ceil((start + count) / 16);
   // blocks past a query's position hold -inf.
@@ -57,6 +65,11 @@ class SelectionPolicy {
   SelectionRule rule_;
 };
 
+// For implementing import_pages and export_pages: page ids as an int64 tensor, and an entry of a state
+// (throws Error when it is missing).
+at::Tensor page_index(const std::vector<int32_t>& pages, at::Device device);
+const at::Tensor& state_tensor(const PolicyState& state, const std::string& name);
+
 // SpotAttention: block max of the trained selector's token scores, over its own key cache.
 class SpotPolicy : public SelectionPolicy {
  public:
@@ -70,6 +83,8 @@ class SpotPolicy : public SelectionPolicy {
   // The rule with the layer's fitted temperature (times the rule's own).
   SelectionRule rule(int64_t layer) const override;
   void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
+  PolicyState export_pages(const std::vector<int32_t>& pages) const override;
+  void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) override;
   at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
                          const QueryChunk& chunk) override;
   at::Tensor score_decode(const AttentionInputs& inputs, const KvCache& cache,
@@ -119,6 +134,8 @@ class QuestPolicy : public SelectionPolicy {
   std::string name() const override { return "quest"; }
   int64_t groups() const override { return scope_ == SelectorScope::layer ? 1 : num_kv_heads_; }
   void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
+  PolicyState export_pages(const std::vector<int32_t>& pages) const override;
+  void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) override;
   at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
                          const QueryChunk& chunk) override;
 

@@ -42,6 +42,26 @@ void QuestPolicy::append(const AttentionInputs& inputs, const KvCache& cache, co
   }
 }
 
+PolicyState QuestPolicy::export_pages(const std::vector<int32_t>& pages) const {
+  PolicyState state;
+  for (const auto& [layer, low] : min_) {
+    const at::Tensor index = page_index(pages, low.device());
+    state[fmt::format("quest_min.{}", layer)] = low.index_select(1, index).transpose(0, 1).contiguous();
+    state[fmt::format("quest_max.{}", layer)] =
+        max_.at(layer).index_select(1, index).transpose(0, 1).contiguous();
+  }
+  return state;
+}
+
+void QuestPolicy::import_pages(const std::vector<int32_t>& pages, const PolicyState& state) {
+  for (auto& [layer, low] : min_) {
+    const at::Tensor index = page_index(pages, low.device());
+    low.index_copy_(1, index, state_tensor(state, fmt::format("quest_min.{}", layer)).transpose(0, 1));
+    max_.at(layer).index_copy_(1, index,
+                               state_tensor(state, fmt::format("quest_max.{}", layer)).transpose(0, 1));
+  }
+}
+
 at::Tensor QuestPolicy::score_chunk(const AttentionInputs& inputs, const KvCache& cache,
                                     const QueryChunk& chunk) {
   const int64_t length = chunk.start + chunk.count, blocks = (length + kBlockSize - 1) / kBlockSize;

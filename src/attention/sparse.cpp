@@ -18,36 +18,32 @@ SparseAttention::SparseAttention(KvCache& cache, SelectionPolicy& policy, Sparse
 at::Tensor SparseAttention::forward(const AttentionInputs& inputs) {
   view_.update(cache_, inputs.batch, inputs.layer);
   cache_.write(inputs.layer, view_.slots, inputs.key, inputs.value);
-  if (!policy_.covers(inputs.layer) || options_.dense_layers.count(inputs.layer))
-    return attend_dense(inputs, cache_);
+  for (SelectionPolicy* companion : options_.companions)
+    if (companion->covers(inputs.layer)) companion->append(inputs, cache_, view_);
+  if (!policy_.covers(inputs.layer)) return attend_dense(inputs, cache_, view_);
   policy_.append(inputs, cache_, view_);
+  if (options_.dense_layers.count(inputs.layer)) return attend_dense(inputs, cache_, view_);
   if (inputs.batch.is_decode()) return decode(inputs);
-  return options_.prefill == PrefillMode::dense ? attend_dense(inputs, cache_) : sparse_prefill(inputs);
+  return options_.prefill == PrefillMode::dense ? attend_dense(inputs, cache_, view_)
+                                                : sparse_prefill(inputs);
 }
 
+// Rows up to the floor keep every block in the same operator that attend_dense uses on the CPU: no case
+// apart.
 at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
   const Selection selection = policy_.select_decode(inputs, cache_, view_);
-  const SelectionRule rule = policy_.rule(inputs.layer);
   count(inputs.layer, selection, view_.lengths);
   if (options_.observer)
-    options_.observer(
-        {inputs.layer, inputs, cache_, view_, {-1, 0, inputs.batch.num_sequences(), 0}, rule, selection});
-
-  const at::Tensor keys = cache_.keys(inputs.layer), values = cache_.values(inputs.layer);
-  const auto& starts = inputs.batch.starts;
-  auto is_short = [&](int64_t start) { return start + 1 <= rule.floor; };
-  if (std::all_of(starts.begin(), starts.end(), is_short)) return attend_dense(inputs, cache_);
-  at::Tensor output =
-      ops::sparse_decode_attention(inputs.query, keys, values, view_.page_table, view_.lengths,
-                                   selection.indices, selection.counts, inputs.scale);
-  for (int64_t i = 0; i < inputs.batch.num_sequences(); ++i) {
-    if (!is_short(starts[i])) continue;
-    const int64_t sequence = inputs.batch.sequences[i], length = starts[i] + 1;
-    output.narrow(0, i, 1).copy_(
-        causal_attention(inputs.query.narrow(0, i, 1), cache_.gather(keys, sequence, length),
-                         cache_.gather(values, sequence, length), starts[i], inputs.scale));
-  }
-  return output;
+    options_.observer({inputs.layer,
+                       inputs,
+                       cache_,
+                       view_,
+                       {-1, 0, inputs.batch.num_sequences(), 0},
+                       policy_.rule(inputs.layer),
+                       selection});
+  return ops::sparse_decode_attention(inputs.query, cache_.keys(inputs.layer), cache_.values(inputs.layer),
+                                      view_.page_table, view_.lengths, selection.indices, selection.counts,
+                                      inputs.scale);
 }
 
 at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs) {
@@ -82,14 +78,45 @@ at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs) {
   return output;
 }
 
+namespace {
+
+// The same through torch's dense attention and a mask: its cost does not fall with the selection, but per
+// token it is several times cheaper than gathering.
+at::Tensor masked_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                            const at::Tensor& mask, double scale) {
+  const int64_t rows = query.size(0), kv_heads = key.size(0), group = query.size(1) / kv_heads,
+                dim = query.size(2);
+  const at::Tensor grouped =
+      query.view({rows, kv_heads, group, dim}).permute({2, 1, 0, 3});  // [group, Hkv, rows, dim]
+  std::vector<at::Tensor> members;
+  for (int64_t member = 0; member < group;
+       ++member)  // so that K and V are not repeated for their query heads
+    members.push_back(at::scaled_dot_product_attention(grouped[member].unsqueeze(0), key.unsqueeze(0),
+                                                       value.unsqueeze(0), mask.unsqueeze(0), 0.0, false,
+                                                       scale)[0]);
+  return at::stack(members).permute({2, 1, 0, 3}).reshape({rows, kv_heads * group, dim});
+}
+
+}  // namespace
+
 // Every query of the chunk is a row of the decode operator, all with the sequence's page table and each with
 // its own length: what comes after a query is past its length.
 at::Tensor SparseAttention::attend_chunk(const AttentionInputs& inputs, const QueryChunk& chunk,
                                          const at::Tensor& lengths, const Selection& selection) {
+  const at::Tensor query = inputs.query.narrow(0, chunk.first, chunk.count);
+  const at::Tensor keys = cache_.keys(inputs.layer), values = cache_.values(inputs.layer);
+  const int64_t length = chunk.start + chunk.count, sequence = inputs.batch.sequences[chunk.sequence];
+  // Measured on two AVX-512 cores: gathering wins while less than a quarter is selected. (A mask needs a
+  // token in every row, which a rule without recent tokens may not give.)
+  if (4 * selection.indices.size(2) * kBlockSize > length && policy_.rule(inputs.layer).recency > 0) {
+    const at::Tensor positions = at::arange(length, lengths.options());
+    const at::Tensor mask = token_mask(selection, length).logical_and(positions < lengths.view({-1, 1, 1}));
+    return masked_attention(query, cache_.gather(keys, sequence, length),
+                            cache_.gather(values, sequence, length), mask.transpose(0, 1), inputs.scale);
+  }
   const at::Tensor table = view_.page_table.narrow(0, chunk.sequence, 1).expand({chunk.count, -1});
-  return ops::sparse_decode_attention(inputs.query.narrow(0, chunk.first, chunk.count),
-                                      cache_.keys(inputs.layer), cache_.values(inputs.layer), table, lengths,
-                                      selection.indices, selection.counts, inputs.scale);
+  return ops::sparse_decode_attention(query, keys, values, table, lengths, selection.indices,
+                                      selection.counts, inputs.scale);
 }
 
 void SparseAttention::count(int64_t layer, const Selection& selection, const at::Tensor& lengths) {

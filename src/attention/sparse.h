@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 #include <set>
+#include <vector>
 
 #include "attention/policy.h"
 #include "model/attention.h"
@@ -31,6 +32,9 @@ struct SparseOptions {
   int64_t query_tile = 1;          // 1 or 16: queries that share one set in sparse prefill
   int64_t prefill_chunk = 512;     // queries selected and attended at once in sparse prefill
   SelectionObserver observer;
+  // Other policies whose caches are fed too, so that they can take over after a shared prefill. They outlive
+  // this object.
+  std::vector<SelectionPolicy*> companions;
 };
 
 // A decode step (every sequence of the batch brings one token) selects and attends sparsely. With more tokens
@@ -53,6 +57,7 @@ class SparseAttention : public AttentionBackend {
   void set_prefill(PrefillMode mode) { options_.prefill = mode; }
   void set_observer(SelectionObserver observer) { options_.observer = std::move(observer); }
   SelectionPolicy& policy() { return policy_; }
+  BatchView& view() { return view_; }
   // By model layer, since the last reset; dense layers have none. Copies from the device.
   std::map<int64_t, Counters> counters() const;
   void reset_counters() { sums_.clear(); }

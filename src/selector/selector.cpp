@@ -57,13 +57,8 @@ void Selector::bind(const SelectorConfig& config, const ModelConfig& backbone, a
   if (!temperature.empty() && temperature.size() != layers_.size())
     fail("selection.temperature has {} values, but the selector has {} layers", temperature.size(),
          layers_.size());
-  if (config.rope_dims > 0) {
-    // YaRN checkpoints state the length before scaling; the table must reach the scaled one.
-    const double scaled =
-        backbone.rope.factor * static_cast<double>(backbone.rope.original_max_position_embeddings);
-    const int64_t positions = std::max(backbone.max_position_embeddings, static_cast<int64_t>(scaled));
-    rope_ = rope_table(backbone.rope, positions, device, config.rope_dims);
-  }
+  if (config.rope_dims > 0)
+    rope_ = rope_table(backbone.rope, backbone.max_position_embeddings, device, config.rope_dims);
 }
 
 Selector::Selector(const SelectorConfig& config, const ModelConfig& backbone, at::Device device,

@@ -1,0 +1,180 @@
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels/key_format.h"
+#include "ops/cpu/page_kernels.h"
+#include "ops/ops.h"
+#include "selector/cache.h"
+#include "tests/selector/support.h"
+
+using namespace spot;
+using namespace spot::test;
+
+namespace {
+
+const CacheFormat kFormats[] = {CacheFormat::f32,  CacheFormat::bf16,  CacheFormat::int8,
+                                CacheFormat::int4, CacheFormat::mxfp4, CacheFormat::nvfp4};
+
+// Largest error of a stored number, as a share of its group's largest magnitude.
+double coarseness(CacheFormat format) {
+  switch (format) {
+    case CacheFormat::f32:
+      return 0;
+    case CacheFormat::bf16:
+      return 1.0 / 256;
+    case CacheFormat::int8:
+      return 0.5 / 127 + 1.0 / 200;  // half a step, and the bf16 scale's own error
+    case CacheFormat::int4:
+      return 0.5 / 7 + 1.0 / 200;
+    case CacheFormat::mxfp4:
+      return 1.0 / 3;  // steps of 2 up to 6, and a scale up to twice too large
+    default:
+      return 1.0 / 6 + 1.0 / 12;
+  }
+}
+
+}  // namespace
+
+TEST(SelectorCache, KeepsKeysUnderAnyPages) {
+  fresh_seed();
+  for (CacheFormat format : kFormats)
+    for (int64_t key_heads : {1, 4}) {
+      SelectorConfig config;
+      config.key_heads = key_heads;
+      SelectorCache cache(config, {2, 5}, 9, format, at::kCPU);
+      const int64_t length = random_int(50, 80);
+      const at::Tensor pages = at::randperm(9, at::kInt).slice(0, 0, 5);
+      const at::Tensor keys = at::randn({length, key_heads, 128}) * 2;
+      const at::Tensor position = at::arange(length, at::kLong);
+      const at::Tensor slots = pages.to(at::kLong).index_select(0, at::div(position, 16, "floor")) * 16 +
+                               at::remainder(position, 16);
+      const int64_t cut = random_int(1, length - 1);
+      // In two parts, out of order: tokens are independent.
+      cache.append(5, slots.slice(0, cut), keys.slice(0, cut));
+      cache.append(5, slots.slice(0, 0, cut), keys.slice(0, 0, cut));
+      const at::Tensor got = cache.gather(5, pages, length);
+      ASSERT_EQ(got.sizes(), keys.sizes());
+      const int64_t group = format == CacheFormat::nvfp4 ? 16 : 32;
+      const at::Tensor largest = keys.view({length, key_heads, -1, group}).abs().amax(-1, true);
+      const at::Tensor error = (got - keys).view({length, key_heads, -1, group}).abs() / largest;
+      EXPECT_LE(error.max().item<double>(), coarseness(format)) << to_string(format);
+      EXPECT_EQ(error.max().item<double>() > 0, format != CacheFormat::f32) << to_string(format);
+      EXPECT_EQ(cache.pool(2).count_nonzero().item<int64_t>(), 0);  // the other layer is untouched
+    }
+}
+
+// The tables of the fast decoder against the definition, bit for bit, over random bytes.
+TEST(SelectorCache, DecodesExactlyAsTheFormatSays) {
+  fresh_seed();
+  namespace k = spot::kernels;
+  const std::pair<const char*, k::KeyFormat> formats[] = {{"bf16", k::KeyFormat::kBf16},
+                                                          {"int8", k::KeyFormat::kInt8},
+                                                          {"int4", k::KeyFormat::kInt4},
+                                                          {"mxfp4", k::KeyFormat::kMxfp4},
+                                                          {"nvfp4", k::KeyFormat::kNvfp4}};
+  for (const auto& [name, format] : formats) {
+    // Random bytes are not all numbers (bf16 NaN scales), so keys of wild magnitudes are encoded instead.
+    at::Tensor pool = at::zeros({3, 2 * 2, ops::page_head_bytes(name)}, at::kByte);
+    const at::Tensor keys = at::randn({48, 4, 128}) * at::exp(at::randn({48, 4, 1}) * 3);
+    ops::append_selector_keys(pool, at::arange(48, at::kLong), keys, name, 0.0625);
+    const at::Tensor got =
+        ops::gather_selector_keys(pool, at::arange(3, at::kInt), 48, name, 0.0625).contiguous();
+    float expected[128];
+    uint8_t* bytes = pool.mutable_data_ptr<uint8_t>();
+    std::vector<uint8_t> page(k::page_head_bytes(format), 0);
+    for (int token = 0; token < 48; ++token)
+      for (int head = 0; head < 4; ++head) {
+        k::decode_key(format, bytes + ((token / 16) * 4 + head) * k::page_head_bytes(format), token % 16,
+                      expected, 0.0625f);
+        const float* row = got.const_data_ptr<float>() + (token * 4 + head) * 128;
+        ASSERT_EQ(std::memcmp(row, expected, sizeof expected), 0) << name << " token " << token;
+      }
+  }
+}
+
+TEST(SelectorCache, CountsItsBytes) {
+  const std::pair<CacheFormat, double> shared[] = {{CacheFormat::f32, 512},  {CacheFormat::bf16, 256},
+                                                   {CacheFormat::int8, 136}, {CacheFormat::int4, 72},
+                                                   {CacheFormat::mxfp4, 68}, {CacheFormat::nvfp4, 72}};
+  for (const auto& [format, bytes] : shared) {
+    SelectorConfig config;
+    EXPECT_EQ(SelectorCache(config, {0}, 4, format, at::kCPU).bytes_per_token(), bytes);
+    config.key_heads = 4;
+    const SelectorCache cache(config, {0}, 4, format, at::kCPU);
+    EXPECT_EQ(cache.bytes_per_token(), 4 * bytes);
+    EXPECT_EQ(static_cast<double>(cache.pool(0).numel()), 4 * bytes * 4 * 16);
+  }
+}
+
+TEST(SelectorCache, RefusesWhatLiesOutside) {
+  SelectorCache cache(SelectorConfig{}, {0}, 2, CacheFormat::bf16, at::kCPU);
+  const at::Tensor key = at::ones({1, 1, 128});
+  EXPECT_THROW(cache.append(1, at::zeros({1}, at::kLong), key), Error);
+  EXPECT_THROW(cache.append(0, at::full({1}, 32, at::kLong), key), c10::Error);
+  EXPECT_THROW(cache.append(0, at::zeros({2}, at::kLong), key), c10::Error);
+  EXPECT_THROW(cache.append(0, at::zeros({1}, at::kLong), at::ones({1, 4, 128})), c10::Error);
+  EXPECT_THROW(cache.gather(0, at::zeros({2}, at::kInt), 33), c10::Error);
+  EXPECT_THROW(cache.gather(0, at::full({1}, 2, at::kInt), 3), c10::Error);
+  cache.append(0, at::full({1}, -1, at::kLong), key);  // a padded row of a captured batch
+  EXPECT_EQ(cache.pool(0).count_nonzero().item<int64_t>(), 0);
+  EXPECT_THROW(SelectorCache(SelectorConfig{}, {0}, 0, CacheFormat::bf16, at::kCPU), Error);
+}
+
+// Every instruction set of this processor, against double precision.
+TEST(PageKernels, MatchDoublePrecision) {
+  fresh_seed();
+  int sets = 0;
+  const auto* const* all = ops::cpu::all_page_kernels(&sets);
+  ASSERT_GE(sets, 1);
+  for (int s = 0; s < sets; ++s) {
+    const ops::cpu::PageKernels& kernels = *all[s];
+    SCOPED_TRACE(kernels.name);
+    for (int heads : {1, 2, 3, 4, 5, 7, 8}) {
+      const int stride = 16 * static_cast<int>(random_int(1, 9)),
+                tokens = static_cast<int>(random_int(1, 16));
+      const at::Tensor query = at::randn({heads, stride}), page = at::randn({16, stride});
+      at::Tensor dots = at::full({heads, 16}, 7.0f), sums = at::randn({heads, stride});
+      kernels.dots(query.const_data_ptr<float>(), heads, page.const_data_ptr<float>(), tokens, stride, 0.3f,
+                   dots.mutable_data_ptr<float>());
+      const at::Tensor expected = at::matmul(query.to(at::kDouble), page.to(at::kDouble).t()) * 0.3;
+      EXPECT_LT(largest_difference(dots.slice(1, 0, tokens), expected.slice(1, 0, tokens)), 1e-4);
+      EXPECT_TRUE((dots.slice(1, tokens) == 7.0f).all().item<bool>());
+      // A token's dot must not depend on how many tokens its page has.
+      at::Tensor full = at::empty({heads, 16});
+      kernels.dots(query.const_data_ptr<float>(), heads, page.const_data_ptr<float>(), 16, stride, 0.3f,
+                   full.mutable_data_ptr<float>());
+      EXPECT_TRUE(at::equal(full.slice(1, 0, tokens), dots.slice(1, 0, tokens)));
+      const at::Tensor weights = at::rand({heads, 16});
+      const at::Tensor summed = sums.to(at::kDouble) + at::matmul(weights.to(at::kDouble).slice(1, 0, tokens),
+                                                                  page.to(at::kDouble).slice(0, 0, tokens));
+      kernels.accumulate(weights.const_data_ptr<float>(), heads, page.const_data_ptr<float>(), tokens, stride,
+                         sums.mutable_data_ptr<float>());
+      EXPECT_LT(largest_difference(sums, summed), 1e-5);
+    }
+    const int64_t count = random_int(1, 70);
+    at::Tensor x = at::randn({count}) * 20;
+    x[count / 2] = -INFINITY;
+    if (count > 1) x[0] = 3;
+    const float max = x.max().item<float>();
+    if (std::isinf(max)) continue;
+    const at::Tensor expected = at::exp((x - max).to(at::kDouble));  // what float32 makes of the difference
+    const float sum = kernels.exponentials(x.mutable_data_ptr<float>(), count, max);
+    EXPECT_LT(((x.to(at::kDouble) - expected).abs() / (expected + 1e-30))
+                  .where(expected > 1e-36, 0.0)
+                  .max()
+                  .item<double>(),
+              5e-7);
+    EXPECT_NEAR(sum, expected.sum().item<double>(), 1e-5);
+    EXPECT_EQ(x[count / 2].item<float>(), 0.0f);
+    x[0] = NAN;
+    EXPECT_TRUE(std::isnan(kernels.exponentials(x.mutable_data_ptr<float>(), count, 1.0f)));
+    const at::Tensor half = at::randn({count}).to(at::kBFloat16);
+    at::Tensor wide = at::empty({count});
+    kernels.from_bfloat16(reinterpret_cast<const uint16_t*>(half.const_data_ptr()),
+                          wide.mutable_data_ptr<float>(), count);
+    EXPECT_TRUE(at::equal(wide, half.to(at::kFloat)));
+  }
+}

@@ -1,0 +1,107 @@
+#include <gtest/gtest.h>
+
+#include "selector/config.h"
+#include "tests/selector/support.h"
+
+using namespace spot;
+using nlohmann::json;
+using spot::test::error_of;
+
+TEST(SelectorConfig, PresetsSayWhatTheyAre) {
+  const SelectorConfig paper = SelectorConfig::from_preset("paper"),
+                       ours = SelectorConfig::from_preset("spot");
+  EXPECT_EQ(paper.key_heads, 4);
+  EXPECT_EQ(paper.cache_format, CacheFormat::bf16);
+  EXPECT_EQ(paper.distillation.loss, DistillLoss::sparse);
+  EXPECT_EQ(paper.distillation.k_train, 8192);
+  EXPECT_EQ(ours.key_heads, 1);
+  for (const SelectorConfig& config : {paper, ours}) {
+    EXPECT_EQ(config.num_heads, 4);
+    EXPECT_EQ(config.head_dim, 128);
+    EXPECT_EQ(config.rope_dims, 64);
+    EXPECT_EQ(config.selection.sinks, 128);
+    EXPECT_EQ(config.selection.recency, 256);
+    EXPECT_EQ(config.selection.floor, 512);
+  }
+  EXPECT_NE(error_of([] { SelectorConfig::from_preset("fast"); }).find("\"fast\""), std::string::npos);
+}
+
+TEST(SelectorConfig, EveryFieldSurvivesJson) {
+  SelectorConfig config = SelectorConfig::from_preset("paper");
+  config.preset = "custom";
+  config.key_heads = 4;
+  config.rope_dims = 32;
+  config.key_norm = KeyNorm::rmsnorm;
+  config.norm_eps = 3e-5;
+  config.scope = SelectorScope::kv_group;
+  config.cache_format = CacheFormat::nvfp4;
+  config.selection = {96, 48, 352, 4096, 0.75, {0.5, 1.25, 2.0}, {0, 7}};
+  config.distillation = {DistillLoss::dense, 1234, Teacher::block_max, TeacherScope::residual, true};
+  const json document = json::parse(config.to_json().dump());
+  EXPECT_EQ(SelectorConfig::from_json(document, "here"), config);
+  // Not one field may be lost: changing any leaf must change the result or be refused.
+  const json leaves = document.flatten();
+  for (const auto& [name, value] : leaves.items()) {
+    json changed = document;
+    json& leaf = changed[json::json_pointer(name)];
+    if (leaf.is_boolean())
+      leaf = !leaf.get<bool>();
+    else if (leaf.is_number_integer())
+      leaf = leaf.get<int64_t>() + 16;
+    else if (leaf.is_number())
+      leaf = leaf.get<double>() * 0.5;
+    else
+      leaf = leaf.get<std::string>() + "?";
+    try {
+      EXPECT_NE(SelectorConfig::from_json(changed, "here"), config) << name;
+    } catch (const Error& e) {
+      EXPECT_EQ(std::string(e.what()).rfind("here", 0) == 0 ||
+                    std::string(e.what()).find("preset") != std::string::npos,
+                true)
+          << e.what();
+    }
+  }
+}
+
+TEST(SelectorConfig, AbsentFieldsTakeThePreset) {
+  EXPECT_EQ(SelectorConfig::from_json(json::object(), "x"), SelectorConfig::from_preset("spot"));
+  EXPECT_EQ(SelectorConfig::from_json({{"preset", "paper"}}, "x"), SelectorConfig::from_preset("paper"));
+}
+
+TEST(SelectorConfig, RefusesTheUnknownAndTheImpossible) {
+  auto message = [](json document) {
+    return error_of([&] { SelectorConfig::from_json(document, "a/selector.json"); });
+  };
+  auto expect = [&](json document, const char* part) {
+    const std::string text = message(document);
+    EXPECT_NE(text.find(part), std::string::npos) << text;
+  };
+  expect({{"key_head", 1}}, "unknown field \"key_head\"");
+  expect({{"selection", {{"sink", 1}}}}, "selection has the unknown field \"sink\"");
+  expect({{"distillation", {{"rest", true}}}}, "unknown field \"rest\"");
+  expect({{"key_heads", 2}}, "key_heads is 2");
+  expect({{"key_heads", "one"}}, "key_heads must be an integer");
+  expect({{"key_heads", 1.5}}, "key_heads must be an integer");
+  expect({{"num_heads", 8}}, "num_heads is 8");
+  expect({{"head_dim", 64}}, "head_dim is 64");
+  expect({{"rope_dims", 63}}, "rope_dims is 63");
+  expect({{"rope_dims", 256}}, "rope_dims is 256");
+  expect({{"key_norm", "batchnorm"}}, "one of none, layernorm, rmsnorm");
+  expect({{"per", "head"}}, "one of layer, kv_group");
+  expect({{"cache_format", "int2"}}, "one of f32, bf16, int8, int4, mxfp4, nvfp4");
+  expect({{"block_size", 32}}, "block_size is 32");
+  expect({{"norm_eps", 0}}, "norm_eps is 0");
+  expect({{"selection", {{"p", 0}}}}, "selection.p is 0");
+  expect({{"selection", {{"p", 1.01}}}}, "selection.p is 1.01");
+  expect({{"selection", {{"floor", -1}}}}, "selection.floor is -1");
+  expect({{"selection", {{"cap", 100}}}}, "selection.cap is 100");
+  expect({{"selection", {{"temperature", {1, 0}}}}}, "selection.temperature is 0");
+  expect({{"selection", {{"temperature", {1, "x"}}}}}, "array of numbers");
+  expect({{"selection", {{"dense_layers", {1, 1}}}}}, "selection.dense_layers is 1");
+  expect({{"selection", {{"dense_layers", {1.5}}}}}, "array of numbers");
+  expect({{"distillation", {{"k_train", 0}}}}, "distillation.k_train is 0");
+  expect({{"distillation", {{"rest_bucket", 1}}}}, "rest_bucket must be true or false");
+  expect({{"preset", "huge"}}, "preset \"huge\"");
+  expect(json::array(), "must be a JSON object");
+  expect({{"selection", 3}}, "must be a JSON object");
+}
