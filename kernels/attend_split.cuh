@@ -1,0 +1,273 @@
+// Attention of up to 8 query heads of one KV head over one split of a block list, by 8 warps. Used by
+// sparse_decode_attention.cu and by the fused decode kernel, which therefore agree bit for bit.
+//
+// A warp owns whole blocks of 16 tokens: it copies a block's K and V (16 rows each) into its own shared
+// memory with cp.async, kStages blocks ahead, and needs no barrier with other warps. Both products are
+// mma.m16n8k16 with the query heads as the 8 columns: S^T = K Q^T (tokens are rows), then O^T = V^T P^T (dims
+// are rows); P^T comes from S^T by one movmatrix a half. Padding 4 heads to 8 costs nothing that matters: the
+// copies do. Rows are stored with their 16-byte chunks XORed by token % 8, so that ldmatrix meets no bank
+// twice.
+#pragma once
+
+#include "kernels/ptx.cuh"
+#include "kernels/sparse_decode_attention.h"
+
+namespace spot::kernels {
+
+constexpr int kAttendWarps = 8;
+constexpr int kHeadTile = 8;  // query heads a pass; groups of up to 16 take two
+
+template <int kHeadDim>
+struct AttendShape {
+  static constexpr int kRowBytes = kHeadDim * 2;
+  static constexpr int kTileBytes = kPageTokens * kRowBytes;  // K or V of a block
+  static constexpr int kBlockBytes = 2 * kTileBytes;
+  static constexpr int kSteps = kHeadDim / 16;
+  static constexpr int kOutStride =
+      kHeadDim + 4;  // floats from head to head when warps are folded: no bank conflicts
+};
+
+template <int kHeadDim, int kStages>
+struct AttendShared {
+  // A warp's stages; when the warps are folded, its O instead: [kHeadTile][kOutStride] float32, which fits
+  // one block.
+  alignas(128) uint8_t tiles[kAttendWarps][kStages][AttendShape<kHeadDim>::kBlockBytes];
+  uint2 query[AttendShape<kHeadDim>::kSteps][32];  // B fragments of Q^T
+  float maximum[kAttendWarps][kHeadTile];          // log2 units
+  float sum[kAttendWarps][kHeadTile];
+};
+
+// What one (sequence, KV head, head tile) reads. Pointers to its own head; strides in elements.
+struct AttendSource {
+  const uint16_t* queries;  // [heads, head_dim]
+  const uint16_t* keys;
+  const uint16_t* values;
+  int64_t page_stride, token_stride;
+  int heads;       // 1..8
+  int last_entry;  // index of the list's last entry, whose block alone may be partial (lists ascend),
+  int last_valid;  // and the tokens of the sequence from that block's start on
+  float scale_log2;
+};
+
+// Q^T as B fragments into shared memory; a barrier must follow.
+template <int kHeadDim>
+__device__ __forceinline__ void load_query_fragments(const AttendSource& source, uint2 (*query)[32]) {
+  for (int i = threadIdx.x; i < AttendShape<kHeadDim>::kSteps * 32; i += blockDim.x) {
+    const int step = i / 32, head = i % 32 / 4, t = i % 4;
+    uint2 v = make_uint2(0, 0);
+    if (head < source.heads) {
+      const uint32_t* at =
+          reinterpret_cast<const uint32_t*>(source.queries + head * kHeadDim + step * 16 + t * 2);
+      v = make_uint2(at[0], at[4]);
+    }
+    query[step][i % 32] = v;
+  }
+}
+
+// Starts the copies of one block into a warp's stage.
+template <int kHeadDim>
+__device__ __forceinline__ void copy_block(const AttendSource& source, int64_t page, uint32_t stage,
+                                           int lane) {
+  using Shape = AttendShape<kHeadDim>;
+  constexpr int kChunks = Shape::kRowBytes / 16;  // a row
+  const uint16_t* key = source.keys + page * source.page_stride;
+  const uint16_t* value = source.values + page * source.page_stride;
+#pragma unroll
+  for (int i = 0; i < kPageTokens * kChunks / 32; ++i) {
+    const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
+    ptx::cp_async_16(stage + row * Shape::kRowBytes + ((chunk ^ (row & 7)) * 16),
+                     key + row * source.token_stride + chunk * 8);
+  }
+#pragma unroll
+  for (int i = 0; i < kPageTokens * kChunks / 32; ++i) {
+    const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
+    ptx::cp_async_16(stage + Shape::kTileBytes + row * Shape::kRowBytes + ((chunk ^ (row & 7)) * 16),
+                     value + row * source.token_stride + chunk * 8);
+  }
+}
+
+// The running softmax of one warp: maximum and sum of heads 2t and 2t + 1, and O^T.
+template <int kHeadDim>
+struct WarpAttention {
+  float maximum[2], sum[2];
+  float out[AttendShape<kHeadDim>::kSteps][4];
+
+  __device__ __forceinline__ void reset() {
+    maximum[0] = maximum[1] = __uint_as_float(0xff800000u);
+    sum[0] = sum[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < AttendShape<kHeadDim>::kSteps; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[i][j] = 0.0f;
+  }
+
+  // Adds the block in `stage`, of which the first `valid` tokens count (at least one).
+  template <typename T>
+  __device__ __forceinline__ void add_block(uint32_t stage, const uint2 (*query)[32], int valid,
+                                            float scale_log2, int lane) {
+    using Shape = AttendShape<kHeadDim>;
+    float even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    const int row = lane % 16;
+#pragma unroll
+    for (int s = 0; s < Shape::kSteps; ++s) {
+      uint32_t a[4];
+      ptx::ldmatrix_x4(a, stage + row * Shape::kRowBytes + (((2 * s + lane / 16) ^ (row & 7)) * 16));
+      const uint2 b = query[s][lane];
+      ptx::mma_accumulate<T>(s % 2 == 0 ? even : odd, a, b.x, b.y);
+    }
+    float logits[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) logits[j] = (even[j] + odd[j]) * scale_log2;
+    if (valid < kPageTokens) {
+      const float minus_infinity = __uint_as_float(0xff800000u);
+      if (lane / 4 >= valid) logits[0] = logits[1] = minus_infinity;
+      if (lane / 4 + 8 >= valid) logits[2] = logits[3] = minus_infinity;
+    }
+    float rescale[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float m = fmaxf(logits[j], logits[j + 2]);
+#pragma unroll
+      for (int offset = 4; offset < 32; offset *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, offset));
+      m = fmaxf(m, maximum[j]);
+      // A logit that is -infinity everywhere (or a NaN, which fmaxf drops) must not turn into inf - inf.
+      const float base = m == __uint_as_float(0xff800000u) ? 0.0f : m;
+      rescale[j] = ptx::exp2_approx(maximum[j] - base);
+      maximum[j] = m;
+      logits[j] = ptx::exp2_approx(logits[j] - base);
+      logits[j + 2] = ptx::exp2_approx(logits[j + 2] - base);
+      sum[j] = sum[j] * rescale[j] + (logits[j] + logits[j + 2]);
+    }
+    const uint32_t b0 = ptx::movmatrix_trans(ptx::pack2<T>(logits[0], logits[1]));
+    const uint32_t b1 = ptx::movmatrix_trans(ptx::pack2<T>(logits[2], logits[3]));
+    const uint32_t value = stage + Shape::kTileBytes;
+    const int token = lane % 8 + lane / 16 * 8;
+#pragma unroll
+    for (int i = 0; i < Shape::kSteps; ++i) {
+      uint32_t a[4];
+      ptx::ldmatrix_x4_trans(
+          a, value + token * Shape::kRowBytes + (((2 * i + lane / 8 % 2) ^ (token & 7)) * 16));
+      out[i][0] *= rescale[0], out[i][1] *= rescale[1], out[i][2] *= rescale[0], out[i][3] *= rescale[1];
+      ptx::mma_accumulate<T>(out[i], a, b0, b1);
+    }
+  }
+
+  // Parks the result where the block can fold it: O over the warp's own (idle) stages.
+  __device__ __forceinline__ void park(uint8_t* tiles, float* shared_maximum, float* shared_sum, int lane) {
+    using Shape = AttendShape<kHeadDim>;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int offset = 4; offset < 32; offset *= 2) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], offset);
+    }
+    const int t = lane % 4;
+    if (lane < 4) {
+      shared_maximum[2 * t] = maximum[0], shared_maximum[2 * t + 1] = maximum[1];
+      shared_sum[2 * t] = sum[0], shared_sum[2 * t + 1] = sum[1];
+    }
+    __syncwarp();
+    float* o = reinterpret_cast<float*>(tiles);
+#pragma unroll
+    for (int i = 0; i < Shape::kSteps; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        o[(2 * t + j % 2) * Shape::kOutStride + 16 * i + lane / 4 + j / 2 * 8] = out[i][j];
+  }
+};
+
+// One warp's part of a split: entries begin + warp, + 8, ... of [begin, end) of the list. `page_of(i)` gives
+// the page of entry i. Leaves the result parked; a barrier must follow before fold_warps.
+template <typename T, int kHeadDim, int kStages, typename PageOf>
+__device__ __forceinline__ void attend_warp(const AttendSource& source, int begin, int end,
+                                            const PageOf& page_of, AttendShared<kHeadDim, kStages>& shared,
+                                            int warp, int lane) {
+  WarpAttention<kHeadDim> state;
+  state.reset();
+  const int first = begin + warp;
+  const int blocks = first < end ? (end - first + kAttendWarps - 1) / kAttendWarps : 0;
+  const uint32_t stages = ptx::shared_address(shared.tiles[warp]);
+  constexpr int kBlockBytes = AttendShape<kHeadDim>::kBlockBytes;
+  // The pages of 32 blocks at a time, one a lane, so that their look-up is off the path.
+  int window = 0;
+  int pages = lane < blocks ? page_of(first + lane * kAttendWarps) : 0;
+  const auto copy = [&](int i, int stage) {  // block i of this warp
+    if (i - window == 32) {
+      window = i;
+      pages = i + lane < blocks ? page_of(first + (i + lane) * kAttendWarps) : 0;
+    }
+    copy_block<kHeadDim>(source, __shfl_sync(0xffffffffu, pages, i - window), stages + stage * kBlockBytes,
+                         lane);
+  };
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) {
+    if (stage < blocks) copy(stage, stage);
+    ptx::cp_async_commit();
+  }
+  int stage = 0;
+  for (int i = 0; i < blocks; ++i) {
+    ptx::cp_async_wait<kStages - 1>();
+    __syncwarp();
+    const int valid = first + i * kAttendWarps == source.last_entry ? source.last_valid : kPageTokens;
+    state.template add_block<T>(stages + stage * kBlockBytes, shared.query, valid, source.scale_log2, lane);
+    __syncwarp();
+    if (i + kStages < blocks) copy(i + kStages, stage);
+    ptx::cp_async_commit();
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+  ptx::cp_async_wait<0>();
+  __syncwarp();
+  state.park(shared.tiles[warp][0], shared.maximum[warp], shared.sum[warp], lane);
+}
+
+// Folds partial softmaxes: factors 2^(maximum - largest), 0 for empty parts. Returns {largest, sum}.
+template <int kParts, typename Maximum, typename Sum>
+__device__ __forceinline__ float2 fold_factors(const Maximum& maximum, const Sum& sum,
+                                               float (&factors)[kParts]) {
+  const float minus_infinity = __uint_as_float(0xff800000u);
+  float largest = minus_infinity;
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) largest = fmaxf(largest, maximum(i));
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    const float m = maximum(i);
+    factors[i] = m == minus_infinity ? 0.0f : ptx::exp2_approx(m - largest);
+    total += factors[i] * sum(i);
+  }
+  return make_float2(largest, total);
+}
+
+// Element (head, dim) of the split, folded over the warps in order, not yet divided by the sum.
+template <int kHeadDim, int kStages>
+__device__ __forceinline__ float fold_warps(const AttendShared<kHeadDim, kStages>& shared, int head, int dim,
+                                            float2* maximum_sum) {
+  float factors[kAttendWarps];
+  *maximum_sum = fold_factors<kAttendWarps>([&](int w) { return shared.maximum[w][head]; },
+                                            [&](int w) { return shared.sum[w][head]; }, factors);
+  float value = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kAttendWarps; ++w) {
+    const float o =
+        reinterpret_cast<const float*>(shared.tiles[w][0])[head * AttendShape<kHeadDim>::kOutStride + dim];
+    value = fmaf(factors[w], o, value);
+  }
+  return value;
+}
+
+// Element of the result, folded over the splits in order. `largest_sum` receives the row's {maximum, sum}.
+template <typename Maximum, typename Sum, typename Value>
+__device__ __forceinline__ float fold_splits(const Maximum& maximum, const Sum& sum, const Value& value,
+                                             float2* largest_sum) {
+  float factors[kAttentionSplits];
+  *largest_sum = fold_factors<kAttentionSplits>(maximum, sum, factors);
+  float total = 0.0f;
+#pragma unroll
+  for (int s = 0; s < kAttentionSplits; ++s) total = fmaf(factors[s], value(s), total);
+  return largest_sum->y > 0.0f ? total / largest_sum->y : 0.0f;
+}
+__device__ __forceinline__ float log_sum_exp_of(float2 largest_sum) {
+  return largest_sum.y > 0.0f ? (largest_sum.x + log2f(largest_sum.y)) * 0.6931471805599453f
+                              : __uint_as_float(0xff800000u);
+}
+
+}  // namespace spot::kernels

@@ -1,0 +1,433 @@
+// Contract: score_blocks.h.
+//
+// Floor (bytes): key_bytes(format) * key_heads a token: 9.4 MB for shared INT4 at 128K, 3.1 us at 3.03 TB/s;
+// per-head INT4 37.7 MB, 12.5 us; bf16 33.6 and 134 MB. FLOP: 1024 a token, nothing.
+//
+// Schedule. A warp owns whole blocks of 16 tokens: the tokens are the 16 rows of mma.m16n8k16, the columns
+// 0-3 are the four selector heads and the columns 4-7 what rounding the queries to 16 bits left over (zero
+// for bf16 and f16 models, and then skipped at the end). Pages are stored in fragment order, so a block is 2
+// coalesced 16-byte loads a lane plus one for the scales, straight into registers: no shared memory, no
+// barrier. A warp takes kUnits pages at once and issues all their loads first; at 128K and batch 1 that is
+// each warp's whole work. Decoding: a 4-bit integer left in bits 0-3 or 4-7 of a float16 IS the subnormal n
+// 2^-24 or n 2^-20, which tensor cores multiply exactly; the 1/16 goes into the query, the zero point into
+// the initial accumulator. E2M1 bits moved to bits 15 and 11-9 are its value times 2^-14. The powers of two
+// are undone in the weights, as ReLU lets them through. Group scales multiply each group's partial dot in
+// float32, before the ReLU. With per-head keys, head h's page is multiplied by all columns and column h is
+// kept: the padding is free.
+//
+// Grid: 4 blocks of 4 warps a multiprocessor, striding over items of kWarps * kUnits blocks (4 with per-head
+// keys).
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels/launch.h"
+#include "kernels/ptx.cuh"
+#include "kernels/score_blocks.h"
+#include "kernels/selector_key_math.h"
+
+namespace spot::kernels {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kSteps = kKeyDim / 16;  // k steps of an mma
+constexpr uint32_t kAll = 0xffffffffu;
+
+// Registers of one page of one head: a lane's codes, and the scales of tokens lane / 4 and lane / 4 + 8.
+template <KeyFormat kFormat>
+struct PageRegisters {
+  static constexpr int kChunks = page_code_bytes(kFormat) / 512;
+  uint4 codes[kChunks];
+  uint4 scales;  // mxfp4 uses x and y only
+
+  __device__ __forceinline__ void load(const uint8_t* page, int lane) {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i)
+      codes[i] = ptx::load_streaming(reinterpret_cast<const uint4*>(page) + i * 32 + lane);
+    const uint8_t* at = page + page_code_bytes(kFormat);
+    if constexpr (kFormat == KeyFormat::kMxfp4) {
+      const uint2 two = ptx::load_streaming(reinterpret_cast<const uint2*>(at) + lane / 4);
+      scales = make_uint4(two.x, two.y, 0, 0);
+    } else if constexpr (kFormat != KeyFormat::kBf16) {
+      scales = ptx::load_streaming(reinterpret_cast<const uint4*>(at) + lane / 4);
+    }
+  }
+  __device__ __forceinline__ uint32_t word(int i) const {
+    const uint4& c = codes[i / 4];
+    return i % 4 == 0 ? c.x : i % 4 == 1 ? c.y : i % 4 == 2 ? c.z : c.w;
+  }
+  // The mma A fragment of k step s.
+  __device__ __forceinline__ void fragment(int s, uint32_t (&a)[4]) const {
+    if constexpr (kFormat == KeyFormat::kBf16) {
+      a[0] = codes[s].x, a[1] = codes[s].y, a[2] = codes[s].z, a[3] = codes[s].w;
+    } else if constexpr (kFormat == KeyFormat::kInt8) {
+      const uint32_t first = word(2 * s), second = word(2 * s + 1);
+      a[0] = __byte_perm(first, 0, 0x4140), a[2] = __byte_perm(first, 0, 0x4342);
+      a[1] = __byte_perm(second, 0, 0x4140), a[3] = __byte_perm(second, 0, 0x4342);
+    } else if constexpr (kFormat == KeyFormat::kInt4) {
+      const uint32_t x = word(s), y = x >> 8;
+      a[0] = x & 0x000f000fu, a[2] = x & 0x00f000f0u;
+      a[1] = y & 0x000f000fu, a[3] = y & 0x00f000f0u;
+    } else {
+      const uint32_t x = word(s);
+      a[1] = x & 0x8e008e00u;
+      a[0] = (x << 8) & 0x8e008e00u;
+      a[3] = ((x >> 3) & 0x0e000e00u) | ((x << 7) & 0x80008000u);
+      a[2] = ((x << 5) & 0x0e000e00u) | ((x << 15) & 0x80008000u);
+    }
+  }
+  // Scales of group j for the two tokens.
+  __device__ __forceinline__ float2 scale(int j) const {
+    if constexpr (kFormat == KeyFormat::kMxfp4) {
+      const auto get = [j](uint32_t x) {
+        return __uint_as_float((j == 0   ? x << 23
+                                : j == 1 ? x << 15
+                                : j == 2 ? x << 7
+                                         : x >> 1) &
+                               0x7f800000u);
+      };
+      return make_float2(get(scales.x), get(scales.y));
+    } else if constexpr (kFormat == KeyFormat::kNvfp4) {
+      const uint32_t low = j / 4 == 0 ? scales.x : scales.y, high = j / 4 == 0 ? scales.z : scales.w;
+      const float2 a = ptx::e4m3x2_to_float2(low >> (j % 4 / 2 * 16)),
+                   b = ptx::e4m3x2_to_float2(high >> (j % 4 / 2 * 16));
+      return j % 2 == 0 ? make_float2(a.x, b.x) : make_float2(a.y, b.y);
+    } else {
+      const uint32_t low = j / 2 == 0 ? scales.x : scales.y, high = j / 2 == 0 ? scales.z : scales.w;
+      const auto get = [j](uint32_t x) { return __uint_as_float(j % 2 == 0 ? x << 16 : x & 0xffff0000u); };
+      return make_float2(get(low), get(high));
+    }
+  }
+};
+
+// What the four warps of a block prepare together for one row: the query as mma B fragments, and what undoes
+// the number tricks. Warp h prepares head h: column h, and column h + 4 with what rounding to 16 bits left
+// over.
+template <KeyFormat kFormat>
+struct SharedQuery {
+  using Type = std::conditional_t<kFormat == KeyFormat::kBf16, __nv_bfloat16, __half>;
+  static constexpr bool kInteger = kFormat == KeyFormat::kInt8 || kFormat == KeyFormat::kInt4;
+  static constexpr int kZeros = kInteger ? num_groups(kFormat) : 1;
+  uint2 fragments[kSteps][32];  // [k step][lane = 4 column + t]
+  float zero[kZeros][8];        // -zero point * sum of the group's query, a column
+  float weight[kSelectorHeads];
+  int remainder[kSelectorHeads];  // whether column h + 4 holds anything
+
+  __device__ void prepare(const ScoreBlocksParams& p, int row, int head, int lane) {
+    const int step = lane / 4, t = lane % 4;
+    const int64_t first = (static_cast<int64_t>(row) * kSelectorHeads + head) * kKeyDim;
+    const float2 q0 = load2(p, first + lane_dim(lane, 0)), q1 = load2(p, first + lane_dim(lane, 2));
+    const float q[4] = {q0.x, q0.y, q1.x, q1.y};
+    // The head times a power of two that brings its largest number to [2^14, 2^15): float16's best range.
+    int exponent = 127;  // biased
+    if constexpr (kFormat != KeyFormat::kBf16) {
+      const float largest = fmaxf(fmaxf(fabsf(q[0]), fabsf(q[1])), fmaxf(fabsf(q[2]), fabsf(q[3])));
+      const int top = static_cast<int>(ptx::reduce_max(__float_as_uint(largest)) >> 23);
+      exponent = min(127 + 14 + 127 - top, 253);
+    }
+    const float factor = __uint_as_float(static_cast<uint32_t>(exponent) << 23);
+    float main[4], rest[4], main_sum = 0.0f, rest_sum = 0.0f;
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float scaled = q[i] * factor;
+      main[i] = to_float(ptx::from_float<Type>(scaled));
+      rest[i] = to_float(ptx::from_float<Type>(scaled - main[i]));
+      main_sum += main[i];
+      rest_sum += rest[i];
+      any = any || rest[i] != 0.0f;
+    }
+    constexpr float kUpper = kFormat == KeyFormat::kInt4 ? 0.0625f : 1.0f;
+    fragments[step][head * 4 + t] =
+        make_uint2(ptx::pack2<Type>(main[0], main[1]), ptx::pack2<Type>(main[2] * kUpper, main[3] * kUpper));
+    fragments[step][(head + 4) * 4 + t] =
+        make_uint2(ptx::pack2<Type>(rest[0], rest[1]), ptx::pack2<Type>(rest[2] * kUpper, rest[3] * kUpper));
+    if constexpr (kInteger) {
+      constexpr float kZeroPoint = (kFormat == KeyFormat::kInt8 ? -128.0f : -8.0f) / 16777216.0f;
+#pragma unroll
+      for (int offset = 1; offset < 8; offset *= 2) {  // a group is 8 neighbouring lanes
+        main_sum += __shfl_xor_sync(kAll, main_sum, offset);
+        rest_sum += __shfl_xor_sync(kAll, rest_sum, offset);
+      }
+      if (lane % 8 == 0) {
+        zero[lane / 8][head] = kZeroPoint * main_sum;
+        zero[lane / 8][head + 4] = kZeroPoint * rest_sum;
+      }
+    }
+    any = __any_sync(kAll, any);
+    if (lane == 0) {
+      constexpr int kCodeShift = kInteger ? 24 : kFormat == KeyFormat::kBf16 ? 0 : 14;
+      const float w =
+          p.weights[row * kSelectorHeads + head] * (kFormat == KeyFormat::kNvfp4 ? p.global_scale : 1.0f);
+      weight[head] = ldexpf(w, kCodeShift + 127 - exponent);
+      remainder[head] = any ? 1 : 0;
+    }
+  }
+  static __device__ __forceinline__ float2 load2(const ScoreBlocksParams& p, int64_t at) {
+    if (p.query_type == DataType::kF32)
+      return *reinterpret_cast<const float2*>(static_cast<const float*>(p.queries) + at);
+    const uint32_t two = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.queries) + at);
+    return p.query_type == DataType::kF16
+               ? __half22float2(*reinterpret_cast<const __half2*>(&two))
+               : __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&two));
+  }
+  static __device__ __forceinline__ float to_float(__half x) {
+    return __half2float(x);
+  }
+  static __device__ __forceinline__ float to_float(__nv_bfloat16 x) {
+    return __bfloat162float(x);
+  }
+};
+
+// A lane's part of it.
+template <KeyFormat kFormat>
+struct QueryRegisters {
+  using Shared = SharedQuery<kFormat>;
+  uint2 b[kSteps];
+  float zero[Shared::kZeros][2];  // of columns 2t and 2t + 1
+  float weight[2];                // of heads 2t % 4 and 2t % 4 + 1
+  bool remainder;
+
+  __device__ __forceinline__ void load(const Shared& shared, int lane) {
+    const int t = lane % 4;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) b[s] = shared.fragments[s][lane];
+#pragma unroll
+    for (int j = 0; j < Shared::kZeros; ++j) {
+      zero[j][0] = Shared::kInteger ? shared.zero[j][2 * t] : 0.0f;
+      zero[j][1] = Shared::kInteger ? shared.zero[j][2 * t + 1] : 0.0f;
+    }
+    weight[0] = shared.weight[2 * t % 4];
+    weight[1] = shared.weight[2 * t % 4 + 1];
+    remainder = (shared.remainder[0] | shared.remainder[1] | shared.remainder[2] | shared.remainder[3]) != 0;
+  }
+};
+
+// dots[i]: row lane / 4 (+ 8 for i >= 2), column 2t + i % 2: the page's keys times the query columns, scales
+// applied.
+template <KeyFormat kFormat>
+__device__ __forceinline__ void page_dots(const PageRegisters<kFormat>& page,
+                                          const QueryRegisters<kFormat>& q, float (&dots)[4]) {
+  using Shared = SharedQuery<kFormat>;
+  using Type = typename Shared::Type;
+  constexpr int kGroups = num_groups(kFormat), kStepsPerGroup = kSteps / kGroups;
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+    float part[4];
+    const float zero0 = q.zero[Shared::kInteger ? j : 0][0];
+    const float zero1 = q.zero[Shared::kInteger ? j : 0][1];
+#pragma unroll
+    for (int i = 0; i < kStepsPerGroup; ++i) {
+      const int s = j * kStepsPerGroup + i;
+      uint32_t a[4];
+      page.fragment(s, a);
+      if (i == 0)
+        ptx::mma_m16n8k16<Type>(part, a, q.b[s].x, q.b[s].y, zero0, zero1, zero0, zero1);
+      else
+        ptx::mma_accumulate<Type>(part, a, q.b[s].x, q.b[s].y);
+    }
+    if constexpr (kFormat == KeyFormat::kBf16) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dots[i] = part[i];
+    } else {
+      const float2 scale = page.scale(j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float factor = i < 2 ? scale.x : scale.y;
+        dots[i] = j == 0 ? factor * part[i] : fmaf(factor, part[i], dots[i]);
+      }
+    }
+  }
+}
+
+// The block's score, in all lanes with t = 0 (t = 1 too), from its dots.
+template <KeyFormat kFormat>
+__device__ __forceinline__ float block_score(float (&dots)[4], const QueryRegisters<kFormat>& q,
+                                             int valid_tokens, int lane) {
+  if (q.remainder) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dots[i] += __shfl_xor_sync(kAll, dots[i], 2);
+  }
+  float upper = fmaf(q.weight[1], fmaxf(dots[1], 0.0f), q.weight[0] * fmaxf(dots[0], 0.0f));
+  float lower = fmaf(q.weight[1], fmaxf(dots[3], 0.0f), q.weight[0] * fmaxf(dots[2], 0.0f));
+  upper += __shfl_xor_sync(kAll, upper, 1);
+  lower += __shfl_xor_sync(kAll, lower, 1);
+  if (valid_tokens < kPageTokens) {
+    const float minus_infinity = __uint_as_float(0xff800000u);
+    if (lane / 4 >= valid_tokens) upper = minus_infinity;
+    if (lane / 4 + 8 >= valid_tokens) lower = minus_infinity;
+  }
+  float score = fmaxf(upper, lower);
+#pragma unroll
+  for (int offset = 4; offset < 32; offset *= 2) score = fmaxf(score, __shfl_xor_sync(kAll, score, offset));
+  return score;
+}
+
+// Row and first block of an item of kItemBlocks blocks, found by summing the rows' item counts 32 rows at a
+// time.
+struct Item {
+  int row, first_block, length;
+};
+template <int kItemBlocks>
+__device__ __forceinline__ bool find_item(const ScoreBlocksParams& p, int64_t index, int lane, Item& item) {
+  for (int base = 0; base < p.batch; base += 32) {
+    const int length = base + lane < p.batch ? p.lengths[base + lane] : 0;
+    const int count = (length + kPageTokens * kItemBlocks - 1) / (kPageTokens * kItemBlocks);
+    int sum = count;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(kAll, sum, offset);
+      if (lane >= offset) sum += other;
+    }
+    const unsigned past = __ballot_sync(kAll, sum > index);
+    if (past != 0) {
+      const int owner = __ffs(past) - 1;
+      item.row = base + owner;
+      item.length = __shfl_sync(kAll, length, owner);
+      item.first_block = (static_cast<int>(index) - __shfl_sync(kAll, sum - count, owner)) * kItemBlocks;
+      return true;
+    }
+    index -= __shfl_sync(kAll, sum, 31);
+  }
+  return false;
+}
+
+// An item is kWarps runs of kWarpBlocks blocks of one row, one run a warp; kUnits pages (of one head each)
+// are loaded at once.
+template <KeyFormat kFormat, int kKeyHeads, int kUnits>
+__global__ void __launch_bounds__(kWarps * 32, 4) score_kernel(const ScoreBlocksParams p) {
+  constexpr int kWarpBlocks = kKeyHeads == 1 ? kUnits : 1;
+  constexpr int kItemBlocks = kWarps * kWarpBlocks;
+  constexpr int kRounds = kKeyHeads == 1 ? 1 : kKeyHeads / kUnits;
+  constexpr int64_t kPageBytes = static_cast<int64_t>(page_head_bytes(kFormat)) * kKeyHeads;
+  __shared__ SharedQuery<kFormat> shared_query;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+  bool waited = p.overlap != Overlap::kHistory;
+  if (waited) ptx::griddepcontrol_wait();
+
+  QueryRegisters<kFormat> query;
+  PageRegisters<kFormat> pages[kUnits];
+  int loaded_row = -1;
+  Item item;
+  for (int64_t index = blockIdx.x; find_item<kItemBlocks>(p, index, lane, item); index += gridDim.x) {
+    const int blocks = (item.length + kPageTokens - 1) / kPageTokens;
+    const int first_block = item.first_block + warp * kWarpBlocks;
+    if (!waited && first_block + kWarpBlocks >= blocks) {  // holds the newest block
+      ptx::griddepcontrol_wait();
+      waited = true;
+    }
+    const int mine = min(first_block + (lane < kWarpBlocks ? lane : 0), blocks - 1);
+    const int page = p.page_table[item.row * p.page_table_stride + mine];
+    const auto load_round = [&](int round) {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        const int64_t id = __shfl_sync(kAll, page, kKeyHeads == 1 ? u : 0);
+        const int head = kKeyHeads == 1 ? 0 : round * kUnits + u;
+        if (kKeyHeads > 1 || first_block + u < blocks)
+          pages[u].load(p.pages + id * kPageBytes + head * page_head_bytes(kFormat), lane);
+      }
+    };
+    load_round(0);
+    if (!waited) {
+      ptx::griddepcontrol_wait();
+      waited = true;
+    }
+    if (item.row != loaded_row) {
+      if (loaded_row >= 0) __syncthreads();
+      shared_query.prepare(p, item.row, warp, lane);
+      __syncthreads();
+      query.load(shared_query, lane);
+      loaded_row = item.row;
+    }
+    float* out = p.block_scores + item.row * p.score_stride;
+    if constexpr (kKeyHeads == 1) {
+      float score = 0.0f;
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        float dots[4];
+        page_dots<kFormat>(pages[u], query, dots);
+        const float s =
+            block_score<kFormat>(dots, query, item.length - (first_block + u) * kPageTokens, lane);
+        score = lane == 4 * u ? s : score;
+      }
+      const int block = first_block + lane / 4;
+      if (lane % 4 == 0 && lane < 4 * kUnits && block < blocks) out[block] = score;
+    } else {
+      float pairs[2][4];  // heads 0 and 1, heads 2 and 3
+#pragma unroll
+      for (int round = 0; round < kRounds; ++round) {
+        if (round > 0) load_round(round);
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+          const int head = round * kUnits + u;
+          float dots[4];
+          page_dots<kFormat>(pages[u], query, dots);
+          pairs[head / 2][head % 2] = dots[head % 2];
+          pairs[head / 2][2 + head % 2] = dots[2 + head % 2];
+        }
+      }
+      float dots[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dots[i] = lane % 2 == 0 ? pairs[0][i] : pairs[1][i];
+      const float s = block_score<kFormat>(dots, query, item.length - first_block * kPageTokens, lane);
+      if (lane == 0 && first_block < blocks) out[first_block] = s;
+    }
+  }
+  if (!waited) ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+
+  const float minus_infinity = __uint_as_float(0xff800000u);
+  for (int row = 0; row < p.batch; ++row) {
+    const int blocks = (p.lengths[row] + kPageTokens - 1) / kPageTokens;
+    const int64_t first = blocks + static_cast<int64_t>(blockIdx.x) * (kWarps * 32) + threadIdx.x;
+    for (int64_t j = first; j < p.max_blocks; j += static_cast<int64_t>(gridDim.x) * (kWarps * 32))
+      p.block_scores[row * p.score_stride + j] = minus_infinity;
+  }
+}
+
+template <KeyFormat kFormat, int kKeyHeads, int kUnits>
+cudaError_t launch_score(const ScoreBlocksParams& p, cudaStream_t stream) {
+  int multiprocessors = 0;
+  const cudaError_t error = multiprocessor_count(&multiprocessors);
+  if (error != cudaSuccess) return error;
+  constexpr int kItemBlocks = kWarps * (kKeyHeads == 1 ? kUnits : 1);
+  const int64_t most = static_cast<int64_t>(p.batch) * ((p.max_blocks + kItemBlocks - 1) / kItemBlocks);
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(std::min<int64_t>(most, 4 * multiprocessors)));
+  shape.block = dim3(kWarps * 32);
+  shape.overlap = p.overlap;
+  return launch(score_kernel<kFormat, kKeyHeads, kUnits>, shape, stream, p);
+}
+
+}  // namespace
+
+cudaError_t score_blocks(const ScoreBlocksParams& p, cudaStream_t stream) {
+  if (p.batch < 0 || p.max_blocks < 0 || (p.key_heads != 1 && p.key_heads != kSelectorHeads) ||
+      p.score_stride < p.max_blocks || p.page_table_stride < p.max_blocks)
+    return cudaErrorInvalidValue;
+  if (p.batch == 0 || p.max_blocks == 0) return cudaSuccess;
+  if (p.queries == nullptr || p.weights == nullptr || p.pages == nullptr || p.page_table == nullptr ||
+      p.lengths == nullptr || p.block_scores == nullptr || reinterpret_cast<uintptr_t>(p.pages) % 16 != 0)
+    return cudaErrorInvalidValue;
+  const bool shared = p.key_heads == 1;
+  switch (p.format) {
+    case KeyFormat::kBf16:
+      return shared ? launch_score<KeyFormat::kBf16, 1, 2>(p, stream)
+                    : launch_score<KeyFormat::kBf16, 4, 2>(p, stream);
+    case KeyFormat::kInt8:
+      return shared ? launch_score<KeyFormat::kInt8, 1, 2>(p, stream)
+                    : launch_score<KeyFormat::kInt8, 4, 2>(p, stream);
+    case KeyFormat::kInt4:
+      return shared ? launch_score<KeyFormat::kInt4, 1, 4>(p, stream)
+                    : launch_score<KeyFormat::kInt4, 4, 4>(p, stream);
+    case KeyFormat::kMxfp4:
+      return shared ? launch_score<KeyFormat::kMxfp4, 1, 4>(p, stream)
+                    : launch_score<KeyFormat::kMxfp4, 4, 4>(p, stream);
+    case KeyFormat::kNvfp4:
+      return shared ? launch_score<KeyFormat::kNvfp4, 1, 4>(p, stream)
+                    : launch_score<KeyFormat::kNvfp4, 4, 4>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace spot::kernels

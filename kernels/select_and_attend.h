@@ -1,0 +1,33 @@
+// Selection and sparse decode attention as one step: what follows score_blocks in every layer.
+#pragma once
+
+#include "kernels/select_blocks.h"
+#include "kernels/sparse_decode_attention.h"
+
+namespace spot::kernels {
+
+struct SelectAndAttendParams {
+  SelectParams rules;             // block_size must be 16
+  const float* scores = nullptr;  // [rows, score_stride] float32; rows = B * attention.rows_per_sequence
+  int64_t score_stride = 0;
+  int32_t max_blocks = 0;       // no row has more; at most kMaxSelectBlocks
+  int32_t* selected = nullptr;  // out [rows, max_selected], as SelectBlocksParams
+  int32_t max_selected = 0;
+  int32_t* counts = nullptr;              // out [rows]
+  float* covered_share = nullptr;         // out [rows], may be null
+  SparseDecodeAttentionParams attention;  // its selected, counts, max_selected and overlap are ignored
+  Overlap overlap = Overlap::kNone;
+};
+
+enum class SelectAndAttendPath : int32_t {
+  kChoose = 0,      // the fused kernel where the batch leaves room for its clusters, else the two kernels
+  kFused16 = 1,     // one launch, clusters of 16 thread blocks (cudaErrorNotSupported where they do not fit)
+  kFused8 = 2,      // one launch, clusters of 8
+  kTwoKernels = 3,  // select_blocks, then sparse_decode_attention
+};
+
+// Equal bits to select_blocks followed by sparse_decode_attention, whichever path runs.
+cudaError_t select_and_attend(const SelectAndAttendParams& params, cudaStream_t stream,
+                              SelectAndAttendPath path = SelectAndAttendPath::kChoose);
+
+}  // namespace spot::kernels

@@ -1,0 +1,53 @@
+// Contract: select_blocks.h; the method: select_row.cuh.
+// Floor (bytes): the scores once, 32 KB a row at 128K tokens, from L2; nothing beside the latencies of about
+// ten block barriers and, for top_p, two shared-memory atomics a block. Grid: one block of 512 threads a row.
+#include "kernels/launch.h"
+#include "kernels/select_row.cuh"
+
+namespace spot::kernels {
+namespace {
+
+constexpr int kThreads = 512;
+
+__global__ void __launch_bounds__(kThreads)
+    select_kernel(const SelectBlocksParams p, const SelectConstants constants) {
+  SelectShared& shared = *reinterpret_cast<SelectShared*>(ptx::dynamic_shared());
+  ptx::griddepcontrol_wait();
+  const int r = blockIdx.x;
+  const SelectRow row = select_row(constants.rules, p.lengths[r / p.rows_per_sequence], constants.capacity);
+  select_row_bitmap<kThreads>(p.scores + r * p.score_stride, row, constants,
+                              p.covered_share == nullptr ? nullptr : p.covered_share + r, shared);
+  int32_t* out = p.selected + static_cast<int64_t>(r) * p.max_selected;
+  const int count = list_bitmap<kThreads>(shared, row.num_blocks, [&](int position, int block) {
+    if (position < p.max_selected) out[position] = block;
+  });
+  if (threadIdx.x == 0) p.counts[r] = min(count, p.max_selected);
+  ptx::griddepcontrol_launch_dependents();
+}
+
+}  // namespace
+
+bool valid_rules(const SelectParams& rules) {
+  return rules.block_size > 0 && rules.sink_tokens >= 0 && rules.recency_tokens >= 0 &&
+         rules.min_tokens >= 0 && rules.max_tokens >= 0 && rules.top_k_tokens >= 0 &&
+         rules.top_p == rules.top_p && rules.temperature > 0.0f;
+}
+
+cudaError_t select_blocks(const SelectBlocksParams& p, cudaStream_t stream) {
+  if (p.rows < 0 || p.rows_per_sequence < 1 || p.rows % p.rows_per_sequence != 0 || !valid_rules(p.rules) ||
+      p.max_selected < smallest_capacity(p.rules))
+    return cudaErrorInvalidValue;
+  if (p.rows == 0) return cudaSuccess;
+  if (p.scores == nullptr || p.lengths == nullptr || p.selected == nullptr || p.counts == nullptr)
+    return cudaErrorInvalidValue;
+  const cudaError_t error = allow_shared_bytes(select_kernel, sizeof(SelectShared));
+  if (error != cudaSuccess) return error;
+  LaunchShape shape;
+  shape.grid = dim3(p.rows);
+  shape.block = dim3(kThreads);
+  shape.shared_bytes = sizeof(SelectShared);
+  shape.overlap = p.overlap;
+  return launch(select_kernel, shape, stream, p, select_constants(p.rules, p.max_selected));
+}
+
+}  // namespace spot::kernels

@@ -1,0 +1,134 @@
+// kernels/ptx.cuh on the CPU: the same functions, from their definitions in the PTX manual.
+#pragma once
+
+#include "kernels/key_format.h"
+#include "tests/kernels/emulator/emulator.h"
+
+namespace spot::kernels::ptx {
+
+inline uint8_t* dynamic_shared() {
+  return emulator::shared_base();
+}
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - emulator::shared_base());
+}
+
+template <typename T>
+float half_bits_to_float(uint32_t bits) {
+  using Raw = std::conditional_t<std::is_same_v<T, __half>, __half_raw, __nv_bfloat16_raw>;
+  Raw raw;
+  raw.x = static_cast<uint16_t>(bits);
+  return static_cast<float>(T(raw));
+}
+
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float c0, float c1,
+                  float c2, float c3) {
+  const emulator::Slot* slots = emulator::exchange(emulator::Slot{{a[0], a[1], a[2], a[3], b0, b1, 0, 0}});
+  const int lane = static_cast<int>(emulator::lane());
+  const float c[4] = {c0, c1, c2, c3};
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t x = slots[row % 8 * 4 + k % 8 / 2].words[row / 8 + k / 8 * 2] >> (k % 2 * 16);
+      const uint32_t y = slots[column * 4 + k % 8 / 2].words[4 + k / 8] >> (k % 2 * 16);
+      sum += static_cast<double>(half_bits_to_float<T>(x)) * static_cast<double>(half_bits_to_float<T>(y));
+    }
+    d[i] = static_cast<float>(sum);
+  }
+}
+template <typename T>
+void mma_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma_m16n8k16<T>(d, a, b0, b1, d[0], d[1], d[2], d[3]);
+}
+
+inline void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed) {
+  const emulator::Slot* slots = emulator::exchange(address);
+  const int lane = static_cast<int>(emulator::lane()), g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int j = 0; j < 2; ++j) {
+      const int row = transposed ? 2 * t + j : g, column = transposed ? g : 2 * t + j;
+      std::memcpy(&pair[j], emulator::shared_base() + slots[8 * i + row].words[0] + column * 2, 2);
+    }
+    r[i] = static_cast<uint32_t>(pair[0]) | static_cast<uint32_t>(pair[1]) << 16;
+  }
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+  load_matrices(r, address, false);
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
+  load_matrices(r, address, true);
+}
+inline uint32_t movmatrix_trans(uint32_t a) {
+  const emulator::Slot* slots = emulator::exchange(a);
+  const int lane = static_cast<int>(emulator::lane()), g = lane / 4, t = lane % 4;
+  const auto element = [&](int row, int column) {
+    return slots[row * 4 + column / 2].words[0] >> (column % 2 * 16) & 0xffffu;
+  };
+  return element(2 * t, g) | element(2 * t + 1, g) << 16;
+}
+
+inline void cp_async_16(uint32_t to, const void* from) {
+  emulator::copy_async(emulator::shared_base() + to, from);
+}
+inline void cp_async_commit() {
+  emulator::commit_copies();
+}
+template <int kPending>
+void cp_async_wait() {
+  emulator::wait_copies(kPending);
+}
+inline uint4 load_streaming(const uint4* p) {
+  return *p;
+}
+inline uint2 load_streaming(const uint2* p) {
+  return *p;
+}
+
+inline void griddepcontrol_wait() {}
+inline void griddepcontrol_launch_dependents() {}
+
+inline void cluster_arrive() {
+  emulator::cluster_arrive_barrier();
+}
+inline void cluster_wait() {
+  emulator::cluster_wait_barrier();
+}
+inline uint32_t cluster_block_rank() {
+  return emulator::block_rank();
+}
+inline uint32_t cluster_num_blocks() {
+  return emulator::cluster_size();
+}
+inline void store_cluster(uint32_t address, uint32_t rank, float value) {
+  std::memcpy(emulator::shared_base_of(rank) + address, &value, 4);
+}
+
+inline uint32_t reduce_max(uint32_t v) {
+  return __reduce_max_sync(0xffffffffu, v);
+}
+inline uint32_t reduce_min(uint32_t v) {
+  return __reduce_min_sync(0xffffffffu, v);
+}
+inline float exp2_approx(float x) {
+  return std::exp2(x);
+}
+inline float2 e4m3x2_to_float2(uint32_t two) {
+  return make_float2(e4m3_to_float(two & 0xff), e4m3_to_float(two >> 8 & 0xff));
+}
+
+template <typename T>
+uint32_t pack2(float low, float high) {
+  const T pair[2] = {static_cast<T>(low), static_cast<T>(high)};
+  uint32_t word;
+  std::memcpy(&word, pair, 4);
+  return word;
+}
+template <typename T>
+T from_float(float x) {
+  return static_cast<T>(x);
+}
+
+}  // namespace spot::kernels::ptx

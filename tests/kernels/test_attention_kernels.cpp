@@ -1,0 +1,373 @@
+// sparse_decode_attention and select_and_attend against float64 and each other, on the GPU or emulated.
+#include <memory>
+
+#include "kernels/score_blocks.h"
+#include "kernels/select_and_attend.h"
+#include "kernels/select_reference.h"
+#include "tests/kernels/device.h"
+#include "tests/kernels/reference.h"
+
+namespace spot::kernels {
+namespace {
+
+using testing::Buffer;
+using testing::check;
+using testing::kEmulated;
+using testing::PageTable;
+using testing::Random;
+using testing::Typed;
+
+// A batch of sequences with paged random keys and values.
+struct Scene {
+  DataType type;
+  int32_t num_heads, num_kv_heads, head_dim;
+  bool tokens_first;  // pool [pages, 16, heads, dim] instead of [heads, pages, 16, dim]
+  PageTable pages;
+  Typed queries, keys, values;
+  Buffer<uint8_t> device_queries, device_keys, device_values, workspace;
+  Buffer<int32_t> table, lengths;
+
+  Scene(Random& random, DataType type, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
+        bool tokens_first, const std::vector<int32_t>& row_lengths)
+      : type(type),
+        num_heads(num_heads),
+        num_kv_heads(num_kv_heads),
+        head_dim(head_dim),
+        tokens_first(tokens_first),
+        pages(random, row_lengths),
+        queries(type, testing::normal(random, row_lengths.size() * num_heads * head_dim, 1.5f)),
+        keys(type, testing::normal(random, pool_size())),
+        values(type, testing::normal(random, pool_size())),
+        device_queries(queries.bytes),
+        device_keys(keys.bytes),
+        device_values(values.bytes),
+        workspace(sparse_decode_workspace_bytes(static_cast<int32_t>(row_lengths.size()), num_heads,
+                                                num_kv_heads, head_dim)),
+        table(pages.table),
+        lengths(pages.lengths) {
+    workspace.fill(0);
+  }
+  size_t pool_size() const {
+    return static_cast<size_t>(pages.num_pages) * kPageTokens * num_kv_heads * head_dim;
+  }
+  int32_t batch() const { return static_cast<int32_t>(pages.lengths.size()); }
+  int64_t page_stride() const {
+    return tokens_first ? int64_t{kPageTokens} * num_kv_heads * head_dim : kPageTokens * head_dim;
+  }
+  int64_t head_stride() const {
+    return tokens_first ? head_dim : int64_t{pages.num_pages} * kPageTokens * head_dim;
+  }
+  int64_t token_stride() const { return tokens_first ? int64_t{num_kv_heads} * head_dim : head_dim; }
+  int64_t at(size_t row, int32_t kv_head, int32_t token) const {
+    return pages.page(row, token / kPageTokens) * page_stride() + kv_head * head_stride() +
+           token % kPageTokens * token_stride();
+  }
+  float scale() const { return 1.0f / std::sqrt(static_cast<float>(head_dim)); }
+
+  SparseDecodeAttentionParams params(size_t first = 0, int32_t rows = -1) const {
+    SparseDecodeAttentionParams p;
+    p.type = type;
+    p.batch = rows < 0 ? batch() : rows;
+    p.num_heads = num_heads;
+    p.num_kv_heads = num_kv_heads;
+    p.head_dim = head_dim;
+    p.scale = scale();
+    p.queries = device_queries.data() + first * num_heads * head_dim * 2;
+    p.keys = device_keys.data();
+    p.values = device_values.data();
+    p.page_stride = page_stride();
+    p.head_stride = head_stride();
+    p.token_stride = token_stride();
+    p.page_table = table.data() + first * pages.stride;
+    p.page_table_stride = pages.stride;
+    p.lengths = lengths.data() + first;
+    p.workspace = workspace.data();
+    p.workspace_bytes = workspace.size();
+    return p;
+  }
+};
+
+struct Output {
+  std::vector<uint16_t> out;
+  std::vector<float> log_sum_exp;
+  bool operator==(const Output& other) const {
+    return out == other.out &&
+           std::memcmp(log_sum_exp.data(), other.log_sum_exp.data(), log_sum_exp.size() * 4) == 0;
+  }
+};
+Output run_attention(SparseDecodeAttentionParams p) {
+  Buffer<uint16_t> out(static_cast<size_t>(p.batch) * p.num_heads * p.head_dim);
+  Buffer<float> lse(static_cast<size_t>(p.batch) * p.num_heads);
+  p.out = out.data();
+  p.log_sum_exp = lse.data();
+  check(sparse_decode_attention(p, nullptr));
+  return {out.download(), lse.download()};
+}
+
+// Block lists of rows (or of rows and KV heads), checked against float64.
+void expect_matches(const Scene& scene, const Output& output, const std::vector<std::vector<int32_t>>& lists,
+                    const char* what) {
+  std::vector<double> expected(output.out.size());
+  const int32_t d = scene.head_dim, group = scene.num_heads / scene.num_kv_heads;
+  const bool per_head = lists.size() > static_cast<size_t>(scene.batch());
+  for (int32_t row = 0; row < scene.batch(); ++row)
+    for (int32_t head = 0; head < scene.num_heads; ++head) {
+      const int32_t kv = head / group, q = row * scene.num_heads + head;
+      const double lse = testing::attention_reference(
+          scene.queries.values.data() + q * d,
+          [&](int32_t token) { return scene.keys.values.data() + scene.at(row, kv, token); },
+          [&](int32_t token) { return scene.values.values.data() + scene.at(row, kv, token); }, d,
+          lists[per_head ? row * scene.num_kv_heads + kv : row], scene.pages.lengths[row],
+          static_cast<double>(scene.scale()), expected.data() + static_cast<size_t>(q) * d);
+      if (std::isinf(lse))
+        EXPECT_EQ(output.log_sum_exp[q], -INFINITY);
+      else
+        EXPECT_NEAR(output.log_sum_exp[q], lse, 2e-3) << what;
+    }
+  const double error = testing::relative_error(testing::to_double(scene.type, output.out), expected);
+  EXPECT_LT(error, scene.type == DataType::kBf16 ? 6e-3 : 8e-4)
+      << what << ": heads " << scene.num_heads << "/" << scene.num_kv_heads << " dim " << d;
+}
+
+// Random ascending lists, some empty, some whole, most with the newest block.
+std::vector<std::vector<int32_t>> random_lists(Random& random, const Scene& scene,
+                                               int32_t rows_per_sequence) {
+  std::vector<std::vector<int32_t>> lists;
+  for (int32_t row = 0; row < scene.batch() * rows_per_sequence; ++row) {
+    const int32_t n = (scene.pages.lengths[row / rows_per_sequence] + 15) / 16;
+    std::vector<int32_t> list;
+    const uint32_t kind = random() % 6;
+    for (int32_t b = 0; b < n && kind != 0; ++b)
+      if (kind == 1 || random() % 3 == 0 || (b == n - 1 && kind != 2)) list.push_back(b);
+    lists.push_back(list);
+  }
+  return lists;
+}
+struct DeviceLists {
+  int32_t width = 1;
+  std::unique_ptr<Buffer<int32_t>> selected, counts;
+  explicit DeviceLists(const std::vector<std::vector<int32_t>>& lists) {
+    for (const auto& list : lists) width = std::max(width, static_cast<int32_t>(list.size()));
+    std::vector<int32_t> flat(lists.size() * width, -1), count;
+    for (size_t i = 0; i < lists.size(); ++i) {
+      std::copy(lists[i].begin(), lists[i].end(), flat.begin() + i * width);
+      count.push_back(static_cast<int32_t>(lists[i].size()));
+    }
+    selected = std::make_unique<Buffer<int32_t>>(flat);
+    counts = std::make_unique<Buffer<int32_t>>(count);
+  }
+};
+
+struct Shape {
+  int32_t num_heads, num_kv_heads, head_dim;
+};
+std::vector<Shape> shapes() {
+  if (kEmulated) return {{8, 2, 128}, {3, 1, 64}, {12, 1, 256}};
+  return {{32, 8, 128}, {40, 8, 128}, {64, 8, 128}, {16, 4, 256}, {9, 3, 64},
+          {16, 1, 128}, {7, 7, 64},   {24, 2, 256}, {11, 1, 64}};
+}
+std::vector<int32_t> some_lengths() {
+  return kEmulated ? std::vector<int32_t>{777, 1, 0, 333}
+                   : std::vector<int32_t>{5000, 1, 16, 0, 333, 20001, 4096, 15};
+}
+
+TEST(SparseDecodeAttention, MatchesFloat64AndIgnoresTheBatch) {
+  Random random(testing::fresh_seed());
+  for (const Shape& shape : shapes())
+    for (DataType type : {DataType::kBf16, DataType::kF16}) {
+      const Scene scene(random, type, shape.num_heads, shape.num_kv_heads, shape.head_dim, random() % 2 == 0,
+                        some_lengths());
+      for (int32_t rows_per_sequence : {1, shape.num_kv_heads}) {
+        const auto lists = random_lists(random, scene, rows_per_sequence);
+        const DeviceLists device(lists);
+        SparseDecodeAttentionParams p = scene.params();
+        p.selected = device.selected->data();
+        p.counts = device.counts->data();
+        p.max_selected = device.width;
+        p.rows_per_sequence = rows_per_sequence;
+        const Output output = run_attention(p);
+        expect_matches(scene, output, lists, "lists");
+        EXPECT_TRUE(run_attention(p) == output);  // and the counters were left as they were found
+        const size_t row = random() % scene.batch();
+        SparseDecodeAttentionParams one = scene.params(row, 1);
+        one.selected = p.selected + row * rows_per_sequence * device.width;
+        one.counts = p.counts + row * rows_per_sequence;
+        one.max_selected = device.width;
+        one.rows_per_sequence = rows_per_sequence;
+        const Output alone = run_attention(one);
+        EXPECT_TRUE(std::equal(alone.out.begin(), alone.out.end(),
+                               output.out.begin() + row * scene.num_heads * scene.head_dim));
+      }
+      std::vector<std::vector<int32_t>> all(scene.batch());
+      for (int32_t row = 0; row < scene.batch(); ++row) {
+        all[row].resize((scene.pages.lengths[row] + 15) / 16);
+        std::iota(all[row].begin(), all[row].end(), 0);
+      }
+      expect_matches(scene, run_attention(scene.params()), all, "dense");
+    }
+}
+
+TEST(SelectAndAttend, EveryPathGivesTheSameBits) {
+  Random random(testing::fresh_seed());
+  for (const Shape& shape : shapes()) {
+    const DataType type = random() % 2 == 0 ? DataType::kBf16 : DataType::kF16;
+    const int32_t tiles = (shape.num_heads / shape.num_kv_heads + 7) / 8;
+    for (int trial = 0; trial < (kEmulated ? 1 : 6); ++trial) {
+      std::vector<int32_t> lengths = {kEmulated ? 900 : 20000 - trial};
+      if (trial % 2 == 1) lengths = {3000, 70, 600};
+      if (trial == 4) lengths = {200000};
+      const Scene scene(random, type, shape.num_heads, shape.num_kv_heads, shape.head_dim, false, lengths);
+      const int32_t rows_per_sequence = trial % 3 == 2 ? shape.num_kv_heads : 1,
+                    rows = scene.batch() * rows_per_sequence;
+      const int32_t width = scene.pages.max_blocks() + 2, capacity = std::max(scene.pages.max_blocks(), 40);
+      const std::vector<float> scores = testing::normal(random, static_cast<size_t>(rows) * width, 2.0f);
+      Buffer<float> device_scores(scores), share(rows),
+          lse(static_cast<size_t>(scene.batch()) * shape.num_heads);
+      Buffer<int32_t> selected(static_cast<size_t>(rows) * capacity), counts(rows);
+      Buffer<uint16_t> out(static_cast<size_t>(scene.batch()) * shape.num_heads * shape.head_dim);
+      SelectAndAttendParams p;
+      p.rules.mode = trial % 2 == 0 ? SelectMode::kTopK : SelectMode::kTopP;
+      p.rules.top_k_tokens = kEmulated ? 700 : 4096;
+      p.rules.top_p = 0.8f;
+      p.scores = device_scores.data();
+      p.score_stride = width;
+      p.max_blocks = scene.pages.max_blocks();
+      p.selected = selected.data();
+      p.max_selected = capacity;
+      p.counts = counts.data();
+      p.covered_share = share.data();
+      p.attention = scene.params();
+      p.attention.rows_per_sequence = rows_per_sequence;
+      p.attention.out = out.data();
+      p.attention.log_sum_exp = lse.data();
+      const auto run = [&](SelectAndAttendPath path) {
+        out.fill(0xff);
+        lse.fill(0xff);
+        selected.fill(0xff);
+        counts.fill(0xff);
+        share.fill(0xff);
+        check(select_and_attend(p, nullptr, path));
+        const std::vector<float> shares = share.download();
+        std::vector<uint32_t> bits(shares.size());
+        std::memcpy(bits.data(), shares.data(), bits.size() * 4);
+        return std::make_tuple(Output{out.download(), lse.download()}, selected.download(), counts.download(),
+                               bits);
+      };
+      const auto two = run(SelectAndAttendPath::kTwoKernels);
+      std::vector<std::vector<int32_t>> lists;
+      for (int32_t row = 0; row < rows; ++row)
+        lists.push_back(select_blocks_reference(scores.data() + static_cast<size_t>(row) * width,
+                                                lengths[row / rows_per_sequence], p.rules, nullptr,
+                                                capacity));
+      if (trial != 4) expect_matches(scene, std::get<0>(two), lists, "two kernels");
+      if (!kEmulated || shape.num_kv_heads * tiles <= 2) {
+        EXPECT_TRUE(run(SelectAndAttendPath::kFused8) == two)
+            << "clusters of 8, dim " << shape.head_dim << " trial " << trial;
+        p.overlap = Overlap::kLaunch;
+        EXPECT_TRUE(run(SelectAndAttendPath::kFused16) == two)
+            << "clusters of 16, dim " << shape.head_dim << " trial " << trial;
+      }
+      EXPECT_TRUE(run(SelectAndAttendPath::kChoose) == two);
+    }
+  }
+}
+
+TEST(SelectAndAttend, RejectsWhatItCannotDo) {
+  Random random(testing::fresh_seed());
+  const Scene scene(random, DataType::kBf16, 4, 1, 64, false, {100});
+  SparseDecodeAttentionParams p = scene.params();
+  Buffer<uint16_t> out(4 * 64);
+  p.out = out.data();
+  EXPECT_EQ(check_attention(p), cudaSuccess);
+  p.head_dim = 96;
+  EXPECT_EQ(sparse_decode_attention(p, nullptr), cudaErrorInvalidValue);
+  p = scene.params();
+  p.out = out.data();
+  p.token_stride = 65;
+  EXPECT_EQ(sparse_decode_attention(p, nullptr), cudaErrorInvalidValue);
+  p = scene.params();
+  p.out = out.data();
+  p.workspace_bytes = 10;
+  EXPECT_EQ(sparse_decode_attention(p, nullptr), cudaErrorInvalidValue);
+}
+
+#if !defined(SPOT_EMULATED)
+// A decode step is captured once at a short length and replayed at others: nothing but device memory may
+// change.
+TEST(SelectAndAttend, CapturedOnceReplaysAtAnyLength) {
+  Random random(testing::fresh_seed());
+  const int32_t longest = 70000, batch = 2;
+  const Scene scene(random, DataType::kBf16, 32, 8, 128, false, {longest, longest});
+  const testing::KeyPool pool(random, KeyFormat::kInt4, 1, scene.pages.num_pages, 1.0f);
+  const Typed queries(DataType::kBf16, testing::normal(random, batch * kSelectorHeads * kKeyDim));
+  Buffer<uint8_t> device_pool(pool.bytes), device_queries(queries.bytes);
+  Buffer<float> weights(testing::normal(random, batch * kSelectorHeads, 0.05f));
+  const int32_t max_blocks = scene.pages.max_blocks();
+  Buffer<float> scores(static_cast<size_t>(batch) * max_blocks);
+  Buffer<int32_t> lengths(std::vector<int32_t>{40, 700}), selected(static_cast<size_t>(batch) * max_blocks),
+      counts(batch);
+  Buffer<uint16_t> out(static_cast<size_t>(batch) * 32 * 128);
+  ScoreBlocksParams score;
+  score.batch = batch;
+  score.max_blocks = max_blocks;
+  score.queries = device_queries.data();
+  score.weights = weights.data();
+  score.pages = device_pool.data();
+  score.page_table = scene.table.data();
+  score.page_table_stride = scene.pages.stride;
+  score.lengths = lengths.data();
+  score.block_scores = scores.data();
+  score.score_stride = max_blocks;
+  score.overlap = Overlap::kLaunch;
+  SelectAndAttendParams p;
+  p.scores = scores.data();
+  p.score_stride = max_blocks;
+  p.max_blocks = max_blocks;
+  p.selected = selected.data();
+  p.max_selected = max_blocks;
+  p.counts = counts.data();
+  p.attention = scene.params();
+  p.attention.lengths = lengths.data();
+  p.attention.out = out.data();
+  p.overlap = Overlap::kLaunch;
+  for (SelectAndAttendPath path :
+       {SelectAndAttendPath::kChoose, SelectAndAttendPath::kTwoKernels, SelectAndAttendPath::kFused8}) {
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    const auto step = [&]() {
+      check(score_blocks(score, stream));
+      check(select_and_attend(p, stream, path));
+    };
+    step();  // the first call asks the device what fits
+    check(cudaStreamSynchronize(stream));
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < 3; ++i) step();
+    check(cudaStreamEndCapture(stream, &graph));
+    check(cudaGraphInstantiate(&exec, graph, 0));
+    for (const std::vector<int32_t>& now :
+         {std::vector<int32_t>{40, 700}, {longest, 1}, {33333, longest - 7}, {0, 12345}}) {
+      lengths.upload(now);
+      out.fill(0xff);
+      check(cudaGraphLaunch(exec, stream));
+      check(cudaStreamSynchronize(stream));
+      const std::vector<uint16_t> replayed = out.download();
+      const std::vector<int32_t> replayed_counts = counts.download();
+      out.fill(0xff);
+      step();
+      check(cudaStreamSynchronize(stream));
+      EXPECT_EQ(replayed, out.download());
+      EXPECT_EQ(replayed_counts, counts.download());
+      for (int row = 0; row < batch; ++row)
+        EXPECT_GE(replayed_counts[row], std::min((now[row] + 15) / 16, 32)) << "length " << now[row];
+    }
+    check(cudaGraphExecDestroy(exec));
+    check(cudaGraphDestroy(graph));
+    check(cudaStreamDestroy(stream));
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace spot::kernels
