@@ -108,9 +108,23 @@ class Draws {
   std::set<std::string> used_;
 };
 
-// Where `count` needles go among `size` units: before unit positions[i], ascending.
-std::vector<int64_t> positions(const Request& request, const Shape& shape, int64_t size, int64_t count) {
-  if (!std::isnan(request.depth)) return {static_cast<int64_t>(std::floor(request.depth * static_cast<double>(size) + 0.5))};
+// Where `count` needles go among the units: before units[positions[i]], ascending.
+std::vector<int64_t> positions(const Request& request, const Shape& shape, const std::vector<std::string>& units, int64_t count) {
+  const auto size = static_cast<int64_t>(units.size());
+  if (!std::isnan(request.depth)) {
+    // The boundary nearest to the asked share of characters.
+    size_t all = 0;
+    for (const std::string& unit : units) all += unit.size();
+    const double wanted = request.depth * static_cast<double>(all);
+    double before = 0;
+    int64_t at = 0;
+    for (; at < size; ++at) {
+      const auto next = static_cast<double>(units[static_cast<size_t>(at)].size());
+      if (before + next / 2 > wanted) break;
+      before += next;
+    }
+    return {at};
+  }
   if (shape.haystack != Haystack::essay) return request.random.sample(size, count);
   // RULER's grid for essays: 40 depths from 0 to 100 percent, rounded.
   std::vector<int64_t> at;
@@ -158,7 +172,7 @@ Draft build_niah(const Request& request) {
       }
   }
   const char* separator = shape.haystack == Haystack::essay ? " " : "\n";
-  const auto at = positions(request, shape, static_cast<int64_t>(units.size()), static_cast<int64_t>(needles.size()));
+  const auto at = positions(request, shape, units, static_cast<int64_t>(needles.size()));
   std::string haystack;
   size_t before = 0, next = 0;
   auto append = [&](const std::string& text) { haystack += (haystack.empty() ? "" : separator) + text; };
@@ -167,8 +181,8 @@ Draft build_niah(const Request& request) {
     if (unit < units.size()) append(units[unit]);
   }
   if (needles.size() == 1) {
-    const auto rest = static_cast<double>(haystack.size() - needles[0].size());
-    draft.depth = rest > 0 ? std::min(1.0, static_cast<double>(before) / rest) : 0.0;
+    const size_t rest = haystack.size() - needles[0].size() - 1;  // without the needle and its separator
+    draft.depth = static_cast<double>(before) / static_cast<double>(rest);
   }
 
   const size_t several = draft.references.size() > 1 ? 1 : 0;

@@ -7,7 +7,7 @@
 //   told from one that was not.
 // - Essays are whatever text the caller supplies, cut from a random sentence on and repeated when too short; a
 //   sentence ends at a word that ends in . ! or ?, and after 60 words at the latest.
-// - Words come from lists of ours (words.h); where a prompt needs more than the 1355 there are, the rest are invented.
+// - Words come from lists of ours (words.h); where a prompt needs more than the 1351 there are, the rest are invented.
 //   Keys and values of one prompt, distractors included, are all distinct.
 // - qa_1 and qa_2 stand in for SQuAD and HotpotQA: "Document i:" blocks about invented people, institutions and towns,
 //   whose facts no model knows. qa_1 has one gold document, qa_2 two that must be joined; the rest are distractors
@@ -86,8 +86,8 @@ class RulerGenerator {
   ~RulerGenerator();
   RulerGenerator(RulerGenerator&&) noexcept;
 
-  // Prompt `sample` (0, 1, ...) with prompt_tokens + max_new_tokens <= length, short of it by less than one unit of
-  // haystack or by at most length / 256 tokens. `depth` in [0, 1] places the one needle; NaN leaves it to chance.
+  // Prompt `sample` (0, 1, ...) with prompt_tokens + max_new_tokens <= length, short of it by less than one step of the
+  // haystack's size or by at most length / 256 tokens. `depth` in [0, 1] places the one needle; NaN leaves it to chance.
   // A pure function of the options, the essay, the tokenizer and the arguments. Throws Error when the length cannot
   // hold the task's smallest prompt, when the essay is missing, and on a depth the task cannot have.
   RulerSample make(RulerTask task, int64_t length, int64_t sample,

@@ -12,7 +12,7 @@ constexpr std::string_view kAdjectives =
     "able active aged agile airy alert amber ample ancient angry aquatic arctic arid ashen austere awake bare "
     "basic bent bitter black bland blank blazing bleak blond blue blunt bold bony brave brief bright brisk "
     "brittle broad bronze brown bulky bumpy busy calm candid careful careless casual caustic central cheap "
-    "cheerful chilly civil classic clean clear clever cloudy clumsy coarse coastal cold common compact complex "
+    "cheerful chilly civil classic clean clear clever cloudy clumsy coarse coastal cold compact complex "
     "copper cosmic costly cozy cranky crimson crisp crooked crude cruel curious curly cyan daily damp daring "
     "dark dazzling deep delicate dense desert devout dim distant dizzy double dry dull dusty eager early "
     "earnest earthy eastern easy elastic elegant empty endless equal exact exotic external faded faint fair "
@@ -79,7 +79,7 @@ constexpr std::string_view kNouns =
     "zipper";
 
 constexpr std::string_view kVerbs =
-    "accept achieve admire adopt advise agree allow amuse announce answer appear applaud argue arrange arrive "
+    "accept achieve admire adopt advise agree allow amuse announce applaud argue arrange arrive "
     "assist attach avoid bake balance become begin behave believe belong blend blink boil borrow bounce breathe "
     "bring build bury calculate carry carve celebrate chase choose clap climb collect combine compare complain "
     "compose conceal confess confirm connect consider contain continue convince count cover create cross crush "
@@ -91,7 +91,7 @@ constexpr std::string_view kVerbs =
     "launch learn lend lift listen live load lower manage marry measure melt mend mention migrate mingle move "
     "multiply navigate notice obey observe obtain offer operate paint participate pause perform persuade plant "
     "polish possess pour praise preach predict prefer prepare preserve pretend prevent produce promise protect "
-    "prove provide publish pull punish pursue question race reach receive recognize recommend reduce reflect "
+    "prove provide publish pull punish pursue race reach receive recognize recommend reduce reflect "
     "refuse relax release remain remember remind remove repair repeat replace reply request rescue retire "
     "return reveal rinse roam roar sail satisfy save scatter scrape scream search seem select send serve settle "
     "shake share shelter shiver shout sing sit skip sleep slide smile sneeze solve speak spend spill spread "

@@ -9,7 +9,8 @@
 
 namespace spot {
 
-// Everyday words in lower case, alphabetical; no word is in two lists.
+// Everyday words in lower case, alphabetical; no word is in two lists, and none is in the instructions of a prompt
+// that counts words.
 const std::vector<std::string>& adjectives();  // about 400
 const std::vector<std::string>& nouns();       // about 650
 const std::vector<std::string>& verbs();       // about 300
