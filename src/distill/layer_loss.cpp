@@ -138,9 +138,11 @@ class Distiller {
     out_.teacher_entropy = at::zeros({}, sums);
     out_.covered = at::zeros({count}, sums);
     out_.covered_oracle = at::zeros({count}, sums);
-    out_.grad_query = at::zeros_like(selector_query_);
-    out_.grad_key = at::zeros_like(selector_key_);
-    out_.grad_weight = at::zeros_like(weight_);
+    if (options.gradients) {
+      out_.grad_query = at::zeros_like(selector_query_);
+      out_.grad_key = at::zeros_like(selector_key_);
+      out_.grad_weight = at::zeros_like(weight_);
+    }
   }
 
   LayerLoss run() {
@@ -164,7 +166,7 @@ class Distiller {
       const double mean = 1.0 / static_cast<double>(out_.queries * groups_);
       for (at::Tensor* t : {&out_.loss, &out_.teacher_entropy, &out_.covered, &out_.covered_oracle,
                             &out_.grad_query, &out_.grad_key, &out_.grad_weight})
-        t->mul_(mean);
+        if (t->defined()) t->mul_(mean);
     }
     return out_;
   }
@@ -252,13 +254,17 @@ class Distiller {
         teacher_mass(start, index, bounds[0], rows[0].position, rows[count - 1].position, width, padded);
     mass.masked_fill_(inactive, 0.0);
 
-    const at::Tensor q = selector_query_.index_select(0, index).transpose(0, 1);  // [heads, R, dim]
-    const at::Tensor w = weight_.index_select(0, index);                          // [R, G, heads]
-    at::Tensor k = selector_key_.narrow(0, start, std::min(padded, length)).transpose(0, 1);
-    if (padded > length) k = at::constant_pad_nd(k, {0, 0, 0, padded - length});
-    k = k.expand({heads_, -1, -1});                                 // [heads, padded, dim]
-    const at::Tensor dots = at::bmm(q, k.transpose(1, 2)).relu_();  // [heads, R, padded]
-    at::Tensor scores = at::bmm(w, dots.transpose(0, 1));           // [R, G, padded]
+    // With a shared key the heads are rows of one product; with a key per head they are a batch.
+    const bool shared = selector_key_.size(1) == 1;
+    const int64_t real = std::min(padded, length), dim = selector_query_.size(2);
+    const at::Tensor q = selector_query_.index_select(0, index);  // [R, heads, dim]
+    const at::Tensor w = weight_.index_select(0, index);          // [R, G, heads]
+    at::Tensor k = selector_key_.narrow(0, start, real).transpose(0, 1);
+    if (padded > length) k = at::constant_pad_nd(k, {0, 0, 0, padded - length});  // [key heads, padded, dim]
+    const at::Tensor dots = (shared ? at::mm(q.view({-1, dim}), k[0].t()).view({count, heads_, padded})
+                                    : at::bmm(q.transpose(0, 1), k.transpose(1, 2)).transpose(0, 1))
+                                .relu_();  // [R, heads, padded]
+    at::Tensor scores = at::bmm(w, dots);  // [R, G, padded]
     // Comparisons drop NaN silently; this does not.
     const at::Tensor top = dots.amax();
     out_.loss += top - top;
@@ -278,14 +284,19 @@ class Distiller {
                  .view({count, groups_, padded});
     }
 
-    out_.grad_weight.index_copy_(0, index, at::bmm(grad, dots.permute({1, 2, 0})));
-    const at::Tensor dots_grad =
-        at::bmm(w.transpose(1, 2), grad).transpose(0, 1).mul_(dots > 0.0);  // [heads, R, padded]
-    out_.grad_query.index_copy_(0, index, at::bmm(dots_grad, k).transpose(0, 1));
-    const int64_t real = std::min(padded, length);
-    at::Tensor key_grad = out_.grad_key.narrow(0, start, real);  // [real, key heads, dim]
-    const at::Tensor per_head = at::bmm(dots_grad.transpose(1, 2), q).narrow(1, 0, real).transpose(0, 1);
-    key_grad.add_(selector_key_.size(1) == 1 ? per_head.sum(1, true) : per_head);
+    if (!options_.gradients) return;
+    out_.grad_weight.index_copy_(0, index, at::bmm(grad, dots.transpose(1, 2)));
+    const at::Tensor dots_grad = at::bmm(w.transpose(1, 2), grad).mul_(dots > 0.0);  // [R, heads, padded]
+    at::Tensor key_grad = out_.grad_key.narrow(0, start, real);                      // [real, key heads, dim]
+    if (shared) {
+      const at::Tensor flat = dots_grad.view({count * heads_, padded});
+      out_.grad_query.index_copy_(0, index, at::mm(flat, k[0]).view({count, heads_, dim}));
+      key_grad.select(1, 0).add_(at::mm(flat.t(), q.view({-1, dim})).narrow(0, 0, real));
+    } else {
+      const at::Tensor by_head = dots_grad.transpose(0, 1);
+      out_.grad_query.index_copy_(0, index, at::bmm(by_head, k).transpose(0, 1));
+      key_grad.add_(at::bmm(by_head.transpose(1, 2), q.transpose(0, 1)).narrow(1, 0, real).transpose(0, 1));
+    }
   }
 
   void measure(const at::Tensor& mass, const at::Tensor& scores, const at::Tensor& bounds) {

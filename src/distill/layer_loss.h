@@ -43,6 +43,7 @@ struct LayerLossOptions {
   // block score. A budget below 1 is a share of |A|, else a number of tokens; both are rounded up to whole
   // blocks.
   std::vector<double> budgets;
+  bool gradients = true;  // false: the gradients stay undefined
   // Queries handled at once; 0 picks a number that keeps the working set near `tile_bytes`.
   int64_t tile_rows = 0;
   int64_t tile_bytes = 0;  // 0: 24 MiB on the CPU, 512 MiB elsewhere

@@ -1,6 +1,7 @@
 // layer_loss against a reference that follows the definition query by query in float64 and lets autograd
 // differentiate.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <c10/core/Allocator.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
@@ -153,6 +154,8 @@ struct Shape {
   int64_t tokens = 37, num_heads = 4, num_kv_heads = 2, head_dim = 10, heads = 4, key_heads = 1, dim = 12,
           groups = 1;
 };
+
+const bool kOneThread = (at::set_num_threads(1), true);  // tensors here are too small to share
 
 uint64_t fresh_seed() {
   const uint64_t seed = std::random_device{}();

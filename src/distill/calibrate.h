@@ -1,0 +1,52 @@
+// Temperatures that make p mean what it says.
+//
+// Dual top-p takes blocks until a softmax of the selector's block-max scores reaches p. That softmax is no
+// attention mass, so the mass really captured differs from p, and by layer. Here a temperature is fitted for
+// each layer such that on held-out text, over p in 0.5 .. 0.95,
+//   captured(p) = share of the residual attention mass (that outside the reserved sink and recency blocks)
+//   that lies on
+//                 the nucleus, head-averaged, mean over queries and groups
+// is as close to p as one number allows: the mean of |captured(p) - p| is least. The floor on selected tokens
+// is left out of the fit (it only adds blocks).
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <vector>
+
+#include "distill/data.h"
+#include "model/backbone.h"
+#include "selector/selector.h"
+
+namespace spot {
+
+struct CalibrationOptions {
+  std::vector<double> p = {0.5, 0.6, 0.7, 0.8, 0.9, 0.95};
+  int64_t queries_per_sequence = 256;  // spread evenly where at least 16 residual blocks exist, in runs of 16
+};
+
+struct Calibration {
+  std::vector<int64_t> layers;      // model layers with a selector
+  std::vector<double> temperature;  // by layer; 1 where nothing could be measured
+  int64_t queries = 0;              // measured in each layer
+  std::vector<double> p;
+  // [layers][p], means over queries: the nucleus' share of the residual mass at temperature 1 and at the
+  // fitted one...
+  std::vector<std::vector<double>> captured_before, captured_after;
+  // ... and, at the fitted one, for the whole selection (reserved blocks and floor included): its share of
+  // the residual mass, of all mass, and of the visible tokens.
+  std::vector<std::vector<double>> selected_residual, selected_total, selected_tokens;
+
+  // Mean over p of |captured - p|, by layer.
+  std::vector<double> error_before() const, error_after() const;
+  nlohmann::json to_json() const;
+};
+
+// Runs the backbone densely over the sequences (each as one whole context, which should be as long as the
+// contexts that matter and longer than sinks + recency + 16 blocks; shorter ones are left out). The selector
+// is not changed: assign `temperature` to Selector::selection().temperature.
+Calibration calibrate(const Backbone& backbone, const Selector& selector,
+                      const std::vector<TokenSequence>& sequences, const CalibrationOptions& options = {},
+                      bool show_progress = true);
+
+}  // namespace spot

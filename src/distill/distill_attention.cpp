@@ -1,0 +1,103 @@
+#include "distill/distill_attention.h"
+
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <algorithm>
+
+#include "attention/dense.h"
+#include "core/error.h"
+
+namespace spot {
+
+DistillAttention::DistillAttention(const Selector& selector, LayerLossOptions options)
+    : selector_(selector), options_(std::move(options)), sums_(selector.layers().size()) {}
+
+void DistillAttention::begin(double gradient_weight, at::Tensor query_rows) {
+  gradient_weight_ = gradient_weight;
+  query_rows_ = std::move(query_rows);
+}
+
+at::Tensor DistillAttention::forward(const AttentionInputs& inputs) {
+  const at::NoGradGuard no_grad;
+  const Batch& batch = inputs.batch;
+  at::Tensor output = at::empty_like(inputs.query);
+  std::vector<int64_t> starts;
+  int64_t first = 0;
+  for (size_t i = 0; i < batch.query_lengths.size(); ++i) {
+    const int64_t count = batch.query_lengths[i];
+    if (batch.starts[i] != 0)
+      fail("distillation: a sequence continues at position {}, it must begin at 0", batch.starts[i]);
+    const auto part = [&](const at::Tensor& t) { return t.narrow(0, first, count).transpose(0, 1); };
+    output.narrow(0, first, count)
+        .copy_(causal_attention(inputs.query.narrow(0, first, count), part(inputs.key), part(inputs.value), 0,
+                                inputs.scale));
+    starts.push_back(first);
+    first += count;
+  }
+  if (!selector_.has_layer(inputs.layer)) return output;
+
+  SelectorProjection projection;
+  {
+    const at::AutoGradMode with_grad(gradient_weight_ != 0.0);
+    projection = selector_.project(inputs.layer, inputs.hidden.detach(), batch.positions);
+  }
+  LayerLossInputs loss_inputs{.query = inputs.query,
+                              .key = inputs.key,
+                              .scale = inputs.scale,
+                              .selector_query = projection.query.detach(),
+                              .selector_key = projection.key.detach(),
+                              .selector_weight = projection.weight.detach(),
+                              .document_starts = std::move(starts),
+                              .query_rows = query_rows_};
+  options_.gradients = gradient_weight_ != 0.0;
+  const LayerLoss loss = layer_loss(loss_inputs, options_);
+  if (options_.gradients) {
+    const auto weighted = [&](const at::Tensor& grad, const at::Tensor& like) {
+      return (grad * gradient_weight_).to(like.scalar_type());
+    };
+    torch::autograd::backward(
+        {projection.query, projection.key, projection.weight},
+        {weighted(loss.grad_query, projection.query), weighted(loss.grad_key, projection.key),
+         weighted(loss.grad_weight, projection.weight)});
+  }
+  const at::Tensor row =
+      at::cat({loss.loss.view(1), loss.teacher_entropy.view(1), loss.covered, loss.covered_oracle});
+  const auto& layers = selector_.layers();
+  at::Tensor& sum =
+      sums_[static_cast<size_t>(std::find(layers.begin(), layers.end(), inputs.layer) - layers.begin())];
+  sum = sum.defined() ? sum + row : row;
+  return output;
+}
+
+at::Tensor DistillAttention::take_sums() {
+  const auto width = 2 + 2 * static_cast<int64_t>(options_.budgets.size());
+  for (at::Tensor& sum : sums_)
+    if (!sum.defined())
+      sum = at::zeros({width},
+                      selector_.parameters().front().options().dtype(at::kDouble).requires_grad(false));
+  at::Tensor all = at::stack(sums_);
+  sums_.assign(sums_.size(), {});
+  return all;
+}
+
+void forward_sequence(const Backbone& backbone, AttentionBackend& attention,
+                      const std::vector<int32_t>& tokens, const std::vector<int64_t>& part_starts) {
+  // One page: keys and values are never stored; linear-attention layers keep their states here.
+  KvCache cache(backbone.config(), 1, backbone.dtype(), backbone.device());
+  const auto length = static_cast<int64_t>(tokens.size());
+  Batch batch;
+  std::vector<at::Tensor> positions;
+  for (size_t i = 0; i < part_starts.size(); ++i) {
+    const int64_t count = (i + 1 < part_starts.size() ? part_starts[i + 1] : length) - part_starts[i];
+    batch.sequences.push_back(cache.open_sequence());
+    batch.starts.push_back(0);
+    batch.query_lengths.push_back(count);
+    positions.push_back(at::arange(count, at::kLong));
+  }
+  batch.tokens = at::tensor(tokens, at::kInt).to(at::kLong).to(backbone.device());
+  batch.positions = at::cat(positions).to(backbone.device());
+  backbone.forward(batch, attention, cache);
+}
+
+}  // namespace spot

@@ -1,0 +1,29 @@
+// metrics.jsonl and the plots made of it.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <vector>
+
+namespace spot {
+
+// The metrics of a run, one JSON object a step, in memory and as lines of a file.
+class MetricsLog {
+ public:
+  // Keeps the file's lines up to `last_step` and drops the rest (steps after the checkpoint that is
+  // continued); 0 starts an empty file.
+  MetricsLog(const std::filesystem::path& path, int64_t last_step);
+  // Appends one line, flushed. Throws Error when it cannot be written.
+  void add(const nlohmann::json& metrics);
+  const std::vector<nlohmann::json>& entries() const { return entries_; }
+
+ private:
+  std::filesystem::path path_;
+  std::vector<nlohmann::json> entries_;
+};
+
+// A self-contained page: loss and captured mass over the steps, and the layers' last values.
+void write_loss_page(const std::filesystem::path& path, const std::vector<nlohmann::json>& entries);
+
+}  // namespace spot

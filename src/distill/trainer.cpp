@@ -1,0 +1,366 @@
+#include "distill/trainer.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <random>
+#include <set>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "core/progress.h"
+#include "distill/calibrate.h"
+#include "distill/distill_attention.h"
+#include "distill/metrics.h"
+#include "distill/optimizer.h"
+
+namespace spot {
+namespace {
+namespace fs = std::filesystem;
+
+volatile std::sig_atomic_t stop_signal = 0;
+
+// Notes the first SIGINT or SIGTERM while alive; the second acts as if this were not there.
+class SignalGuard {
+ public:
+  explicit SignalGuard(bool active) : active_(active) {
+    if (!active_) return;
+    stop_signal = 0;
+    struct sigaction action = {};
+    action.sa_handler = [](int signal) { stop_signal = signal; };
+    action.sa_flags = static_cast<int>(SA_RESETHAND);
+    sigaction(SIGINT, &action, &old_interrupt_);
+    sigaction(SIGTERM, &action, &old_terminate_);
+  }
+  ~SignalGuard() {
+    if (!active_) return;
+    sigaction(SIGINT, &old_interrupt_, nullptr);
+    sigaction(SIGTERM, &old_terminate_, nullptr);
+  }
+  SignalGuard(const SignalGuard&) = delete;
+  SignalGuard& operator=(const SignalGuard&) = delete;
+  bool received() const { return active_ && stop_signal != 0; }
+
+ private:
+  bool active_;
+  struct sigaction old_interrupt_ = {}, old_terminate_ = {};
+};
+
+std::string checkpoint_name(int64_t step) {
+  return fmt::format("checkpoint-{:06}", step);
+}
+
+// The newest checkpoint in a run's folder, or an empty path. An unfinished one has another name.
+fs::path newest_checkpoint(const fs::path& output) {
+  fs::path newest;
+  std::error_code code;
+  for (const auto& entry : fs::directory_iterator(output, code)) {
+    const std::string name = entry.path().filename().string();
+    const bool matches = name.starts_with("checkpoint-") && name.size() > 11 &&
+                         name.find_first_not_of("0123456789", 11) == std::string::npos;
+    // Longer numbers are larger; equal lengths compare as text.
+    const std::string best = newest.filename().string();
+    if (matches && (best.empty() || std::pair(name.size(), name) > std::pair(best.size(), best)))
+      newest = entry.path();
+  }
+  return newest;
+}
+
+// Uniform among all subsets of `count` of `total` queries; ascending.
+at::Tensor draw_query_rows(int64_t count, int64_t total, uint64_t seed, int64_t step, int64_t index) {
+  std::seed_seq words{seed, seed >> 32, static_cast<uint64_t>(step), static_cast<uint64_t>(index)};
+  std::mt19937_64 engine(words);
+  std::set<int64_t> chosen;  // Floyd's algorithm
+  for (int64_t i = total - count; i < total; ++i) {
+    const auto candidate = static_cast<int64_t>(engine() % static_cast<uint64_t>(i + 1));
+    if (!chosen.insert(candidate).second) chosen.insert(i);
+  }
+  return at::tensor(std::vector<int64_t>(chosen.begin(), chosen.end()), at::kLong);
+}
+
+class Run {
+ public:
+  Run(const Backbone& backbone, Selector& selector, const Encode& encode, int32_t end_of_text,
+      const TrainConfig& config, const TrainHooks& hooks)
+      : backbone_(backbone),
+        selector_(selector),
+        config_(config),
+        hooks_(hooks),
+        fingerprint_(backbone.fingerprint()),
+        data_(config.data, encode, end_of_text),
+        optimizer_(selector, config),
+        attention_(selector, loss_options(selector.config(), config)) {
+    if (config.data.sequence_length > backbone.config().max_position_embeddings)
+      fail("distillation: sequence_length is {}, the backbone reaches {} positions",
+           config.data.sequence_length, backbone.config().max_position_embeddings);
+    const Replicas& r = hooks.replicas;
+    if (r.count < 1 || r.rank < 0 || r.rank >= r.count || (r.count > 1 && !r.sum) ||
+        config.sequences_per_step < r.count)
+      fail("distillation: replica {} of {} cannot share {} sequences a step", r.rank, r.count,
+           config.sequences_per_step);
+  }
+
+  TrainResult run(bool resume) {
+    make_folder(config_.output);
+    const fs::path checkpoint = newest_checkpoint(config_.output);
+    if (!checkpoint.empty() && !resume)
+      fail("{} already holds a run ({}); continue it with --resume, or choose another output folder",
+           config_.output.string(), checkpoint.filename().string());
+    if (!checkpoint.empty()) restore(checkpoint);
+    if (is_writer()) log_.emplace(config_.output / "metrics.jsonl", step_);
+    if (config_.held_out_sequences > 0 && !(finished() && !config_.calibrate))
+      held_out_ = data_.held_out(config_.held_out_sequences);
+    if (is_writer() && held_out_.empty() && config_.held_out_sequences > 0 && hooks_.show_progress)
+      fmt::print(stderr, "No held-out text: the corpus has too few documents for one in {}.\n",
+                 config_.data.held_out_every);
+
+    const SignalGuard signals(hooks_.handle_signals);
+    std::optional<Progress> progress;
+    if (is_writer() && hooks_.show_progress) {
+      progress.emplace("Distilling", config_.steps);
+      progress->start_from(step_);
+    }
+    while (!finished()) {
+      const nlohmann::json metrics = take_step();
+      last_ = metrics;
+      if (log_) log_->add(metrics);
+      if (progress) progress->update(step_, note(metrics));
+      if (hooks_.on_step) hooks_.on_step(metrics);
+      const bool stop = signals.received() || (hooks_.should_stop && hooks_.should_stop());
+      if (stop || finished() || step_ % config_.checkpoint_interval == 0) save_checkpoint();
+      if (stop && !finished()) {
+        progress.reset();
+        if (is_writer() && hooks_.show_progress)
+          fmt::print(stderr, "Stopped after step {} of {}; the same command with --resume continues.\n",
+                     step_, config_.steps);
+        return {TrainStatus::interrupted, step_, last_};
+      }
+    }
+    progress.reset();
+    finish();
+    return {TrainStatus::finished, step_, last_};
+  }
+
+ private:
+  bool finished() const { return step_ >= config_.steps; }
+  bool is_writer() const { return hooks_.replicas.rank == 0; }
+
+  static std::string note(const nlohmann::json& metrics) {
+    std::string text = fmt::format("loss {:.4f}, {:.0f} tokens/s", metrics.at("loss").get<double>(),
+                                   metrics.at("tokens_per_second").get<double>());
+    if (metrics.contains("held_out_loss"))
+      text += fmt::format(", held-out {:.4f}", metrics.at("held_out_loss").get<double>());
+    return text;
+  }
+
+  void sum_over_replicas(std::vector<at::Tensor> tensors) const {
+    if (hooks_.replicas.count > 1) hooks_.replicas.sum(tensors);
+  }
+
+  const std::vector<int64_t>& starts_of(const TokenSequence& s) const {
+    return config_.document_mask ? s.documents : s.parts;
+  }
+
+  // One optimizer step; returns its metrics.
+  nlohmann::json take_step() {
+    const auto begin = std::chrono::steady_clock::now();
+    optimizer_.zero_gradients();
+    const double share = 1.0 / static_cast<double>(config_.sequences_per_step);
+    const int64_t length = config_.data.sequence_length;
+    for (int64_t i = 0; i < config_.sequences_per_step; ++i) {
+      const TokenSequence sequence = data_.next();
+      if (i % hooks_.replicas.count != hooks_.replicas.rank) continue;
+      at::Tensor rows;
+      if (config_.query_rows > 0 && config_.query_rows < length)
+        rows = draw_query_rows(config_.query_rows, length, config_.data.seed, step_, i);
+      attention_.begin(share, rows);
+      forward_sequence(backbone_, attention_, sequence.tokens, starts_of(sequence));
+    }
+    at::Tensor sums = attention_.take_sums();
+    sum_over_replicas({sums});
+    sums = (sums * share).cpu();
+    check_finite(sums);
+    sum_over_replicas(optimizer_.gradients());
+    const double rate = learning_rate(config_, step_);
+    double norm = 0.0;
+    try {
+      norm = optimizer_.step(rate);
+    } catch (const Error& e) {
+      fail("step {}: {}", step_ + 1, e.what());
+    }
+    ++step_;
+
+    nlohmann::json metrics = {{"step", step_}, {"lr", rate}, {"grad_norm", norm}, {"epoch", data_.epoch()}};
+    metrics["tokens"] = step_ * config_.sequences_per_step * length;
+    add_measures(metrics, sums, "");
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    metrics["seconds"] = seconds;
+    metrics["tokens_per_second"] = static_cast<double>(config_.sequences_per_step * length) / seconds;
+    if (!held_out_.empty() && (step_ == 1 || finished() || step_ % config_.held_out_interval == 0)) {
+      attention_.begin(0.0, {});
+      for (const TokenSequence& sequence : held_out_)
+        forward_sequence(backbone_, attention_, sequence.tokens, starts_of(sequence));
+      add_measures(metrics, attention_.take_sums().cpu() / static_cast<double>(held_out_.size()),
+                   "held_out_");
+    }
+    return metrics;
+  }
+
+  void check_finite(const at::Tensor& sums) const {
+    for (size_t l = 0; l < selector_.layers().size(); ++l) {
+      const double loss = sums[static_cast<int64_t>(l)][0].item<double>();
+      if (!std::isfinite(loss))
+        fail(
+            "step {}: the loss of layer {} is {}; lower peak_lr, or run the backbone in float32 or bfloat16 "
+            "if it overflows "
+            "(checkpoints up to here are unharmed)",
+            step_ + 1, selector_.layers()[l], loss);
+    }
+  }
+
+  // sums: see DistillAttention::take_sums, as means over sequences.
+  void add_measures(nlohmann::json& metrics, const at::Tensor& sums, const std::string& prefix) const {
+    const auto column = [&](int64_t c) {
+      const at::Tensor values = sums.select(1, c).contiguous();
+      return std::vector<double>(values.data_ptr<double>(), values.data_ptr<double>() + values.numel());
+    };
+    metrics["layers"] = selector_.layers();
+    metrics[prefix + "loss"] = sums.select(1, 0).mean().item<double>();
+    metrics[prefix + "loss_per_layer"] = column(0);
+    metrics[prefix + "teacher_entropy_per_layer"] = column(1);
+    nlohmann::json covered = nlohmann::json::object(), oracle = nlohmann::json::object();
+    for (size_t b = 0; b < config_.budgets.size(); ++b) {
+      const std::string key = fmt::format("{:g}", config_.budgets[b]);
+      covered[key] = column(2 + static_cast<int64_t>(b));
+      oracle[key] = column(2 + static_cast<int64_t>(config_.budgets.size() + b));
+    }
+    metrics[prefix + "covered_per_layer"] = covered;
+    metrics[prefix + "covered_oracle_per_layer"] = oracle;
+  }
+
+  // Writes a new folder beside the last checkpoint, gives it its name, and only then removes the old one.
+  void save_checkpoint() {
+    if (!is_writer()) return;
+    const fs::path old = newest_checkpoint(config_.output);
+    const fs::path final_path = config_.output / checkpoint_name(step_);
+    const fs::path unfinished = config_.output / "unfinished-checkpoint";
+    std::error_code code;
+    fs::remove_all(unfinished, code);
+    make_folder(unfinished);
+    selector_.save(unfinished, fingerprint_, notes());
+    optimizer_.save(unfinished / "optimizer.safetensors");
+    const nlohmann::json state = {{"version", 1},
+                                  {"step", step_},
+                                  {"threads", at::get_num_threads()},
+                                  {"config", config_.to_json()},
+                                  {"data", data_.state()},
+                                  {"last_metrics", last_}};
+    write_file_atomically(unfinished / "train.json", state.dump(1) + "\n");
+    if (old == final_path) fs::remove_all(old, code);
+    fs::rename(unfinished, final_path, code);
+    if (code) fail("{}: cannot be created: {}", final_path.string(), code.message());
+    if (!old.empty() && old != final_path) fs::remove_all(old, code);
+    write_loss_page(config_.output / "loss.html", log_->entries());
+  }
+
+  void restore(const fs::path& checkpoint) {
+    const fs::path path = checkpoint / "train.json";
+    const nlohmann::json state = read_json(path);
+    try {
+      nlohmann::json stored = state.at("config"), ours = config_.to_json();
+      for (const char* free : {"output", "data_paths", "held_out_sequences", "held_out_interval",
+                               "checkpoint_interval", "calibrate"}) {
+        stored.erase(free);
+        ours.erase(free);
+      }
+      for (const auto& [name, value] : ours.items())
+        if (!stored.contains(name) || stored.at(name) != value)
+          fail("{}: the run was begun with {} = {}, now it is {}; resume with the same settings",
+               path.string(), name, stored.contains(name) ? stored.at(name).dump() : "(absent)",
+               value.dump());
+      Selector saved = Selector::load(checkpoint.string(), "", backbone_.config(), fingerprint_,
+                                      backbone_.device(), selector_.parameters().front().scalar_type());
+      if (!(saved.config() == selector_.config()))
+        fail("{}: the run was begun with another selector config; resume with the same settings",
+             (checkpoint / "selector.json").string());
+      const at::NoGradGuard no_grad;
+      const auto from = saved.parameters(), to = selector_.parameters();
+      for (size_t i = 0; i < to.size(); ++i) to[i].detach().copy_(from[i]);
+      optimizer_.load(checkpoint / "optimizer.safetensors");
+      data_.restore(state.at("data"));
+      step_ = state.at("step");
+      last_ = state.at("last_metrics");
+      if (state.at("threads") != at::get_num_threads() && hooks_.show_progress && is_writer())
+        fmt::print(stderr,
+                   "Resuming with {} threads, the run was begun with {}: results agree to rounding, not bit "
+                   "for bit.\n",
+                   at::get_num_threads(), state.at("threads").get<int>());
+    } catch (const nlohmann::json::exception& e) {
+      fail("{}: not a training checkpoint ({}); remove it and start again", path.string(), e.what());
+    }
+  }
+
+  nlohmann::json notes() const {
+    nlohmann::json notes = {{"steps", step_},
+                            {"tokens", step_ * config_.sequences_per_step * config_.data.sequence_length},
+                            {"training", config_.to_json()}};
+    if (last_.is_object()) notes["loss"] = last_.at("loss");
+    if (last_.is_object() && last_.contains("held_out_loss"))
+      notes["held_out_loss"] = last_.at("held_out_loss");
+    if (!calibration_.is_null()) notes["calibration"] = calibration_;
+    return notes;
+  }
+
+  void finish() {
+    if (!is_writer()) return;
+    if (config_.calibrate && !held_out_.empty()) {
+      std::vector<TokenSequence> sequences = held_out_;
+      const Calibration fitted = calibrate(backbone_, selector_, sequences, {}, hooks_.show_progress);
+      selector_.selection().temperature = fitted.temperature;
+      calibration_ = fitted.to_json();
+    }
+    selector_.save(config_.output, fingerprint_, notes());
+    write_loss_page(config_.output / "loss.html", log_->entries());
+  }
+
+  const Backbone& backbone_;
+  Selector& selector_;
+  const TrainConfig& config_;
+  const TrainHooks& hooks_;
+  std::string fingerprint_;
+  TrainingData data_;
+  SelectorOptimizer optimizer_;
+  DistillAttention attention_;
+  std::vector<TokenSequence> held_out_;
+  std::optional<MetricsLog> log_;
+  int64_t step_ = 0;
+  nlohmann::json last_, calibration_;
+};
+
+}  // namespace
+
+TrainResult distill(const Backbone& backbone, Selector& selector, const Encode& encode, int32_t end_of_text,
+                    const TrainConfig& config, bool resume, const TrainHooks& hooks) {
+  config.validate();
+  return Run(backbone, selector, encode, end_of_text, config, hooks).run(resume);
+}
+
+TrainResult distill(const Backbone& backbone, Selector& selector, const Tokenizer& tokenizer,
+                    const TrainConfig& config, bool resume, const TrainHooks& hooks) {
+  const Encode encode = [&](const std::string& text) { return tokenizer.encode(text); };
+  return distill(backbone, selector, encode, document_end(tokenizer), config, resume, hooks);
+}
+
+int32_t document_end(const Tokenizer& tokenizer) {
+  for (const char* name : {"<|endoftext|>", "<|end_of_text|>", "</s>"})
+    if (const auto id = tokenizer.token_id(name)) return *id;
+  if (tokenizer.eos_ids().empty())
+    fail("the tokenizer names no end-of-text token, which training sequences need between documents");
+  return tokenizer.eos_ids().front();
+}
+
+}  // namespace spot
