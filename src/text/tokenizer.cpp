@@ -1,6 +1,7 @@
 #include "text/tokenizer.h"
 
 #include <algorithm>
+#include <charconv>
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
@@ -126,7 +127,9 @@ std::vector<AddedToken> Tokenizer::Tables::read_added(const json& file, const js
   }
   // tokenizer_config.json may name tokens that tokenizer.json lacks.
   for (const auto& [key, entry] : member(config, "added_tokens_decoder").items()) {
-    const AddedToken token = AddedToken::from_json(entry, std::stoi(key));
+    int32_t id = -1;
+    if (std::from_chars(key.data(), key.data() + key.size(), id).ptr != key.data() + key.size()) id = -1;
+    const AddedToken token = AddedToken::from_json(entry, id);
     const bool known = std::any_of(added.begin(), added.end(),
                                    [&](const AddedToken& t) { return t.content == token.content; });
     if (!known) added.push_back(token);
@@ -216,14 +219,22 @@ Tokenizer Tokenizer::load(const fs::path& folder_or_file) {
   const bool is_folder = fs::is_directory(folder_or_file);
   const fs::path path = is_folder ? folder_or_file / "tokenizer.json" : folder_or_file;
   const json file = read_json(path);
+  const json config = is_folder ? read_if_there(folder_or_file / "tokenizer_config.json") : json::object();
+  std::shared_ptr<Tables> tables;
   try {
-    const json config = is_folder ? read_if_there(folder_or_file / "tokenizer_config.json") : json::object();
-    auto tables = std::make_shared<Tables>(file, config, path.string());
-    if (is_folder) tables->read_special_ids(folder_or_file, config);
-    return Tokenizer(std::move(tables));
+    tables = std::make_shared<Tables>(file, config, path.string());
   } catch (const json::exception& e) {
     fail("{}: not of the form of a tokenizer.json: {}", path.string(), e.what());
   }
+  try {
+    if (is_folder) tables->read_special_ids(folder_or_file, config);
+  } catch (const json::exception& e) {
+    fail(
+        "{}: a token in tokenizer_config.json, generation_config.json or config.json is of the wrong form: "
+        "{}",
+        folder_or_file.string(), e.what());
+  }
+  return Tokenizer(std::move(tables));
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view utf8, bool add_special_tokens) const {

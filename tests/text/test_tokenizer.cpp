@@ -201,9 +201,20 @@ TEST(Tokenizer, SpecialIdsComeFromTheConfigurations) {
 
   folder.write("generation_config.json", {{"eos_token_id", 299}});
   expect_parts(error_of([&] { Tokenizer::load(folder.path()); }), {"no token has the id 299"});
+  folder.write("generation_config.json", {{"eos_token_id", {"one"}}});
+  expect_parts(error_of([&] { Tokenizer::load(folder.path()); }), {"generation_config.json", "wrong form"});
   folder.write("generation_config.json", json::object());
   folder.write("tokenizer_config.json", {{"bos_token", "<nowhere>"}});
   expect_parts(error_of([&] { Tokenizer::load(folder.path()); }), {"tokenizer_config.json", "<nowhere>"});
+}
+
+TEST(Tokenizer, ConfigurationsMayNotContradictTheVocabulary) {
+  TemporaryFolder folder;
+  folder.write("tokenizer.json", small_tokenizer());
+  for (const char* key : {"twelve", "-1", "99999999999", "12x", ""}) {
+    folder.write("tokenizer_config.json", {{"added_tokens_decoder", {{key, {{"content", "<late>"}}}}}});
+    expect_parts(error_of([&] { Tokenizer::load(folder.path()); }), {"<late>", "contradicts"});
+  }
 }
 
 TEST(Tokenizer, TokensNamedOnlyInTheConfigurationAreAdded) {

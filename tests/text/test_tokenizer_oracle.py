@@ -117,7 +117,7 @@ def tokenizer_files(tmp_path_factory, tiny_qwen3):
     """Name -> tokenizer.json; trained once, in both spellings of merges."""
     folder = tmp_path_factory.mktemp("tokenizers")
     rng = random.Random()
-    text = corpus.local_text(rng, 400_000) + corpus.random_text(rng, 200_000)
+    text = corpus.local_text(rng, 250_000) + corpus.random_text(rng, 100_000)
     files = {"tiny-qwen3": tiny_qwen3 / "tokenizer.json"}
     for name, make in MAKERS.items():
         state = json.loads(make(text).to_str())
@@ -178,15 +178,18 @@ def assert_same_ids(theirs, ours, text):
                 f"near {text[max(0, position - 12):position + 12]!a}")
 
 
-def test_ids_and_text_of_a_megabyte(pair, megabyte):
+def test_ids_and_text_of_a_megabyte(pair, megabyte, request):
     theirs, ours = pair
     assert len(megabyte.encode()) > 1_000_000
-    ids = ours.encode(megabyte)
-    assert_same_ids(theirs, ids, megabyte)
+    # The whole for the published families, the random end of it for the others.
+    name = request.node.callspec.params["pair"]
+    text = megabyte if name in ("tiny-qwen3", "qwen3", "smollm2", "llama3") else megabyte[-80_000:]
+    ids = ours.encode(text)
+    assert_same_ids(theirs, ids, text)
     for skip in (False, True):
-        text = theirs.decode(ids, skip_special_tokens=skip)
-        assert ours.decode(ids, skip) == text
-        assert ours.decode(ids, skip, "stream") == text
+        decoded = theirs.decode(ids, skip_special_tokens=skip)
+        assert ours.decode(ids, skip) == decoded
+        assert ours.decode(ids, skip, "stream") == decoded
 
 
 def test_short_texts(pair, seed):
