@@ -168,7 +168,7 @@ std::vector<Shape> shapes() {
 }
 std::vector<int32_t> some_lengths() {
   return kEmulated ? std::vector<int32_t>{777, 1, 0, 333}
-                   : std::vector<int32_t>{5000, 1, 16, 0, 333, 20001, 4096, 15};
+                   : std::vector<int32_t>{5000, 1, 16, 0, 333, 9001, 4096, 15};
 }
 
 TEST(SparseDecodeAttention, MatchesFloat64AndIgnoresTheBatch) {
@@ -215,7 +215,7 @@ TEST(SelectAndAttend, EveryPathGivesTheSameBits) {
     for (int trial = 0; trial < (kEmulated ? 1 : 6); ++trial) {
       std::vector<int32_t> lengths = {kEmulated ? 900 : 20000 - trial};
       if (trial % 2 == 1) lengths = {3000, 70, 600};
-      if (trial == 4) lengths = {200000};
+      if (trial == 4) lengths = {shape.num_heads == 32 ? 140000 : 50000};
       const Scene scene(random, type, shape.num_heads, shape.num_kv_heads, shape.head_dim, false, lengths);
       const int32_t rows_per_sequence = trial % 3 == 2 ? shape.num_kv_heads : 1,
                     rows = scene.batch() * rows_per_sequence;
