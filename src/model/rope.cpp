@@ -35,9 +35,11 @@ at::Tensor yarn_frequencies(const RopeConfig& config, const at::Tensor& position
 // interpolated.
 at::Tensor llama3_frequencies(const RopeConfig& config, const at::Tensor& frequencies) {
   const double original = static_cast<double>(config.original_max_position_embeddings);
-  const at::Tensor wavelength = 2 * std::numbers::pi / frequencies;
-  const at::Tensor smooth =
-      (original / wavelength - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor);
+  // Products with reciprocals, as Python's scalar / tensor is computed: a last bit here is 1e-5 at far
+  // positions.
+  const at::Tensor wavelength = at::reciprocal(frequencies) * (2 * std::numbers::pi);
+  const at::Tensor smooth = (at::reciprocal(wavelength) * original - config.low_freq_factor) /
+                            (config.high_freq_factor - config.low_freq_factor);
   const at::Tensor between = (1 - smooth) * frequencies / config.factor + smooth * frequencies;
   const at::Tensor outer =
       at::where(wavelength > original / config.low_freq_factor, frequencies / config.factor, frequencies);

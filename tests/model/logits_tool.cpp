@@ -8,7 +8,7 @@
 //   chunked.i  in chunks of the lengths given, repeated cyclically
 //   decode.i   the first prompts[i] tokens at once, the rest one by one
 //   batch.i    as decode.i, but all sequences together, each leaving the batch when it ends
-// each [tokens, vocab_size] float32.
+// each [tokens, vocab_size] float32, and the model's rotary table as rope.cos and rope.sin.
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
@@ -16,6 +16,7 @@
 #include "core/error.h"
 #include "core/files.h"
 #include "model/backbone.h"
+#include "model/rope.h"
 #include "tests/model/dense_attention.h"
 
 namespace spot {
@@ -113,6 +114,10 @@ void run(const std::vector<std::string>& arguments) {
   while (!batch.done()) batch.step(std::vector<int64_t>(sequences.size(), 1));
   for (size_t i = 0; i < sequences.size(); ++i)
     outputs.emplace_back(fmt::format("batch.{}", i), batch.logits(i));
+  const ModelConfig& config = model.config();
+  const RopeTable rope = rope_table(config.rope, config.max_position_embeddings, at::kCPU);
+  outputs.emplace_back("rope.cos", rope.cos);
+  outputs.emplace_back("rope.sin", rope.sin);
   write_safetensors(arguments[2], outputs, {{"fingerprint", model.fingerprint()}});
 }
 
