@@ -11,6 +11,7 @@
 #include "engine/generator.h"
 #include "report/page.h"
 #include "text/chat_template.h"
+#include "text/stream_decoder.h"
 #include "text/tokenizer.h"
 
 namespace spot::cli {

@@ -51,7 +51,4 @@ class DocumentReader {
   bool end_ = false;
 };
 
-// Index of the first byte that breaks UTF-8, or npos.
-size_t find_invalid_utf8(std::string_view text);
-
 }  // namespace spot

@@ -77,8 +77,7 @@ TEST(Generate, BatchedAndChunkedRunsEqualSingleOnes) {
 
 TEST(Generate, EverySparseAttentionWithTheWholeContextEqualsDense) {
   const Backbone backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, 12);
-  SelectorConfig config = SelectorConfig::from_preset("spot");
-  config.rope_dims = 8, config.head_dim = 32;
+  const SelectorConfig config = SelectorConfig::from_preset("spot");
   const Selector selector(config, backbone.config(), at::kCPU);
   const std::vector<int32_t> prompt = random_tokens(700, 101);
   GenerateOptions options;

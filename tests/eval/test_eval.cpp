@@ -96,8 +96,7 @@ TEST(TextEval, MeasuresAgreeWithWhatIsKnown) {
   const auto tokens = tokenizer().encode(filler());
   TextEvalOptions options;
   options.length = 1000, options.sequences = 2, options.chunk = 130, options.skip = 600, options.measured_queries = 4;
-  SelectorConfig config = SelectorConfig::from_preset("spot");
-  config.head_dim = 32, config.rope_dims = 8;
+  const SelectorConfig config = SelectorConfig::from_preset("spot");
   const Selector selector(config, backbone.config(), at::kCPU);
   EvalMethod spot = method("spot", AttentionKind::spot, 608);
   const auto result = evaluate_text(backbone, &selector, tokens,

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""The main job in one command, on a CPU: distil a selector for a small real model, then compare sparse with dense attention.
+
+1. makes a training text from the docstrings of the installed Python packages (tools/make_text.py);
+2. `spot distill`: a selector for models/tiny-qwen3, at 2K tokens;
+3. `spot generate`: the same needle question answered densely and sparsely;
+4. `spot eval needle`: prompts of 16K tokens (8 times the training length), dense, sparse and with a StreamingLLM window;
+5. `spot eval text`: perplexity and captured attention mass on held-out text.
+
+Everything lands in out/demo; a second run reuses a finished selector (--fresh starts over).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OUT = ROOT / "out" / "demo"
+MODEL = ROOT / "models" / "tiny-qwen3"
+SPOT = pathlib.Path(os.environ.get("SPOT_BUILD", ROOT / "build" / "cpu")) / "spot"
+
+
+def run(title: str, *command: object) -> None:
+    """Runs one command, shown as a user would type it; ends the demo if it fails."""
+    words = [str(word) for word in command]
+    shown = " ".join(word.replace(str(ROOT) + "/", "") for word in words)
+    print(f"\n\033[1m{title}\033[0m\n$ {shown}" if sys.stdout.isatty() else f"\n{title}\n$ {shown}", flush=True)
+    start = time.time()
+    code = subprocess.run(words, cwd=ROOT).returncode
+    if code:
+        sys.exit(f"error: the step above failed with status {code}")
+    print(f"({time.time() - start:.0f} s)", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="distil again even if out/demo holds a selector")
+    parser.add_argument("--steps", type=int, default=120, help="distillation steps")
+    parser.add_argument("--samples", type=int, default=10, help="needle prompts")
+    options = parser.parse_args()
+    start = time.time()
+    if options.fresh and OUT.exists():
+        shutil.rmtree(OUT)
+    text, selector = OUT / "text", OUT / "selector"
+    if not (text / "heldout.txt").exists():
+        run("1. Make a text", sys.executable, ROOT / "tools/make_text.py", "--out", text)
+    if not (selector / "selector.json").exists():
+        run("2. Distil a selector (2K tokens)", SPOT, "distill", "--model", MODEL, "--data", text / "train.jsonl",
+            "--out", selector, "--length", 2048, "--sequences-per-step", 2, "--steps", options.steps,
+            "--warmup-steps", 15, "--loss", "dense", "--query-rows", 512)
+    prompt = OUT / "prompt.txt"
+    filler = (text / "heldout.txt").read_text()
+    prompt.write_text(filler[:14000] + "\nThe special magic number for amber-river is: 483920.\n" + filler[14000:30000]
+                      + "\nWhat is the special magic number for amber-river? The special magic number for amber-river is:")
+    for attention in ("dense", "spot"):
+        run(f"3. Generate, {attention}", SPOT, "generate", "--model", MODEL, "--selector", selector, "--prompt-file", prompt,
+            "--attention", attention, "--max-new-tokens", 8)
+    run("4. Needles at 16K tokens, 8 times the training length", SPOT, "eval", "needle", "--model", MODEL,
+        "--selector", selector, "--text", text / "heldout.txt", "--length", 16384, "--samples", options.samples,
+        "--methods", "spot:p=0.9,spot:k=1024,streaming:k=1024,oracle:k=1024", "--out", OUT / "needle")
+    run("5. Held-out text at 8K tokens", SPOT, "eval", "text", "--model", MODEL, "--selector", selector,
+        "--text", text / "heldout.txt", "--length", 8192, "--sequences", 1,
+        "--methods", "spot:p=0.9,spot:k=1024,streaming:k=1024,oracle:k=1024", "--out", OUT / "heldout")
+
+    needle = json.loads((OUT / "needle" / "report.json").read_text())
+    print(f"\nDone in {(time.time() - start) / 60:.1f} minutes.")
+    for method in needle["methods"]:
+        print(f"  {method['name']:18} {method['exact_match']:3}/{needle['samples']} right, "
+              f"{100 * method['attended_share']:5.1f}% of tokens attended, {method['milliseconds_per_token']:6.2f} ms/token")
+    print(f"Plots: {OUT / 'needle' / 'report.html'}\n       {OUT / 'heldout' / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
