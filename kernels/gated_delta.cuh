@@ -34,7 +34,7 @@ template <typename T>
 __device__ __forceinline__ float4 load4(const T* p) {
   const uint2 bits = *reinterpret_cast<const uint2*>(p);
   T values[4];
-  memcpy(values, &bits, sizeof(bits));
+  memcpy(static_cast<void*>(values), &bits, sizeof(bits));
   return make_float4(load1(values), load1(values + 1), load1(values + 2), load1(values + 3));
 }
 __device__ __forceinline__ void store1(float* p, float v) {
@@ -50,6 +50,9 @@ __device__ __forceinline__ void store1(__nv_bfloat16* p, float v) {
 __device__ __forceinline__ float warp_sum(float v) {
   for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
   return v;
+}
+__device__ __forceinline__ float reciprocal_root(float x) {
+  return 1.0f / sqrtf(x);
 }
 __device__ __forceinline__ float sigmoid(float x) {
   return 1.0f / (1.0f + expf(-x));
@@ -124,7 +127,7 @@ __global__ void __launch_bounds__(256) convolve_kernel(const GatedDeltaParams p)
   for (int n = 0; n < kDeltaTaps; ++n) taps[n] = load4(p.conv + n * channels + channel);
 
   const bool is_query = slice < p.num_key_heads, is_value = slice >= 2 * p.num_key_heads;
-  const float scale = is_query ? rsqrtf(static_cast<float>(kDim)) : 1.0f;
+  const float scale = is_query ? reciprocal_root(static_cast<float>(kDim)) : 1.0f;
   float* to = convolved(p) + channel;
 #pragma unroll 4
   for (int64_t token = place.begin; token < place.end; ++token) {
@@ -141,7 +144,8 @@ __global__ void __launch_bounds__(256) convolve_kernel(const GatedDeltaParams p)
     past[1] = past[2];
     past[2] = x;
     if (!is_value) {
-      const float f = scale * rsqrtf(warp_sum(u.x * u.x + u.y * u.y + u.z * u.z + u.w * u.w) + 1e-6f);
+      const float f =
+          scale * reciprocal_root(warp_sum(u.x * u.x + u.y * u.y + u.z * u.z + u.w * u.w) + 1e-6f);
       u = make_float4(u.x * f, u.y * f, u.z * f, u.w * f);
     }
     *reinterpret_cast<float4*>(to + token * channels) = u;

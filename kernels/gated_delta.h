@@ -43,6 +43,7 @@ struct GatedDeltaParams {
       nullptr;  // [num_sequences + 1]: first chunk of each sequence, then num_chunks
   const int32_t* chunk_sequences = nullptr;  // [num_chunks]: the sequence of each chunk
   int32_t num_chunks = 0;
+  int32_t scan_columns = 0;  // value columns a block of the scan: 16 or 32; 0: by the size of the device
 };
 
 // Bytes of workspace that a call needs. Its contents need not outlive the call's kernels.

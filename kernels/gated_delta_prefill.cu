@@ -1,26 +1,31 @@
 // Prefill of the Gated DeltaNet in chunks of 64 tokens; contract: gated_delta.h. Everything between loads and
-// stores is float32; matrix products run on the tensor cores as three TF32 products of split operands, which
-// keeps float32's accuracy (about 2^-21) at a third of TF32's speed. Four kernels:
-//   convolve   a warp a (chunk, 128 channels): convolution, SiLU, L2 norm, convolution state.
-//   prepare    a block a (chunk, key head): K K^T and Q K^T once for all value heads of the key head, then
-//   for each the
-//              decays, P = causal(Q K^T) decay and T = (I + A)^-1, A = beta K K^T decay below the diagonal.
-//              The inverse goes column by column by substitution: powers of A would overflow where keys
-//              repeat.
-//   scan       a block a (sequence, value head, 32 or 16 value columns), chunk after chunk, the state in
-//   registers (as
-//              accumulators) and shared memory (as operand): R = beta (V - e^G K S), N = T R, O = e^G Q S + P
-//              N, S <- e^Gend S + K^T (e^(Gend-G) N). The next chunk loads meanwhile. Value columns do not
-//              depend on each other, so that tiles of them fill the machine from one sequence on.
-//   normalize  a warp a (token, value head): RMS norm and gate.
-// Floor at 8192 tokens, 16 key and 32 value heads, bf16: `scan` 7.6 MFLOP a chunk and value head,
-// `prepare` 1.6 MFLOP a chunk and key head, each three times: 0.10 TFLOP of TF32, 0.34 ms at the 300 TFLOP/s
-// to expect of mma.sync; memory 1.35 GB (half of it q | k | v in float32), 0.45 ms at 3 TB/s. The kernels
-// follow each other: about 0.3 ms of memory beside `scan`, which is bound by its products. Grid: convolve
-// ceil(chunks * channels / 1024) blocks of 8 warps; prepare [chunks, H_k], 2 blocks an SM; scan [4 or 8, H_v,
-// sequences], one block an SM; normalize ceil(T * H_v / 8). Measured share of the floor: not yet measured;
-// bench/gated_delta.py prints it.
+// stores is float32; matrix products keep float32's accuracy on the tensor cores (tf32.cuh). Four kernels:
+//
+// convolve: a warp a (chunk, 128 channels): convolution, SiLU, L2 norm, convolution state.
+//
+// prepare: a block a (chunk, key head): K K^T and Q K^T once for all value heads of the key head, then for
+// each the decays, P = causal(Q K^T) decay and T = (I + A)^-1, A = beta K K^T decay below the diagonal. The
+// inverse goes column by column by substitution: powers of A would overflow where keys repeat.
+//
+// scan: a block a (sequence, value head, 32 or 16 value columns), chunk after chunk, the state in registers
+// (as accumulators) and in shared memory (as operand):
+//   R = beta (V - e^G K S),  N = T R,  O = e^G Q S + P N,  S <- e^Gend S + K^T (e^(Gend - G) N).
+// The next chunk loads meanwhile. Value columns do not depend on each other, so that tiles of them fill the
+// machine from one sequence on.
+//
+// normalize: a warp a (token, value head): RMS norm and gate.
+//
+// Floor at 8192 tokens, 16 key and 32 value heads, bf16. `scan` does 7.6 MFLOP a chunk and value head,
+// `prepare` 1.6 a chunk and key head, each three times over: 0.10 TFLOP of TF32, 0.34 ms at the 300 TFLOP/s
+// to expect of mma.sync. Memory: 1.35 GB, half of it q | k | v in float32, 0.45 ms at 3 TB/s. The kernels
+// follow each other: 0.3 ms of memory in the others, then `scan`, which is bound by its products.
+//
+// Grid: convolve ceil(chunks * channels / 1024) blocks of 8 warps; prepare [chunks, H_k], 2 blocks an SM;
+// scan [4 or 8, H_v, sequences], one block an SM; normalize ceil(T * H_v / 8).
+//
+// Share of the floor: bench/gated_delta.py prints it; not measured yet.
 #include "kernels/gated_delta.cuh"
+#include "kernels/tf32.cuh"
 
 namespace spot::kernels {
 namespace {
@@ -37,57 +42,12 @@ __device__ float* chunk_data(const GatedDeltaParams& p, int64_t chunk, int head)
   return convolved(p) + p.num_tokens * channels_of(p) + (chunk * p.num_value_heads + head) * kChunkFloats;
 }
 
-// x = big + small, both TF32.
-struct Split {
-  uint32_t big, small;
-};
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-  uint32_t r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
-  return r;
-}
-__device__ __forceinline__ Split split(float x) {
-  const uint32_t big = to_tf32(x);
-  return {big, to_tf32(x - __uint_as_float(big))};
-}
-__device__ __forceinline__ void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                         uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-// A [16x8] and B [8x8] fragments. Lane = 4 g + t holds A(g, t), A(g+8, t), A(g, t+4), A(g+8, t+4); B(t, g),
-// B(t+4, g); of the accumulator D(g, 2t), D(g, 2t+1), D(g+8, 2t), D(g+8, 2t+1).
-struct FragmentA {
-  Split e[4];
-};
-struct FragmentB {
-  Split e[2];
-};
-// From element (row, k) at base[row * row_stride + k * k_stride].
-__device__ __forceinline__ FragmentA load_a(const float* base, int row_stride, int k_stride, int lane) {
-  const float* at = base + (lane / 4) * row_stride + (lane % 4) * k_stride;
-  return {split(at[0]), split(at[8 * row_stride]), split(at[4 * k_stride]),
-          split(at[8 * row_stride + 4 * k_stride])};
-}
-// From element (k, col) at base[k * k_stride + col * col_stride].
-__device__ __forceinline__ FragmentB load_b(const float* base, int k_stride, int col_stride, int lane) {
-  const float* at = base + (lane % 4) * k_stride + (lane / 4) * col_stride;
-  return {split(at[0]), split(at[4 * k_stride])};
-}
-__device__ __forceinline__ void multiply_add(float (&d)[4], const FragmentA& a, const FragmentB& b) {
-  mma_tf32(d, a.e[0].small, a.e[1].small, a.e[2].small, a.e[3].small, b.e[0].big, b.e[1].big);
-  mma_tf32(d, a.e[0].big, a.e[1].big, a.e[2].big, a.e[3].big, b.e[0].small, b.e[1].small);
-  mma_tf32(d, a.e[0].big, a.e[1].big, a.e[2].big, a.e[3].big, b.e[0].big, b.e[1].big);
-}
-
-// 16 bytes, global to shared; zeros when not `valid` (`from` must be a mapped address all the same).
+// 16 bytes, global to shared; zeros when not `valid`. Visible after a wait for the copies and a barrier.
 __device__ __forceinline__ void copy16_or_zero(float* to, const float* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(ptx::shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
+  if (valid)
+    ptx::cp_async_16(ptx::shared_address(to), from);
+  else
+    *reinterpret_cast<float4*>(to) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
 // ---- prefill: within the chunks ----
@@ -107,8 +67,7 @@ struct PrepareShared {
 
 template <typename T>
 __global__ void __launch_bounds__(256) prepare_kernel(const GatedDeltaParams p) {
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  PrepareShared& shared = *reinterpret_cast<PrepareShared*>(shared_bytes);
+  PrepareShared& shared = *reinterpret_cast<PrepareShared*>(ptx::dynamic_shared());
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, key_head = blockIdx.y;
   const int64_t chunk = blockIdx.x, channels = channels_of(p);
   const ChunkPlace place = place_of<true>(p, static_cast<int>(chunk));
@@ -228,8 +187,7 @@ template <int kColumns>
 __global__ void __launch_bounds__(256) scan_kernel(const GatedDeltaParams p) {
   using Shared = ScanShared<kColumns>;
   constexpr int kStride = Shared::kStride;
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  Shared& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared());
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, lane_row = lane / 4,
             lane_pair = lane % 4 * 2;
   const int head = blockIdx.y, sequence = blockIdx.z, first_column = blockIdx.x * kColumns;
@@ -407,7 +365,7 @@ __global__ void __launch_bounds__(256) normalize_kernel(const GatedDeltaParams p
   const float4 z = load4(static_cast<const T*>(p.z) + token * p.z_stride + head * kDim + lane * 4);
   const float4 weight = load4(p.norm + lane * 4);
   const float mean = warp_sum(o.x * o.x + o.y * o.y + o.z * o.z + o.w * o.w) / kDim;
-  const float scale = rsqrtf(mean + p.norm_epsilon);
+  const float scale = reciprocal_root(mean + p.norm_epsilon);
   T* to = static_cast<T*>(p.output) + item * kDim + lane * 4;
   store1(to, o.x * scale * weight.x * silu(z.x));
   store1(to + 1, o.y * scale * weight.y * silu(z.y));
@@ -422,9 +380,7 @@ cudaError_t scan(const GatedDeltaParams& p, cudaStream_t stream) {
       dim3(kDim / kColumns, static_cast<unsigned>(p.num_value_heads), static_cast<unsigned>(p.num_sequences));
   shape.block = dim3(256);
   shape.shared_bytes = sizeof(ScanShared<kColumns>);
-  const cudaError_t error =
-      cudaFuncSetAttribute(scan_kernel<kColumns>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shape.shared_bytes));
+  const cudaError_t error = allow_shared_bytes(scan_kernel<kColumns>, shape.shared_bytes);
   return error != cudaSuccess ? error : launch(scan_kernel<kColumns>, shape, stream, p);
 }
 
@@ -436,8 +392,7 @@ cudaError_t prefill(const GatedDeltaParams& p, cudaStream_t stream) {
   shape.grid = dim3(static_cast<unsigned>(p.num_chunks), static_cast<unsigned>(p.num_key_heads));
   shape.block = dim3(256);
   shape.shared_bytes = sizeof(PrepareShared);
-  error = cudaFuncSetAttribute(prepare_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shape.shared_bytes));
+  error = allow_shared_bytes(prepare_kernel<T>, shape.shared_bytes);
   if (error == cudaSuccess) error = launch(prepare_kernel<T>, shape, stream, p);
   int multiprocessors = 0;
   if (error == cudaSuccess) error = multiprocessor_count(&multiprocessors);
@@ -445,7 +400,8 @@ cudaError_t prefill(const GatedDeltaParams& p, cudaStream_t stream) {
   // One block fills an SM; where tiles of 32 columns would leave half of them idle, tiles of 16 take less
   // time.
   const int64_t wide_blocks = int64_t{4} * p.num_value_heads * p.num_sequences;
-  error = wide_blocks * 2 <= multiprocessors ? scan<16>(p, stream) : scan<32>(p, stream);
+  const bool narrow = p.scan_columns == 0 ? wide_blocks * 2 <= multiprocessors : p.scan_columns == 16;
+  error = narrow ? scan<16>(p, stream) : scan<32>(p, stream);
   if (error != cudaSuccess) return error;
   shape = LaunchShape{};
   shape.grid = dim3(static_cast<unsigned>((p.num_tokens * p.num_value_heads + 7) / 8));
@@ -464,7 +420,8 @@ size_t gated_delta_prefill_workspace(const GatedDeltaParams& p) {
 cudaError_t gated_delta_prefill(const GatedDeltaParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
   if (!valid(p) || p.num_chunks <= 0 || p.num_chunks > p.num_tokens || p.num_key_heads > 65535 ||
-      p.query_starts == nullptr || p.chunk_starts == nullptr || p.chunk_sequences == nullptr)
+      (p.scan_columns != 0 && p.scan_columns != 16 && p.scan_columns != 32) || p.query_starts == nullptr ||
+      p.chunk_starts == nullptr || p.chunk_sequences == nullptr)
     return cudaErrorInvalidValue;
   switch (p.data_type) {
     case DataType::kBf16:
