@@ -1,4 +1,5 @@
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
 
@@ -77,7 +78,6 @@ ModelConfig tiny_model() {
 
 SelectorConfig tiny_selector() {
   SelectorConfig config;
-  config.head_dim = 32;
   config.rope_dims = 16;
   config.selection.sinks = 16;
   config.selection.recency = 16;
@@ -87,8 +87,8 @@ SelectorConfig tiny_selector() {
 }
 
 // A random backbone, a selector, a corpus of small documents and a short run.
-struct Setup {
-  explicit Setup(uint64_t seed)
+struct SmallRun {
+  explicit SmallRun(uint64_t seed)
       : seed(seed), backbone(Backbone::random(tiny_model(), at::kCPU, at::kFloat, seed)) {
     std::mt19937_64 engine(seed);
     std::ofstream text(folder.path / "text.jsonl");
@@ -142,13 +142,13 @@ std::vector<std::string> metrics_of(const fs::path& output) {
 }
 
 TEST(Trainer, ResumedRunEqualsAStraightOneBitForBit) {
-  Setup setup(fresh_seed());
+  SmallRun setup(fresh_seed());
   setup.config.query_rows = 37;
   setup.config.data.length_mix = {{101, 0.5}, {40, 0.5}};
   Selector straight = setup.selector();
   EXPECT_EQ(setup.run(straight).status, TrainStatus::finished);
 
-  Setup halves(setup.seed);
+  SmallRun halves(setup.seed);
   halves.config = setup.config;
   halves.config.output = setup.folder.path / "halves";
   halves.hooks.on_step = [](const nlohmann::json&) {};
@@ -181,14 +181,14 @@ TEST(Trainer, ResumedRunEqualsAStraightOneBitForBit) {
   EXPECT_TRUE(fs::exists(setup.config.output / "loss.html"));
 
   // Another seed gives other weights: the comparison above can fail.
-  Setup other(setup.seed + 1);
+  SmallRun other(setup.seed + 1);
   Selector different = other.selector();
   other.run(different);
   EXPECT_NE(weights_of(setup.config.output), weights_of(other.config.output));
 }
 
 TEST(Trainer, InterruptSavesAndResumes) {
-  Setup setup(fresh_seed());
+  SmallRun setup(fresh_seed());
   setup.hooks.on_step = [](const nlohmann::json& metrics) {
     if (metrics.at("step") == 2) std::raise(SIGINT);
   };
@@ -199,7 +199,7 @@ TEST(Trainer, InterruptSavesAndResumes) {
   EXPECT_TRUE(fs::exists(setup.config.output / "checkpoint-000002" / "train.json"));
   EXPECT_NE(message_of([&] { setup.run(selector); }).find("already holds a run (checkpoint-000002)"),
             std::string::npos);
-  Setup changed(setup.seed);
+  SmallRun changed(setup.seed);
   changed.config = setup.config;
   changed.config.peak_lr = 2e-3;
   EXPECT_NE(
@@ -275,7 +275,7 @@ struct Capture : AttentionBackend {
 
 TEST(DistillAttention, GradientsAreThoseOfAutograd) {
   const uint64_t seed = fresh_seed();
-  const Setup setup(seed);
+  const SmallRun setup(seed);
   const Selector selector = setup.selector();
   for (at::Tensor p : selector.parameters()) p.requires_grad_(true);
   LayerLossOptions options;
@@ -317,7 +317,7 @@ TEST(DistillAttention, GradientsAreThoseOfAutograd) {
 
 TEST(DistillAttention, PartsDoNotSeeEachOther) {
   const uint64_t seed = fresh_seed();
-  const Setup setup(seed);
+  const SmallRun setup(seed);
   const Selector selector = setup.selector();
   LayerLossOptions options;
   options.k_train = 16;
@@ -340,12 +340,12 @@ TEST(DistillAttention, PartsDoNotSeeEachOther) {
 }
 
 TEST(Trainer, ReplicasShareAStep) {
-  Setup alone(fresh_seed());
+  SmallRun alone(fresh_seed());
   alone.config.steps = 3;
   Selector single = alone.selector();
   alone.run(single);
 
-  Setup shared(alone.seed);
+  SmallRun shared(alone.seed);
   shared.config.steps = 3;
   std::vector<Selector> selectors = {shared.selector(), shared.selector()};
   std::barrier barrier(2);
@@ -381,7 +381,7 @@ TEST(Trainer, ReplicasShareAStep) {
 }
 
 TEST(Trainer, NanStopsWithLayerAndStep) {
-  Setup setup(fresh_seed());
+  SmallRun setup(fresh_seed());
   Selector selector = setup.selector();
   setup.hooks.on_step = [&](const nlohmann::json& metrics) {
     if (metrics.at("step") == 3) selector.parameters(1).front().detach().fill_(std::nan(""));
@@ -391,13 +391,13 @@ TEST(Trainer, NanStopsWithLayerAndStep) {
   EXPECT_NE(message.find("step 4: the loss of layer 1 is nan"), std::string::npos) << message;
   EXPECT_TRUE(fs::exists(setup.config.output / "checkpoint-000002"));
   // The checkpoint before it continues.
-  Setup again(setup.seed);
+  SmallRun again(setup.seed);
   again.config = setup.config;
   EXPECT_EQ(again.run(selector, true).status, TrainStatus::finished);
 }
 
 TEST(Trainer, RefusesImpossibleRuns) {
-  Setup setup(fresh_seed());
+  SmallRun setup(fresh_seed());
   Selector selector = setup.selector();
   setup.config.data.sequence_length = 5000;
   EXPECT_NE(
@@ -413,7 +413,7 @@ TEST(Trainer, RefusesImpossibleRuns) {
 
 TEST(Calibrate, FittedTemperatureMeansCapturedMass) {
   const uint64_t seed = fresh_seed();
-  const Setup setup(seed);
+  const SmallRun setup(seed);
   SelectorConfig config = tiny_selector();
   config.selection.floor = 0;  // then the whole rule's residual share is the nucleus' share
   const Selector selector(config, setup.backbone.config(), at::kCPU, at::kFloat, seed);
@@ -448,7 +448,7 @@ TEST(Calibrate, FittedTemperatureMeansCapturedMass) {
 }
 
 TEST(Trainer, WritesFittedTemperatures) {
-  Setup setup(fresh_seed());
+  SmallRun setup(fresh_seed());
   setup.config.calibrate = true;
   setup.config.steps = 2;
   setup.config.data.sequence_length = 400;
