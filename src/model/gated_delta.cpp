@@ -21,6 +21,8 @@ constexpr int64_t kChunk = 64;
 // Tokens worked on at once in prefill: enough for wide batches of matrix products, few enough that the
 // float32 intermediates stay near a hundred megabytes.
 constexpr int64_t kPieceTokens = 2048;
+// The fused kernels take about 50 KiB of workspace a token at 32 value heads.
+constexpr int64_t kFusedPieceTokens = 16384;
 
 std::string shape_text(const at::Tensor& t) {
   if (!t.defined()) return "an undefined tensor";
@@ -394,40 +396,44 @@ at::Tensor decode_aten(const at::Tensor& mixed_qkv, const at::Tensor& z, const a
   return gated_rms_norm(o, z, w.norm, w.norm_epsilon);
 }
 
-// In pieces of kPieceTokens, the states carrying a sequence from one piece to the next.
+// A run of tokens that prefill works on at once: whole sequences and parts of them.
+struct Piece {
+  int64_t token = 0, num_tokens = 0, first_sequence = 0;
+  std::vector<int64_t> query_lengths;
+};
+
+// Cuts the batch into pieces of at most max_tokens (a multiple of kChunk), sequences at multiples of kChunk.
+// The states carry a sequence from one piece to the next.
+std::vector<Piece> cut(at::IntArrayRef query_lengths, int64_t max_tokens) {
+  const int64_t num_sequences = static_cast<int64_t>(query_lengths.size());
+  std::vector<Piece> pieces(1);
+  for (int64_t i = 0; i < num_sequences; ++i)
+    for (int64_t left = query_lengths[i]; left > 0;) {
+      Piece& piece = pieces.back();
+      const int64_t room = max_tokens - piece.num_tokens;
+      const int64_t take = left <= room ? left : room - room % kChunk;
+      if (take == 0) {
+        pieces.push_back({piece.token + piece.num_tokens, 0, i, {}});
+        continue;
+      }
+      // Sequences without tokens lie between, so that a piece's sequences are consecutive.
+      piece.query_lengths.resize(i - piece.first_sequence + 1);
+      piece.query_lengths.back() = take;
+      piece.num_tokens += take;
+      left -= take;
+    }
+  return pieces;
+}
+
 at::Tensor prefill_aten(const at::Tensor& mixed_qkv, const at::Tensor& z, const at::Tensor& b,
                         const at::Tensor& a, const GatedDeltaWeights& w, const Shape& shape,
                         at::Tensor conv_states, at::Tensor recurrent_states, const at::Tensor& state_slots,
-                        at::IntArrayRef query_lengths) {
-  at::Tensor y =
-      at::empty({mixed_qkv.size(0), shape.num_value_heads * shape.value_head_dim}, mixed_qkv.options());
-  const int64_t num_sequences = static_cast<int64_t>(query_lengths.size());
-  int64_t token = 0, sequence = 0, done = 0;  // done: tokens of `sequence` in earlier pieces
-  while (sequence < num_sequences) {
-    const int64_t first_sequence = sequence;
-    std::vector<int64_t> lengths;
-    int64_t count = 0;
-    while (sequence < num_sequences && count < kPieceTokens) {
-      const int64_t left = query_lengths[sequence] - done;
-      int64_t take = std::min(left, kPieceTokens - count);
-      if (take < left) take -= take % kChunk;  // whole chunks, but at a sequence's end
-      if (take == 0 && left > 0) break;
-      lengths.push_back(take);
-      count += take;
-      done = take < left ? done + take : 0;
-      if (take < left) break;
-      ++sequence;
-    }
-    const at::Tensor slots = state_slots.narrow(0, first_sequence, static_cast<int64_t>(lengths.size()));
-    const auto piece = [&](const at::Tensor& t) { return t.narrow(0, token, count); };
-    const Parts p =
-        split_heads(causal_conv_silu(piece(mixed_qkv), w.conv, conv_states, slots, lengths), shape);
-    const at::Tensor o = gated_delta_chunked(p.query, p.key, p.value, delta_gates(piece(b), piece(a), w),
-                                             recurrent_states, slots, lengths);
-    piece(y).copy_(gated_rms_norm(o, piece(z), w.norm, w.norm_epsilon));
-    token += count;
-  }
-  return y;
+                        const std::vector<int64_t>& query_lengths) {
+  const Parts p =
+      split_heads(causal_conv_silu(mixed_qkv, w.conv, conv_states, state_slots, query_lengths), shape);
+  const at::Tensor o = gated_delta_chunked(p.query, p.key, p.value, delta_gates(b, a, w), recurrent_states,
+                                           state_slots, query_lengths);
+  return gated_rms_norm(o, z, w.norm, w.norm_epsilon);
 }
 
 template <bool kFused>
@@ -458,29 +464,42 @@ at::Tensor prefill_op(const at::Tensor& mixed_qkv, const at::Tensor& z, const at
   const Shape s = expect_layer(mixed_qkv, z, b, a, w, conv_states, recurrent_states, state_slots,
                                static_cast<int64_t>(query_lengths.size()));
   expect_lengths(query_lengths, mixed_qkv.size(0));
+  bool fused = false;
 #ifdef SPOT_CUDA
-  if constexpr (kFused)
-    if (ops::cuda::gated_delta_fits(mixed_qkv, s.key_head_dim, s.value_head_dim, conv, conv_states,
-                                    recurrent_states))
-      return ops::cuda::gated_delta_prefill(mixed_qkv, z, b, a, conv, decay_rate, dt_bias, norm, norm_epsilon,
-                                            conv_states, recurrent_states, state_slots, query_lengths);
+  fused = kFused && ops::cuda::gated_delta_fits(mixed_qkv, s.key_head_dim, s.value_head_dim, conv,
+                                                conv_states, recurrent_states);
 #endif
-  return prefill_aten(mixed_qkv, z, b, a, w, s, conv_states, recurrent_states, state_slots, query_lengths);
+  at::Tensor y = at::empty({mixed_qkv.size(0), s.num_value_heads * s.value_head_dim}, mixed_qkv.options());
+  for (const Piece& piece : cut(query_lengths, fused ? kFusedPieceTokens : kPieceTokens)) {
+    const auto part = [&](const at::Tensor& t) { return t.narrow(0, piece.token, piece.num_tokens); };
+    const at::Tensor slots = state_slots.narrow(0, piece.first_sequence, piece.query_lengths.size());
+    if (piece.num_tokens == 0) continue;
+#ifdef SPOT_CUDA
+    if (fused) {
+      part(y).copy_(ops::cuda::gated_delta_prefill(part(mixed_qkv), part(z), part(b), part(a), conv,
+                                                   decay_rate, dt_bias, norm, norm_epsilon, conv_states,
+                                                   recurrent_states, slots, piece.query_lengths));
+      continue;
+    }
+#endif
+    part(y).copy_(prefill_aten(part(mixed_qkv), part(z), part(b), part(a), w, s, conv_states,
+                               recurrent_states, slots, piece.query_lengths));
+  }
+  return y;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(spot, library) {
   library.def(
-      "gated_delta_decode(Tensor mixed_qkv, Tensor z, Tensor b, Tensor a, Tensor conv, Tensor decay_rate, "
-      "Tensor "
-      "dt_bias, Tensor norm, float norm_epsilon, Tensor(a!) conv_states, Tensor(b!) recurrent_states, Tensor "
-      "state_slots) -> Tensor");
+      "gated_delta_decode(Tensor mixed_qkv, Tensor z, Tensor b, Tensor a, "
+      "Tensor conv, Tensor decay_rate, Tensor dt_bias, Tensor norm, float norm_epsilon, "
+      "Tensor(a!) conv_states, Tensor(b!) recurrent_states, Tensor state_slots) -> Tensor");
   library.def(
-      "gated_delta_prefill(Tensor mixed_qkv, Tensor z, Tensor b, Tensor a, Tensor conv, Tensor decay_rate, "
-      "Tensor "
-      "dt_bias, Tensor norm, float norm_epsilon, Tensor(a!) conv_states, Tensor(b!) recurrent_states, Tensor "
-      "state_slots, int[] query_lengths) -> Tensor");
+      "gated_delta_prefill(Tensor mixed_qkv, Tensor z, Tensor b, Tensor a, "
+      "Tensor conv, Tensor decay_rate, Tensor dt_bias, Tensor norm, float norm_epsilon, "
+      "Tensor(a!) conv_states, Tensor(b!) recurrent_states, Tensor state_slots, int[] query_lengths) -> "
+      "Tensor");
 }
 
 TORCH_LIBRARY_IMPL(spot, CompositeExplicitAutograd, library) {
