@@ -112,10 +112,28 @@ struct SharedQuery {
   float weight[kSelectorHeads];
   int remainder[kSelectorHeads];  // whether column h + 4 holds anything
 
-  __device__ void prepare(const ScoreBlocksParams& p, int row, int head, int lane) {
+  // A lane's share of a head, in memory's type.
+  struct Raw {
+    uint2 lower, upper;
+    float weight;
+    __device__ __forceinline__ void load(const ScoreBlocksParams& p, int row, int head, int lane) {
+      const int64_t first = (static_cast<int64_t>(row) * kSelectorHeads + head) * kKeyDim;
+      if (p.query_type == DataType::kF32) {
+        const float* at = static_cast<const float*>(p.queries) + first;
+        lower = *reinterpret_cast<const uint2*>(at + lane_dim(lane, 0));
+        upper = *reinterpret_cast<const uint2*>(at + lane_dim(lane, 2));
+      } else {
+        const uint16_t* at = static_cast<const uint16_t*>(p.queries) + first;
+        lower.x = *reinterpret_cast<const uint32_t*>(at + lane_dim(lane, 0));
+        upper.x = *reinterpret_cast<const uint32_t*>(at + lane_dim(lane, 2));
+      }
+      weight = p.weights[row * kSelectorHeads + head];
+    }
+  };
+
+  __device__ __forceinline__ void prepare(const ScoreBlocksParams& p, const Raw& raw, int head, int lane) {
     const int step = lane / 4, t = lane % 4;
-    const int64_t first = (static_cast<int64_t>(row) * kSelectorHeads + head) * kKeyDim;
-    const float2 q0 = load2(p, first + lane_dim(lane, 0)), q1 = load2(p, first + lane_dim(lane, 2));
+    const float2 q0 = two_floats(p.query_type, raw.lower), q1 = two_floats(p.query_type, raw.upper);
     const float q[4] = {q0.x, q0.y, q1.x, q1.y};
     // The head times a power of two that brings its largest number to [2^14, 2^15): float16's best range.
     int exponent = 127;  // biased
@@ -156,19 +174,19 @@ struct SharedQuery {
     any = __any_sync(kAll, any);
     if (lane == 0) {
       constexpr int kCodeShift = kInteger ? 24 : kFormat == KeyFormat::kBf16 ? 0 : 14;
-      const float w =
-          p.weights[row * kSelectorHeads + head] * (kFormat == KeyFormat::kNvfp4 ? p.global_scale : 1.0f);
+      const float w = raw.weight * (kFormat == KeyFormat::kNvfp4 ? p.global_scale : 1.0f);
       weight[head] = ldexpf(w, kCodeShift + 127 - exponent);
       remainder[head] = any ? 1 : 0;
     }
   }
-  static __device__ __forceinline__ float2 load2(const ScoreBlocksParams& p, int64_t at) {
-    if (p.query_type == DataType::kF32)
-      return *reinterpret_cast<const float2*>(static_cast<const float*>(p.queries) + at);
-    const uint32_t two = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.queries) + at);
-    return p.query_type == DataType::kF16
-               ? __half22float2(*reinterpret_cast<const __half2*>(&two))
-               : __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&two));
+  static __device__ __forceinline__ float2 two_floats(DataType type, const uint2& bits) {
+    if (type == DataType::kF32) return make_float2(__uint_as_float(bits.x), __uint_as_float(bits.y));
+    if (type == DataType::kBf16)
+      return make_float2(__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xffff0000u));
+    __half2_raw raw;
+    raw.x = static_cast<unsigned short>(bits.x);
+    raw.y = static_cast<unsigned short>(bits.x >> 16);
+    return __half22float2(__half2(raw));
   }
   static __device__ __forceinline__ float to_float(__half x) {
     return __half2float(x);
@@ -306,18 +324,31 @@ __global__ void __launch_bounds__(kWarps * 32, 4) score_kernel(const ScoreBlocks
   if (waited) ptx::griddepcontrol_wait();
 
   QueryRegisters<kFormat> query;
+  typename SharedQuery<kFormat>::Raw raw_query;
   PageRegisters<kFormat> pages[kUnits];
-  int loaded_row = -1;
+  int loaded_row = -1, requested_row = -1;
+  const auto request_query = [&](int row) {
+    if (row != requested_row) raw_query.load(p, row, warp, lane);
+    requested_row = row;
+  };
+  // Queries are asked for before pages: behind a full memory pipe they would arrive last.
+  if (waited && p.batch == 1) request_query(0);
   Item item;
-  for (int64_t index = blockIdx.x; find_item<kItemBlocks>(p, index, lane, item); index += gridDim.x) {
+  for (int64_t index = blockIdx.x;; index += gridDim.x) {
+    int page = 0;
+    const int warp_block = warp * kWarpBlocks + (lane < kWarpBlocks ? lane : 0);
+    if (p.batch == 1)  // no need to know the length for that; what lies past it is not used
+      page = p.page_table[min(index * kItemBlocks + warp_block, p.page_table_stride - 1)];
+    if (!find_item<kItemBlocks>(p, index, lane, item)) break;
     const int blocks = (item.length + kPageTokens - 1) / kPageTokens;
     const int first_block = item.first_block + warp * kWarpBlocks;
     if (!waited && first_block + kWarpBlocks >= blocks) {  // holds the newest block
       ptx::griddepcontrol_wait();
       waited = true;
     }
-    const int mine = min(first_block + (lane < kWarpBlocks ? lane : 0), blocks - 1);
-    const int page = p.page_table[item.row * p.page_table_stride + mine];
+    if (p.batch > 1 || first_block >= blocks)
+      page = p.page_table[item.row * p.page_table_stride + min(item.first_block + warp_block, blocks - 1)];
+    if (waited) request_query(item.row);
     const auto load_round = [&](int round) {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
@@ -332,9 +363,10 @@ __global__ void __launch_bounds__(kWarps * 32, 4) score_kernel(const ScoreBlocks
       ptx::griddepcontrol_wait();
       waited = true;
     }
+    request_query(item.row);
     if (item.row != loaded_row) {
       if (loaded_row >= 0) __syncthreads();
-      shared_query.prepare(p, item.row, warp, lane);
+      shared_query.prepare(p, raw_query, warp, lane);
       __syncthreads();
       query.load(shared_query, lane);
       loaded_row = item.row;

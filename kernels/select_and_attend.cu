@@ -19,7 +19,7 @@
 namespace spot::kernels {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = kSelectThreads;
 
 template <int kHeadDim>
 constexpr int kFusedStages = 256 / kHeadDim;  // 16 KB a warp
@@ -60,23 +60,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   source.token_stride = a.token_stride;
   source.heads = min(group - tile * kHeadTile, kHeadTile);
   source.scale_log2 = a.scale * 1.4426950408889634f;
+  // Everything that does not hang on something else is asked for at once: scores, length, queries, and the
+  // page table, so that it lies in L1 when the list is known.
+  const bool per_head = a.rows_per_sequence > 1;
+  const int r = per_head ? b * a.num_kv_heads + kv_head : b;
+  const float* scores = p.scores + r * p.score_stride;
+  const int32_t* page_table = a.page_table + b * a.page_table_stride;
+  FirstScores first;
+  first.load(scores, p.max_blocks);
   const int length = a.lengths[b];
+  for (int i = tid * 32; i < min(p.max_blocks, kSelectTile); i += kThreads * 32) ptx::touch(page_table + i);
   load_query_fragments<kHeadDim>(source, shared.attend.query);
 
   // One block of those that share a row reports it.
-  const bool per_head = a.rows_per_sequence > 1;
-  const int r = per_head ? b * a.num_kv_heads + kv_head : b;
   const bool reports = rank == 0 && tile == 0 && (per_head || kv_head == 0);
   const SelectRow row = select_row(constants.rules, length, constants.capacity);
   float* share = p.covered_share == nullptr ? nullptr : p.covered_share + r;
-  select_row_bitmap<kThreads>(p.scores + r * p.score_stride, row, constants, reports ? share : nullptr,
-                              select);
+  const int count = RowSelector(scores, row, constants, select).run(first, reports ? share : nullptr);
   int32_t* reported = p.selected + static_cast<int64_t>(r) * p.max_selected;
-  const int count = count_bitmap<kThreads>(select, row.num_blocks);
   const int own_begin = static_cast<int>(static_cast<int64_t>(rank * kOwnSplits) * count / kAttentionSplits);
   const int own_end =
       static_cast<int>(static_cast<int64_t>((rank + 1) * kOwnSplits) * count / kAttentionSplits);
-  list_bitmap<kThreads>(select, row.num_blocks, [&](int position, int block) {
+  list_bitmap(select, row.num_blocks, [&](int position, int block) {
     if (position >= own_begin && position < own_end) shared.list[position - own_begin] = block;
     if (reports) reported[position] = block;
   });
@@ -84,7 +89,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   source.last_entry = count - 1;
   source.last_valid =
       own_end == count && own_end > own_begin ? length - shared.list[count - 1 - own_begin] * kPageTokens : 0;
-  const int32_t* page_table = a.page_table + b * a.page_table_stride;
 
   const int elements = source.heads * kHeadDim, slice = elements / kCluster;
   for (int own = 0; own < kOwnSplits; ++own) {

@@ -7,21 +7,20 @@
 namespace spot::kernels {
 namespace {
 
-constexpr int kThreads = 512;
-
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSelectThreads, 1)
     select_kernel(const SelectBlocksParams p, const SelectConstants constants) {
   SelectShared& shared = *reinterpret_cast<SelectShared*>(ptx::dynamic_shared());
   ptx::griddepcontrol_wait();
   const int r = blockIdx.x;
+  const float* scores = p.scores + r * p.score_stride;
+  FirstScores first;
+  first.load(scores, static_cast<int>(min(p.score_stride, static_cast<int64_t>(kSelectTile))));
   const SelectRow row = select_row(constants.rules, p.lengths[r / p.rows_per_sequence], constants.capacity);
-  select_row_bitmap<kThreads>(p.scores + r * p.score_stride, row, constants,
-                              p.covered_share == nullptr ? nullptr : p.covered_share + r, shared);
+  const int count = RowSelector(scores, row, constants, shared)
+                        .run(first, p.covered_share == nullptr ? nullptr : p.covered_share + r);
   int32_t* out = p.selected + static_cast<int64_t>(r) * p.max_selected;
-  const int count = list_bitmap<kThreads>(shared, row.num_blocks, [&](int position, int block) {
-    if (position < p.max_selected) out[position] = block;
-  });
-  if (threadIdx.x == 0) p.counts[r] = min(count, p.max_selected);
+  list_bitmap(shared, row.num_blocks, [&](int position, int block) { out[position] = block; });
+  if (threadIdx.x == 0) p.counts[r] = count;
   ptx::griddepcontrol_launch_dependents();
 }
 
@@ -44,7 +43,7 @@ cudaError_t select_blocks(const SelectBlocksParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   LaunchShape shape;
   shape.grid = dim3(p.rows);
-  shape.block = dim3(kThreads);
+  shape.block = dim3(kSelectThreads);
   shape.shared_bytes = sizeof(SelectShared);
   shape.overlap = p.overlap;
   return launch(select_kernel, shape, stream, p, select_constants(p.rules, p.max_selected));

@@ -130,7 +130,7 @@ SPOT_HOST_DEVICE uint32_t mass_of(float score, float largest, float scale) {
   if (score == largest) return 1u << kMassBits;  // infinities too
   const float y = mul_rn(sub_rn(score, largest), scale);
   if (!(y > -26.0f)) return 0;
-  const float n = round_even(y);
+  const float n = sub_rn(add_rn(y, 12582912.0f), 12582912.0f);  // y to the nearest integer
   const float f = sub_rn(y, n);
   float e = 1.5461447765119374e-4f;
   e = fma_rn(e, f, 1.3390866806730628e-3f);

@@ -87,6 +87,8 @@ inline uint2 load_streaming(const uint2* p) {
   return *p;
 }
 
+inline void touch(const void*) {}
+
 inline void griddepcontrol_wait() {}
 inline void griddepcontrol_launch_dependents() {}
 
