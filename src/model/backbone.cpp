@@ -36,7 +36,7 @@ struct Pass {
   const Batch& batch;
   AttentionBackend& attention;
   KvCache& cache;
-  RopeTable rope_rows;
+  RopeRows rope_rows;
   at::Tensor state_slots;  // [num_sequences], models with linear-attention layers
 };
 
@@ -63,9 +63,9 @@ at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const At
   if (c.qk_norm) {
     query_key = at::rms_norm(query_key.to(at::kFloat), {dim}, {}, c.rms_norm_eps) * weights.qk_norm;
   }
-  query_key = rotate(query_key, pass.rope_rows, at::kFloat);
+  query_key = rotate(query_key, pass.rope_rows, x.scalar_type());
   const auto heads = [&](int64_t first, int64_t count) {
-    return query_key.narrow(1, first, count).to(x.scalar_type()).contiguous();
+    return query_key.narrow(1, first, count).contiguous();
   };
   const AttentionInputs inputs{
       .layer = layer,
@@ -92,8 +92,9 @@ at::Tensor delta_net(const Pass& pass, int64_t layer, const at::Tensor& x, const
   const int64_t channels = 2 * c.num_key_heads * c.key_head_dim + value_rows;
   const auto parts =
       linear(x, weights.in).split_with_sizes({channels, value_rows, c.num_value_heads, c.num_value_heads}, 1);
-  return gated_delta_layer(parts[0], parts[1], parts[2], parts[3], weights.rule, pass.cache.conv_states(layer),
-                           pass.cache.recurrent_states(layer), pass.state_slots, pass.batch.query_lengths);
+  return gated_delta_layer(parts[0], parts[1], parts[2], parts[3], weights.rule,
+                           pass.cache.conv_states(layer), pass.cache.recurrent_states(layer),
+                           pass.state_slots, pass.batch.query_lengths);
 }
 
 at::Tensor mlp_inner(const at::Tensor& x, const LinearWeights& gate_up) {

@@ -1,5 +1,7 @@
 #include "model/rope.h"
 
+#include <ATen/core/grad_mode.h>
+
 #include <algorithm>
 #include <cmath>
 #include <numbers>
@@ -72,26 +74,36 @@ RopeTable rope_table(const RopeConfig& config, int64_t num_positions, at::Device
           at::sin(angles).mul_(attention_factor).to(device)};
 }
 
-RopeTable rope_rows(const RopeTable& table, const at::Tensor& positions) {
-  return {table.cos.index_select(0, positions).unsqueeze(1),
-          table.sin.index_select(0, positions).unsqueeze(1)};
+RopeRows rope_rows(const RopeTable& table, const at::Tensor& positions) {
+  const at::Tensor sin = table.sin.index_select(0, positions);
+  return {table.cos.index_select(0, positions).unsqueeze(1).unsqueeze(1),
+          at::stack({sin.neg(), sin}, 1).unsqueeze(1)};
 }
 
-at::Tensor rotate(const at::Tensor& x, const RopeTable& rows, std::optional<at::ScalarType> dtype) {
+at::Tensor rotate(const at::Tensor& x, const RopeRows& rows, at::ScalarType dtype) {
   const int64_t half = rows.cos.size(-1);
   if (x.dim() != 3 || 2 * half > x.size(2)) {
     fail("a rotary embedding of {} dims does not fit heads of {}", 2 * half, x.dim() == 3 ? x.size(2) : 0);
   }
+  const int64_t rest = x.size(2) - 2 * half;
   const at::Tensor wide = x.to(at::kFloat);
-  const at::Tensor first = wide.narrow(2, 0, half), second = wide.narrow(2, half, half);
-  std::vector<at::Tensor> parts = {at::addcmul(first * rows.cos, second, rows.sin, -1),
-                                   at::addcmul(second * rows.cos, first, rows.sin)};
-  if (2 * half < x.size(2)) parts.push_back(wide.narrow(2, 2 * half, x.size(2) - 2 * half));
-  return at::cat(parts, 2).to(dtype.value_or(x.scalar_type()));
+  // [T, heads, 2, half]: (a, b) -> (a cos - b sin, b cos + a sin).
+  const at::Tensor pairs = wide.narrow(2, 0, 2 * half).unflatten(2, {2, half});
+  const at::Tensor turned = pairs * rows.cos, swapped = pairs.flip(2);
+  if (at::GradMode::is_enabled()) {
+    const at::Tensor rotated = at::addcmul(turned, swapped, rows.sin).flatten(2);
+    return (rest == 0 ? rotated : at::cat({rotated, wide.narrow(2, 2 * half, rest)}, 2)).to(dtype);
+  }
+  // Written where it belongs, in its final dtype: a decode step counts its kernels.
+  at::Tensor out = at::empty(x.sizes(), x.options().dtype(dtype));
+  at::Tensor place = out.narrow(2, 0, 2 * half).unflatten(2, {2, half});
+  at::addcmul_out(place, turned, swapped, rows.sin);
+  if (rest > 0) out.narrow(2, 2 * half, rest).copy_(x.narrow(2, 2 * half, rest));
+  return out;
 }
 
 at::Tensor apply_rope(const at::Tensor& x, const at::Tensor& positions, const RopeTable& table) {
-  return rotate(x, rope_rows(table, positions));
+  return rotate(x, rope_rows(table, positions), x.scalar_type());
 }
 
 }  // namespace spot

@@ -90,6 +90,7 @@ TEST(KvCache, HoldsWhatAPlainStoreHolds) {
         int64_t total = 0, pages = 0;
         for (const auto& [id, tensors] : plain) {
           const auto count = static_cast<int64_t>(random() % 21);
+          if (cache.length(id) + count > config.max_position_embeddings) continue;
           if (count == 0 || pages + cache.pages_needed(id, count) > cache.num_free_pages()) continue;
           pages += cache.pages_needed(id, count);
           ids.push_back(id);

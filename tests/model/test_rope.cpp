@@ -1,3 +1,5 @@
+#include <ATen/core/grad_mode.h>
+
 #include <cmath>
 #include <numbers>
 
@@ -97,6 +99,17 @@ TEST(Rope, RotatesPairsHalfADimApartAndLeavesTheRest) {
         EXPECT_NEAR(rotated[t][head][i].item<double>(), expected, 2e-5) << i;
       }
     }
+  }
+  {
+    const at::NoGradGuard no_grad;
+    EXPECT_TRUE(at::equal(apply_rope(x, positions, table), rotated));
+    const at::Tensor rounded = apply_rope(x.to(at::kBFloat16), positions, table);
+    EXPECT_TRUE(at::equal(
+        rounded, apply_rope(x.to(at::kBFloat16).to(at::kFloat), positions, table).to(at::kBFloat16)));
+    // Strided heads, as they come out of a fused projection.
+    const at::Tensor wider = at::cat({x, x + 1}, 1).narrow(1, 0, 3);
+    EXPECT_TRUE(at::equal(apply_rope(wider, positions, table), rotated));
+    EXPECT_TRUE(apply_rope(wider, positions, table).is_contiguous());
   }
   const at::Tensor half = apply_rope(x.to(at::kBFloat16), positions, table);
   EXPECT_EQ(half.scalar_type(), at::kBFloat16);

@@ -1,0 +1,184 @@
+// The backbone on a GPU: equal to the CPU, and capturable in a CUDA graph. Needs a CUDA build of torch and a
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "checkpoint/safetensors.h"
+#include "model/backbone.h"
+#include "model/weights.h"
+#include "tests/checkpoint/support.h"
+#include "tests/model/configs.h"
+#include "tests/model/dense_attention.h"
+
+namespace spot {
+namespace {
+
+using testing::fresh_seed;
+using testing::GatheredAttention;
+using testing::TemporaryFolder;
+using Tokens = std::vector<int32_t>;
+
+double difference(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor x = a.cpu().to(at::kDouble), y = b.cpu().to(at::kDouble);
+  return ((x - y).norm() / y.norm()).item<double>();
+}
+
+Tokens random_tokens(const ModelConfig& config, int64_t count, std::mt19937_64& random) {
+  Tokens tokens;
+  for (int64_t i = 0; i < count; ++i) tokens.push_back(static_cast<int32_t>(random() % config.vocab_size));
+  return tokens;
+}
+
+// Dense attention of a decode batch in fixed shapes: every input is a tensor that can be refilled between
+// replays.
+class FixedShapeAttention : public AttentionBackend {
+ public:
+  FixedShapeAttention(KvCache& cache, int64_t longest) : cache_(cache), longest_(longest) {}
+
+  // Refills what the next step reads. `batch` as make_batch gives it.
+  void prepare(const Batch& batch) {
+    const at::Tensor pages = cache_.page_table(batch).to(at::kLong);
+    const at::Tensor offset = at::arange(kPageSize, pages.options());
+    const at::Tensor table = (pages.unsqueeze(2) * kPageSize + offset).flatten(1);
+    at::Tensor padded = at::zeros({batch.num_sequences(), longest_}, table.options());
+    padded.narrow(1, 0, table.size(1)).copy_(table);
+    refill(slots_, cache_.slots(batch));
+    refill(table_, padded);
+    refill(lengths_, cache_.lengths(batch).to(at::kLong));
+  }
+
+  at::Tensor forward(const AttentionInputs& inputs) override {
+    cache_.write(inputs.layer, slots_, inputs.key, inputs.value);
+    const int64_t sequences = table_.size(0);
+    const auto history = [&](const at::Tensor& pool) {  // [sequences, num_kv_heads, longest, head_dim]
+      return pool.flatten(1, 2)
+          .index_select(1, table_.flatten())
+          .unflatten(1, {sequences, longest_})
+          .transpose(0, 1);
+    };
+    const at::Tensor visible = at::arange(longest_, table_.options()).unsqueeze(0) < lengths_.unsqueeze(1);
+    return at::scaled_dot_product_attention(inputs.query.unsqueeze(2), history(cache_.keys(inputs.layer)),
+                                            history(cache_.values(inputs.layer)),
+                                            visible.unsqueeze(1).unsqueeze(1), 0.0, false, inputs.scale, true)
+        .squeeze(2);
+  }
+
+ private:
+  static void refill(at::Tensor& held, const at::Tensor& fresh) {
+    if (held.defined()) {
+      held.copy_(fresh);
+    } else {
+      held = fresh.clone();
+    }
+  }
+  KvCache& cache_;
+  int64_t longest_;
+  at::Tensor slots_, table_, lengths_;
+};
+
+class GpuBackbones : public ::testing::TestWithParam<bool> {
+ protected:
+  void SetUp() override { ASSERT_TRUE(at::hasCUDA()) << "this test needs a GPU"; }
+  ModelConfig config() const { return GetParam() ? testing::small_qwen3_5() : testing::small_qwen3(); }
+  const at::Device gpu{at::kCUDA, 0};
+};
+
+TEST_P(GpuBackbones, LogitsEqualTheCpus) {
+  const uint64_t seed = fresh_seed();
+  std::mt19937_64 random(seed);
+  at::manual_seed(seed);
+  TemporaryFolder folder;
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  for (const TensorSpec& spec : tensor_specs(config())) {
+    tensors.emplace_back(spec.name == "lm_head.weight" ? spec.name : "model." + spec.name,
+                         at::randn(spec.shape) * 0.2);
+  }
+  write_safetensors(folder / "model.safetensors", tensors);
+  const std::vector<Tokens> prompts = {random_tokens(config(), 131, random),
+                                       random_tokens(config(), 3, random)};
+  const Tokens next = random_tokens(config(), 2, random);
+  const auto run = [&](at::Device device, at::ScalarType dtype) {
+    const Backbone model = Backbone::load(folder.path(), config(), device, dtype);
+    KvCache cache(config(), 40, dtype, device);
+    GatheredAttention attention(cache);
+    const std::vector<int64_t> ids = {cache.open_sequence(), cache.open_sequence()};
+    std::vector<at::Tensor> logits;
+    logits.push_back(model.logits(model.forward(make_batch(cache, ids, prompts), attention, cache)));
+    for (int step = 0; step < 3; ++step) {
+      const Batch batch = make_batch(cache, ids, {{next[0]}, {next[1]}});
+      logits.push_back(model.logits(model.forward(batch, attention, cache)));
+    }
+    EXPECT_EQ(logits[0].scalar_type(), at::kFloat);
+    return at::cat(logits).cpu();
+  };
+  const at::Tensor expected = run(at::kCPU, at::kFloat);
+  EXPECT_LT(difference(run(gpu, at::kFloat), expected), 1e-4);
+  const double cpu_rounding = difference(run(at::kCPU, at::kBFloat16), expected);
+  EXPECT_LT(difference(run(gpu, at::kBFloat16), expected), 1.5 * cpu_rounding + 0.005);
+}
+
+TEST_P(GpuBackbones, DecodeStepReplaysAsAGraph) {
+  const uint64_t seed = fresh_seed();
+  std::mt19937_64 random(seed);
+  const at::NoGradGuard no_grad;
+  const Backbone model = Backbone::random(config(), gpu, at::kBFloat16, seed);
+  KvCache cache(config(), 60, at::kBFloat16, gpu, 3);
+  GatheredAttention eager(cache);
+  FixedShapeAttention fixed(cache, 256);
+  const std::vector<int64_t> ids = {cache.open_sequence(), cache.open_sequence(), cache.open_sequence()};
+  model.forward(make_batch(cache, ids,
+                           {random_tokens(config(), 70, random), random_tokens(config(), 5, random),
+                            random_tokens(config(), 17, random)}),
+                eager, cache);
+  const auto one_each = [&] {
+    std::vector<Tokens> tokens;
+    for (int i = 0; i < 3; ++i) tokens.push_back(random_tokens(config(), 1, random));
+    return tokens;
+  };
+  const auto marks = [&] {
+    std::vector<KvCache::Mark> marks;
+    for (const int64_t id : ids) marks.push_back(cache.mark(id));
+    return marks;
+  };
+  const auto rollback = [&](const std::vector<KvCache::Mark>& to) {
+    for (size_t i = 0; i < ids.size(); ++i) cache.rollback(ids[i], to[i]);
+  };
+
+  // Capture on a side stream, after a warm-up; what they change is undone.
+  const auto before = marks();
+  Batch held = make_batch(cache, ids, one_each());
+  fixed.prepare(held);
+  at::cuda::CUDAGraph graph;
+  at::Tensor logits;
+  {
+    const c10::cuda::CUDAStreamGuard stream(c10::cuda::getStreamFromPool());
+    model.logits(model.forward(held, fixed, cache));
+    c10::cuda::getCurrentCUDAStream().synchronize();
+    graph.capture_begin();
+    logits = model.logits(model.forward(held, fixed, cache));
+    graph.capture_end();
+    c10::cuda::getCurrentCUDAStream().synchronize();
+  }
+  rollback(before);
+
+  for (int step = 0; step < 20; ++step) {
+    const auto tokens = one_each();
+    const auto here = marks();
+    const at::Tensor expected = model.logits(model.forward(make_batch(cache, ids, tokens), eager, cache));
+    rollback(here);
+    const Batch batch = make_batch(cache, ids, tokens);
+    held.tokens.copy_(batch.tokens);
+    held.positions.copy_(batch.positions);
+    fixed.prepare(batch);
+    graph.replay();
+    EXPECT_LT(difference(logits, expected), 0.02) << "step " << step;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, GpuBackbones, ::testing::Bool(),
+                         [](const auto& info) { return info.param ? "Qwen3_5" : "Qwen3"; });
+
+}  // namespace
+}  // namespace spot
