@@ -5,18 +5,20 @@
 //
 // Schedule. A warp owns whole blocks of 16 tokens: the tokens are the 16 rows of mma.m16n8k16, the columns
 // 0-3 are the four selector heads and the columns 4-7 what rounding the queries to 16 bits left over (zero
-// for bf16 and f16 models, and then skipped at the end). Pages are stored in fragment order, so a block is 2
-// coalesced 16-byte loads a lane plus one for the scales, straight into registers: no shared memory, no
-// barrier. A warp takes kUnits pages at once and issues all their loads first; at 128K and batch 1 that is
-// each warp's whole work. Decoding: a 4-bit integer left in bits 0-3 or 4-7 of a float16 IS the subnormal n
-// 2^-24 or n 2^-20, which tensor cores multiply exactly; the 1/16 goes into the query, the zero point into
-// the initial accumulator. E2M1 bits moved to bits 15 and 11-9 are its value times 2^-14. The powers of two
-// are undone in the weights, as ReLU lets them through. Group scales multiply each group's partial dot in
-// float32, before the ReLU. With per-head keys, head h's page is multiplied by all columns and column h is
-// kept: the padding is free.
+// for bf16 and f16 models, and then skipped at the end). The bulk copy engine brings whole pages into the
+// warp's own shared memory, up to two items ahead; pages are stored in fragment order, so a lane reads
+// 16-byte pieces without conflict or shuffle. (Pages loaded straight into registers were slower: the query's
+// load shares their scoreboard, so that nothing could begin before the last page had come.) At 128K and batch
+// 1 a warp's whole work is one item, asked for at once.
 //
-// Grid: 4 blocks of 4 warps a multiprocessor, striding over items of kWarps * kUnits blocks (4 with per-head
-// keys).
+// Decoding. A 4-bit integer left in bits 0-3 or 4-7 of a float16 IS the subnormal n 2^-24 or n 2^-20, which
+// tensor cores multiply exactly; the 1/16 goes into the query, the zero point into the initial accumulator.
+// E2M1 bits moved to bits 15 and 11-9 are its value times 2^-14. The powers of two are undone in the weights,
+// as ReLU lets them through. Group scales multiply each group's partial dot in float32, before the ReLU. With
+// per-head keys, head h's page is multiplied by all columns and column h is kept: the padding is free.
+//
+// Grid: up to 4 blocks of 4 warps a multiprocessor, striding over items of kWarps * kUnits blocks (kWarps
+// with per-head keys).
 #include <algorithm>
 #include <type_traits>
 
@@ -41,14 +43,13 @@ struct PageRegisters {
 
   __device__ __forceinline__ void load(const uint8_t* page, int lane) {
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i)
-      codes[i] = ptx::load_streaming(reinterpret_cast<const uint4*>(page) + i * 32 + lane);
+    for (int i = 0; i < kChunks; ++i) codes[i] = reinterpret_cast<const uint4*>(page)[i * 32 + lane];
     const uint8_t* at = page + page_code_bytes(kFormat);
     if constexpr (kFormat == KeyFormat::kMxfp4) {
-      const uint2 two = ptx::load_streaming(reinterpret_cast<const uint2*>(at) + lane / 4);
+      const uint2 two = reinterpret_cast<const uint2*>(at)[lane / 4];
       scales = make_uint4(two.x, two.y, 0, 0);
     } else if constexpr (kFormat != KeyFormat::kBf16) {
-      scales = ptx::load_streaming(reinterpret_cast<const uint4*>(at) + lane / 4);
+      scales = reinterpret_cast<const uint4*>(at)[lane / 4];
     }
   }
   __device__ __forceinline__ uint32_t word(int i) const {
@@ -309,103 +310,133 @@ __device__ __forceinline__ bool find_item(const ScoreBlocksParams& p, int64_t in
   return false;
 }
 
-// An item is kWarps runs of kWarpBlocks blocks of one row, one run a warp; kUnits pages (of one head each)
-// are loaded at once.
-template <KeyFormat kFormat, int kKeyHeads, int kUnits>
-__global__ void __launch_bounds__(kWarps * 32, 4) score_kernel(const ScoreBlocksParams p) {
+// Shared memory of one thread block: for each warp kStages stages of kUnits pages of one head.
+template <KeyFormat kFormat, int kUnits, int kStages>
+struct ScoreShared {
+  static constexpr int kPage = (page_head_bytes(kFormat) + 127) / 128 * 128;
+  alignas(128) uint8_t pages[kWarps][kStages][kUnits][kPage];
+  uint64_t arrived[kWarps][kStages][kUnits];  // mbarriers
+  SharedQuery<kFormat> query;
+};
+
+// An item is kWarps runs of kWarpBlocks blocks of one row, one run a warp: kUnits pages of one head each,
+// copied kStages items ahead.
+template <KeyFormat kFormat, int kKeyHeads, int kUnits, int kStages>
+__global__ void __launch_bounds__(kWarps * 32) score_kernel(const ScoreBlocksParams p) {
+  static_assert(kKeyHeads == 1 || kKeyHeads == kUnits);
   constexpr int kWarpBlocks = kKeyHeads == 1 ? kUnits : 1;
   constexpr int kItemBlocks = kWarps * kWarpBlocks;
-  constexpr int kRounds = kKeyHeads == 1 ? 1 : kKeyHeads / kUnits;
-  constexpr int64_t kPageBytes = static_cast<int64_t>(page_head_bytes(kFormat)) * kKeyHeads;
-  __shared__ SharedQuery<kFormat> shared_query;
+  constexpr int kPageBytes = page_head_bytes(kFormat);
+  using Shared = ScoreShared<kFormat, kUnits, kStages>;
+  Shared& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   bool waited = p.overlap != Overlap::kHistory;
   if (waited) ptx::griddepcontrol_wait();
-
-  QueryRegisters<kFormat> query;
   typename SharedQuery<kFormat>::Raw raw_query;
-  PageRegisters<kFormat> pages[kUnits];
-  int loaded_row = -1, requested_row = -1;
-  const auto request_query = [&](int row) {
-    if (row != requested_row) raw_query.load(p, row, warp, lane);
-    requested_row = row;
+  // Asked for before the pages, to arrive before them.
+  if (waited && p.batch == 1) raw_query.load(p, 0, warp, lane);
+  if (lane < kStages * kUnits) ptx::mbarrier_init(ptx::shared_address(&shared.arrived[warp][0][0] + lane));
+  ptx::fence_mbarrier_init();
+  __syncwarp();
+
+  struct Work {
+    Item item;
+    int page;         // of this lane's block (lanes below kUnits)
+    int first_block;  // of this warp
+    int blocks;       // of the row; 0: no more work
   };
-  // Queries are asked for before pages: behind a full memory pipe they would arrive last.
-  if (waited && p.batch == 1) request_query(0);
-  Item item;
-  for (int64_t index = blockIdx.x;; index += gridDim.x) {
-    int page = 0;
-    const int warp_block = warp * kWarpBlocks + (lane < kWarpBlocks ? lane : 0);
+  const auto plan = [&](int64_t index) {
+    Work work = {};
+    const int block = warp * kWarpBlocks + (kKeyHeads == 1 && lane < kUnits ? lane : 0);
     if (p.batch == 1)  // no need to know the length for that; what lies past it is not used
-      page = p.page_table[min(index * kItemBlocks + warp_block, p.page_table_stride - 1)];
-    if (!find_item<kItemBlocks>(p, index, lane, item)) break;
-    const int blocks = (item.length + kPageTokens - 1) / kPageTokens;
-    const int first_block = item.first_block + warp * kWarpBlocks;
-    if (!waited && first_block + kWarpBlocks >= blocks) {  // holds the newest block
+      work.page = p.page_table[min(index * kItemBlocks + block, p.page_table_stride - 1)];
+    if (!find_item<kItemBlocks>(p, index, lane, work.item)) return work;
+    work.blocks = (work.item.length + kPageTokens - 1) / kPageTokens;
+    work.first_block = work.item.first_block + warp * kWarpBlocks;
+    if (p.batch > 1)
+      work.page = p.page_table[work.item.row * p.page_table_stride +
+                               min(work.item.first_block + block, work.blocks - 1)];
+    return work;
+  };
+  const auto issue = [&](const Work& work, int stage) {
+    if (!waited && work.first_block + kWarpBlocks >= work.blocks) {  // may hold the newest block
       ptx::griddepcontrol_wait();
       waited = true;
     }
-    if (p.batch > 1 || first_block >= blocks)
-      page = p.page_table[item.row * p.page_table_stride + min(item.first_block + warp_block, blocks - 1)];
-    if (waited) request_query(item.row);
-    const auto load_round = [&](int round) {
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        const int64_t id = __shfl_sync(kAll, page, kKeyHeads == 1 ? u : 0);
-        const int head = kKeyHeads == 1 ? 0 : round * kUnits + u;
-        if (kKeyHeads > 1 || first_block + u < blocks)
-          pages[u].load(p.pages + id * kPageBytes + head * page_head_bytes(kFormat), lane);
-      }
-    };
-    load_round(0);
-    if (!waited) {
-      ptx::griddepcontrol_wait();
-      waited = true;
+    if (lane < kUnits && work.first_block + (kKeyHeads == 1 ? lane : 0) < work.blocks) {
+      const int64_t unit = static_cast<int64_t>(work.page) * kKeyHeads + (kKeyHeads == 1 ? 0 : lane);
+      const uint32_t barrier = ptx::shared_address(&shared.arrived[warp][stage][lane]);
+      ptx::mbarrier_arm(barrier, kPageBytes);
+      ptx::bulk_copy(ptx::shared_address(shared.pages[warp][stage][lane]), p.pages + unit * kPageBytes,
+                     kPageBytes, barrier);
     }
-    request_query(item.row);
-    if (item.row != loaded_row) {
+  };
+
+  int64_t index = blockIdx.x;
+  Work work = plan(index), next = {};
+  issue(work, 0);
+  if constexpr (kStages == 2) {
+    next = plan(index + gridDim.x);
+    issue(next, 1);
+  }
+  if (!waited) {
+    ptx::griddepcontrol_wait();
+    waited = true;
+  }
+  if (p.overlap == Overlap::kHistory && p.batch == 1) raw_query.load(p, 0, warp, lane);
+  QueryRegisters<kFormat> query;
+  int loaded_row = -1, stage = 0;
+  uint32_t parity = 0;
+  while (work.blocks > 0) {
+    index += gridDim.x;
+    const Work after = plan(index + (kStages - 1) * static_cast<int64_t>(gridDim.x));
+    if (work.item.row != loaded_row) {
+      if (p.batch > 1) raw_query.load(p, work.item.row, warp, lane);
       if (loaded_row >= 0) __syncthreads();
-      shared_query.prepare(p, raw_query, warp, lane);
+      shared.query.prepare(p, raw_query, warp, lane);
       __syncthreads();
-      query.load(shared_query, lane);
-      loaded_row = item.row;
+      query.load(shared.query, lane);
+      loaded_row = work.item.row;
     }
-    float* out = p.block_scores + item.row * p.score_stride;
-    if constexpr (kKeyHeads == 1) {
-      float score = 0.0f;
+    float* out = p.block_scores + work.item.row * p.score_stride;
+    float score = 0.0f;
+    float pairs[2][4];  // per-head keys: heads 0 and 1, heads 2 and 3
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        float dots[4];
-        page_dots<kFormat>(pages[u], query, dots);
-        const float s =
-            block_score<kFormat>(dots, query, item.length - (first_block + u) * kPageTokens, lane);
+    for (int u = 0; u < kUnits; ++u) {
+      const int block = work.first_block + (kKeyHeads == 1 ? u : 0);
+      if (block >= work.blocks) break;
+      ptx::mbarrier_wait(ptx::shared_address(&shared.arrived[warp][stage][u]), parity);
+      PageRegisters<kFormat> page;
+      page.load(shared.pages[warp][stage][u], lane);
+      float dots[4];
+      page_dots<kFormat>(page, query, dots);
+      if constexpr (kKeyHeads == 1) {
+        const float s = block_score<kFormat>(dots, query, work.item.length - block * kPageTokens, lane);
         score = lane == 4 * u ? s : score;
+      } else {
+        pairs[u / 2][u % 2] = dots[u % 2];
+        pairs[u / 2][2 + u % 2] = dots[2 + u % 2];
       }
-      const int block = first_block + lane / 4;
-      if (lane % 4 == 0 && lane < 4 * kUnits && block < blocks) out[block] = score;
-    } else {
-      float pairs[2][4];  // heads 0 and 1, heads 2 and 3
-#pragma unroll
-      for (int round = 0; round < kRounds; ++round) {
-        if (round > 0) load_round(round);
-#pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
-          const int head = round * kUnits + u;
-          float dots[4];
-          page_dots<kFormat>(pages[u], query, dots);
-          pairs[head / 2][head % 2] = dots[head % 2];
-          pairs[head / 2][2 + head % 2] = dots[2 + head % 2];
-        }
-      }
+    }
+    if constexpr (kKeyHeads == 1) {
+      const int block = work.first_block + lane / 4;
+      if (lane % 4 == 0 && lane < 4 * kUnits && block < work.blocks) out[block] = score;
+    } else if (work.first_block < work.blocks) {
       float dots[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) dots[i] = lane % 2 == 0 ? pairs[0][i] : pairs[1][i];
-      const float s = block_score<kFormat>(dots, query, item.length - first_block * kPageTokens, lane);
-      if (lane == 0 && first_block < blocks) out[first_block] = s;
+      const float s =
+          block_score<kFormat>(dots, query, work.item.length - work.first_block * kPageTokens, lane);
+      if (lane == 0) out[work.first_block] = s;
     }
+    __syncwarp();
+    issue(after, stage);
+    work = kStages == 2 ? next : after;
+    next = after;
+    stage = (stage + 1) % kStages;
+    if (stage == 0) parity ^= 1;
   }
-  if (!waited) ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
 
   const float minus_infinity = __uint_as_float(0xff800000u);
@@ -417,18 +448,30 @@ __global__ void __launch_bounds__(kWarps * 32, 4) score_kernel(const ScoreBlocks
   }
 }
 
-template <KeyFormat kFormat, int kKeyHeads, int kUnits>
+template <KeyFormat kFormat, int kKeyHeads, int kUnits, int kStages>
 cudaError_t launch_score(const ScoreBlocksParams& p, cudaStream_t stream) {
+  using Shared = ScoreShared<kFormat, kUnits, kStages>;
+  const auto kernel = score_kernel<kFormat, kKeyHeads, kUnits, kStages>;
   int multiprocessors = 0;
-  const cudaError_t error = multiprocessor_count(&multiprocessors);
+  cudaError_t error = multiprocessor_count(&multiprocessors);
+  if (error == cudaSuccess) error = allow_shared_bytes(kernel, sizeof(Shared));
   if (error != cudaSuccess) return error;
   constexpr int kItemBlocks = kWarps * (kKeyHeads == 1 ? kUnits : 1);
+  constexpr int kResident = std::min<int>(4, 220 * 1024 / sizeof(Shared));  // blocks a multiprocessor
   const int64_t most = static_cast<int64_t>(p.batch) * ((p.max_blocks + kItemBlocks - 1) / kItemBlocks);
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(std::min<int64_t>(most, 4 * multiprocessors)));
+  shape.grid = dim3(static_cast<unsigned>(std::min<int64_t>(most, kResident * multiprocessors)));
   shape.block = dim3(kWarps * 32);
+  shape.shared_bytes = sizeof(Shared);
   shape.overlap = p.overlap;
-  return launch(score_kernel<kFormat, kKeyHeads, kUnits>, shape, stream, p);
+  return launch(kernel, shape, stream, p);
+}
+template <KeyFormat kFormat>
+cudaError_t launch_score_heads(const ScoreBlocksParams& p, cudaStream_t stream) {
+  constexpr int kUnits = kFormat == KeyFormat::kBf16 || kFormat == KeyFormat::kInt8 ? 2 : 4;
+  constexpr int kStagesOfHeads = kFormat == KeyFormat::kBf16 ? 1 : 2;
+  return p.key_heads == 1 ? launch_score<kFormat, 1, kUnits, 2>(p, stream)
+                          : launch_score<kFormat, kSelectorHeads, kSelectorHeads, kStagesOfHeads>(p, stream);
 }
 
 }  // namespace
@@ -441,23 +484,17 @@ cudaError_t score_blocks(const ScoreBlocksParams& p, cudaStream_t stream) {
   if (p.queries == nullptr || p.weights == nullptr || p.pages == nullptr || p.page_table == nullptr ||
       p.lengths == nullptr || p.block_scores == nullptr || reinterpret_cast<uintptr_t>(p.pages) % 16 != 0)
     return cudaErrorInvalidValue;
-  const bool shared = p.key_heads == 1;
   switch (p.format) {
     case KeyFormat::kBf16:
-      return shared ? launch_score<KeyFormat::kBf16, 1, 2>(p, stream)
-                    : launch_score<KeyFormat::kBf16, 4, 2>(p, stream);
+      return launch_score_heads<KeyFormat::kBf16>(p, stream);
     case KeyFormat::kInt8:
-      return shared ? launch_score<KeyFormat::kInt8, 1, 2>(p, stream)
-                    : launch_score<KeyFormat::kInt8, 4, 2>(p, stream);
+      return launch_score_heads<KeyFormat::kInt8>(p, stream);
     case KeyFormat::kInt4:
-      return shared ? launch_score<KeyFormat::kInt4, 1, 4>(p, stream)
-                    : launch_score<KeyFormat::kInt4, 4, 4>(p, stream);
+      return launch_score_heads<KeyFormat::kInt4>(p, stream);
     case KeyFormat::kMxfp4:
-      return shared ? launch_score<KeyFormat::kMxfp4, 1, 4>(p, stream)
-                    : launch_score<KeyFormat::kMxfp4, 4, 4>(p, stream);
+      return launch_score_heads<KeyFormat::kMxfp4>(p, stream);
     case KeyFormat::kNvfp4:
-      return shared ? launch_score<KeyFormat::kNvfp4, 1, 4>(p, stream)
-                    : launch_score<KeyFormat::kNvfp4, 4, 4>(p, stream);
+      return launch_score_heads<KeyFormat::kNvfp4>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

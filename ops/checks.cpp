@@ -2,8 +2,6 @@
 
 #include <cmath>
 
-#include "ops/ops.h"
-
 namespace spot::ops {
 namespace {
 
@@ -44,6 +42,29 @@ void check_append(const at::Tensor& pool, const at::Tensor& slots, const at::Ten
               ": slots are ", slots.scalar_type(), " ", slots.sizes(), "; they must be int64 [", keys.size(0),
               "]");
   check_devices(op, pool, {&slots, &keys});
+}
+
+void check_preparation(const at::Tensor& keys, const KeyPreparation& preparation) {
+  const char* op = "spot::append_projected_keys";
+  for (const at::Tensor* x : {&preparation.norm_weight, &preparation.norm_bias}) {
+    if (!x->defined()) continue;
+    TORCH_CHECK(x->scalar_type() == at::kFloat && x->numel() == 128 && x->is_contiguous(), op,
+                ": a norm weight or bias is ", x->scalar_type(), " ", x->sizes(),
+                "; it must be contiguous float32 [128]");
+    check_devices(op, keys, {x});
+  }
+  TORCH_CHECK(preparation.cos.defined() == preparation.sin.defined(), op,
+              ": cos and sin must be given together");
+  if (!preparation.cos.defined()) return;
+  for (const at::Tensor* x : {&preparation.cos, &preparation.sin})
+    TORCH_CHECK(x->scalar_type() == at::kFloat && x->dim() == 2 && x->size(1) == 32 && x->is_contiguous(), op,
+                ": a rotary table is ", x->scalar_type(), " ", x->sizes(),
+                "; it must be contiguous float32 [positions, 32]");
+  const at::Tensor& positions = preparation.positions;
+  TORCH_CHECK(positions.defined() && positions.dim() == 1 && positions.size(0) == keys.size(0) &&
+                  positions.scalar_type() == at::kLong,
+              op, ": rotation needs positions, int64 [", keys.size(0), "]");
+  check_devices(op, keys, {&preparation.cos, &preparation.sin, &positions});
 }
 
 void check_gather(const at::Tensor& pool, const at::Tensor& page_table, int64_t length,
@@ -103,6 +124,9 @@ void check_attention(const at::Tensor& query, const at::Tensor& key_pool, const 
               ": value_pool is ", value_pool.scalar_type(), " ", value_pool.sizes(),
               "; it must match key_pool, ", dtype, " ", key_pool.sizes());
   check_rows(op, page_table, lengths, query.size(0));
+  check_devices(op, query, {&key_pool, &value_pool, &page_table, &lengths});
+  TORCH_CHECK(indices.defined() == counts.defined(), op, ": indices and counts must be given together");
+  if (!counts.defined()) return;
   TORCH_CHECK(counts.dim() == 2 && counts.size(0) == query.size(0) && counts.scalar_type() == at::kInt &&
                   (counts.size(1) == 1 || counts.size(1) == key_pool.size(0)),
               op, ": counts are ", counts.scalar_type(), " ", counts.sizes(), "; they must be int32 [",
@@ -111,7 +135,7 @@ void check_attention(const at::Tensor& query, const at::Tensor& key_pool, const 
                   indices.scalar_type() == at::kInt,
               op, ": indices are ", indices.scalar_type(), " ", indices.sizes(), "; they must be int32 [",
               counts.size(0), ", ", counts.size(1), ", blocks]");
-  check_devices(op, query, {&key_pool, &value_pool, &page_table, &lengths, &indices, &counts});
+  check_devices(op, query, {&indices, &counts});
 }
 
 }  // namespace spot::ops

@@ -5,10 +5,13 @@
 
 #include <string>
 
+#include "ops/ops.h"
+
 namespace spot::ops {
 
 void check_append(const at::Tensor& pool, const at::Tensor& slots, const at::Tensor& keys,
                   const std::string& format);
+void check_preparation(const at::Tensor& keys, const KeyPreparation& preparation);
 void check_gather(const at::Tensor& pool, const at::Tensor& page_table, int64_t length,
                   const std::string& format);
 void check_score(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,

@@ -26,6 +26,20 @@ int64_t page_head_bytes(const std::string& format);
 void append_selector_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
                           const std::string& format, double global_scale);
 
+// How projected keys become stored ones: norm over each key's 128 dims, then RoPE on the first 64,
+// half-split.
+struct KeyPreparation {
+  enum Norm { kNone = 0, kLayerNorm = 1, kRmsNorm = 2 };
+  Norm norm = kNone;
+  at::Tensor norm_weight, norm_bias;  // [128] float32; undefined: 1 and 0
+  double norm_eps = 1e-6;
+  at::Tensor cos, sin;   // [positions, 32] float32; undefined: no rotation
+  at::Tensor positions;  // [T] int64, rows of the tables
+};
+// append_selector_keys of prepared keys, in one kernel; all in float32.
+void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
+                           const KeyPreparation& preparation, const std::string& format, double global_scale);
+
 // The first `length` tokens behind page_table [pages] int32, dequantised: [length, key_heads, 128] float32.
 at::Tensor gather_selector_keys(const at::Tensor& pool, const at::Tensor& page_table, int64_t length,
                                 const std::string& format, double global_scale);
@@ -58,11 +72,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_blocks(const at::Tensor& s
 
 // softmax(scale * q K^T) V over the selected blocks' visible tokens. query [R, num_heads, head_dim]; pools
 // [num_kv_heads, pages, 16, head_dim] of query's dtype; indices [R, G, M] and counts [R, G] as from
-// select_blocks, G = 1 or num_kv_heads. float32 accumulation. A row without blocks gives zeros. Never reads
-// an unselected page or a token past the length. Returns [R, num_heads, head_dim] in query's dtype.
+// select_blocks, G = 1 or num_kv_heads; both undefined: every block. float32 accumulation. A row without
+// blocks gives zeros. Never reads an unselected page or a token past the length. Returns [R, num_heads,
+// head_dim] in query's dtype.
 at::Tensor sparse_decode_attention(const at::Tensor& query, const at::Tensor& key_pool,
                                    const at::Tensor& value_pool, const at::Tensor& page_table,
                                    const at::Tensor& lengths, const at::Tensor& indices,
                                    const at::Tensor& counts, double scale);
+
+// Whether sparse_decode_attention has an implementation for the device, dtype and heads of these.
+bool attends(const at::Tensor& query, const at::Tensor& key_pool);
+
+// select_blocks, then sparse_decode_attention over its choice, the same bits, in one launch where the GPU has
+// room.
+struct SelectedAttention {
+  at::Tensor output, indices, counts, predicted_mass;
+};
+SelectedAttention select_and_attend(const at::Tensor& scores, const at::Tensor& query,
+                                    const at::Tensor& key_pool, const at::Tensor& value_pool,
+                                    const at::Tensor& page_table, const at::Tensor& lengths, double scale,
+                                    const SelectArguments& arguments);
 
 }  // namespace spot::ops

@@ -22,6 +22,8 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "demo"
 MODEL = ROOT / "models" / "tiny-qwen3"
+# Dual top-p, a fixed budget of an eighth of the context, the window and the ceiling at the same budget.
+METHODS = "spot:p=0.7,spot:k=2048,streaming:k=2048,oracle:k=2048"
 SPOT = pathlib.Path(os.environ.get("SPOT_BUILD", ROOT / "build" / "cpu")) / "spot"
 
 
@@ -40,8 +42,8 @@ def run(title: str, *command: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="distil again even if out/demo holds a selector")
-    parser.add_argument("--steps", type=int, default=120, help="distillation steps")
-    parser.add_argument("--samples", type=int, default=10, help="needle prompts")
+    parser.add_argument("--steps", type=int, default=100, help="distillation steps")
+    parser.add_argument("--samples", type=int, default=6, help="needle prompts")
     options = parser.parse_args()
     start = time.time()
     if options.fresh and OUT.exists():
@@ -59,13 +61,13 @@ def main() -> None:
                       + "\nWhat is the special magic number for amber-river? The special magic number for amber-river is:")
     for attention in ("dense", "spot"):
         run(f"3. Generate, {attention}", SPOT, "generate", "--model", MODEL, "--selector", selector, "--prompt-file", prompt,
-            "--attention", attention, "--max-new-tokens", 8)
+            "--attention", attention, "--top-p", 0.7, "--max-new-tokens", 8)
     run("4. Needles at 16K tokens, 8 times the training length", SPOT, "eval", "needle", "--model", MODEL,
         "--selector", selector, "--text", text / "heldout.txt", "--length", 16384, "--samples", options.samples,
-        "--methods", "spot:p=0.9,spot:k=1024,streaming:k=1024,oracle:k=1024", "--out", OUT / "needle")
+        "--methods", METHODS, "--out", OUT / "needle")
     run("5. Held-out text at 8K tokens", SPOT, "eval", "text", "--model", MODEL, "--selector", selector,
         "--text", text / "heldout.txt", "--length", 8192, "--sequences", 1,
-        "--methods", "spot:p=0.9,spot:k=1024,streaming:k=1024,oracle:k=1024", "--out", OUT / "heldout")
+        "--methods", METHODS, "--out", OUT / "heldout")
 
     needle = json.loads((OUT / "needle" / "report.json").read_text())
     print(f"\nDone in {(time.time() - start) / 60:.1f} minutes.")

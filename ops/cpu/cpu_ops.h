@@ -13,6 +13,8 @@ namespace spot::ops::cpu {
 
 void append_selector_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
                           const std::string& format, double global_scale);
+void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
+                           const KeyPreparation& preparation, const std::string& format, double global_scale);
 at::Tensor gather_selector_keys(const at::Tensor& pool, const at::Tensor& page_table, int64_t length,
                                 const std::string& format, double global_scale);
 at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,

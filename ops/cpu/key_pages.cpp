@@ -7,36 +7,24 @@
 #include "ops/ops.h"
 
 namespace spot::ops {
-namespace {
-
 using kernels::KeyFormat;
 
-// f32 is no format of the kernels: it returns false.
-bool parse(const std::string& format, KeyFormat& parsed) {
-  if (format == "f32") return false;
-  if (format == "bf16")
-    parsed = KeyFormat::kBf16;
-  else if (format == "int8")
-    parsed = KeyFormat::kInt8;
-  else if (format == "int4")
-    parsed = KeyFormat::kInt4;
-  else if (format == "mxfp4")
-    parsed = KeyFormat::kMxfp4;
-  else if (format == "nvfp4")
-    parsed = KeyFormat::kNvfp4;
-  else
-    TORCH_CHECK(false, "selector key format \"", format,
-                "\" is unknown; use f32, bf16, int8, int4, mxfp4 or nvfp4");
-  return true;
+kernels::KeyFormat cpu::parse_key_format(const std::string& format) {
+  if (format == "bf16") return KeyFormat::kBf16;
+  if (format == "int8") return KeyFormat::kInt8;
+  if (format == "int4") return KeyFormat::kInt4;
+  if (format == "mxfp4") return KeyFormat::kMxfp4;
+  if (format == "nvfp4") return KeyFormat::kNvfp4;
+  TORCH_CHECK(format != "f32",
+              "selector key format f32 exists on the CPU only; use bf16, int8, int4, mxfp4 or nvfp4");
+  TORCH_CHECK(false, "selector key format \"", format,
+              "\" is unknown; use f32, bf16, int8, int4, mxfp4 or nvfp4");
 }
 
-}  // namespace
-
 int64_t page_head_bytes(const std::string& format) {
-  KeyFormat parsed{};
-  return parse(format, parsed)
-             ? kernels::page_head_bytes(parsed)
-             : int64_t{kernels::kPageTokens} * kernels::kKeyDim * static_cast<int64_t>(sizeof(float));
+  if (format == "f32")
+    return int64_t{kernels::kPageTokens} * kernels::kKeyDim * static_cast<int64_t>(sizeof(float));
+  return kernels::page_head_bytes(cpu::parse_key_format(format));
 }
 
 namespace cpu {
@@ -46,8 +34,9 @@ using kernels::kPageTokens;
 
 KeyPages::KeyPages(const std::string& format, double global_scale)
     : global_scale_(static_cast<float>(global_scale)), bytes_(ops::page_head_bytes(format)) {
-  plain_ = !parse(format, format_);
+  plain_ = format == "f32";
   if (plain_) return;
+  format_ = parse_key_format(format);
   const int bits = kernels::code_bits(format_);
   for (uint32_t byte = 0; byte < 256 && bits < 16; ++byte) {
     if (bits == 8) {

@@ -9,6 +9,9 @@
 
 namespace spot::ops::cpu {
 
+// Throws c10::Error on f32, which is no format of the kernels, and on unknown words.
+kernels::KeyFormat parse_key_format(const std::string& format);
+
 // Decodes pages of one head by tables: as kernels::decode_key, bit for bit, and some twenty times faster.
 class KeyPages {
  public:

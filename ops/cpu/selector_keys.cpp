@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/selector_key_math.h"
 #include "ops/cpu/cpu_ops.h"
 #include "ops/cpu/key_pages.h"
 #include "ops/cpu/page_kernels.h"
@@ -25,27 +26,49 @@ int32_t page_at(const int32_t* table, int64_t block, int64_t num_pages) {
 
 }  // namespace
 
-void append_selector_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
-                          const std::string& format, double global_scale) {
+void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
+                           const KeyPreparation& preparation, const std::string& format,
+                           double global_scale) {
   const KeyPages pages(format, global_scale);
   const at::Tensor values = keys.to(at::kFloat).contiguous(), where = slots.contiguous();
   const float* value_data = values.const_data_ptr<float>();
   const int64_t* slot_data = where.const_data_ptr<int64_t>();
   uint8_t* pool_data = pool.mutable_data_ptr<uint8_t>();
   const int64_t key_heads = pool.size(1), num_slots = pool.size(0) * kPageTokens;
-  for (int64_t t = 0; t < where.numel(); ++t)
+  auto floats = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; };
+  const float *weight = floats(preparation.norm_weight), *bias = floats(preparation.norm_bias);
+  const float *cos = floats(preparation.cos), *sin = floats(preparation.sin);
+  const at::Tensor rows = cos ? preparation.positions.contiguous() : at::Tensor();
+  const int64_t* position = cos ? rows.const_data_ptr<int64_t>() : nullptr;
+  const auto norm = static_cast<kernels::KeyNorm>(preparation.norm);
+  const auto epsilon = static_cast<float>(preparation.norm_eps);
+  for (int64_t t = 0; t < where.numel(); ++t) {
     TORCH_CHECK(slot_data[t] < num_slots, "spot::append_selector_keys: slot ", slot_data[t],
                 " lies outside the pool of ", num_slots, " tokens");
+    TORCH_CHECK(!position || (position[t] >= 0 && position[t] < preparation.cos.size(0)),
+                "spot::append_projected_keys: position ", position ? position[t] : 0,
+                " lies outside the rotary tables of ", position ? preparation.cos.size(0) : 0, " positions");
+  }
   // Tokens write disjoint bytes, so they may run in any order.
   at::parallel_for(0, where.numel(), 64, [&](int64_t begin, int64_t end) {
+    float prepared[kDim];
     for (int64_t t = begin; t < end; ++t) {
       if (slot_data[t] < 0) continue;
-      const int64_t page = slot_data[t] / kPageTokens;
-      for (int64_t h = 0; h < key_heads; ++h)
-        pages.encode(value_data + (t * key_heads + h) * kDim, static_cast<int>(slot_data[t] % kPageTokens),
+      const int64_t page = slot_data[t] / kPageTokens,
+                    angle = position ? position[t] * kernels::kRotaryPairs : 0;
+      for (int64_t h = 0; h < key_heads; ++h) {
+        kernels::prepare_selector_key(value_data + (t * key_heads + h) * kDim, norm, weight, bias, epsilon,
+                                      cos ? cos + angle : nullptr, sin ? sin + angle : nullptr, prepared);
+        pages.encode(prepared, static_cast<int>(slot_data[t] % kPageTokens),
                      pool_data + (page * key_heads + h) * pages.page_head_bytes());
+      }
     }
   });
+}
+
+void append_selector_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
+                          const std::string& format, double global_scale) {
+  cpu::append_projected_keys(pool, slots, keys, KeyPreparation{}, format, global_scale);
 }
 
 at::Tensor gather_selector_keys(const at::Tensor& pool, const at::Tensor& page_table, int64_t length,

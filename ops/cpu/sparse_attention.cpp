@@ -126,6 +126,12 @@ at::Tensor sparse_decode_attention(const at::Tensor& query, const at::Tensor& ke
                                    const at::Tensor& value_pool, const at::Tensor& page_table,
                                    const at::Tensor& lengths, const at::Tensor& indices,
                                    const at::Tensor& counts, double scale) {
+  if (!indices.defined()) {
+    const int64_t rows = page_table.size(0), width = page_table.size(1);
+    const at::Tensor every = at::arange(width, page_table.options()).expand({rows, 1, width});
+    const at::Tensor blocks = at::div(lengths + (kPageTokens - 1), kPageTokens, "floor").unsqueeze(1);
+    return sparse_decode_attention(query, key_pool, value_pool, page_table, lengths, every, blocks, scale);
+  }
   const Shape shape{query.size(0), query.size(1),    key_pool.size(0),   indices.size(1),
                     query.size(2), key_pool.size(1), page_table.size(1), indices.size(2)};
   check_selection(page_table, lengths, indices, counts, shape.num_pages);

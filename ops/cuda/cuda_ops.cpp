@@ -180,7 +180,7 @@ void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::T
 
 void append_selector_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
                           const std::string& format, double global_scale) {
-  append_projected_keys(pool, slots, keys, KeyPreparation{}, format, global_scale);
+  cuda::append_projected_keys(pool, slots, keys, KeyPreparation{}, format, global_scale);
 }
 
 at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,
@@ -286,7 +286,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend(
     const at::Tensor& value_pool, const at::Tensor& page_table, const at::Tensor& lengths, double scale,
     const SelectArguments& arguments) {
   if (!arguments.top_p && arguments.budget_fraction > 0) {
-    const auto [indices, counts, mass] = select_blocks(scores, lengths, arguments);
+    const auto [indices, counts, mass] = cuda::select_blocks(scores, lengths, arguments);
     return {sparse_decode_attention(query, key_pool, value_pool, page_table, lengths, indices, counts, scale),
             indices, counts, mass};
   }

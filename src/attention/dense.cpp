@@ -124,13 +124,9 @@ at::Tensor sequence_pages(const KvCache& cache, int64_t sequence, int64_t blocks
 
 at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {
   const at::Tensor keys = cache.keys(inputs.layer), values = cache.values(inputs.layer);
-  if (inputs.query.is_cpu() && inputs.batch.is_decode()) {
-    const int64_t rows = view.page_table.size(0), blocks = view.page_table.size(1);
-    const at::Tensor every = at::arange(blocks, view.page_table.options()).expand({rows, 1, blocks});
-    const at::Tensor counts = at::div(view.lengths + (kPageSize - 1), kPageSize, "floor").unsqueeze(1);
-    return ops::sparse_decode_attention(inputs.query, keys, values, view.page_table, view.lengths, every,
-                                        counts, inputs.scale);
-  }
+  if (inputs.batch.is_decode() && ops::attends(inputs.query, keys))
+    return ops::sparse_decode_attention(inputs.query, keys, values, view.page_table, view.lengths, {}, {},
+                                        inputs.scale);
   at::Tensor output = at::empty_like(inputs.query);
   for (const QueryChunk& chunk : query_chunks(inputs.batch)) {
     const int64_t sequence = inputs.batch.sequences[chunk.sequence], length = chunk.start + chunk.count;

@@ -47,9 +47,9 @@ at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, cons
 // Page ids of a sequence's first `blocks` blocks, [blocks] int64.
 at::Tensor sequence_pages(const KvCache& cache, int64_t sequence, int64_t blocks, at::Device device);
 
-// Dense attention of the whole batch, whose keys and values are in the cache already. On the CPU a decode
-// step runs the sparse operator over every block: it is faster there than torch's attention, and sparse
-// attention with a full budget then gives the same bits.
+// Dense attention of the whole batch, whose keys and values are in the cache already. A decode step runs the
+// sparse operator over every block: it is faster on the CPU than torch's attention, needs no host lengths,
+// and sparse attention with a full budget then gives the same bits.
 at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view);
 
 class DenseAttention : public AttentionBackend {

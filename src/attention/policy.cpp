@@ -98,8 +98,7 @@ void SpotPolicy::append(const AttentionInputs& inputs, const KvCache& cache, con
   if (cache.num_pages() > keys_.num_pages())
     fail("the selector cache has {} pages, the KV cache {}; they share page ids and must be of one size",
          keys_.num_pages(), cache.num_pages());
-  keys_.append(inputs.layer, view.slots,
-               selector_.project_key(inputs.layer, inputs.hidden, inputs.batch.positions));
+  selector_.append_keys(inputs.layer, inputs.hidden, inputs.batch.positions, view.slots, keys_);
 }
 
 PolicyState SpotPolicy::export_pages(const std::vector<int32_t>& pages) const {

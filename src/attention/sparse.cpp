@@ -18,8 +18,6 @@ SparseAttention::SparseAttention(KvCache& cache, SelectionPolicy& policy, Sparse
 at::Tensor SparseAttention::forward(const AttentionInputs& inputs) {
   view_.update(cache_, inputs.batch, inputs.layer);
   cache_.write(inputs.layer, view_.slots, inputs.key, inputs.value);
-  for (SelectionPolicy* companion : options_.companions)
-    if (companion->covers(inputs.layer)) companion->append(inputs, cache_, view_);
   if (!policy_.covers(inputs.layer)) return attend_dense(inputs, cache_, view_);
   policy_.append(inputs, cache_, view_);
   if (options_.dense_layers.count(inputs.layer)) return attend_dense(inputs, cache_, view_);
@@ -28,22 +26,18 @@ at::Tensor SparseAttention::forward(const AttentionInputs& inputs) {
                                                 : sparse_prefill(inputs);
 }
 
-// Rows up to the floor keep every block in the same operator that attend_dense uses on the CPU: no case
-// apart.
+// Rows up to the floor keep every block in the operator that attend_dense uses too: no case apart.
 at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
-  const Selection selection = policy_.select_decode(inputs, cache_, view_);
-  count(inputs.layer, selection, view_.lengths);
+  const SelectionRule rule = policy_.rule(inputs.layer);
+  const ops::SelectedAttention attended = ops::select_and_attend(
+      policy_.score_decode(inputs, cache_, view_), inputs.query, cache_.keys(inputs.layer),
+      cache_.values(inputs.layer), view_.page_table, view_.lengths, inputs.scale, select_arguments(rule));
+  const Selection selection{attended.indices, attended.counts, attended.predicted_mass, view_.lengths};
+  if (options_.count) count(inputs.layer, selection, view_.lengths);
   if (options_.observer)
-    options_.observer({inputs.layer,
-                       inputs,
-                       cache_,
-                       view_,
-                       {-1, 0, inputs.batch.num_sequences(), 0},
-                       policy_.rule(inputs.layer),
-                       selection});
-  return ops::sparse_decode_attention(inputs.query, cache_.keys(inputs.layer), cache_.values(inputs.layer),
-                                      view_.page_table, view_.lengths, selection.indices, selection.counts,
-                                      inputs.scale);
+    options_.observer(
+        {inputs.layer, inputs, cache_, view_, {-1, 0, inputs.batch.num_sequences(), 0}, rule, selection});
+  return attended.output;
 }
 
 at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs) {
@@ -70,7 +64,7 @@ at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs) {
       const Selection selection = policy_.select_chunk(inputs, cache_, chunk, options_.query_tile);
       const at::Tensor lengths =
           at::arange(chunk.start + 1, chunk.start + chunk.count + 1, view_.lengths.options());
-      count(inputs.layer, selection, lengths);
+      if (options_.count) count(inputs.layer, selection, lengths);
       if (options_.observer) options_.observer({inputs.layer, inputs, cache_, view_, chunk, rule, selection});
       output.narrow(0, chunk.first, chunk.count).copy_(attend_chunk(inputs, chunk, lengths, selection));
     }
@@ -125,7 +119,10 @@ void SparseAttention::count(int64_t layer, const Selection& selection, const at:
   const at::Tensor mass = selection.predicted_mass.to(at::kDouble).mean(1).sum();
   const at::Tensor addend = at::stack({rows, kept, visible.to(at::kDouble), mass});
   at::Tensor& sum = sums_[layer];
-  sum = sum.defined() ? sum + addend : addend;
+  if (sum.defined())
+    sum.add_(addend);  // in place, so that a replayed CUDA graph goes on counting
+  else
+    sum = addend;
 }
 
 std::map<int64_t, SparseAttention::Counters> SparseAttention::counters() const {

@@ -4,7 +4,6 @@
 #include <functional>
 #include <map>
 #include <set>
-#include <vector>
 
 #include "attention/policy.h"
 #include "model/attention.h"
@@ -32,9 +31,7 @@ struct SparseOptions {
   int64_t query_tile = 1;          // 1 or 16: queries that share one set in sparse prefill
   int64_t prefill_chunk = 512;     // queries selected and attended at once in sparse prefill
   SelectionObserver observer;
-  // Other policies whose caches are fed too, so that they can take over after a shared prefill. They outlive
-  // this object.
-  std::vector<SelectionPolicy*> companions;
+  bool count = true;  // keep the counters; a benchmark saves their small kernels
 };
 
 // A decode step (every sequence of the batch brings one token) selects and attends sparsely. With more tokens

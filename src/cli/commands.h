@@ -7,7 +7,9 @@ namespace spot::cli {
 
 void add_distill(CLI::App& app);
 void add_generate(CLI::App& app);
+void add_bench(CLI::App& app);
 void add_eval(CLI::App& app);
+void add_eval_ruler(CLI::App& parent);  // below eval
 void add_inspect(CLI::App& app);
 
 }  // namespace spot::cli

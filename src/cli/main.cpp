@@ -12,6 +12,7 @@ int main(int argc, char** argv) {
   spot::cli::add_distill(app);
   spot::cli::add_generate(app);
   spot::cli::add_eval(app);
+  spot::cli::add_bench(app);
   spot::cli::add_inspect(app);
   try {
     app.parse(argc, argv);

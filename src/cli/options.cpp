@@ -16,17 +16,25 @@ void ModelOptions::add(CLI::App& app) {
   app.add_option("--threads", threads, "CPU threads (0: all cores)")->check(CLI::NonNegativeNumber)->capture_default_str();
 }
 
-Backbone ModelOptions::load() const {
-  if (threads > 0) at::set_num_threads(threads);
+at::Device ModelOptions::resolve_device() const {
   std::string name = device;
   if (name == "auto") name = at::globalContext().hasCUDA() ? "cuda" : "cpu";
   if (name != "cpu" && name.rfind("cuda", 0) != 0) fail("device '{}' is unknown; give auto, cpu, cuda or cuda:N", device);
   if (name != "cpu" && !at::globalContext().hasCUDA()) fail("device '{}': this machine (or this build of torch) has no CUDA; use --device cpu", device);
-  std::optional<at::ScalarType> type;
-  if (dtype == "float32") type = at::kFloat;
-  if (dtype == "bfloat16") type = at::kBFloat16;
-  if (dtype == "float16") type = at::kHalf;
-  return Backbone::load(folder, at::Device(name), type);
+  return at::Device(name == "cuda" ? "cuda:0" : name);
+}
+
+at::ScalarType ModelOptions::resolve_dtype(const ModelConfig& config) const {
+  std::string name = dtype;
+  if (name == "auto") name = resolve_device().is_cpu() ? "float32" : config.torch_dtype;
+  if (name == "bfloat16") return at::kBFloat16;
+  if (name == "float16") return at::kHalf;
+  return at::kFloat;
+}
+
+Backbone ModelOptions::load() const {
+  if (threads > 0) at::set_num_threads(threads);
+  return Backbone::load(folder, resolve_device(), resolve_dtype(ModelConfig::load(folder)));
 }
 
 void SelectorOptions::add(CLI::App& app) {

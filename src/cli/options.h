@@ -18,6 +18,8 @@ struct ModelOptions {
   int threads = 0;
 
   void add(CLI::App& app);
+  at::Device resolve_device() const;
+  at::ScalarType resolve_dtype(const ModelConfig& config) const;  // what load() would use
   Backbone load() const;
 };
 

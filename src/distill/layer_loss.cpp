@@ -223,8 +223,9 @@ class Distiller {
       const at::Tensor q =
           query.narrow(1, h * group_heads, group_heads).transpose(0, 1).reshape({group_heads * rows, -1});
       const at::Tensor k = key_.narrow(0, start, keys).select(1, h).t();
-      at::Tensor logits = matmul_wide_ ? at::mm(q, k, at::kFloat) : at::mm(q, k);
-      logits = logits.mul_(in_.scale).view({group_heads, rows, keys});
+      // The scale goes into the query, unless that would round it once more.
+      at::Tensor logits = matmul_wide_ ? at::mm(q, k, at::kFloat).mul_(in_.scale) : at::mm(q * in_.scale, k);
+      logits = logits.view({group_heads, rows, keys});
       if (tail < keys) logits.narrow(2, tail, keys - tail).masked_fill_(future, -kInfinity);
       mass.select(1, h * groups_ / kv_heads)
           .narrow(1, 0, width)

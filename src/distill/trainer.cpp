@@ -134,9 +134,6 @@ class Run {
       if (stop || finished() || step_ % config_.checkpoint_interval == 0) save_checkpoint();
       if (stop && !finished()) {
         progress.reset();
-        if (is_writer() && hooks_.show_progress)
-          fmt::print(stderr, "Stopped after step {} of {}; the same command with --resume continues.\n",
-                     step_, config_.steps);
         return {TrainStatus::interrupted, step_, last_};
       }
     }

@@ -65,4 +65,6 @@ AttentionRun::AttentionRun(const AttentionSpec& spec, const Backbone& backbone, 
   backend_ = std::move(sparse);
 }
 
+BatchView& AttentionRun::view() { return sparse_ ? sparse_->view() : static_cast<DenseAttention&>(*backend_).view(); }
+
 }  // namespace spot

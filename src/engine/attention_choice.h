@@ -38,6 +38,7 @@ class AttentionRun {
                int64_t num_sequences = 1);
   KvCache& cache() { return *cache_; }
   AttentionBackend& backend() { return *backend_; }
+  BatchView& view();  // the backend's
   // The sparse backend, for its counters; null for dense.
   SparseAttention* sparse() { return sparse_; }
 

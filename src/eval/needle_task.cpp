@@ -46,7 +46,8 @@ std::vector<NeedlePrompt> make_needle_prompts(const Tokenizer& tokenizer, const 
     auto new_value = [&] { return std::to_string(100000 + below(random, 900000)); };
 
     NeedlePrompt prompt;
-    prompt.depth = (static_cast<double>(sample % 10) + 0.5) / 10;
+    const int64_t levels = std::min<int64_t>(options.samples, 10);
+    prompt.depth = (static_cast<double>(sample % levels) + 0.5) / static_cast<double>(levels);
     prompt.answer = new_value();
     const std::string key = new_key();
     prompt.question = tokenizer.encode(

@@ -203,8 +203,8 @@ void check(const RulerGenerator& generator, const Backbone& backbone, const std:
 
 }  // namespace
 
-TextCodec codec_of(const Tokenizer& tokenizer) {
-  return {[tokenizer](std::string_view text, bool first) { return tokenizer.encode(text, first); },
+TextCodec codec_of(const Tokenizer& tokenizer, bool add_special_tokens) {
+  return {[=](std::string_view text, bool first) { return tokenizer.encode(text, first && add_special_tokens); },
           [tokenizer](std::span<const int32_t> ids) { return tokenizer.decode(ids, true); }, tokenizer.eos_ids()};
 }
 

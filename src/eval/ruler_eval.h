@@ -26,8 +26,9 @@ struct TextCodec {
   std::function<std::string(std::span<const int32_t> ids)> decode;
   std::vector<int32_t> stop_ids;  // end an answer
 };
-// Special tokens are left out of decoded text; the stop ids are the tokenizer's.
-TextCodec codec_of(const Tokenizer& tokenizer);
+// Special tokens are left out of decoded text; the stop ids are the tokenizer's. `add_special_tokens`: what the
+// tokenizer itself adds to the beginning of a prompt (a chat template writes these out instead).
+TextCodec codec_of(const Tokenizer& tokenizer, bool add_special_tokens = true);
 
 struct RulerEvalOptions {
   std::vector<RulerTask> tasks = all_ruler_tasks();

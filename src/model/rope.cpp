@@ -1,7 +1,5 @@
 #include "model/rope.h"
 
-#include <ATen/core/grad_mode.h>
-
 #include <algorithm>
 #include <cmath>
 #include <numbers>
@@ -90,16 +88,8 @@ at::Tensor rotate(const at::Tensor& x, const RopeRows& rows, at::ScalarType dtyp
   // [T, heads, 2, half]: (a, b) -> (a cos - b sin, b cos + a sin).
   const at::Tensor pairs = wide.narrow(2, 0, 2 * half).unflatten(2, {2, half});
   const at::Tensor turned = pairs * rows.cos, swapped = pairs.flip(2);
-  if (at::GradMode::is_enabled()) {
-    const at::Tensor rotated = at::addcmul(turned, swapped, rows.sin).flatten(2);
-    return (rest == 0 ? rotated : at::cat({rotated, wide.narrow(2, 2 * half, rest)}, 2)).to(dtype);
-  }
-  // Written where it belongs, in its final dtype: a decode step counts its kernels.
-  at::Tensor out = at::empty(x.sizes(), x.options().dtype(dtype));
-  at::Tensor place = out.narrow(2, 0, 2 * half).unflatten(2, {2, half});
-  at::addcmul_out(place, turned, swapped, rows.sin);
-  if (rest > 0) out.narrow(2, 2 * half, rest).copy_(x.narrow(2, 2 * half, rest));
-  return out;
+  const at::Tensor rotated = at::addcmul(turned, swapped, rows.sin).flatten(2);
+  return (rest == 0 ? rotated : at::cat({rotated, wide.narrow(2, 2 * half, rest)}, 2)).to(dtype);
 }
 
 at::Tensor apply_rope(const at::Tensor& x, const at::Tensor& positions, const RopeTable& table) {

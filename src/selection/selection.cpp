@@ -4,7 +4,6 @@
 #include <limits>
 
 #include "core/error.h"
-#include "ops/ops.h"
 
 namespace spot {
 
@@ -40,7 +39,7 @@ SelectionRule SelectionRule::from_defaults(const SelectionDefaults& defaults) {
   return rule;
 }
 
-Selection select_blocks(const at::Tensor& scores, const at::Tensor& lengths, const SelectionRule& rule) {
+ops::SelectArguments select_arguments(const SelectionRule& rule) {
   rule.validate();
   ops::SelectArguments arguments;
   arguments.top_p = rule.mode == SelectionMode::top_p;
@@ -52,7 +51,11 @@ Selection select_blocks(const at::Tensor& scores, const at::Tensor& lengths, con
   arguments.floor = rule.floor;
   arguments.cap = rule.cap;
   arguments.temperature = rule.temperature;
-  auto [indices, counts, mass] = ops::select_blocks(scores, lengths, arguments);
+  return arguments;
+}
+
+Selection select_blocks(const at::Tensor& scores, const at::Tensor& lengths, const SelectionRule& rule) {
+  auto [indices, counts, mass] = ops::select_blocks(scores, lengths, select_arguments(rule));
   return {indices, counts, mass, lengths};
 }
 

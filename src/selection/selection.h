@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "ops/ops.h"
 #include "selector/config.h"
 
 namespace spot {
@@ -59,6 +60,9 @@ struct Selection {
 // Applies the rule to scores [rows, groups, blocks] float32 (blocks past a row's length are ignored), lengths
 // [rows] int32. Any device with an implementation of spot::select_blocks.
 Selection select_blocks(const at::Tensor& scores, const at::Tensor& lengths, const SelectionRule& rule);
+
+// The rule as the operators take it; throws Error when it is impossible.
+ops::SelectArguments select_arguments(const SelectionRule& rule);
 
 // Block score = max of its token scores. token_scores [..., tokens] -> [..., ceil(tokens / 16)]; the missing
 // tokens of the last block count as -inf.

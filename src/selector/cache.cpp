@@ -1,7 +1,6 @@
 #include "selector/cache.h"
 
 #include "core/error.h"
-#include "ops/ops.h"
 
 namespace spot {
 
@@ -29,6 +28,11 @@ at::Tensor SelectorCache::pool(int64_t layer) const {
 
 void SelectorCache::append(int64_t layer, const at::Tensor& slots, const at::Tensor& key) {
   ops::append_selector_keys(pool(layer), slots, key, to_string(format_), global_scale());
+}
+
+void SelectorCache::append(int64_t layer, const at::Tensor& slots, const at::Tensor& projected,
+                           const ops::KeyPreparation& preparation) {
+  ops::append_projected_keys(pool(layer), slots, projected, preparation, to_string(format_), global_scale());
 }
 
 at::Tensor SelectorCache::gather(int64_t layer, const at::Tensor& page_table, int64_t length) const {

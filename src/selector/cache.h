@@ -7,6 +7,7 @@
 #include <map>
 #include <vector>
 
+#include "ops/ops.h"
 #include "selector/config.h"
 
 namespace spot {
@@ -21,6 +22,9 @@ class SelectorCache {
 
   // Writes key [T, key_heads, head_dim] at slots [T] int64 (page * 16 + offset).
   void append(int64_t layer, const at::Tensor& slots, const at::Tensor& key);
+  // The same of keys that still lack norm and RoPE, in one kernel.
+  void append(int64_t layer, const at::Tensor& slots, const at::Tensor& projected,
+              const ops::KeyPreparation& preparation);
   // The first `length` tokens of a sequence, dequantised: [length, key_heads, head_dim] float32. page_table
   // [pages] int32 is the sequence's row of KvCache::page_table.
   at::Tensor gather(int64_t layer, const at::Tensor& page_table, int64_t length) const;

@@ -64,18 +64,23 @@ void Selector::bind(const SelectorConfig& config, const ModelConfig& backbone, a
 Selector::Selector(const SelectorConfig& config, const ModelConfig& backbone, at::Device device,
                    at::ScalarType dtype, uint64_t seed) {
   bind(config, backbone, device);
-  const auto options = at::TensorOptions(device).dtype(dtype);
+  const auto options = at::TensorOptions(device).dtype(dtype), fine = options.dtype(fine_type(dtype));
   for (int64_t layer : layers_) {
     LayerWeights& weights = weights_[layer];
     auto fresh = [&](int64_t rows, uint64_t which) {
-      return initial_weight(rows, backbone.hidden_size, seed, layer, which).to(options);
+      return initial_weight(rows, backbone.hidden_size, seed, layer, which);
     };
-    weights.query = fresh(config.num_heads * config.head_dim, 0);
-    weights.key = fresh(config.key_heads * config.head_dim, 1);
-    weights.mix = fresh(groups_ * config.num_heads, 2);
-    if (config.key_norm != KeyNorm::none) weights.norm_weight = at::ones({config.head_dim}, options);
-    if (config.key_norm == KeyNorm::layernorm) weights.norm_bias = at::zeros({config.head_dim}, options);
+    weights.query = fresh(config.num_heads * config.head_dim, 0).to(options);
+    weights.key = fresh(config.key_heads * config.head_dim, 1).to(options);
+    weights.mix = fresh(groups_ * config.num_heads, 2).to(fine);
+    if (config.key_norm != KeyNorm::none) weights.norm_weight = at::ones({config.head_dim}, fine);
+    if (config.key_norm == KeyNorm::layernorm) weights.norm_bias = at::zeros({config.head_dim}, fine);
   }
+}
+
+// What is small and sensitive stays in float32 whatever the dtype of the large weights.
+at::ScalarType Selector::fine_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 const Selector::LayerWeights& Selector::layer_weights(int64_t layer) const {
@@ -112,6 +117,29 @@ at::Tensor Selector::project_key(int64_t layer, const at::Tensor& hidden, const 
     key = x.to(hidden.scalar_type());
   }
   return config_.rope_dims > 0 ? apply_rope(key, positions, rope_) : key;
+}
+
+void Selector::append_keys(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
+                           const at::Tensor& slots, SelectorCache& cache) const {
+  if (config_.rope_dims != 0 && config_.rope_dims != 64)  // the kernel rotates 64 dims or none
+    return cache.append(layer, slots, project_key(layer, hidden, positions));
+  const LayerWeights& weights = layer_weights(layer);
+  ops::KeyPreparation preparation;
+  preparation.norm = config_.key_norm == KeyNorm::none        ? ops::KeyPreparation::kNone
+                     : config_.key_norm == KeyNorm::layernorm ? ops::KeyPreparation::kLayerNorm
+                                                              : ops::KeyPreparation::kRmsNorm;
+  if (weights.norm_weight.defined()) preparation.norm_weight = weights.norm_weight.to(at::kFloat);
+  if (weights.norm_bias.defined()) preparation.norm_bias = weights.norm_bias.to(at::kFloat);
+  preparation.norm_eps = config_.norm_eps;
+  if (config_.rope_dims != 0) {
+    preparation.cos = rope_.cos;
+    preparation.sin = rope_.sin;
+    preparation.positions = positions;
+  }
+  cache.append(layer, slots,
+               at::linear(hidden, weights.key.to(hidden.scalar_type()))
+                   .view({hidden.size(0), config_.key_heads, config_.head_dim}),
+               preparation);
 }
 
 at::Tensor Selector::project_weight(int64_t layer, const at::Tensor& hidden) const {

@@ -21,6 +21,7 @@
 
 #include "checkpoint/config.h"
 #include "model/rope.h"
+#include "selector/cache.h"
 #include "selector/config.h"
 
 namespace spot {
@@ -33,6 +34,8 @@ struct SelectorProjection {
 
 class Selector {
  public:
+  // The q and k weights are kept in `dtype`, the mixing and norm weights in float32 (float64 with float64).
+  //
   // Fresh weights: uniform with variance 1/hidden_size, a pure function of seed, layer and shape, so equal
   // bit for bit on every device. `backbone` gives hidden size, KV heads, RoPE and which layers have full
   // attention; the layers in config.selection.dense_layers get none. Throws Error when that leaves no layer.
@@ -74,6 +77,11 @@ class Selector {
   at::Tensor project_key(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions) const;
   at::Tensor project_weight(int64_t layer, const at::Tensor& hidden) const;
 
+  // project_key and SelectorCache::append in one: norm, RoPE and quantisation run in one kernel, in float32
+  // throughout, so that the stored key is not first rounded to hidden's dtype. slots [T] int64.
+  void append_keys(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
+                   const at::Tensor& slots, SelectorCache& cache) const;
+
   // Every weight, in a fixed order (layers ascending; query, key, mix, norm): what an optimiser takes. The
   // tensors are leaves without requires_grad; the trainer sets it.
   std::vector<at::Tensor> parameters() const;
@@ -87,9 +95,10 @@ class Selector {
     at::Tensor query;                   // [num_heads * head_dim, hidden_size]
     at::Tensor key;                     // [key_heads * head_dim, hidden_size]
     at::Tensor mix;                     // [groups * num_heads, hidden_size]
-    at::Tensor norm_weight, norm_bias;  // [head_dim]; undefined where the norm has none
+    at::Tensor norm_weight, norm_bias;  // [head_dim] float32; undefined where the norm has none
   };
   Selector() = default;
+  static at::ScalarType fine_type(at::ScalarType dtype);
   void bind(const SelectorConfig& config, const ModelConfig& backbone, at::Device device);
   const LayerWeights& layer_weights(int64_t layer) const;
 

@@ -118,7 +118,7 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
   const SelectorConfig& config = selector.config_;
   size_t used = 0;
   for (int64_t layer : selector.layers_) {
-    auto take = [&](const char* part, std::vector<int64_t> shape) {
+    auto take = [&](const char* part, std::vector<int64_t> shape, at::ScalarType target) {
       const std::string tensor_name = fmt::format("layers.{}.{}", layer, part);
       const at::Tensor tensor = file.tensor(tensor_name);
       if (tensor.sizes() != at::IntArrayRef(shape))
@@ -128,14 +128,17 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
         fail("{}: tensor {} holds values that are not finite; train the selector again", file.path().string(),
              tensor_name);
       ++used;
-      return tensor.to(at::TensorOptions(device).dtype(dtype), /*non_blocking=*/false, /*copy=*/true);
+      return tensor.to(at::TensorOptions(device).dtype(target), /*non_blocking=*/false, /*copy=*/true);
     };
     LayerWeights& weights = selector.weights_[layer];
-    weights.query = take("query.weight", {config.num_heads * config.head_dim, backbone.hidden_size});
-    weights.key = take("key.weight", {config.key_heads * config.head_dim, backbone.hidden_size});
-    weights.mix = take("mix.weight", {selector.groups_ * config.num_heads, backbone.hidden_size});
-    if (config.key_norm != KeyNorm::none) weights.norm_weight = take("key_norm.weight", {config.head_dim});
-    if (config.key_norm == KeyNorm::layernorm) weights.norm_bias = take("key_norm.bias", {config.head_dim});
+    weights.query = take("query.weight", {config.num_heads * config.head_dim, backbone.hidden_size}, dtype);
+    weights.key = take("key.weight", {config.key_heads * config.head_dim, backbone.hidden_size}, dtype);
+    weights.mix =
+        take("mix.weight", {selector.groups_ * config.num_heads, backbone.hidden_size}, fine_type(dtype));
+    if (config.key_norm != KeyNorm::none)
+      weights.norm_weight = take("key_norm.weight", {config.head_dim}, fine_type(dtype));
+    if (config.key_norm == KeyNorm::layernorm)
+      weights.norm_bias = take("key_norm.bias", {config.head_dim}, fine_type(dtype));
   }
   if (file.names().size() != used)
     fail("{} holds {} tensors, the config makes {}", file.path().string(), file.names().size(), used);

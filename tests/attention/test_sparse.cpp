@@ -129,12 +129,10 @@ TEST(SparseAttention, DensePrefillFeedsThePolicies) {
   const ModelConfig model = small_model(24, 1, 4, 2, 32);
   const SelectorConfig config;
   const Selector selector(config, model, at::kCPU, at::kFloat, seed);
-  SelectorCache keys(config, selector.layers(), 40, CacheFormat::bf16, at::kCPU),
-      other(config, selector.layers(), 40, CacheFormat::bf16, at::kCPU);
-  SpotPolicy policy(selector, keys, small_rule()), companion(selector, other, small_rule());
+  SelectorCache keys(config, selector.layers(), 40, CacheFormat::bf16, at::kCPU);
+  SpotPolicy policy(selector, keys, small_rule());
   LayerHistory history(model, 40, at::kFloat, 1);
   SparseOptions options;
-  options.companions = {&companion};
   int64_t events = 0;
   options.observer = [&](const SelectionEvent&) { ++events; };
   SparseAttention attention(history.cache(), policy, options);
@@ -146,8 +144,10 @@ TEST(SparseAttention, DensePrefillFeedsThePolicies) {
   const at::Tensor table = at::tensor(history.cache().pages(history.id(0))).to(at::kInt);
   const at::Tensor expected =
       selector.project_key(0, pass.hidden, pass.batch.positions).to(at::kBFloat16).to(at::kFloat);
-  EXPECT_TRUE(at::equal(keys.gather(0, table, 300), expected));
-  EXPECT_TRUE(at::equal(other.gather(0, table, 300), expected));
+  // The stored key skips one rounding: at most one unit in the last place of bfloat16 apart.
+  const at::Tensor stored = keys.gather(0, table, 300);
+  EXPECT_TRUE(at::allclose(stored, expected, 1.0 / 128, 1e-6));
+  EXPECT_GT((stored == expected).to(at::kFloat).mean().item<double>(), 0.99);
 }
 
 TEST(SparseAttention, CountsTokens) {

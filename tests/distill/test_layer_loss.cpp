@@ -1,6 +1,7 @@
 // layer_loss against a reference that follows the definition query by query in float64 and lets autograd
 // differentiate.
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <c10/core/Allocator.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
@@ -319,6 +320,34 @@ TEST(LayerLoss, LowPrecisionInputsAccumulateInFloat32) {
     expect_near(got.grad_weight, want.grad_weight, 1e-4, "grad_weight");
     EXPECT_NEAR(got.covered[0].item<double>(), want.covered[0], 1e-3);
   }
+}
+
+TEST(LayerLoss, CudaAgreesWithTheDefinition) {
+  if (!at::hasCUDA()) GTEST_SKIP() << "no CUDA device";
+  const uint64_t seed = fresh_seed();
+  for (const auto type : {at::kDouble, at::kFloat, at::kBFloat16})
+    for (const bool rest : {false, true})
+      for (const auto teacher : {Teacher::token, Teacher::block_max}) {
+        // In float64 everything is compared; else no top-k, whose set may differ between precisions.
+        const bool exact = type == at::kDouble;
+        LayerLossOptions o;
+        o.loss = exact ? DistillLoss::sparse : DistillLoss::dense;
+        o.k_train = 16;
+        o.rest_bucket = rest;
+        o.teacher = teacher;
+        LayerLossInputs in = draw(
+            {.tokens = 83, .head_dim = 32, .key_heads = rest ? 4 : 1, .dim = 64, .groups = 2}, seed, type);
+        in.document_starts = {0, 17};
+        const Reference want = reference(in, o);
+        for (at::Tensor* t : {&in.query, &in.key, &in.selector_query, &in.selector_key, &in.selector_weight})
+          *t = t->cuda();
+        const LayerLoss got = layer_loss(in, o);
+        const double relative = exact ? 1e-10 : 2e-3;  // float32 products may run in TF32
+        EXPECT_NEAR(got.loss.item<double>(), want.loss, relative * want.loss);
+        expect_near(got.grad_query.cpu(), want.grad_query, relative, "grad_query");
+        expect_near(got.grad_key.cpu(), want.grad_key, relative, "grad_key");
+        expect_near(got.grad_weight.cpu(), want.grad_weight, relative, "grad_weight");
+      }
 }
 
 TEST(LayerLoss, QueryRowsAverageToTheWhole) {

@@ -12,6 +12,7 @@
 #include "core/error.h"
 #include "distill/data.h"
 #include "distill/documents.h"
+#include "text/unicode.h"
 
 namespace spot {
 namespace {

@@ -242,3 +242,46 @@ TEST(ScoreBlocks, RefusesBadArguments) {
   EXPECT_THROW(ops::score_blocks(query, weight, pool, table + 5, lengths, "bf16", 1), c10::Error);
   EXPECT_THROW(ops::score_blocks(query, weight, pool, table, lengths.to(at::kLong), "bf16", 1), c10::Error);
 }
+
+TEST(SelectAndAttend, IsItsTwoHalves) {
+  fresh_seed();
+  const Paged paged = random_pages({random_int(1, 40), 700, random_int(300, 900)}, 2, 64, at::kFloat);
+  const at::Tensor query = at::randn({3, 6, 64}), scores = at::randn({3, 2, paged.page_table.size(1)}) * 4;
+  for (bool top_p : {true, false}) {
+    ops::SelectArguments arguments;
+    arguments.top_p = top_p;
+    arguments.budget_fraction = top_p ? 0.0 : 0.6;
+    arguments.floor = 32;
+    arguments.sinks = 16;
+    arguments.recency = 64;
+    const auto got = ops::select_and_attend(scores, query, paged.key_pool, paged.value_pool, paged.page_table,
+                                            paged.lengths, 0.125, arguments);
+    const auto [indices, counts, mass] = ops::select_blocks(scores, paged.lengths, arguments);
+    EXPECT_TRUE(at::equal(got.indices, indices));
+    EXPECT_TRUE(at::equal(got.counts, counts));
+    EXPECT_TRUE(at::equal(got.predicted_mass, mass));
+    EXPECT_TRUE(at::equal(
+        got.output, ops::sparse_decode_attention(query, paged.key_pool, paged.value_pool, paged.page_table,
+                                                 paged.lengths, indices, counts, 0.125)));
+    EXPECT_THROW(ops::select_and_attend(scores.slice(1, 0, 1).expand({3, 3, -1}), query, paged.key_pool,
+                                        paged.value_pool, paged.page_table, paged.lengths, 0.125, arguments),
+                 c10::Error);
+  }
+}
+
+TEST(SparseDecodeAttention, WithoutListsAttendsToEverything) {
+  fresh_seed();
+  const Paged paged = random_pages({random_int(1, 40), 300}, 2, 64, at::kFloat);
+  const at::Tensor query = at::randn({2, 6, 64});
+  const at::Tensor got = ops::sparse_decode_attention(query, paged.key_pool, paged.value_pool,
+                                                      paged.page_table, paged.lengths, {}, {}, 0.125);
+  for (int64_t r = 0; r < 2; ++r) {
+    std::vector<int64_t> all(paged.lengths[r].item<int32_t>());
+    std::iota(all.begin(), all.end(), 0);
+    EXPECT_LT(
+        largest_difference(got[r], plain_attention(query[r], paged.keys[r], paged.values[r], {all}, 0.125)),
+        5e-6);
+  }
+  EXPECT_TRUE(ops::attends(query, paged.key_pool));
+  EXPECT_FALSE(ops::attends(query.to(at::kDouble), paged.key_pool));
+}

@@ -6,8 +6,10 @@
 
 #include "kernels/key_format.h"
 #include "ops/cpu/page_kernels.h"
+#include "ops/gather_keys.h"
 #include "ops/ops.h"
 #include "selector/cache.h"
+#include "selector/selector.h"
 #include "tests/selector/support.h"
 
 using namespace spot;
@@ -177,4 +179,53 @@ TEST(PageKernels, MatchDoublePrecision) {
                           wide.mutable_data_ptr<float>(), count);
     EXPECT_TRUE(at::equal(wide, half.to(at::kFloat)));
   }
+}
+
+// Norm, rotation and storing in one operator, against project_key and against the tensors-only gather.
+TEST(SelectorCache, AppendsProjectedKeys) {
+  const uint64_t seed = fresh_seed();
+  for (KeyNorm norm : {KeyNorm::none, KeyNorm::layernorm, KeyNorm::rmsnorm})
+    for (int64_t rope_dims : {64, 0, 32}) {
+      SelectorConfig config;
+      config.key_heads = random_int(0, 1) ? 4 : 1;
+      config.key_norm = norm;
+      config.rope_dims = rope_dims;
+      const ModelConfig model = small_model(20, 2, 4, 2, 16);
+      const Selector selector(config, model, at::kCPU, at::kFloat, seed);
+      for (const auto& [name, tensor] : selector.named_parameters())
+        if (name.find("norm") != std::string::npos) at::Tensor(tensor).add_(at::randn_like(tensor), 0.3);
+      SelectorCache cache(config, {0, 1}, 5, CacheFormat::f32, at::kCPU);
+      const at::Tensor hidden = at::randn({40, 20}), positions = at::randint(0, 3000, {40}, at::kLong);
+      selector.append_keys(1, hidden, positions, at::arange(16, 56, at::kLong), cache);
+      const at::Tensor pages = at::tensor({1, 2, 3}, at::kInt);
+      EXPECT_LT(largest_difference(cache.gather(1, pages, 40), selector.project_key(1, hidden, positions)),
+                1e-4);
+      // bfloat16 hidden states: stored without the rounding that project_key ends with.
+      selector.append_keys(0, hidden.to(at::kBFloat16), positions, at::arange(40, at::kLong), cache);
+      EXPECT_LT(largest_difference(cache.gather(0, at::arange(3, at::kInt), 40),
+                                   selector.project_key(0, hidden.to(at::kBFloat16), positions)),
+                0.05);
+      if (rope_dims != 0) {
+        EXPECT_ANY_THROW(
+            selector.append_keys(0, hidden, positions + 100000, at::arange(40, at::kLong), cache));
+      }
+    }
+}
+
+TEST(SelectorCache, GathersTheSameBitsWithTorchOperators) {
+  fresh_seed();
+  for (CacheFormat format : kFormats)
+    for (int64_t key_heads : {1, 4}) {
+      const std::string word = to_string(format);
+      at::Tensor pool = at::zeros({7, key_heads, ops::page_head_bytes(word)}, at::kByte);
+      const int64_t length = random_int(1, 80);
+      const at::Tensor pages = at::randperm(7, at::kInt).slice(0, 0, 5),
+                       position = at::arange(length, at::kLong);
+      const at::Tensor slots = pages.to(at::kLong).index_select(0, at::div(position, 16, "floor")) * 16 +
+                               at::remainder(position, 16);
+      ops::append_selector_keys(pool, slots, at::randn({length, key_heads, 128}) * 3, word, 0.0625);
+      const at::Tensor expected = ops::gather_selector_keys(pool, pages, length, word, 0.0625);
+      const at::Tensor got = ops::gather_selector_keys_by_tensors(pool, pages, length, word, 0.0625);
+      EXPECT_TRUE(at::equal(got, expected)) << word;
+    }
 }

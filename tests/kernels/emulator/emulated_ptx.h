@@ -87,6 +87,20 @@ inline uint2 load_streaming(const uint2* p) {
   return *p;
 }
 
+inline void mbarrier_init(uint32_t barrier) {
+  emulator::transfer_init(barrier);
+}
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arm(uint32_t barrier, uint32_t bytes) {
+  emulator::transfer_arm(barrier, bytes);
+}
+inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  emulator::transfer_wait(barrier, parity);
+}
+inline void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  emulator::transfer_copy(barrier, to, from, bytes);
+}
+
 inline void touch(const void*) {}
 
 inline void griddepcontrol_wait() {}

@@ -1,0 +1,48 @@
+// What the subcommands of `spot eval` share.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "cli/options.h"
+#include "core/files.h"
+#include "eval/text_eval.h"
+#include "report/page.h"
+
+namespace spot::cli {
+
+struct EvalOptions {
+  ModelOptions model;
+  SelectorOptions selector;
+  RuleOptions rule;
+  std::vector<std::string> methods, text_files;
+  std::string out;
+
+  // Returns the option --text.
+  CLI::Option* add(CLI::App& command);
+  // The methods named on the command line (or the default ones), dense first if asked for.
+  std::vector<EvalMethod> parse_methods(const Selector* selector, bool with_dense) const;
+  // The text files, one after the other.
+  std::string read_text() const;
+};
+
+// Prints the summary, and writes report.json and report.html into `out` unless that is empty.
+template <typename Result>
+void deliver(const Result& result, const std::string& title, const std::string& out) {
+  fmt::print("{}", result.summary().to_text());
+  if (out.empty()) return;
+  make_folder(out);
+  Page page(title);
+  result.add_to(page);
+  const std::filesystem::path folder = out;
+  write_file_atomically(folder / "report.json", result.to_json().dump(1) + "\n");
+  write_file_atomically(folder / "report.html", page.html());
+  fmt::print("report: {}\n", (folder / "report.html").string());
+}
+
+}  // namespace spot::cli
