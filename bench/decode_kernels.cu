@@ -343,16 +343,9 @@ void run(const Shape& shape, int32_t length, int32_t batch, bool thorough) {
   const struct {
     SelectAndAttendPath path;
     const char* name;
-  } paths[] = {{SelectAndAttendPath::kFused16, "select+attend 4096, fused, clusters of 16"},
-               {SelectAndAttendPath::kFused8, "select+attend 4096, fused, clusters of 8"},
+  } paths[] = {{SelectAndAttendPath::kFused, "select+attend 4096, fused"},
                {SelectAndAttendPath::kTwoKernels, "select+attend 4096, two kernels"}};
   for (const auto& path : paths) {
-    if (select_and_attend(s.attend_params(0, top_k(tokens), Overlap::kNone), stream, path.path) ==
-        cudaErrorNotSupported) {
-      std::printf("%s: does not fit this GPU\n", path.name);
-      continue;
-    }
-    if (!thorough && path.path != SelectAndAttendPath::kTwoKernels && batch > 2) continue;
     const double us = time_us([&](int set) {
       CHECK(select_and_attend(s.attend_params(set, top_k(tokens), Overlap::kNone), stream, path.path));
     });

@@ -1,4 +1,4 @@
-// Attention of up to 8 query heads of one KV head over one split of a block list, by 8 warps. Used by
+// Attention of up to 8 query heads of one KV head over one split of a block list, by 4 warps. Used by
 // sparse_decode_attention.cu and by the fused decode kernel, which therefore agree bit for bit.
 //
 // A warp owns whole blocks of 16 tokens: it copies a block's K and V (16 rows each) into its own shared
@@ -14,7 +14,7 @@
 
 namespace spot::kernels {
 
-constexpr int kAttendWarps = 8;
+constexpr int kAttendWarps = 4;
 constexpr int kHeadTile = 8;  // query heads a pass; groups of up to 16 take two
 
 template <int kHeadDim>
@@ -219,55 +219,146 @@ __device__ __forceinline__ void attend_warp(const AttendSource& source, int begi
   state.park(shared.tiles[warp][0], shared.maximum[warp], shared.sum[warp], lane);
 }
 
-// Folds partial softmaxes: factors 2^(maximum - largest), 0 for empty parts. Returns {largest, sum}.
-template <int kParts, typename Maximum, typename Sum>
-__device__ __forceinline__ float2 fold_factors(const Maximum& maximum, const Sum& sum,
-                                               float (&factors)[kParts]) {
+// The workspace of partial results: counters, then {maximum, sum}, then O, of every pair (sequence, KV head,
+// head tile) and split.
+struct SplitWorkspace {
+  int64_t pairs;
+  int head_dim;
+  __host__ __device__ size_t counters_bytes() const {
+    return (static_cast<size_t>(pairs) * 4 + 255) / 256 * 256;
+  }
+  __host__ __device__ size_t sums_bytes() const {
+    return static_cast<size_t>(pairs) * kAttentionSplits * kHeadTile * sizeof(float2);
+  }
+  __host__ __device__ size_t bytes() const {
+    return counters_bytes() + sums_bytes() +
+           static_cast<size_t>(pairs) * kAttentionSplits * kHeadTile * head_dim * sizeof(float);
+  }
+};
+__host__ __device__ inline int head_tiles(int num_heads, int num_kv_heads) {
+  return (num_heads / num_kv_heads + kHeadTile - 1) / kHeadTile;
+}
+
+// Which part of the problem a thread block has.
+struct SplitPlace {
+  int batch_row, kv_head, tile, split;
+  int first_head, heads;  // query heads of the tile
+  int64_t pair;
+  __device__ __forceinline__ SplitPlace(const SparseDecodeAttentionParams& p, int split, int y, int batch_row)
+      : batch_row(batch_row), split(split) {
+    const int group = p.num_heads / p.num_kv_heads, tiles = head_tiles(p.num_heads, p.num_kv_heads);
+    kv_head = y / tiles;
+    tile = y - kv_head * tiles;
+    first_head = kv_head * group + tile * kHeadTile;
+    heads = min(group - tile * kHeadTile, kHeadTile);
+    pair = static_cast<int64_t>(batch_row) * gridDim.y + y;
+  }
+};
+template <int kHeadDim>
+__device__ __forceinline__ AttendSource attend_source(const SparseDecodeAttentionParams& p,
+                                                      const SplitPlace& place) {
+  AttendSource source;
+  source.queries = static_cast<const uint16_t*>(p.queries) +
+                   (static_cast<int64_t>(place.batch_row) * p.num_heads + place.first_head) * kHeadDim;
+  source.keys = static_cast<const uint16_t*>(p.keys) + place.kv_head * p.head_stride;
+  source.values = static_cast<const uint16_t*>(p.values) + place.kv_head * p.head_stride;
+  source.page_stride = p.page_stride;
+  source.token_stride = p.token_stride;
+  source.heads = place.heads;
+  source.scale_log2 = p.scale * 1.4426950408889634f;
+  return source;
+}
+
+struct CombineShared {
+  float factor[kHeadTile][kAttentionSplits];
+  int last;
+};
+
+// Folds the warps' parked results in order, publishes the split, and in the last of the 16 thread blocks to
+// arrive folds the splits in order and writes the output. No block ever waits for another; the counter is
+// reset for the next launch. All threads of the block call it, after a barrier.
+template <typename T, int kHeadDim, int kStages>
+__device__ __forceinline__ void combine(const SparseDecodeAttentionParams& p, const SplitPlace& place,
+                                        const AttendShared<kHeadDim, kStages>& shared,
+                                        CombineShared& combined) {
+  using Shape = AttendShape<kHeadDim>;
   const float minus_infinity = __uint_as_float(0xff800000u);
-  float largest = minus_infinity;
+  const SplitWorkspace layout = {static_cast<int64_t>(p.batch) * gridDim.y, kHeadDim};
+  uint8_t* workspace = static_cast<uint8_t*>(p.workspace);
+  float2* sums = reinterpret_cast<float2*>(workspace + layout.counters_bytes()) +
+                 place.pair * kAttentionSplits * kHeadTile;
+  float4* partial = reinterpret_cast<float4*>(workspace + layout.counters_bytes() + layout.sums_bytes()) +
+                    place.pair * kAttentionSplits * kHeadTile * (kHeadDim / 4);
+  const int vectors = place.heads * (kHeadDim / 4), tid = threadIdx.x;
+  for (int v = tid; v < vectors; v += blockDim.x) {
+    const int head = v / (kHeadDim / 4), at = head * Shape::kOutStride + v % (kHeadDim / 4) * 4;
+    float largest = minus_infinity, sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kParts; ++i) largest = fmaxf(largest, maximum(i));
-  float total = 0.0f;
+    for (int w = 0; w < kAttendWarps; ++w) largest = fmaxf(largest, shared.maximum[w][head]);
+    float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    const float m = maximum(i);
-    factors[i] = m == minus_infinity ? 0.0f : ptx::exp2_approx(m - largest);
-    total += factors[i] * sum(i);
+    for (int w = 0; w < kAttendWarps; ++w) {
+      const float m = shared.maximum[w][head];
+      const float factor = m == minus_infinity ? 0.0f : ptx::exp2_approx(m - largest);
+      const float4 o =
+          *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(shared.tiles[w][0]) + at);
+      sum = fmaf(factor, shared.sum[w][head], sum);
+      value.x = fmaf(factor, o.x, value.x);
+      value.y = fmaf(factor, o.y, value.y);
+      value.z = fmaf(factor, o.z, value.z);
+      value.w = fmaf(factor, o.w, value.w);
+    }
+    partial[place.split * kHeadTile * (kHeadDim / 4) + v] = value;
+    if (v % (kHeadDim / 4) == 0) sums[place.split * kHeadTile + head] = make_float2(largest, sum);
   }
-  return make_float2(largest, total);
-}
-
-// Element (head, dim) of the split, folded over the warps in order, not yet divided by the sum.
-template <int kHeadDim, int kStages>
-__device__ __forceinline__ float fold_warps(const AttendShared<kHeadDim, kStages>& shared, int head, int dim,
-                                            float2* maximum_sum) {
-  float factors[kAttendWarps];
-  *maximum_sum = fold_factors<kAttendWarps>([&](int w) { return shared.maximum[w][head]; },
-                                            [&](int w) { return shared.sum[w][head]; }, factors);
-  float value = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kAttendWarps; ++w) {
-    const float o =
-        reinterpret_cast<const float*>(shared.tiles[w][0])[head * AttendShape<kHeadDim>::kOutStride + dim];
-    value = fmaf(factors[w], o, value);
+  __syncthreads();
+  if (tid == 0) {
+    uint32_t* counter = reinterpret_cast<uint32_t*>(workspace) + place.pair;
+    __threadfence();
+    combined.last = atomicAdd(counter, 1u) == kAttentionSplits - 1;
+    if (combined.last) {
+      *counter = 0;
+      __threadfence();
+    }
   }
-  return value;
-}
+  __syncthreads();
+  if (!combined.last) return;
 
-// Element of the result, folded over the splits in order. `largest_sum` receives the row's {maximum, sum}.
-template <typename Maximum, typename Sum, typename Value>
-__device__ __forceinline__ float fold_splits(const Maximum& maximum, const Sum& sum, const Value& value,
-                                             float2* largest_sum) {
-  float factors[kAttentionSplits];
-  *largest_sum = fold_factors<kAttentionSplits>(maximum, sum, factors);
-  float total = 0.0f;
+  const int lane = tid % 32, split = lane % kAttentionSplits;
+  for (int head = tid / 32; head < place.heads; head += blockDim.x / 32) {
+    const float2 own = __ldcg(&sums[split * kHeadTile + head]);
+    float largest = own.x;
 #pragma unroll
-  for (int s = 0; s < kAttentionSplits; ++s) total = fmaf(factors[s], value(s), total);
-  return largest_sum->y > 0.0f ? total / largest_sum->y : 0.0f;
-}
-__device__ __forceinline__ float log_sum_exp_of(float2 largest_sum) {
-  return largest_sum.y > 0.0f ? (largest_sum.x + log2f(largest_sum.y)) * 0.6931471805599453f
-                              : __uint_as_float(0xff800000u);
+    for (int offset = 1; offset < kAttentionSplits; offset *= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+    const float factor = own.x == minus_infinity ? 0.0f : ptx::exp2_approx(own.x - largest);
+    float sum = factor * own.y;
+#pragma unroll
+    for (int offset = 1; offset < kAttentionSplits; offset *= 2)
+      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (lane < kAttentionSplits) combined.factor[head][split] = sum > 0.0f ? factor / sum : sum;
+    if (lane == 0 && p.log_sum_exp != nullptr)
+      p.log_sum_exp[static_cast<int64_t>(place.batch_row) * p.num_heads + place.first_head + head] =
+          sum == 0.0f ? minus_infinity : (largest + log2f(sum)) * 0.6931471805599453f;
+  }
+  __syncthreads();
+  for (int v = tid; v < vectors; v += blockDim.x) {
+    const int head = v / (kHeadDim / 4);
+    float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int s = 0; s < kAttentionSplits; ++s) {
+      const float4 o = __ldcg(&partial[s * kHeadTile * (kHeadDim / 4) + v]);
+      const float factor = combined.factor[head][s];
+      value.x = fmaf(factor, o.x, value.x);
+      value.y = fmaf(factor, o.y, value.y);
+      value.z = fmaf(factor, o.z, value.z);
+      value.w = fmaf(factor, o.w, value.w);
+    }
+    uint2 packed = make_uint2(ptx::pack2<T>(value.x, value.y), ptx::pack2<T>(value.z, value.w));
+    T* out = static_cast<T*>(p.out) +
+             (static_cast<int64_t>(place.batch_row) * p.num_heads + place.first_head) * kHeadDim;
+    reinterpret_cast<uint2*>(out)[v] = packed;
+  }
 }
 
 }  // namespace spot::kernels

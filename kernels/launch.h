@@ -27,16 +27,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   return cudaSuccess;
 }
 template <typename Kernel>
-cudaError_t max_active_clusters(Kernel, const LaunchShape&, int* clusters) {
-  *clusters = 4;
-  return cudaSuccess;
-}
-template <typename Kernel>
 cudaError_t allow_shared_bytes(Kernel, size_t) {
-  return cudaSuccess;
-}
-template <typename Kernel>
-cudaError_t allow_any_cluster(Kernel) {
   return cudaSuccess;
 }
 inline cudaError_t multiprocessor_count(int* count) {
@@ -78,26 +69,11 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Clusters of the shape's size that the current device can run at once.
-template <typename Kernel>
-cudaError_t max_active_clusters(Kernel kernel, const LaunchShape& shape, int* clusters) {
-  cudaLaunchAttribute attributes[2];
-  LaunchShape plain = shape;
-  plain.overlap = Overlap::kNone;
-  const cudaLaunchConfig_t config = launch_config(plain, nullptr, attributes);
-  return cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
-}
-
-// Dynamic shared memory above 48 KB, and clusters above 8 blocks, must be allowed once a kernel.
+// Dynamic shared memory above 48 KB must be allowed once a kernel.
 template <typename Kernel>
 cudaError_t allow_shared_bytes(Kernel kernel, size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
-template <typename Kernel>
-cudaError_t allow_any_cluster(Kernel kernel) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-}
-
 // Multiprocessors of the current device.
 inline cudaError_t multiprocessor_count(int* count) {
   int device = 0;

@@ -364,12 +364,14 @@ __global__ void __launch_bounds__(kWarps * 32) score_kernel(const ScoreBlocksPar
       ptx::griddepcontrol_wait();
       waited = true;
     }
-    if (lane < kUnits && work.first_block + (kKeyHeads == 1 ? lane : 0) < work.blocks) {
-      const int64_t unit = static_cast<int64_t>(work.page) * kKeyHeads + (kKeyHeads == 1 ? 0 : lane);
+    if (lane < kUnits && work.blocks > 0) {
+      const bool exists = work.first_block + (kKeyHeads == 1 ? lane : 0) < work.blocks;
       const uint32_t barrier = ptx::shared_address(&shared.arrived[warp][stage][lane]);
-      ptx::mbarrier_arm(barrier, kPageBytes);
-      ptx::bulk_copy(ptx::shared_address(shared.pages[warp][stage][lane]), p.pages + unit * kPageBytes,
-                     kPageBytes, barrier);
+      ptx::mbarrier_arm(barrier, exists ? kPageBytes : 0);  // a phase passes either way
+      const int64_t unit = static_cast<int64_t>(work.page) * kKeyHeads + (kKeyHeads == 1 ? 0 : lane);
+      if (exists)
+        ptx::bulk_copy(ptx::shared_address(shared.pages[warp][stage][lane]), p.pages + unit * kPageBytes,
+                       kPageBytes, barrier);
     }
   };
 

@@ -20,10 +20,9 @@ struct SelectAndAttendParams {
 };
 
 enum class SelectAndAttendPath : int32_t {
-  kChoose = 0,      // the fused kernel where the batch leaves room for its clusters, else the two kernels
-  kFused16 = 1,     // one launch, clusters of 16 thread blocks (cudaErrorNotSupported where they do not fit)
-  kFused8 = 2,      // one launch, clusters of 8
-  kTwoKernels = 3,  // select_blocks, then sparse_decode_attention
+  kChoose = 0,      // fused where all its thread blocks run at once, else the two kernels
+  kFused = 1,       // one launch
+  kTwoKernels = 2,  // select_blocks, then sparse_decode_attention
 };
 
 // Equal bits to select_blocks followed by sparse_decode_attention, whichever path runs.

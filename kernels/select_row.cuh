@@ -1,21 +1,22 @@
 // Selection of one row by one thread block, without a sort. Used by select_blocks.cu and by the fused decode
-// kernel, where it lies on the critical path: what counts is the number of dependent steps, not bytes.
+// kernel, where it lies on the critical path: what counts there is the number of dependent steps and the
+// amount of code that runs once, not bytes.
 //
-// 1. Candidates. A budget of k blocks can only fall on scores >= the k-th largest of any subset's scores; the
-// subset is
-//    each thread's largest scores, one or four a thread. A few halvings of their range find a bound that a
-//    little more than k of them reach, and everything that reaches it is listed: 300 to 500 of 8192 blocks
-//    for k = 232. Where that cannot work (k too large, a plateau of equal scores, a nucleus longer than
-//    supposed), all residual blocks are the candidates.
-// 2. Candidates fall into 1024 bins that keep the order of scores: first linear in the score, which spreads
-// real scores
-//    well. Counts, and for top_p the integer masses, are summed per bin; a scan from the top finds the bin in
-//    which the budget ends. Bins above it are selected whole.
-// 3. The few members of that bin are ranked among each other exactly, by (score, index). A bin with too many
-// members is
-//    split again, linearly in the integer order of its scores, at most three times; if all its scores are
-//    equal, the ties are taken by lowest index from a bitmap.
-// All sums are of integers, so the order of atomics cannot matter.
+// select_from_candidates, the usual case:
+// 1. A budget of k blocks can only fall on scores >= the k-th largest of any subset's scores; the subset is
+// each
+//    thread's largest scores, one or four a thread. A few halvings of their range find a bound that a little
+//    more than k of them reach, and everything that reaches it is listed: some 500 of 8192 blocks for k =
+//    232.
+// 2. These candidates fall into 1024 bins, linear in the score. Counts, and for top_p the integer masses, are
+//    summed per bin; a scan from the top finds the bin in which the budget ends. Bins above it are selected
+//    whole.
+// 3. The few members of that bin are ranked among each other exactly, by (score, index).
+// select_from_all, where that cannot work (k too large, plateaus of equal scores, a nucleus longer than
+// supposed): all residual blocks are the candidates, and a bin with too many members is split again, linearly
+// in the integer order of its scores, at most three times; if all its scores are equal, the ties are taken by
+// lowest index. All sums are of integers, so the order of atomics cannot matter, and both give the same
+// blocks.
 #pragma once
 
 #include "kernels/ptx.cuh"
@@ -41,8 +42,7 @@ constexpr int kSelectTile = kSelectThreads * kSelectItems;
 constexpr int kSelectBins = 2 * kSelectThreads;
 constexpr int kSelectCandidates = 2048;
 constexpr int kSelectFew = 256;  // members of a bin that are ranked
-constexpr int kMassSplit =
-    12;  // bins sum the low 12 bits of masses and the rest apart, so that neither overflows
+constexpr int kMassSplit = 12;   // bins sum the low 12 bits of masses and the rest apart: neither overflows
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 struct SelectShared {
@@ -52,7 +52,7 @@ struct SelectShared {
       uint32_t key[kSelectCandidates];
       int32_t block[kSelectCandidates];
     } candidates;
-    uint32_t ties[kMaxSelectBlocks / 32];  // only where all blocks are candidates
+    uint32_t ties[kMaxSelectBlocks / 32];  // select_from_all
   };
   uint32_t count[kSelectBins];
   uint32_t mass_low[kSelectBins];
@@ -68,14 +68,338 @@ struct SelectShared {
   uint32_t base_count, bin, bin_count, num_few, num_candidates, taken;
 };
 
-// Whether the block at sorted position `position` (from 0), with `mass_before` ahead of it, is selected.
-__device__ __forceinline__ bool within_budget(const SelectRow& row, bool top_p, unsigned long long target,
-                                              unsigned long long mass_before, uint32_t position) {
-  if (position >= static_cast<uint32_t>(row.max_residual)) return false;
-  return position < static_cast<uint32_t>(row.min_residual) || (top_p && mass_before < target);
+// What both ways need of a row.
+struct SelectTask {
+  const float* scores;
+  SelectRow row;
+  bool top_p, with_mass;
+  float scale;
+  uint32_t probability;
+
+  __device__ __forceinline__ SelectTask(const float* scores, const SelectRow& row,
+                                        const SelectConstants& constants, bool with_share)
+      : scores(scores),
+        row(row),
+        top_p(constants.rules.mode == SelectMode::kTopP),
+        with_mass(top_p || with_share),
+        scale(constants.scale),
+        probability(constants.probability) {}
+  __device__ __forceinline__ bool residual(int block) const {
+    return block >= row.residual_begin && block < row.residual_end;
+  }
+  __device__ __forceinline__ int reserved_blocks() const {
+    return row.num_blocks - (row.residual_end - row.residual_begin);
+  }
+  // Whether the block at sorted position `position` (from 0), with `mass_before` ahead of it, is selected.
+  __device__ __forceinline__ bool within_budget(unsigned long long target, unsigned long long mass_before,
+                                                uint32_t position) const {
+    if (position >= static_cast<uint32_t>(row.max_residual)) return false;
+    return position < static_cast<uint32_t>(row.min_residual) || (top_p && mass_before < target);
+  }
+  __device__ __forceinline__ uint32_t mass(uint32_t key, uint32_t largest_key) const {
+    return largest_key == order_key(bits_float(0xff800000u))
+               ? 0u
+               : mass_of(score_of_key(key), score_of_key(largest_key), scale);
+  }
+};
+
+__device__ __forceinline__ uint32_t bits_below(int n) {
+  return n >= 32 ? kAllLanes : (1u << n) - 1;
 }
 
-// The bins of one pass: linear in the score, or in its order_key between `low` and `high`.
+__device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value, int lane) {
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const uint32_t other = __shfl_up_sync(kAllLanes, value, offset);
+    if (lane >= offset) value += other;
+  }
+  return value;
+}
+__device__ __forceinline__ unsigned long long warp_inclusive_sum(unsigned long long value, int lane) {
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const unsigned long long other = __shfl_up_sync(kAllLanes, value, offset);
+    if (lane >= offset) value += other;
+  }
+  return value;
+}
+// The sum of 32 values below 2^48, to every lane.
+__device__ __forceinline__ unsigned long long warp_sum(unsigned long long value) {
+  const unsigned long long low = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(value & 0xffffff));
+  return low +
+         (static_cast<unsigned long long>(__reduce_add_sync(kAllLanes, static_cast<uint32_t>(value >> 24)))
+          << 24);
+}
+
+// A thread's first 16 scores, asked for before the row's length is known so that the two latencies overlap.
+// Blocks past `allocated` are not touched.
+struct FirstScores {
+  float score[kSelectItems];
+  __device__ __forceinline__ void load(const float* scores, int allocated) {
+#pragma unroll
+    for (int i = 0; i < kSelectItems; ++i) {
+      const int block = i * kSelectThreads + static_cast<int>(threadIdx.x);
+      score[i] = block < allocated ? scores[block] : 0.0f;
+    }
+  }
+  __device__ __forceinline__ void load_tile(const float* scores, int tile, int num_blocks) {
+#pragma unroll
+    for (int i = 0; i < kSelectItems; ++i)
+      score[i] = scores[min(tile * kSelectTile + i * kSelectThreads + static_cast<int>(threadIdx.x),
+                            num_blocks - 1)];
+  }
+  // What is not residual becomes NaN.
+  __device__ __forceinline__ void keep_residual(const SelectRow& row, int tile) {
+    const int base = tile * kSelectTile + static_cast<int>(threadIdx.x) - (kSelectThreads - 1);
+    const int begin = min(max((row.residual_begin - base) >> 9, 0), kSelectItems);
+    const int end = min(max((row.residual_end - base) >> 9, 0), kSelectItems);
+    const uint32_t valid = bits_below(end) & ~bits_below(begin);
+#pragma unroll
+    for (int i = 0; i < kSelectItems; ++i) score[i] = valid >> i & 1 ? score[i] : bits_float(0x7fffffffu);
+  }
+};
+static_assert(kSelectThreads == 1 << 9);
+
+// Mass of all residual blocks, to every thread. Two barriers.
+__device__ __forceinline__ unsigned long long total_mass(const SelectTask& task, uint32_t largest_key,
+                                                         SelectShared& s) {
+  unsigned long long sum = 0;
+#pragma unroll 4
+  for (int block = task.row.residual_begin + static_cast<int>(threadIdx.x); block < task.row.residual_end;
+       block += kSelectThreads)
+    sum += task.mass(order_key(canonical_score(task.scores[block])), largest_key);
+  sum = warp_sum(sum);
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) s.warp_mass[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = warp_sum(lane < kSelectWarps ? s.warp_mass[lane] : 0ull);
+  __syncthreads();
+  return sum;
+}
+
+__device__ __forceinline__ void add_to_bin(const SelectTask& task, uint32_t key, uint32_t largest_key,
+                                           int bin, SelectShared& s) {
+  atomicAdd(&s.count[bin], 1u);
+  if (task.with_mass) {
+    const uint32_t m = task.mass(key, largest_key), low = m & ((1u << kMassSplit) - 1),
+                   high = m >> kMassSplit;
+    if (low != 0) atomicAdd(&s.mass_low[bin], low);
+    if (high != 0) atomicAdd(&s.mass_high[bin], high);
+  }
+}
+
+// Sums bins from the top down and finds the one in which the budget ends: s.bin, s.bin_count, and
+// s.base_count and s.base_mass of what lies above it, starting from what these two hold. s.bin is kSelectBins
+// where nothing is selected. Clears the bins. Thread t owns bins kSelectBins - 1 - 2t and the one below.
+// False if the budget reaches beyond the bins. Two barriers.
+__device__ __forceinline__ bool find_bin(const SelectTask& task, unsigned long long target, SelectShared& s) {
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, top = kSelectBins - 1 - 2 * tid;
+  uint32_t counts[2];
+  unsigned long long masses[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    counts[i] = s.count[top - i];
+    s.count[top - i] = 0;
+    if (task.with_mass) {
+      masses[i] = (static_cast<unsigned long long>(s.mass_high[top - i]) << kMassSplit) + s.mass_low[top - i];
+      s.mass_high[top - i] = s.mass_low[top - i] = 0;
+    }
+  }
+  uint32_t position = warp_inclusive_sum(counts[0] + counts[1], lane);
+  unsigned long long before = task.with_mass ? warp_inclusive_sum(masses[0] + masses[1], lane) : 0;
+  if (lane == 31) s.warp_a[0][warp] = position, s.warp_mass[warp] = before;
+  position += s.base_count - counts[0] - counts[1];
+  before += s.base_mass - masses[0] - masses[1];
+  if (tid == 0) s.bin = kSelectBins, s.bin_count = 0;
+  __syncthreads();
+  position += __reduce_add_sync(kAllLanes, lane < warp ? s.warp_a[0][lane] : 0u);
+  if (task.with_mass) before += warp_sum(lane < warp ? s.warp_mass[lane] : 0ull);
+  // The bin of the last selected block: its first block is within the budget, the next bin's first is not.
+  bool within = task.within_budget(target, before, position);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool after = task.within_budget(target, before + masses[i], position + counts[i]);
+    if (counts[i] != 0 && within && !after) {
+      s.bin = static_cast<uint32_t>(top - i);
+      s.bin_count = counts[i];
+      s.base_count = position;
+      s.base_mass = before;
+    }
+    within = after;
+    position += counts[i];
+    before += masses[i];
+  }
+  if (tid == kSelectThreads - 1) s.warp_b[0] = within ? 1 : 0;
+  __syncthreads();
+  return s.warp_b[0] == 0;
+}
+
+__device__ __forceinline__ void keep_few(const SelectTask& task, uint32_t key, uint32_t largest_key,
+                                         int block, SelectShared& s) {
+  const uint32_t at = atomicAdd(&s.num_few, 1u);
+  s.few.key[at] = key;
+  s.few.mass[at] = task.with_mass ? task.mass(key, largest_key) : 0;
+  s.few.block[at] = block;
+}
+// Ranks the bin's few members and selects those within the budget. A barrier must follow.
+__device__ __forceinline__ void take_few(const SelectTask& task, unsigned long long target, SelectShared& s) {
+  const int members = static_cast<int>(s.num_few), tid = threadIdx.x;
+  if (tid >= members) return;
+  const uint32_t key = s.few.key[tid];
+  const int block = s.few.block[tid];
+  uint32_t position = s.base_count;
+  unsigned long long before = s.base_mass;
+#pragma unroll 1
+  for (int other = 0; other < members; ++other) {
+    const uint32_t other_key = s.few.key[other];
+    if (other_key > key || (other_key == key && s.few.block[other] < block)) {
+      ++position;
+      before += s.few.mass[other];
+    }
+  }
+  if (!task.within_budget(target, before, position)) return;
+  atomicOr(&s.bitmap[block / 32], 1u << (block % 32));
+  atomicAdd(&s.taken, 1u);
+  if (task.with_mass) atomicAdd(&s.covered, static_cast<unsigned long long>(s.few.mass[tid]));
+}
+static __device__ __attribute__((noinline)) void store_share(float* share, unsigned long long covered,
+                                                      unsigned long long total) {
+  *share = total == 0 ? 1.0f : static_cast<float>(static_cast<double>(covered) / static_cast<double>(total));
+}
+
+// How many of the threads' largest reach `bound`. Calls in a row alternate `buffer`. One barrier.
+__device__ __forceinline__ int count_largest(const float (&best)[4], bool one, float bound, int buffer,
+                                             SelectShared& s) {
+  const int lane = threadIdx.x % 32;
+  uint32_t count = __popc(__ballot_sync(kAllLanes, best[0] >= bound));
+  if (!one) {
+#pragma unroll
+    for (int i = 1; i < 4; ++i) count += __popc(__ballot_sync(kAllLanes, best[i] >= bound));
+  }
+  if (lane == 0) s.warp_a[buffer][threadIdx.x / 32] = count;
+  __syncthreads();
+  return static_cast<int>(__reduce_add_sync(kAllLanes, lane < kSelectWarps ? s.warp_a[buffer][lane] : 0u));
+}
+
+// Selects into the bitmap and returns the number of blocks to every thread, or -1 where this way cannot work;
+// ends with a barrier. The row must not be take_all.
+__device__ __forceinline__ int select_from_candidates(const SelectTask& task, FirstScores& first,
+                                                      float* share, SelectShared& s) {
+  const SelectRow& row = task.row;
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, words = (row.num_blocks + 31) / 32;
+  const int tiles = (row.num_blocks + kSelectTile - 1) / kSelectTile;
+  const float minus_infinity = bits_float(0xff800000u);
+  const int supposed = task.top_p ? min(row.max_residual, 3 * kSelectThreads / 2) : row.max_residual;
+  if (supposed == 0 || supposed > 5 * kSelectThreads / 2) return -1;
+  const bool one = supposed <= 3 * kSelectThreads / 4;  // one a thread suffices
+
+  // The thread's largest scores, by i % 4; and a bitmap of the reserved blocks, and clear bins.
+  float best[4] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (tile > 0) first.load_tile(task.scores, tile, row.num_blocks);
+    first.keep_residual(row, tile);
+#pragma unroll
+    for (int i = 0; i < kSelectItems; ++i) best[i % 4] = fmaxf(best[i % 4], first.score[i]);
+  }
+  for (int w = tid; w < words; w += kSelectThreads) {
+    const int at = w * 32;
+    s.bitmap[w] = bits_below(max(row.residual_begin - at, 0)) |
+                  (bits_below(max(row.num_blocks - at, 0)) & ~bits_below(max(row.residual_end - at, 0)));
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    s.count[tid + i * kSelectThreads] = 0;
+    if (task.with_mass) s.mass_low[tid + i * kSelectThreads] = s.mass_high[tid + i * kSelectThreads] = 0;
+  }
+  if (tid == 0) {
+    s.base_mass = s.covered = 0;
+    s.base_count = s.num_few = s.num_candidates = s.taken = 0;
+  }
+  const float top = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3])) + 0.0f;
+  if (one) best[0] = top;
+  uint32_t low = best[0] != minus_infinity ? order_key(best[0] + 0.0f) : 0xffffffffu;
+  if (!one) {
+#pragma unroll
+    for (int i = 1; i < 4; ++i)
+      if (best[i] != minus_infinity) low = min(low, order_key(best[i] + 0.0f));
+  }
+  const uint32_t warp_high = ptx::reduce_max(order_key(top)), warp_low = ptx::reduce_min(low);
+  if (lane == 0) s.warp_a[0][warp] = warp_high, s.warp_b[warp] = warp_low;
+  __syncthreads();
+  const uint32_t largest_key = ptx::reduce_max(s.warp_a[0][lane % kSelectWarps]);
+  low = ptx::reduce_min(s.warp_b[lane % kSelectWarps]);
+  if (low == 0xffffffffu) return -1;
+
+  // Halve [bound, above) while far more than `supposed` of the largest reach bound.
+  float bound = score_of_key(low), above = score_of_key(largest_key);
+  const int enough = supposed + (one ? supposed / 2 + 16 : 128);
+  int reached = count_largest(best, one, bound, 1, s);
+  if (reached < supposed) return -1;
+#pragma unroll 1
+  for (int step = 0; step < 12 && reached > enough; ++step) {
+    const float middle = bound + 0.5f * (above - bound);
+    if (!(middle > bound && middle < above)) break;
+    const int count = count_largest(best, one, middle, step % 2, s);
+    if (count >= supposed) {
+      bound = middle;
+      reached = count;
+    } else {
+      above = middle;
+    }
+  }
+
+  // List what reaches the bound.
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (tiles > 1) {
+      first.load_tile(task.scores, tile, row.num_blocks);
+      first.keep_residual(row, tile);
+    }
+    uint32_t mask = 0;
+#pragma unroll
+    for (int i = 0; i < kSelectItems; ++i)
+      if (first.score[i] >= bound) mask |= 1u << i;
+    const uint32_t own = __popc(mask), before = warp_inclusive_sum(own, lane);
+    uint32_t at = 0;
+    if (lane == 31 && before != 0) at = atomicAdd(&s.num_candidates, before);
+    at = __shfl_sync(kAllLanes, at, 31) + before - own;
+    for (; mask != 0 && at < kSelectCandidates; mask &= mask - 1, ++at) {
+      const int block = tile * kSelectTile + (__ffs(static_cast<int>(mask)) - 1) * kSelectThreads + tid;
+      s.candidates.key[at] = order_key(task.scores[block] + 0.0f);
+      s.candidates.block[at] = block;
+    }
+  }
+  const unsigned long long total = task.with_mass ? total_mass(task, largest_key, s) : 0;
+  if (!task.with_mass) __syncthreads();
+  const int candidates = static_cast<int>(s.num_candidates);
+  if (candidates > kSelectCandidates) return -1;
+  const unsigned long long target = task.top_p ? mass_target(task.probability, total) : 0;
+
+  const float factor = static_cast<float>(kSelectBins - 1) / (score_of_key(largest_key) - bound);
+  const auto bin_of = [&](uint32_t key) {  // the conversion saturates, and makes 0 of NaN
+    return min(max(static_cast<int>((score_of_key(key) - bound) * factor), 0), kSelectBins - 1);
+  };
+#pragma unroll 1
+  for (int i = tid; i < candidates; i += kSelectThreads)
+    add_to_bin(task, s.candidates.key[i], largest_key, bin_of(s.candidates.key[i]), s);
+  __syncthreads();
+  if (!find_bin(task, target, s) || s.bin_count > kSelectFew) return -1;
+
+  const int chosen = static_cast<int>(s.bin);
+#pragma unroll 1
+  for (int i = tid; i < candidates; i += kSelectThreads) {
+    const uint32_t key = s.candidates.key[i];
+    const int block = s.candidates.block[i], bin = bin_of(key);
+    if (bin > chosen) atomicOr(&s.bitmap[block / 32], 1u << (block % 32));
+    if (bin == chosen) keep_few(task, key, largest_key, block, s);
+  }
+  __syncthreads();
+  take_few(task, target, s);
+  __syncthreads();
+  if (tid == 0 && share != nullptr) store_share(share, s.covered + s.base_mass, total);
+  return task.reserved_blocks() + static_cast<int>(s.base_count + s.taken);
+}
+
+// The bins of one pass of select_from_all: linear in the score, or in its order_key between `low` and `high`.
 struct Bins {
   bool by_key;
   float smallest, factor;
@@ -90,481 +414,186 @@ struct Bins {
   }
 };
 
-__device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value, int lane) {
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(kAllLanes, value, offset);
-    if (lane >= offset) value += other;
+// All members of the last bin have the key `key`: the lowest indices of s.ties. Returns how many.
+__device__ __forceinline__ uint32_t take_ties(const SelectTask& task, uint32_t key, uint32_t largest_key,
+                                              unsigned long long target, SelectShared& s) {
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, words = (task.row.num_blocks + 31) / 32;
+  const uint32_t each = task.with_mass ? task.mass(key, largest_key) : 0;
+  unsigned long long nucleus = 0;
+  if (task.top_p && each != 0 && s.base_mass < target) nucleus = (target - s.base_mass + each - 1) / each;
+  unsigned long long position = s.base_count + nucleus;
+  position = max(position, static_cast<unsigned long long>(task.row.min_residual));
+  position = min(position, static_cast<unsigned long long>(task.row.max_residual));
+  const uint32_t taken = min(static_cast<uint32_t>(position - s.base_count), s.bin_count);
+  uint32_t carried = 0;
+  for (int base = 0; base < words; base += kSelectThreads) {
+    const int w = base + tid;
+    uint32_t word = w < words ? s.ties[w] : 0;
+    const uint32_t own = __popc(word);
+    uint32_t before = warp_inclusive_sum(own, lane);
+    if (lane == 31) s.warp_a[0][warp] = before;
+    before += carried - own;
+    __syncthreads();
+    for (int v = 0; v < kSelectWarps; ++v) {
+      if (v < warp) before += s.warp_a[0][v];
+      carried += s.warp_a[0][v];
+    }
+    if (w < words && before < taken) {
+      uint32_t keep = taken - before, kept = 0;
+      for (; keep > 0 && word != 0; --keep) {
+        kept |= word & (~word + 1);
+        word &= word - 1;
+      }
+      s.bitmap[w] |= kept;
+    }
+    __syncthreads();
   }
-  return value;
+  if (tid == 0) {
+    s.taken = taken;
+    s.covered = static_cast<unsigned long long>(taken) * each;
+  }
+  return taken;
 }
 
-// A thread's first 16 scores, asked for before the row's length is known so that the two latencies overlap.
-// Blocks past `allocated` are not touched.
-struct FirstScores {
-  float score[kSelectItems];
-  __device__ __forceinline__ void load(const float* scores, int allocated) {
-#pragma unroll
-    for (int i = 0; i < kSelectItems; ++i) {
-      const int block = i * kSelectThreads + static_cast<int>(threadIdx.x);
-      score[i] = block < allocated ? scores[block] : 0.0f;
-    }
-  }
-};
-
-class RowSelector {
- public:
-  // All kSelectThreads threads of the block; `scores` is the row, `row` its budgets.
-  __device__ __forceinline__ RowSelector(const float* scores, const SelectRow& row,
-                                         const SelectConstants& constants, SelectShared& shared)
-      : scores_(scores),
-        row_(row),
-        constants_(constants),
-        s_(shared),
-        tid_(threadIdx.x),
-        lane_(tid_ % 32),
-        warp_(tid_ / 32),
-        words_((row.num_blocks + 31) / 32),
-        top_p_(constants.rules.mode == SelectMode::kTopP) {}
-
-  // Selects into the bitmap and returns the number of blocks, to every thread; ends with __syncthreads().
-  // `share` (may be null) is written by thread 0.
-  __device__ __forceinline__ int run(FirstScores& first, float* share) {
-    if (row_.take_all != 0) {
-      for (int w = tid_; w < words_; w += kSelectThreads)
-        s_.bitmap[w] = row_.num_blocks - w * 32 >= 32 ? kAllLanes : (1u << (row_.num_blocks - w * 32)) - 1;
-      if (tid_ == 0 && share != nullptr) *share = 1.0f;
-      __syncthreads();
-      return row_.num_blocks;
-    }
-    with_mass_ = top_p_ || share != nullptr;
-    find_candidates(first);
-    const unsigned long long total = with_mass_ ? total_mass() : 0;
-    target_ = top_p_ ? mass_target(constants_.probability, total) : 0;
-    while (!find_bin()) all_ = true;  // the budget ended beyond the candidates
-    mark();
-    finish_bin();
-    __syncthreads();
-    if (tid_ == 0 && share != nullptr)
-      *share = total == 0 ? 1.0f
-                          : static_cast<float>(static_cast<double>(s_.covered) / static_cast<double>(total));
-    return row_.num_blocks - (row_.residual_end - row_.residual_begin) + static_cast<int>(s_.taken);
-  }
-
- private:
-  __device__ __forceinline__ bool residual(int block) const {
-    return block >= row_.residual_begin && block < row_.residual_end;
-  }
-  __device__ __forceinline__ uint32_t mass(uint32_t key) const {
-    return largest_key_ == order_key(bits_float(0xff800000u))
-               ? 0u
-               : mass_of(score_of_key(key), score_of_key(largest_key_), constants_.scale);
-  }
-
-  // Visits (key, block) of every candidate.
-  template <typename Visit>
-  __device__ __forceinline__ void each_candidate(const Visit& visit) {
-    if (!all_) {
-      for (int i = tid_; i < num_candidates_; i += kSelectThreads)
-        visit(s_.candidates.key[i], s_.candidates.block[i]);
-      return;
-    }
+// As select_from_candidates, for every row; out of line, as it seldom runs.
+static __device__ __attribute__((noinline)) int select_from_all(const SelectTask task, float* share,
+                                                         SelectShared& s) {
+  const SelectRow& row = task.row;
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, words = (row.num_blocks + 31) / 32;
+  const uint32_t minus_infinity = order_key(bits_float(0xff800000u));
+  const auto each_block = [&](const auto& visit) {
 #pragma unroll 4
-    for (int block = row_.residual_begin + tid_; block < row_.residual_end; block += kSelectThreads)
-      visit(order_key(canonical_score(scores_[block])), block);
-  }
-
-  // The largest residual score, and the candidates.
-  __device__ __forceinline__ void find_candidates(FirstScores& first) {
-    const float minus_infinity = bits_float(0xff800000u);
-    const int tiles = (row_.num_blocks + kSelectTile - 1) / kSelectTile;
-    // The largest scores of the thread's blocks, by i % 4; NaN scores are ignored, as -infinity would be.
-    float best[4] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
-    for (int tile = 0; tile < tiles; ++tile) {
-      if (tile > 0) load_tile(first, tile);
-#pragma unroll
-      for (int i = 0; i < kSelectItems; ++i)
-        if (residual(tile * kSelectTile + i * kSelectThreads + tid_))
-          best[i % 4] = fmaxf(best[i % 4], first.score[i]);
-    }
-    const int supposed = top_p_ ? min(row_.max_residual, 3 * kSelectThreads / 2) : row_.max_residual;
-    if (supposed <= 3 * kSelectThreads / 4) {  // one a thread suffices
-      best[0] = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3]));
-      best[1] = best[2] = best[3] = minus_infinity;
-    }
-    uint32_t high = 0, low = 0xffffffffu;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t key = order_key(best[i] + 0.0f);
-      high = max(high, key);
-      if (best[i] != minus_infinity) low = min(low, key);
-    }
-    high = ptx::reduce_max(high);
-    low = ptx::reduce_min(low);
-    if (lane_ == 0) s_.warp_a[0][warp_] = high, s_.warp_b[warp_] = low;
-    if (tid_ == 0) {
-      s_.base_mass = s_.covered = 0;
-      s_.base_count = s_.num_few = s_.num_candidates = s_.taken = 0;
-    }
-    clear_bins();
-    __syncthreads();
-    largest_key_ = ptx::reduce_max(s_.warp_a[0][lane_ % kSelectWarps]);
-    low = ptx::reduce_min(s_.warp_b[lane_ % kSelectWarps]);
-    all_ = true;
-    if (supposed == 0 || supposed > 5 * kSelectThreads / 2 || low == 0xffffffffu) return;
-
-    // Halve [bound, above) while far more than `supposed` of the largest reach bound.
-    float bound = score_of_key(low), above = score_of_key(largest_key_);
-    const int enough = supposed + supposed / 8 + 16;
-    int reached = count_largest(best, bound, 1);
-    if (reached < supposed) return;
-    for (int step = 0; step < 12 && reached > enough; ++step) {
-      const float middle = bound + 0.5f * (above - bound);
-      if (!(middle > bound && middle < above)) break;
-      const int count = count_largest(best, middle, step % 2);
-      if (count >= supposed) {
-        bound = middle;
-        reached = count;
-      } else {
-        above = middle;
-      }
-    }
-    // List what reaches the bound.
-    for (int tile = 0; tile < tiles; ++tile) {
-      if (tiles > 1) load_tile(first, tile);
-      uint32_t mask = 0;
-#pragma unroll
-      for (int i = 0; i < kSelectItems; ++i)
-        if (first.score[i] >= bound && residual(tile * kSelectTile + i * kSelectThreads + tid_))
-          mask |= 1u << i;
-      const uint32_t own = __popc(mask), before = warp_inclusive_sum(own, lane_);
-      uint32_t at = 0;
-      if (lane_ == 31 && before != 0) at = atomicAdd(&s_.num_candidates, before);
-      at = __shfl_sync(kAllLanes, at, 31) + before - own;
-      for (; mask != 0; mask &= mask - 1, ++at) {
-        const int block = tile * kSelectTile + (__ffs(static_cast<int>(mask)) - 1) * kSelectThreads + tid_;
-        if (at >= kSelectCandidates) break;
-        s_.candidates.key[at] = order_key(canonical_score(scores_[block]));
-        s_.candidates.block[at] = block;
-      }
-    }
-    __syncthreads();
-    num_candidates_ = static_cast<int>(s_.num_candidates);
-    all_ = num_candidates_ > kSelectCandidates;
-    bound_ = bound;
-  }
-  __device__ __forceinline__ void load_tile(FirstScores& first, int tile) {
-#pragma unroll
-    for (int i = 0; i < kSelectItems; ++i) {
-      const int block = tile * kSelectTile + i * kSelectThreads + tid_;
-      first.score[i] = scores_[min(block, row_.num_blocks - 1)];
-    }
-  }
-  // How many of the threads' largest reach `bound`. Calls in a row alternate `buffer`.
-  __device__ __forceinline__ int count_largest(const float (&best)[4], float bound, int buffer) {
-    uint32_t count = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) count += __popc(__ballot_sync(kAllLanes, best[i] >= bound));
-    if (lane_ == 0) s_.warp_a[buffer][warp_] = count;
-    __syncthreads();
-    return static_cast<int>(
-        __reduce_add_sync(kAllLanes, lane_ < kSelectWarps ? s_.warp_a[buffer][lane_] : 0u));
-  }
-
-  // Mass of all residual blocks, to every thread.
-  __device__ __forceinline__ unsigned long long total_mass() {
-    unsigned long long sum = 0;
-#pragma unroll 4
-    for (int block = row_.residual_begin + tid_; block < row_.residual_end; block += kSelectThreads)
-      sum += mass(order_key(canonical_score(scores_[block])));
-    const auto warp_sum = [](unsigned long long value) {  // value < 2^48
-      const unsigned long long low = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(value & 0xffffff));
-      return low + (static_cast<unsigned long long>(
-                        __reduce_add_sync(kAllLanes, static_cast<uint32_t>(value >> 24)))
-                    << 24);
-    };
-    sum = warp_sum(sum);
-    if (lane_ == 0) s_.warp_mass[warp_] = sum;
-    __syncthreads();
-    sum = warp_sum(lane_ < kSelectWarps ? s_.warp_mass[lane_] : 0ull);
-    __syncthreads();
-    return sum;
-  }
-
-  __device__ __forceinline__ void clear_bins() {
-    for (int i = tid_; i < kSelectBins; i += kSelectThreads)
-      s_.count[i] = s_.mass_low[i] = s_.mass_high[i] = 0;
-  }
-
-  // Finds the bin in which the budget ends, with at most kSelectFew members unless all are equal: s_.bin,
-  // s_.bin_count, s_.base_count and s_.base_mass of what lies above it. False if the candidates end first.
-  // s_.bin is kSelectBins when nothing residual is selected. Bins are clear when it begins.
-  __device__ __forceinline__ bool find_bin() {
-    const float largest = score_of_key(largest_key_), minus_infinity = bits_float(0xff800000u);
-    bins_ = Bins{};
-    bins_.smallest = all_ ? smallest_score() : bound_;
-    bins_.factor =
-        largest == minus_infinity ? 0.0f : static_cast<float>(kSelectBins - 1) / (largest - bins_.smallest);
-    equal_ties_ = false;
-    for (;;) {
-      each_candidate([&](uint32_t key, int) {
-        const int bin = bins_(key);
-        if (bin < 0 || bin >= kSelectBins) return;
-        atomicAdd(&s_.count[bin], 1u);
-        if (with_mass_) {
-          const uint32_t m = mass(key), low = m & ((1u << kMassSplit) - 1), high = m >> kMassSplit;
-          if (low != 0) atomicAdd(&s_.mass_low[bin], low);
-          if (high != 0) atomicAdd(&s_.mass_high[bin], high);
-        }
-      });
-      __syncthreads();
-      if (!scan_bins()) return false;
-      if (s_.bin_count <= kSelectFew) return true;
-      if (bins_.by_key && bins_.low == bins_.high) {
-        equal_ties_ = true;
-        all_ = true;  // the ties' bitmap lies over the candidates, and takes them from all blocks
-        return true;
-      }
-      split_bin();
-    }
-  }
-  // The smallest residual score above -infinity (any number if there is none).
-  __device__ __forceinline__ float smallest_score() {
-    uint32_t low = 0xffffffffu;
-    const uint32_t minus_infinity = order_key(bits_float(0xff800000u));
-    each_candidate([&](uint32_t key, int) { low = key != minus_infinity ? min(low, key) : low; });
-    low = ptx::reduce_min(low);
-    if (lane_ == 0) s_.warp_b[warp_] = low;
-    __syncthreads();
-    low = ptx::reduce_min(s_.warp_b[lane_ % kSelectWarps]);
-    __syncthreads();
-    return low == 0xffffffffu ? 0.0f : score_of_key(low);
-  }
-  // Sums from the top bin down; thread t owns bins kSelectBins - 1 - 2t and the one below. Clears the bins.
-  __device__ __forceinline__ bool scan_bins() {
-    const int top = kSelectBins - 1 - 2 * tid_;
-    uint32_t counts[2];
-    unsigned long long masses[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      counts[i] = s_.count[top - i];
-      masses[i] =
-          (static_cast<unsigned long long>(s_.mass_high[top - i]) << kMassSplit) + s_.mass_low[top - i];
-      s_.count[top - i] = s_.mass_high[top - i] = s_.mass_low[top - i] = 0;
-    }
-    const uint32_t count_sum = counts[0] + counts[1];
-    const unsigned long long mass_sum = masses[0] + masses[1];
-    uint32_t position = warp_inclusive_sum(count_sum, lane_);
-    unsigned long long before = mass_sum;
-    if (with_mass_) {
-#pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const unsigned long long other = __shfl_up_sync(kAllLanes, before, offset);
-        if (lane_ >= offset) before += other;
-      }
-    }
-    if (lane_ == 31) s_.warp_a[0][warp_] = position, s_.warp_mass[warp_] = before;
-    position += s_.base_count - count_sum;
-    before += s_.base_mass - mass_sum;
-    if (tid_ == 0) s_.bin = kSelectBins, s_.bin_count = 0;
-    __syncthreads();
-    position += __reduce_add_sync(kAllLanes, lane_ < warp_ ? s_.warp_a[0][lane_] : 0u);
-    if (with_mass_)
-      for (int w = 0; w < warp_; ++w) before += s_.warp_mass[w];
-    // The bin of the last selected block: its first block is within the budget, the next bin's first is not.
-    bool beyond = false;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t position_after = position + counts[i];
-      const unsigned long long mass_after = before + masses[i];
-      const bool after_within = within_budget(row_, top_p_, target_, mass_after, position_after);
-      if (counts[i] != 0 && within_budget(row_, top_p_, target_, before, position) && !after_within) {
-        s_.bin = static_cast<uint32_t>(top - i);
-        s_.bin_count = counts[i];
-        s_.base_count = position;
-        s_.base_mass = before;
-      }
-      beyond = after_within;
-      position = position_after;
-      before = mass_after;
-    }
-    if (tid_ == kSelectThreads - 1) s_.warp_b[0] = beyond ? 1 : 0;
-    __syncthreads();
-    return s_.warp_b[0] == 0;
-  }
-  // The bin's members become the range of the next pass, by the keys they really have.
-  __device__ __forceinline__ void split_bin() {
-    uint32_t low = 0xffffffffu, high = 0;
-    each_candidate([&](uint32_t key, int) {
-      if (bins_(key) != static_cast<int>(s_.bin)) return;
+    for (int block = row.residual_begin + tid; block < row.residual_end; block += kSelectThreads)
+      visit(order_key(canonical_score(task.scores[block])));
+  };
+  // Smallest and largest of `wanted` keys, to every thread.
+  const auto range = [&](const auto& wanted, uint32_t& low, uint32_t& high) {
+    low = 0xffffffffu, high = 0;
+    each_block([&](uint32_t key) {
+      if (!wanted(key)) return;
       low = min(low, key);
       high = max(high, key);
     });
     low = ptx::reduce_min(low);
     high = ptx::reduce_max(high);
-    if (lane_ == 0) s_.warp_a[0][warp_] = high, s_.warp_b[warp_] = low;
     __syncthreads();
-    bins_.by_key = true;
-    bins_.high = ptx::reduce_max(s_.warp_a[0][lane_ % kSelectWarps]);
-    bins_.low = ptx::reduce_min(s_.warp_b[lane_ % kSelectWarps]);
-    const int width =
-        32 - __clz(static_cast<int>(bins_.high - bins_.low));  // bits of the range; 0 when equal
-    bins_.shift = width > 10 ? width - 10 : 0;
+    if (lane == 0) s.warp_a[0][warp] = high, s.warp_b[warp] = low;
     __syncthreads();
+    high = ptx::reduce_max(s.warp_a[0][lane % kSelectWarps]);
+    low = ptx::reduce_min(s.warp_b[lane % kSelectWarps]);
+    __syncthreads();
+  };
+  for (int i = tid; i < kSelectBins; i += kSelectThreads) s.count[i] = s.mass_low[i] = s.mass_high[i] = 0;
+  Bins bins = {};
+  uint32_t smallest, largest_key;
+  range([&](uint32_t key) { return key > minus_infinity; }, smallest, largest_key);
+  largest_key = max(largest_key, minus_infinity);  // all -infinity: nothing was above it
+  if (largest_key != minus_infinity) {
+    bins.smallest = score_of_key(smallest);
+    bins.factor = static_cast<float>(kSelectBins - 1) / (score_of_key(largest_key) - bins.smallest);
+  }
+  if (tid == 0) {
+    s.base_mass = s.covered = 0;
+    s.base_count = s.num_few = s.taken = 0;
+  }
+  const unsigned long long total = task.with_mass ? total_mass(task, largest_key, s) : 0;
+  const unsigned long long target = task.top_p ? mass_target(task.probability, total) : 0;
+  __syncthreads();
+
+  bool equal_ties = false;
+  for (;;) {
+    each_block([&](uint32_t key) {
+      const int bin = bins(key);
+      if (bin >= 0 && bin < kSelectBins) add_to_bin(task, key, largest_key, bin, s);
+    });
+    __syncthreads();
+    find_bin(task, target, s);
+    if (s.bin_count <= kSelectFew) break;
+    if (bins.by_key && bins.low == bins.high) {
+      equal_ties = true;
+      break;
+    }
+    // Too many: the bin's members become the range of the next pass, by the keys they really have.
+    uint32_t low, high;
+    const int split = static_cast<int>(s.bin);
+    range([&](uint32_t key) { return bins(key) == split; }, low, high);
+    bins.by_key = true;
+    bins.low = low;
+    bins.high = high;
+    const int width = 32 - __clz(static_cast<int>(high - low));  // bits of the range; 0 when equal
+    bins.shift = width > 10 ? width - 10 : 0;
   }
 
-  // The bitmap of reserved blocks and of the bins above; the bin's own members apart, in `few` or in `ties`.
-  __device__ __forceinline__ void mark() {
-    const int chosen = static_cast<int>(s_.bin);
-    const auto keep_few = [&](uint32_t key, int block) {
-      const uint32_t at = atomicAdd(&s_.num_few, 1u);
-      s_.few.key[at] = key;
-      s_.few.mass[at] = with_mass_ ? mass(key) : 0;
-      s_.few.block[at] = block;
-    };
-    if (!all_) {
-      for (int w = tid_; w < words_; w += kSelectThreads) {
-        const int first = w * 32;
-        uint32_t word = 0;  // reserved blocks of the word
-        if (first < row_.residual_begin || first + 32 > row_.residual_end) {
-          const int begin = min(max(row_.residual_begin - first, 0), 32),
-                    end = min(max(row_.residual_end - first, 0), 32);
-          const int stop = min(row_.num_blocks - first, 32);
-          word = bits_below(begin) | (bits_below(stop) & ~bits_below(end));
-        }
-        s_.bitmap[w] = word;
-      }
-      __syncthreads();
-      each_candidate([&](uint32_t key, int block) {
-        const int bin = bins_(key);
-        if (bin > chosen) atomicOr(&s_.bitmap[block / 32], 1u << (block % 32));
-        if (bin == chosen) keep_few(key, block);
-      });
-      __syncthreads();
-      return;
+  const int chosen = static_cast<int>(s.bin);
+  for (int base = 0; base < words * 32; base += kSelectThreads) {
+    const int block = base + tid;
+    const bool is_residual = task.residual(block);
+    const uint32_t key = is_residual ? order_key(canonical_score(task.scores[block])) : 0;
+    const int bin = is_residual ? bins(key) : -1;
+    const uint32_t above = __ballot_sync(kAllLanes, is_residual ? bin > chosen : block < row.num_blocks);
+    const uint32_t inside = __ballot_sync(kAllLanes, is_residual && bin == chosen);
+    const int w = base / 32 + warp;
+    if (lane == 0 && w < words) {
+      s.bitmap[w] = above;
+      s.ties[w] = inside;
     }
-    for (int base = 0; base < words_ * 32; base += kSelectThreads) {
-      const int block = base + tid_;
-      const bool is_residual = residual(block);
-      const uint32_t key = is_residual ? order_key(canonical_score(scores_[block])) : 0;
-      const int bin = is_residual ? bins_(key) : -1;
-      const uint32_t above = __ballot_sync(kAllLanes, is_residual ? bin > chosen : block < row_.num_blocks);
-      const uint32_t inside = __ballot_sync(kAllLanes, is_residual && bin == chosen);
-      const int w = base / 32 + warp_;
-      if (lane_ == 0 && w < words_) {
-        s_.bitmap[w] = above;
-        s_.ties[w] = inside;
-      }
-      if (is_residual && bin == chosen && !equal_ties_) keep_few(key, block);
-    }
+    if (is_residual && bin == chosen && !equal_ties) keep_few(task, key, largest_key, block, s);
+  }
+  __syncthreads();
+  if (equal_ties)
+    take_ties(task, bins.low, largest_key, target, s);
+  else
+    take_few(task, target, s);
+  __syncthreads();
+  if (tid == 0 && share != nullptr) store_share(share, s.covered + s.base_mass, total);
+  return task.reserved_blocks() + static_cast<int>(s.base_count + s.taken);
+}
+
+// Selects blocks of a row into s.bitmap and returns their number, to every thread; ends with a barrier. All
+// kSelectThreads threads of the block call it. `share` (may be null) is written by thread 0.
+__device__ __forceinline__ int select_row_bitmap(const float* scores, const SelectRow& row,
+                                                 const SelectConstants& constants, FirstScores& first,
+                                                 float* share, SelectShared& s) {
+  if (row.take_all != 0) {
+    const int words = (row.num_blocks + 31) / 32;
+    for (int w = threadIdx.x; w < words; w += kSelectThreads)
+      s.bitmap[w] = bits_below(row.num_blocks - w * 32);
+    if (threadIdx.x == 0 && share != nullptr) *share = 1.0f;
     __syncthreads();
+    return row.num_blocks;
   }
-  static __device__ __forceinline__ uint32_t bits_below(int n) {
-    return n >= 32 ? kAllLanes : (1u << n) - 1;
-  }
-
-  // Selects within the bin.
-  __device__ __forceinline__ void finish_bin() {
-    if (equal_ties_) {
-      take_ties();
-      return;
-    }
-    const int members = static_cast<int>(s_.num_few);
-    if (tid_ < members) {
-      const uint32_t key = s_.few.key[tid_];
-      const int block = s_.few.block[tid_];
-      uint32_t position = s_.base_count;
-      unsigned long long before = s_.base_mass;
-      for (int other = 0; other < members; ++other) {
-        const uint32_t other_key = s_.few.key[other];
-        if (other_key > key || (other_key == key && s_.few.block[other] < block)) {
-          ++position;
-          before += s_.few.mass[other];
-        }
-      }
-      if (within_budget(row_, top_p_, target_, before, position)) {
-        atomicOr(&s_.bitmap[block / 32], 1u << (block % 32));
-        atomicAdd(&s_.taken, 1u);
-        if (with_mass_) atomicAdd(&s_.covered, static_cast<unsigned long long>(s_.few.mass[tid_]));
-      }
-    }
+  const SelectTask task(scores, row, constants, share != nullptr);
+  int count = select_from_candidates(task, first, share, s);
+  if (count < 0) {
     __syncthreads();
-    if (tid_ == 0) {
-      s_.taken += s_.base_count;
-      s_.covered += s_.base_mass;
-    }
+    count = select_from_all(task, share, s);
   }
-  // All members have one score: the lowest indices, from the bitmap of ties.
-  __device__ __forceinline__ void take_ties() {
-    const uint32_t each = with_mass_ ? mass(bins_.low) : 0;
-    unsigned long long nucleus = 0;
-    if (top_p_ && each != 0 && s_.base_mass < target_) nucleus = (target_ - s_.base_mass + each - 1) / each;
-    unsigned long long position = s_.base_count + nucleus;
-    position = max(position, static_cast<unsigned long long>(row_.min_residual));
-    position = min(position, static_cast<unsigned long long>(row_.max_residual));
-    const uint32_t taken = min(static_cast<uint32_t>(position - s_.base_count), s_.bin_count);
-    uint32_t carried = 0;
-    for (int base = 0; base < words_; base += kSelectThreads) {
-      const int w = base + tid_;
-      uint32_t word = w < words_ ? s_.ties[w] : 0;
-      const uint32_t own = __popc(word);
-      uint32_t before = warp_inclusive_sum(own, lane_);
-      if (lane_ == 31) s_.warp_a[0][warp_] = before;
-      before += carried - own;
-      __syncthreads();
-      for (int v = 0; v < kSelectWarps; ++v) {
-        if (v < warp_) before += s_.warp_a[0][v];
-        carried += s_.warp_a[0][v];
-      }
-      if (w < words_ && before < taken) {
-        uint32_t keep = taken - before, kept = 0;
-        for (; keep > 0 && word != 0; --keep) {
-          kept |= word & (~word + 1);
-          word &= word - 1;
-        }
-        s_.bitmap[w] |= kept;
-      }
-      __syncthreads();
-    }
-    if (tid_ == 0) {
-      s_.taken = s_.base_count + taken;
-      s_.covered = s_.base_mass + static_cast<unsigned long long>(taken) * each;
-    }
-  }
+  return count;
+}
 
-  const float* scores_;
-  const SelectRow& row_;
-  const SelectConstants& constants_;
-  SelectShared& s_;
-  const int tid_, lane_, warp_, words_;
-  const bool top_p_;
-  bool with_mass_ = false, all_ = true, equal_ties_ = false;
-  int num_candidates_ = 0;
-  uint32_t largest_key_ = 0;
-  float bound_ = 0.0f;
-  unsigned long long target_ = 0;
-  Bins bins_ = {};
-};
-
-// Lists the bitmap's blocks in ascending order: `write(position, block)` for each, positions from 0, called
-// by whichever thread holds the word. Ends with __syncthreads().
+// Lists the bitmap's blocks in ascending order: `write(position, block)` for positions [begin, end), called
+// by whichever thread holds the block's bits. Ends with a barrier.
 template <typename Write>
-__device__ __forceinline__ void list_bitmap(SelectShared& s, int num_blocks, const Write& write) {
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, words = (num_blocks + 31) / 32;
-  uint32_t total = 0;
-  for (int base = 0; base < words; base += kSelectThreads) {
-    const int w = base + tid;
-    uint32_t word = w < words ? s.bitmap[w] : 0;
-    const uint32_t own = __popc(word);
-    uint32_t before = warp_inclusive_sum(own, lane);
-    if (lane == 31) s.warp_a[0][warp] = before;
-    before += total - own;
+__device__ __forceinline__ void list_bitmap(SelectShared& s, int num_blocks, int begin, int end,
+                                            const Write& write) {
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(s.bitmap);
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, count = (num_blocks + 15) / 16;
+  int total = 0;
+  for (int base = 0; base < count; base += kSelectThreads) {
+    const int at = base + tid;
+    uint32_t bits = at < count ? halves[at] : 0;
+    const int own = __popc(bits);
+    int position = static_cast<int>(warp_inclusive_sum(static_cast<uint32_t>(own), lane));
+    if (lane == 31) s.warp_a[0][warp] = static_cast<uint32_t>(position);
+    position += total - own;
     __syncthreads();
     const uint32_t sums = lane < kSelectWarps ? s.warp_a[0][lane] : 0u;
-    before += __reduce_add_sync(kAllLanes, lane < warp ? sums : 0u);
-    total += __reduce_add_sync(kAllLanes, sums);
-    for (; word != 0; word &= word - 1)
-      write(static_cast<int>(before++), w * 32 + __ffs(static_cast<int>(word)) - 1);
+    position += static_cast<int>(__reduce_add_sync(kAllLanes, lane < warp ? sums : 0u));
+    if (base + kSelectThreads < count) total += static_cast<int>(__reduce_add_sync(kAllLanes, sums));
+    if (position < end && position + own > begin) {
+      for (; bits != 0; bits &= bits - 1, ++position)
+        if (position >= begin && position < end) write(position, at * 16 + __ffs(static_cast<int>(bits)) - 1);
+    }
     __syncthreads();
   }
 }

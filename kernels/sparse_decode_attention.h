@@ -7,7 +7,7 @@ namespace spot::kernels {
 
 // Every (sequence, KV head) is attended in this many splits of its block list, whatever the list's length,
 // the batch and the grid: split s of a list of n blocks is [s n / 16, (s + 1) n / 16), its blocks go round
-// the 8 warps, warps are folded in order, then splits in order. So batch, neighbours and launch shape cannot
+// the 4 warps, warps are folded in order, then splits in order. So batch, neighbours and launch shape cannot
 // change a bit of the result.
 inline constexpr int kAttentionSplits = 16;
 

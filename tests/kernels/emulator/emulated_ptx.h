@@ -80,13 +80,6 @@ template <int kPending>
 void cp_async_wait() {
   emulator::wait_copies(kPending);
 }
-inline uint4 load_streaming(const uint4* p) {
-  return *p;
-}
-inline uint2 load_streaming(const uint2* p) {
-  return *p;
-}
-
 inline void mbarrier_init(uint32_t barrier) {
   emulator::transfer_init(barrier);
 }

@@ -168,8 +168,9 @@ void transfer_init(uint32_t barrier) {
 void transfer_arm(uint32_t barrier, uint32_t bytes) {
   Transfer& transfer = machine.current->block->transfers.at(barrier);
   require(!transfer.armed, "an mbarrier was armed twice");
-  transfer.armed = true;
+  transfer.armed = bytes != 0;
   transfer.expected = bytes;
+  if (bytes == 0) transfer.phase ^= 1;
 }
 void transfer_copy(uint32_t barrier, uint32_t to, const void* from, uint32_t bytes) {
   require(bytes % 16 == 0 && to % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
