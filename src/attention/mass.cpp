@@ -35,7 +35,7 @@ at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, double
     scores.masked_fill_(future, -std::numeric_limits<double>::infinity());
     const at::Tensor probabilities = at::softmax(scores, -1);
     // [groups, count, visible]
-    at::Tensor mean = groups == 1 ? probabilities.mean({0, 1}).unsqueeze(0) : probabilities.mean(1);
+    at::Tensor mean = groups == 1 ? probabilities.mean(at::IntArrayRef({0, 1})).unsqueeze(0) : probabilities.mean(1);
     const int64_t here = (visible + kBlockSize - 1) / kBlockSize;
     if (visible % kBlockSize != 0) mean = at::constant_pad_nd(mean, {0, here * kBlockSize - visible}, 0);
     mean = mean.view({groups, count, here, kBlockSize});

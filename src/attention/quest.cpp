@@ -77,7 +77,7 @@ at::Tensor QuestPolicy::score_chunk(const AttentionInputs& inputs, const KvCache
   // max(q m, q M) is q M where q > 0 and q m where q < 0.
   const at::Tensor bound = (at::matmul(query.clamp_min(0), high) + at::matmul(query.clamp_max(0), low))
                                .view({num_kv_heads_, group, chunk.count, blocks});
-  at::Tensor scores = scope_ == SelectorScope::layer ? bound.mean({0, 1}).unsqueeze(1)  // [count, 1, blocks]
+  at::Tensor scores = scope_ == SelectorScope::layer ? bound.mean(at::IntArrayRef({0, 1})).unsqueeze(1)  // [count, 1, blocks]
                                                      : bound.amax(1).transpose(0, 1);  // [count, Hkv, blocks]
   const auto integers = inputs.batch.positions.options();
   const at::Tensor own_block = at::div(at::arange(chunk.start, length, integers), kBlockSize, "floor");
