@@ -4,6 +4,8 @@
 # make gpu    on a machine with a GPU: build with CUDA, run the GPU tests and benchmarks
 PYTHON := $(CURDIR)/.venv/bin/python
 export SPOT_BUILD := $(CURDIR)/build/cpu
+# Waiting threads yield: test programs run side by side.
+export OMP_WAIT_POLICY := passive
 NVCC := $(shell command -v nvcc 2>/dev/null)
 
 .PHONY: setup build demo test test-cpp test-python cuda-compile gpu clean
