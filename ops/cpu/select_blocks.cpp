@@ -1,15 +1,79 @@
-// Block selection on the CPU: kernels/select_reference.h over the rows.
+// Block selection on the CPU: the rules of kernels/select_rules.h, as kernels/select_reference.h applies
+// them, with each mass computed once and integers sorted in place of pairs: prefill selects for thousands of
+// queries.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
-#include "kernels/select_reference.h"
+#include "kernels/select_rules.h"
 #include "ops/cpu/cpu_ops.h"
 
 namespace spot::ops::cpu {
+
+namespace {
+
+// Equal to kernels::select_blocks_reference, index for index and bit for bit.
+class RowSelector {
+ public:
+  // `chosen` receives the blocks, ascending; returns their share of the residual mass.
+  float select(const float* scores, int32_t length, const kernels::SelectParams& params, int32_t capacity,
+               std::vector<int32_t>& chosen) {
+    const kernels::SelectRow row = kernels::select_row(params, length, capacity);
+    chosen.clear();
+    if (row.take_all != 0) {
+      for (int32_t b = 0; b < row.num_blocks; ++b) chosen.push_back(b);
+      return 1.0f;
+    }
+    const int32_t first = row.residual_begin, residual = row.residual_end - first;
+    order_.resize(residual);
+    masses_.resize(residual);
+    uint32_t top = 0;
+    for (int32_t i = 0; i < residual; ++i) {
+      const uint32_t key = kernels::order_key(kernels::canonical_score(scores[first + i]));
+      top = std::max(top, key);
+      // Ascending in this number is descending in score, then ascending in index.
+      order_[i] = static_cast<uint64_t>(~key) << 32 | static_cast<uint32_t>(i);
+    }
+    const float largest = kernels::score_of_key(top), scale = kernels::mass_scale(params);
+    const bool any_mass = largest != -std::numeric_limits<float>::infinity();
+    uint64_t total = 0;
+    for (int32_t i = 0; i < residual; ++i) {
+      masses_[i] =
+          any_mass ? kernels::mass_of(kernels::canonical_score(scores[first + i]), largest, scale) : 0;
+      total += masses_[i];
+    }
+    auto mass_of_rank = [&](int32_t rank) { return masses_[static_cast<uint32_t>(order_[rank])]; };
+    int32_t count = row.min_residual;
+    if (params.mode == kernels::SelectMode::kTopP) {
+      std::sort(order_.begin(), order_.end());
+      const uint64_t target = kernels::mass_target(kernels::fixed_probability(params), total);
+      int32_t nucleus = 0;
+      for (uint64_t sum = 0; sum < target; ++nucleus) sum += mass_of_rank(nucleus);
+      count = std::min(std::max(nucleus, row.min_residual), row.max_residual);
+    } else if (count < residual) {
+      std::nth_element(order_.begin(), order_.begin() + count, order_.end());
+    }
+    uint64_t covered = 0;
+    for (int32_t b = 0; b < first; ++b) chosen.push_back(b);
+    for (int32_t rank = 0; rank < count; ++rank) {
+      covered += mass_of_rank(rank);
+      chosen.push_back(first + static_cast<int32_t>(static_cast<uint32_t>(order_[rank])));
+    }
+    std::sort(chosen.begin() + first, chosen.end());
+    for (int32_t b = row.residual_end; b < row.num_blocks; ++b) chosen.push_back(b);
+    return total == 0 ? 1.0f : static_cast<float>(static_cast<double>(covered) / static_cast<double>(total));
+  }
+
+ private:
+  std::vector<uint64_t> order_;
+  std::vector<uint32_t> masses_;
+};
+
+}  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> select_blocks(const at::Tensor& scores,
                                                              const at::Tensor& lengths,
@@ -40,13 +104,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_blocks(const at::Tensor& s
   float* mass_data = mass.mutable_data_ptr<float>();
   at::parallel_for(0, rows * groups, 1, [&](int64_t begin, int64_t end) {
     kernels::SelectParams row_params = params;
+    RowSelector selector;
     for (int64_t set = begin; set < end; ++set) {
       const int32_t length = length_data[set / groups];
       const double budget = arguments.budget_fraction > 0 ? std::ceil(arguments.budget_fraction * length)
                                                           : static_cast<double>(arguments.budget);
       row_params.top_k_tokens = static_cast<int32_t>(std::min(budget, 2147483000.0));
-      chosen[set] = kernels::select_blocks_reference(score_data + set * blocks, length, row_params,
-                                                     mass_data + set, capacity);
+      mass_data[set] = selector.select(score_data + set * blocks, length, row_params, capacity, chosen[set]);
       count_data[set] = static_cast<int32_t>(chosen[set].size());
     }
   });

@@ -3,6 +3,7 @@
 #include <limits>
 #include <set>
 
+#include "kernels/select_reference.h"
 #include "ops/ops.h"
 #include "selection/selection.h"
 #include "tests/selection/support.h"
@@ -228,6 +229,39 @@ TEST(SelectBlocks, IsThePureFunctionOfItsRow) {
     poisoned.slice(2, blocks).fill_(1e30f);
     EXPECT_TRUE(
         at::equal(select_blocks(poisoned, rows.lengths.slice(0, r, r + 1), rule).indices, one.indices));
+  }
+}
+
+// The operator against the reference that the CUDA kernels are held to.
+TEST(SelectBlocks, EqualsTheKernelsReferenceBitForBit) {
+  fresh_seed();
+  for (int round = 0; round < 60; ++round) {
+    const SelectionRule rule = random_rule(round % 2 ? SelectionMode::top_p : SelectionMode::top_k);
+    const Rows rows = random_rows(5, 2, random_int(3, 200), round % 6);
+    const Selection got = select_blocks(rows.scores, rows.lengths, rule);
+    for (int64_t r = 0; r < 5; ++r)
+      for (int64_t g = 0; g < 2; ++g) {
+        const int32_t length = rows.lengths[r].item<int32_t>();
+        kernels::SelectParams params;
+        params.mode =
+            rule.mode == SelectionMode::top_p ? kernels::SelectMode::kTopP : kernels::SelectMode::kTopK;
+        params.sink_tokens = static_cast<int32_t>(rule.sinks);
+        params.recency_tokens = static_cast<int32_t>(rule.recency);
+        params.min_tokens = static_cast<int32_t>(rule.floor);
+        params.max_tokens = static_cast<int32_t>(rule.cap);
+        params.top_k_tokens =
+            static_cast<int32_t>(rule.budget_fraction > 0 ? std::ceil(rule.budget_fraction * length)
+                                                          : static_cast<double>(rule.budget));
+        params.top_p = static_cast<float>(rule.p);
+        params.temperature = static_cast<float>(rule.temperature);
+        float share = 0;
+        const auto expected =
+            kernels::select_blocks_reference(row_of(rows.scores, r, g).data(), length, params, &share);
+        ASSERT_EQ(got.counts[r][g].item<int32_t>(), static_cast<int32_t>(expected.size())) << rule.describe();
+        const at::Tensor list = got.indices[r][g].slice(0, 0, static_cast<int64_t>(expected.size()));
+        ASSERT_TRUE(at::equal(list, at::tensor(expected, at::kInt)));
+        ASSERT_EQ(got.predicted_mass[r][g].item<float>(), share);
+      }
   }
 }
 
