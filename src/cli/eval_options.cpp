@@ -11,7 +11,9 @@ EvalMethod parse_method(const std::string& word, const RuleOptions& base, const 
   RuleOptions rule = base;
   if (colon != std::string::npos) {
     const std::string text = word.substr(colon + 1);
-    auto refuse = [&] { fail("method '{}': the rule '{}' is not p=SHARE, k=TOKENS or k=PERCENT%", word, text); };
+    auto refuse = [&] {
+      fail("method '{}': the rule '{}' is not p=SHARE, k=TOKENS or k=PERCENT%", word, text);
+    };
     if (text.size() < 3 || text[1] != '=' || (text[0] != 'p' && text[0] != 'k')) refuse();
     const bool percent = text.back() == '%';
     double value = 0;
@@ -23,9 +25,12 @@ EvalMethod parse_method(const std::string& word, const RuleOptions& base, const 
       refuse();
     }
     rule.p.reset(), rule.budget.reset(), rule.share.reset();
-    if (text[0] == 'p') rule.p = value;
-    else if (percent) rule.share = value / 100;
-    else rule.budget = static_cast<int64_t>(value);
+    if (text[0] == 'p')
+      rule.p = value;
+    else if (percent)
+      rule.share = value / 100;
+    else
+      rule.budget = static_cast<int64_t>(value);
   }
   return {word, rule.spec(attention_kind_from_string(word.substr(0, colon)), selector)};
 }
@@ -36,9 +41,11 @@ CLI::Option* EvalOptions::add(CLI::App& command) {
   model.add(command);
   selector.add(command);
   rule.add(command);
-  command.add_option("--methods", methods,
-                     "Comma-separated attentions, each with an optional rule: spot:p=0.9, spot:k=1024, streaming:k=1024, oracle:p=0.8, "
-                     "quest:k=10% (default: spot as its selector says, streaming and oracle at 1024 tokens)")
+  command
+      .add_option("--methods", methods,
+                  "Comma-separated attentions, each with an optional rule: spot:p=0.9, spot:k=1024, "
+                  "streaming:k=1024, oracle:p=0.8, "
+                  "quest:k=10% (default: spot as its selector says, streaming and oracle at 1024 tokens)")
       ->delimiter(',');
   command.add_option("--out", out, "Folder for report.html and report.json");
   return command.add_option("--text", text_files, "Text files");

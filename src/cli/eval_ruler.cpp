@@ -2,6 +2,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <memory>
 
 #include "cli/commands.h"
@@ -41,10 +43,27 @@ std::vector<RulerTask> parse_tasks(const std::vector<std::string>& words) {
 // What the model's chat template puts around a user's message.
 void wrap_in_chat(const std::string& model_folder, RulerOptions& prompts) {
   const std::string mark = "THE TASK";
-  const std::string text = ChatTemplate::load(model_folder).render({{"user", mark}}, /*add_generation_prompt=*/true, /*enable_thinking=*/false);
+  const std::string text =
+      ChatTemplate::load(model_folder)
+          .render({{"user", mark}}, /*add_generation_prompt=*/true, /*enable_thinking=*/false);
   const size_t at = text.find(mark);
-  if (at == std::string::npos) fail("{}: its chat template does not show the user's message; leave out --chat", model_folder);
+  if (at == std::string::npos)
+    fail("{}: its chat template does not show the user's message; leave out --chat", model_folder);
   prompts.before = text.substr(0, at), prompts.after = text.substr(at + mark.size());
+}
+
+nlohmann::json prompt_json(const RulerSample& sample, int64_t length, int64_t index) {
+  nlohmann::json json = {{"task", to_string(sample.task)},
+                         {"length", length},
+                         {"index", index},
+                         {"context", sample.context},
+                         {"question", sample.question},
+                         {"answer_prefix", sample.answer_prefix},
+                         {"references", sample.references},
+                         {"prompt_tokens", sample.prompt_tokens},
+                         {"max_new_tokens", sample.max_new_tokens}};
+  if (!std::isnan(sample.depth)) json["depth"] = sample.depth;
+  return json;
 }
 
 // One JSON object a line, for other programs.
@@ -52,19 +71,14 @@ void write_prompts(const Options& options, const TextCodec& codec, const std::st
   const RulerGenerator generator(options.eval.prompts, essay, [&](const std::string& text, bool first) {
     return static_cast<int64_t>(codec.encode(text, first).size());
   });
+  std::vector<double> depths = options.eval.depths;
+  if (depths.empty()) depths.push_back(std::numeric_limits<double>::quiet_NaN());
   write_file_atomically(options.prompts_file, [&](std::ostream& out) {
-    for (RulerTask task : options.eval.tasks) {
-      for (int64_t length : options.eval.lengths) {
-        for (int64_t i = 0; i < options.eval.samples; ++i) {
-          const RulerSample sample = generator.make(task, length, i);
-          const nlohmann::json line = {{"task", to_string(task)}, {"length", length}, {"index", i}, {"context", sample.context},
-                                       {"question", sample.question}, {"answer_prefix", sample.answer_prefix},
-                                       {"references", sample.references}, {"prompt_tokens", sample.prompt_tokens},
-                                       {"max_new_tokens", sample.max_new_tokens}};
-          out << line.dump() << "\n";
-        }
-      }
-    }
+    for (RulerTask task : options.eval.tasks)
+      for (int64_t length : options.eval.lengths)
+        for (double depth : depths)
+          for (int64_t i = 0; i < options.eval.samples; ++i)
+            out << prompt_json(generator.make(task, length, i, depth), length, i).dump() << "\n";
   });
   fmt::print("prompts: {}\n", options.prompts_file);
 }
@@ -81,8 +95,10 @@ void run(Options options) {
   const Backbone backbone = options.model.load();
   const std::optional<Selector> selector = options.selector.load(options.model, backbone);
   const Selector* chosen = selector ? &*selector : nullptr;
-  const RulerResult result = evaluate_ruler(backbone, chosen, codec, essay, options.parse_methods(chosen, true), options.eval);
-  if (result.reused > 0) fmt::print("{} of {} prompts were finished before\n", result.reused, result.records.size());
+  const RulerResult result =
+      evaluate_ruler(backbone, chosen, codec, essay, options.parse_methods(chosen, true), options.eval);
+  if (result.reused > 0)
+    fmt::print("{} of {} prompts were finished before\n", result.reused, result.records.size());
   fmt::print("{}\n", result.measures().to_text());
   deliver(result, "spot eval ruler", options.out);
 }
@@ -91,28 +107,51 @@ void run(Options options) {
 
 void add_eval_ruler(CLI::App& parent) {
   auto options = std::make_shared<Options>();
-  CLI::App& command = *parent.add_subcommand("ruler", "The RULER tasks at any length, every method after the same dense prefill; "
-                                                      "with --out, a run that was interrupted goes on where it stopped");
-  options->add(command)->description("Text files that the essay tasks hide their needles in (niah_single_2 and _3, "
-                                     "niah_multikey_1, niah_multivalue, niah_multiquery)");
+  CLI::App& command =
+      *parent.add_subcommand("ruler",
+                             "The RULER tasks at any length, every method after the same dense prefill; "
+                             "with --out, a run that was interrupted goes on where it stopped");
+  options->add(command)->description(
+      "Text files that the essay tasks hide their needles in (niah_single_2 and _3, "
+      "niah_multikey_1, niah_multivalue, niah_multiquery)");
   RulerEvalOptions& eval = options->eval;
-  command.add_option("--tasks", options->tasks, "Comma-separated tasks: all, niah, or names such as niah_single_1, vt, cwe, fwe, qa_1")
-      ->delimiter(',')->capture_default_str();
-  command.add_option("--lengths", eval.lengths, "Comma-separated lengths in tokens, prompt and answer together")
-      ->delimiter(',')->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--samples", eval.samples, "Prompts for each task, length and depth")->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--depths", eval.depths, "Depth sweep: comma-separated shares of the haystack before the one needle, such as 0,0.25,0.5,0.75,1")
-      ->delimiter(',')->check(CLI::Range(0.0, 1.0));
+  command
+      .add_option("--tasks", options->tasks,
+                  "Comma-separated tasks: all, niah, or names such as niah_single_1, vt, cwe, fwe, qa_1")
+      ->delimiter(',')
+      ->capture_default_str();
+  command
+      .add_option("--lengths", eval.lengths, "Comma-separated lengths in tokens, prompt and answer together")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option("--samples", eval.samples, "Prompts for each task, length and depth")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      .add_option("--depths", eval.depths,
+                  "Depth sweep: comma-separated shares of the haystack before the one needle, such as "
+                  "0,0.25,0.5,0.75,1")
+      ->delimiter(',')
+      ->check(CLI::Range(0.0, 1.0));
   command.add_option("--seed", eval.prompts.seed, "Seed of the prompts")->capture_default_str();
   command.add_option("--wording", eval.prompts.wording, "Wording of needles and their question")
-      ->check(CLI::Range(0, kRulerWordings - 1))->capture_default_str();
+      ->check(CLI::Range(0, kRulerWordings - 1))
+      ->capture_default_str();
   command.add_flag("--chat", options->chat, "Wrap each task in the model's chat template");
   command.add_flag("--stop-at-newline", eval.stop_at_newline, "End an answer with its first line");
-  command.add_flag("--whole-answers", options->whole_answers, "Do not end an answer once every reference is in it");
-  command.add_option("--mass-every", eval.mass_every, "Decode steps from one measurement of captured mass to the next (0: none)")
-      ->check(CLI::NonNegativeNumber)->capture_default_str();
-  command.add_option("--prefill-chunk", eval.prefill_chunk, "Prompt tokens a forward call")->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--write-prompts", options->prompts_file, "Write the prompts to this file, one JSON object a line, and run nothing");
+  command.add_flag("--whole-answers", options->whole_answers,
+                   "Do not end an answer once every reference is in it");
+  command
+      .add_option("--mass-every", eval.mass_every,
+                  "Decode steps from one measurement of captured mass to the next (0: none)")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command.add_option("--prefill-chunk", eval.prefill_chunk, "Prompt tokens a forward call")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option("--write-prompts", options->prompts_file,
+                     "Write the prompts to this file, one JSON object a line, and run nothing");
   command.callback([options] { run(*options); });
 }
 

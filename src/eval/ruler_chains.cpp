@@ -52,12 +52,14 @@ const std::string kTrackIntro =
     "The following text hides a chain of variable assignments. Memorise it and follow the chain.\n\n";
 
 std::string track_question(const Chain& chain) {
-  return fmt::format("Question: Which variables are assigned the value {} in the text above, directly or through others?",
-                     chain.value);
+  return fmt::format(
+      "Question: Which variables are assigned the value {} in the text above, directly or through others?",
+      chain.value);
 }
 std::string track_prefix(const Chain& chain) {
   return fmt::format(
-      " Answer: According to the chain of variable assignments in the text above, {} variables are assigned the value {}, "
+      " Answer: According to the chain of variable assignments in the text above, {} variables are assigned "
+      "the value {}, "
       "they are:",
       chain.names.size(), chain.value);
 }
@@ -70,7 +72,8 @@ struct Repeats {
 std::string numbered_list(RulerRandom& random, const std::vector<Repeats>& groups) {
   std::vector<std::string> all;
   for (const Repeats& group : groups)
-    for (const std::string& word : group.words) all.insert(all.end(), static_cast<size_t>(group.repeats), word);
+    for (const std::string& word : group.words)
+      all.insert(all.end(), static_cast<size_t>(group.repeats), word);
   random.shuffle(all);
   std::string text;
   for (size_t i = 0; i < all.size(); ++i) text += fmt::format("{}{}. {}", i ? " " : "", i + 1, all[i]);
@@ -78,7 +81,8 @@ std::string numbered_list(RulerRandom& random, const std::vector<Repeats>& group
 }
 
 const std::string kCommonIntro =
-    "Here is a numbered list of words. Some of the words stand in it more often than the others. Memorise those.\n";
+    "Here is a numbered list of words. Some of the words stand in it more often than the others. Memorise "
+    "those.\n";
 const std::string kCommonQuestion = "Question: Which 10 words are the most common ones in the list above?";
 const std::string kCommonPrefix = " Answer: The top 10 words that appear most often in the list are:";
 
@@ -117,11 +121,13 @@ Draft build_common_words(const Request& request) {
                   numbered_list(request.random, {{example_common, small ? 3 : 10},
                                                  {part(kCommon, example_size - kCommon), small ? 1 : 3}}) +
                   "\n" + kCommonQuestion + kCommonPrefix;
-  for (size_t i = 0; i < example_common.size(); ++i) draft.context += fmt::format(" {}. {}", i + 1, example_common[i]);
-  draft.context += "\n\n" + kCommonIntro +
-                   numbered_list(request.random, {{common, small ? 6 : 30},
-                                                  {part(example_size + kCommon, request.size), small ? 1 : 3}}) +
-                   "\n";
+  for (size_t i = 0; i < example_common.size(); ++i)
+    draft.context += fmt::format(" {}. {}", i + 1, example_common[i]);
+  draft.context +=
+      "\n\n" + kCommonIntro +
+      numbered_list(request.random,
+                    {{common, small ? 6 : 30}, {part(example_size + kCommon, request.size), small ? 1 : 3}}) +
+      "\n";
   draft.question = kCommonQuestion;
   draft.answer_prefix = kCommonPrefix;
   draft.references = common;
@@ -143,14 +149,17 @@ Draft build_frequent_words(const Request& request) {
 
   Draft draft;
   draft.context =
-      "Read the coded text below and count how often each coded word occurs in it. Find the three words that occur most "
+      "Read the coded text below and count how often each coded word occurs in it. Find the three words that "
+      "occur most "
       "often.\n";
   for (const std::string& word : all) draft.context += word + " ";
   draft.context.back() = '\n';
   draft.question =
-      "Question: Explain nothing and leave the dots '...' out of account. Which three words occur most often in the coded "
+      "Question: Explain nothing and leave the dots '...' out of account. Which three words occur most often "
+      "in the coded "
       "text above?";
-  draft.answer_prefix = " Answer: According to the coded text above, the three most frequently appeared words are:";
+  draft.answer_prefix =
+      " Answer: According to the coded text above, the three most frequently appeared words are:";
   draft.references.assign(coded.begin() + 1, coded.begin() + 4);
   return draft;
 }

@@ -39,7 +39,8 @@ std::vector<Job> list_jobs(const RulerEvalOptions& options) {
   for (RulerTask task : options.tasks)
     for (int64_t length : options.lengths)
       for (double depth : depths)
-        for (int64_t sample = 0; sample < options.samples; ++sample) jobs.push_back({task, length, sample, depth});
+        for (int64_t sample = 0; sample < options.samples; ++sample)
+          jobs.push_back({task, length, sample, depth});
   return jobs;
 }
 
@@ -50,8 +51,10 @@ struct MassSum {
 
   void operator()(const SelectionEvent& event) {
     const int64_t length = event.inputs.batch.starts[0] + 1;
-    const at::Tensor key = event.cache.gather(event.cache.keys(event.layer), event.inputs.batch.sequences[0], length);
-    const at::Tensor mass = attention_mass(event.inputs.query, key, event.inputs.scale, length - 1, event.selection.groups());
+    const at::Tensor key =
+        event.cache.gather(event.cache.keys(event.layer), event.inputs.batch.sequences[0], length);
+    const at::Tensor mass =
+        attention_mass(event.inputs.query, key, event.inputs.scale, length - 1, event.selection.groups());
     captured += captured_mass(mass, event.selection, event.rule).total.mean().item<double>();
     terms += 1;
   }
@@ -76,8 +79,8 @@ class MethodRun {
   SelectionPolicy* policy() const { return policy_.policy.get(); }
 
   // Reads `question` and writes the answer, one token a step, behind what `sequence` holds.
-  RulerOutcome answer(int64_t sequence, const std::vector<int32_t>& question, const RulerSample& sample, const TextCodec& codec,
-                      const RulerEvalOptions& options) {
+  RulerOutcome answer(int64_t sequence, const std::vector<int32_t>& question, const RulerSample& sample,
+                      const TextCodec& codec, const RulerEvalOptions& options) {
     if (sparse_) sparse_->reset_counters();
     mass_ = {}, step_ = 0;
     at::Tensor hidden;
@@ -91,9 +94,12 @@ class MethodRun {
       written.push_back(token);
       outcome.output = codec.decode(written);
       if (static_cast<int64_t>(written.size()) == sample.max_new_tokens) break;
-      if (options.stop_when_answered && ruler_score(sample.task, outcome.output, sample.references) == 1) break;
+      if (options.stop_when_answered && ruler_score(sample.task, outcome.output, sample.references) == 1)
+        break;
       const size_t text = outcome.output.find_first_not_of(" \n\t\r");
-      if (options.stop_at_newline && text != std::string::npos && outcome.output.find('\n', text) != std::string::npos) break;
+      if (options.stop_at_newline && text != std::string::npos &&
+          outcome.output.find('\n', text) != std::string::npos)
+        break;
       hidden = step(sequence, token, options.mass_every);
     }
     outcome.answer_tokens = static_cast<int64_t>(written.size());
@@ -156,26 +162,29 @@ std::string selector_hash(const Selector& selector) {
 
 // Everything that a prompt's outcomes depend on, besides its name. Tasks, lengths and numbers of samples are
 // left out, so that a finished run can be extended.
-nlohmann::json settings_of(const Backbone& backbone, const Selector* selector, const TextCodec& codec, const std::string& essay,
-                           const std::vector<EvalMethod>& methods, const RulerEvalOptions& options) {
+nlohmann::json settings_of(const Backbone& backbone, const Selector* selector, const TextCodec& codec,
+                           const std::string& essay, const std::vector<EvalMethod>& methods,
+                           const RulerEvalOptions& options) {
   const RopeConfig& rope = backbone.config().rope;
-  const std::vector<int32_t> probe = codec.encode("The 1234567 quick-brown foxes\nVAR ABCDE = \"2\" ...", true);
-  nlohmann::json json = {{"prompts", kRulerVersion},
-                         {"seed", options.prompts.seed},
-                         {"wording", options.prompts.wording},
-                         {"before", options.prompts.before},
-                         {"after", options.prompts.after},
-                         {"stop_at_newline", options.stop_at_newline},
-                         {"stop_when_answered", options.stop_when_answered},
-                         {"mass_every", options.mass_every},
-                         {"model", backbone.fingerprint()},
-                         {"rope", {{"theta", rope.theta}, {"scaling", static_cast<int>(rope.scaling)}, {"factor", rope.factor}}},
-                         {"dtype", at::toString(backbone.dtype())},
-                         {"selector", selector ? selector_hash(*selector) : "none"},
-                         {"essay", fmt::format("{:016x}", stable_hash(essay))},
-                         {"tokenizer", probe},
-                         {"stop_ids", codec.stop_ids},
-                         {"methods", nlohmann::json::array()}};
+  const std::vector<int32_t> probe =
+      codec.encode("The 1234567 quick-brown foxes\nVAR ABCDE = \"2\" ...", true);
+  nlohmann::json json = {
+      {"prompts", kRulerVersion},
+      {"seed", options.prompts.seed},
+      {"wording", options.prompts.wording},
+      {"before", options.prompts.before},
+      {"after", options.prompts.after},
+      {"stop_at_newline", options.stop_at_newline},
+      {"stop_when_answered", options.stop_when_answered},
+      {"mass_every", options.mass_every},
+      {"model", backbone.fingerprint()},
+      {"rope", {{"theta", rope.theta}, {"scaling", static_cast<int>(rope.scaling)}, {"factor", rope.factor}}},
+      {"dtype", at::toString(backbone.dtype())},
+      {"selector", selector ? selector_hash(*selector) : "none"},
+      {"essay", fmt::format("{:016x}", stable_hash(essay))},
+      {"tokenizer", probe},
+      {"stop_ids", codec.stop_ids},
+      {"methods", nlohmann::json::array()}};
   for (const EvalMethod& method : methods) json["methods"].push_back(method_settings(method));
   return json;
 }
@@ -185,17 +194,22 @@ void check(const RulerGenerator& generator, const Backbone& backbone, const std:
            const RulerEvalOptions& options) {
   if (methods.empty()) fail("RULER evaluation: no attention method was given; name at least one");
   if (options.tasks.empty() || options.lengths.empty() || options.samples < 1)
-    fail("RULER evaluation: {} tasks, {} lengths and {} samples; give at least one of each", options.tasks.size(),
-         options.lengths.size(), options.samples);
+    fail("RULER evaluation: {} tasks, {} lengths and {} samples; give at least one of each",
+         options.tasks.size(), options.lengths.size(), options.samples);
   if (options.prefill_chunk < 1 || options.mass_every < 0)
-    fail("RULER evaluation: prefill chunk {} and mass_every {}; the first must be positive, the second not negative",
-         options.prefill_chunk, options.mass_every);
+    fail(
+        "RULER evaluation: prefill chunk {} and mass_every {}; the first must be positive, the second not "
+        "negative",
+        options.prefill_chunk, options.mass_every);
   const int64_t longest = *std::max_element(options.lengths.begin(), options.lengths.end());
   if (longest > backbone.config().max_position_embeddings)
-    fail("RULER evaluation: length {} passes the model's limit of {} positions; ask for less, or extend the model with YaRN", longest,
-         backbone.config().max_position_embeddings);
+    fail(
+        "RULER evaluation: length {} passes the model's limit of {} positions; ask for less, or extend the "
+        "model with YaRN",
+        longest, backbone.config().max_position_embeddings);
   const int64_t shortest = *std::min_element(options.lengths.begin(), options.lengths.end());
-  const double depth = options.depths.empty() ? std::numeric_limits<double>::quiet_NaN() : options.depths.front();
+  const double depth =
+      options.depths.empty() ? std::numeric_limits<double>::quiet_NaN() : options.depths.front();
   for (RulerTask task : options.tasks) generator.make(task, shortest, 0, depth);
   for (double d : options.depths)
     if (!(d >= 0 && d <= 1)) fail("RULER evaluation: depth {} is not in [0, 1]", d);
@@ -204,12 +218,14 @@ void check(const RulerGenerator& generator, const Backbone& backbone, const std:
 }  // namespace
 
 TextCodec codec_of(const Tokenizer& tokenizer, bool add_special_tokens) {
-  return {[=](std::string_view text, bool first) { return tokenizer.encode(text, first && add_special_tokens); },
-          [tokenizer](std::span<const int32_t> ids) { return tokenizer.decode(ids, true); }, tokenizer.eos_ids()};
+  return {
+      [=](std::string_view text, bool first) { return tokenizer.encode(text, first && add_special_tokens); },
+      [tokenizer](std::span<const int32_t> ids) { return tokenizer.decode(ids, true); }, tokenizer.eos_ids()};
 }
 
-RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, const TextCodec& codec, const std::string& essay,
-                           const std::vector<EvalMethod>& methods, const RulerEvalOptions& options) {
+RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, const TextCodec& codec,
+                           const std::string& essay, const std::vector<EvalMethod>& methods,
+                           const RulerEvalOptions& options) {
   const c10::InferenceMode inference;
   const RulerGenerator generator(options.prompts, essay, [&](const std::string& text, bool first) {
     return static_cast<int64_t>(codec.encode(text, first).size());
@@ -257,7 +273,8 @@ RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, c
       result.reused += 1;
       continue;
     }
-    const std::string note = fmt::format("{} at {}, prompt {} of {}", to_string(job.task), job.length, job.sample + 1, options.samples);
+    const std::string note = fmt::format("{} at {}, prompt {} of {}", to_string(job.task), job.length,
+                                         job.sample + 1, options.samples);
     const RulerSample sample = generator.make(job.task, job.length, job.sample, job.depth);
     const std::vector<int32_t> context = codec.encode(sample.context, true);
     const std::vector<int32_t> question = codec.encode(sample.question + sample.answer_prefix, false);
@@ -265,16 +282,19 @@ RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, c
     const auto tokens = static_cast<int64_t>(context.size());
     for (int64_t start = 0; start < tokens; start += options.prefill_chunk) {
       const int64_t end = std::min(tokens, start + options.prefill_chunk);
-      prefill(backbone, shared, cache, sequence, {context.begin() + start, context.begin() + end}, options.prefill_chunk);
+      prefill(backbone, shared, cache, sequence, {context.begin() + start, context.begin() + end},
+              options.prefill_chunk);
       progress.update(done + job.length * end / tokens, note);
     }
     const KvCache::Mark after_context = cache.mark(sequence);
-    RulerRecord record{job.task, job.length, job.sample, job.depth, sample.depth, sample.prompt_tokens, sample.references, {}};
+    RulerRecord record{job.task,     job.length,           job.sample,        job.depth,
+                       sample.depth, sample.prompt_tokens, sample.references, {}};
     for (size_t m = 0; m < runs.size(); ++m) {
       record.outcomes.push_back(runs[m]->answer(sequence, question, sample, codec, options));
       cache.rollback(sequence, after_context);
-      progress.update(done + job.length + job.length * static_cast<int64_t>(m + 1) / static_cast<int64_t>(runs.size()),
-                      note + ", " + methods[m].name);
+      progress.update(
+          done + job.length + job.length * static_cast<int64_t>(m + 1) / static_cast<int64_t>(runs.size()),
+          note + ", " + methods[m].name);
     }
     cache.close_sequence(sequence);
     done += 2 * job.length;

@@ -26,8 +26,8 @@ struct TextCodec {
   std::function<std::string(std::span<const int32_t> ids)> decode;
   std::vector<int32_t> stop_ids;  // end an answer
 };
-// Special tokens are left out of decoded text; the stop ids are the tokenizer's. `add_special_tokens`: what the
-// tokenizer itself adds to the beginning of a prompt (a chat template writes these out instead).
+// Special tokens are left out of decoded text; the stop ids are the tokenizer's. `add_special_tokens`: what
+// the tokenizer itself adds to the beginning of a prompt (a chat template writes these out instead).
 TextCodec codec_of(const Tokenizer& tokenizer, bool add_special_tokens = true);
 
 struct RulerEvalOptions {
@@ -37,13 +37,13 @@ struct RulerEvalOptions {
   // When given, a depth sweep: the one needle of every prompt lies at each of these shares of the haystack.
   std::vector<double> depths;
   RulerOptions prompts;
-  bool stop_at_newline = false;   // an answer ends with its first line
+  bool stop_at_newline = false;  // an answer ends with its first line
   // An answer ends as soon as every reference is in it: the score cannot change any more.
   bool stop_when_answered = true;
   int64_t mass_every = 4;  // decode steps from one measurement of captured mass to the next; 0: none
   int64_t prefill_chunk = 1024;
-  // Every finished prompt is appended to out/ruler.jsonl, and prompts that this file holds already are not run
-  // again. Empty: nothing is kept.
+  // Every finished prompt is appended to out/ruler.jsonl, and prompts that this file holds already are not
+  // run again. Empty: nothing is kept.
   std::filesystem::path out;
 };
 
@@ -79,21 +79,23 @@ struct RulerResult {
   std::vector<RulerRecord> records;  // by task, length, depth and sample, as in options
   int64_t reused = 0;                // of them taken from out/ruler.jsonl
 
-  // Mean scores in percent with 95% confidence intervals: a row a task and length, and the average over tasks.
+  // Mean scores in percent with 95% confidence intervals: a row a task and length, and the average over
+  // tasks.
   Table scores() const;
-  // A row a method and length: average score, difference to the first method on the same prompts, tokens attended,
-  // captured mass.
+  // A row a method and length: average score, difference to the first method on the same prompts, tokens
+  // attended, captured mass.
   Table measures() const;
   Table summary() const { return scores(); }
   nlohmann::json to_json() const;
   void add_to(Page& page) const;
 };
 
-// Each prompt's context is prefilled densely once. Then every method reads question and answer prefix token by token and
-// writes the answer greedily, all through its own decode. `essay` may be empty when no task needs one; `selector` may be
-// null when no method needs it. Throws Error before any work when a length is too small for a task or passes the model's
-// positions.
-RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, const TextCodec& codec, const std::string& essay,
-                           const std::vector<EvalMethod>& methods, const RulerEvalOptions& options);
+// Each prompt's context is prefilled densely once. Then every method reads question and answer prefix token
+// by token and writes the answer greedily, all through its own decode. `essay` may be empty when no task
+// needs one; `selector` may be null when no method needs it. Throws Error before any work when a length is
+// too small for a task or passes the model's positions.
+RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, const TextCodec& codec,
+                           const std::string& essay, const std::vector<EvalMethod>& methods,
+                           const RulerEvalOptions& options);
 
 }  // namespace spot

@@ -20,7 +20,9 @@ std::string one_line(const nlohmann::json& json) {
   return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
-std::string hash_of(const nlohmann::json& settings) { return fmt::format("{:016x}", stable_hash(one_line(settings))); }
+std::string hash_of(const nlohmann::json& settings) {
+  return fmt::format("{:016x}", stable_hash(one_line(settings)));
+}
 
 std::string differing(const nlohmann::json& a, const nlohmann::json& b) {
   std::string names;
@@ -46,9 +48,11 @@ RulerLog::RulerLog(const std::filesystem::path& file, const nlohmann::json& sett
     bool header = false;
     for (size_t end; (end = bytes.find('\n', begin)) != std::string::npos; begin = end + 1) {
       const auto line = nlohmann::json::parse(bytes.begin() + static_cast<std::ptrdiff_t>(begin),
-                                              bytes.begin() + static_cast<std::ptrdiff_t>(end), nullptr, /*allow_exceptions=*/false);
+                                              bytes.begin() + static_cast<std::ptrdiff_t>(end), nullptr,
+                                              /*allow_exceptions=*/false);
       if (!line.is_object() || (!header && (!line.contains("settings_hash") || !line.contains("settings")))) {
-        fail("{}: the line at byte {} is not one of ours; delete that line, or choose another folder", file.string(), begin);
+        fail("{}: the line at byte {} is not one of ours; delete that line, or choose another folder",
+             file.string(), begin);
       }
       if (header) {
         entries_.push_back(line);
@@ -56,8 +60,8 @@ RulerLog::RulerLog(const std::filesystem::path& file, const nlohmann::json& sett
       }
       header = true;
       if (line["settings_hash"] != hash_of(settings)) {
-        fail("{}: holds results of other settings ({} differ); choose another folder, or delete the file", file.string(),
-             differing(line["settings"], settings));
+        fail("{}: holds results of other settings ({} differ); choose another folder, or delete the file",
+             file.string(), differing(line["settings"], settings));
       }
     }
     if (begin < bytes.size() && ::ftruncate(descriptor_, static_cast<off_t>(begin)) != 0)
@@ -69,13 +73,18 @@ RulerLog::RulerLog(const std::filesystem::path& file, const nlohmann::json& sett
   }
 }
 
-RulerLog::~RulerLog() { ::close(descriptor_); }
+RulerLog::~RulerLog() {
+  ::close(descriptor_);
+}
 
-void RulerLog::append(const nlohmann::json& entry) { write(one_line(entry)); }
+void RulerLog::append(const nlohmann::json& entry) {
+  write(one_line(entry));
+}
 
 void RulerLog::write(const std::string& line) {
   struct stat before {};
-  if (::fstat(descriptor_, &before) != 0) fail("{}: cannot be written: {}", file_.string(), std::strerror(errno));
+  if (::fstat(descriptor_, &before) != 0)
+    fail("{}: cannot be written: {}", file_.string(), std::strerror(errno));
   size_t done = 0;
   while (done < line.size()) {
     const ssize_t written = ::write(descriptor_, line.data() + done, line.size() - done);

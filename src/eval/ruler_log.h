@@ -1,4 +1,5 @@
-// The finished prompts of an evaluation, one JSON object a line, so that an interrupted run goes on where it stopped.
+// The finished prompts of an evaluation, one JSON object a line, so that an interrupted run goes on where it
+// stopped.
 #pragma once
 
 #include <filesystem>
@@ -7,12 +8,12 @@
 
 namespace spot {
 
-// FILE.jsonl begins with {"settings_hash": ..., "settings": {...}}; each further line is one entry. While a log is
-// open no other process can open it.
+// FILE.jsonl begins with {"settings_hash": ..., "settings": {...}}; each further line is one entry. While a
+// log is open no other process can open it.
 class RulerLog {
  public:
-  // Opens `file`, or creates it and its folder. A last line that was not written whole is dropped. Throws Error when the
-  // file was made with other settings (naming those that differ), is damaged, or is in use.
+  // Opens `file`, or creates it and its folder. A last line that was not written whole is dropped. Throws
+  // Error when the file was made with other settings (naming those that differ), is damaged, or is in use.
   RulerLog(const std::filesystem::path& file, const nlohmann::json& settings);
   ~RulerLog();
   RulerLog(const RulerLog&) = delete;
@@ -20,7 +21,8 @@ class RulerLog {
 
   // What the file held when it was opened.
   const std::vector<nlohmann::json>& entries() const { return entries_; }
-  // Appends one line and flushes it to disk. Throws Error when that fails; the file then ends as it did before.
+  // Appends one line and flushes it to disk. Throws Error when that fails; the file then ends as it did
+  // before.
   void append(const nlohmann::json& entry);
 
  private:

@@ -21,20 +21,29 @@ struct Shape {
 
 Shape shape_of(RulerTask task) {
   switch (task) {
-    case RulerTask::niah_single_1: return {Haystack::noise, false, false, 1, 1, 1};
-    case RulerTask::niah_single_2: return {Haystack::essay, false, false, 1, 1, 1};
-    case RulerTask::niah_single_3: return {Haystack::essay, false, true, 1, 1, 1};
-    case RulerTask::niah_multikey_1: return {Haystack::essay, false, false, 4, 1, 1};
-    case RulerTask::niah_multikey_2: return {Haystack::needles, false, false, 1, 1, 1};
-    case RulerTask::niah_multikey_3: return {Haystack::needles, true, true, 1, 1, 1};
-    case RulerTask::niah_multivalue: return {Haystack::essay, false, false, 1, 4, 1};
-    case RulerTask::niah_multiquery: return {Haystack::essay, false, false, 4, 1, 4};
-    default: fail("{} is no needle task", to_string(task));
+    case RulerTask::niah_single_1:
+      return {Haystack::noise, false, false, 1, 1, 1};
+    case RulerTask::niah_single_2:
+      return {Haystack::essay, false, false, 1, 1, 1};
+    case RulerTask::niah_single_3:
+      return {Haystack::essay, false, true, 1, 1, 1};
+    case RulerTask::niah_multikey_1:
+      return {Haystack::essay, false, false, 4, 1, 1};
+    case RulerTask::niah_multikey_2:
+      return {Haystack::needles, false, false, 1, 1, 1};
+    case RulerTask::niah_multikey_3:
+      return {Haystack::needles, true, true, 1, 1, 1};
+    case RulerTask::niah_multivalue:
+      return {Haystack::essay, false, false, 1, 4, 1};
+    case RulerTask::niah_multiquery:
+      return {Haystack::essay, false, false, 4, 1, 4};
+    default:
+      fail("{} is no needle task", to_string(task));
   }
 }
 
-// {kind}: number or uuid; {key}, {value}: of a needle; {query}: the keys asked for. The first of a pair is used when
-// exactly one value is asked for.
+// {kind}: number or uuid; {key}, {value}: of a needle; {query}: the keys asked for. The first of a pair is
+// used when exactly one value is asked for.
 struct Wording {
   std::array<const char*, 2> intro;
   const char* needle;
@@ -42,27 +51,33 @@ struct Wording {
 };
 
 constexpr std::array<Wording, kRulerWordings> kWordings = {{
-    {{"A special magic {kind} is hidden in the text below. Memorise it: you will be asked for the {kind} afterwards.\n",
-      "Some special magic {kind}s are hidden in the text below. Memorise them: you will be asked for the {kind}s "
+    {{"A special magic {kind} is hidden in the text below. Memorise it: you will be asked for the {kind} "
+      "afterwards.\n",
+      "Some special magic {kind}s are hidden in the text below. Memorise them: you will be asked for the "
+      "{kind}s "
       "afterwards.\n"},
      "One of the special magic {kind}s for {key} is: {value}.",
      {"What is the special magic {kind} for {query} that the text above mentions?",
       "What are all the special magic {kind}s for {query} that the text above mentions?"},
      {" The special magic {kind} for {query} mentioned in the provided text is",
       " The special magic {kind}s for {query} mentioned in the provided text are"}},
-    {{"Somewhere in the following pages a record with a {kind} has been filed. Keep it in mind, a question about it "
+    {{"Somewhere in the following pages a record with a {kind} has been filed. Keep it in mind, a question "
+      "about it "
       "follows.\n",
-      "Somewhere in the following pages records with {kind}s have been filed. Keep them in mind, a question about them "
+      "Somewhere in the following pages records with {kind}s have been filed. Keep them in mind, a question "
+      "about them "
       "follows.\n"},
      "For the record: the {kind} filed under the name {key} is {value}.",
-     {"Which {kind} has been filed under the name {query}?", "Which {kind}s have been filed under the name {query}?"},
+     {"Which {kind} has been filed under the name {query}?",
+      "Which {kind}s have been filed under the name {query}?"},
      {" The {kind} filed under the name {query} is", " The {kind}s filed under the name {query} are"}},
     {{"Read this text with care. It tells you what to reply when somebody asks a certain thing of you.\n",
       "Read this text with care. It tells you what to reply when somebody asks certain things of you.\n"},
      "Whoever asks you about {key} must get the {kind} {value} as a reply.",
      {"Somebody asks you about {query}. Which {kind} must they get as a reply?",
       "Somebody asks you about {query}. Which {kind}s must they get as a reply?"},
-     {" When asked about {query}, the {kind} to reply with is", " When asked about {query}, the {kind}s to reply with are"}},
+     {" When asked about {query}, the {kind} to reply with is",
+      " When asked about {query}, the {kind}s to reply with are"}},
     {{"One line of a ledger got mixed into the text below. Look for its {kind}.\n",
       "Some lines of a ledger got mixed into the text below. Look for their {kind}s.\n"},
      "In the ledger, {value} stands as the {kind} beside the entry {key}.",
@@ -72,10 +87,10 @@ constexpr std::array<Wording, kRulerWordings> kWordings = {{
 }};
 
 std::string uuid4(RulerRandom& random) {
-  const uint64_t high = (random.bits() & ~0xf000ull) | 0x4000ull;                         // version 4
-  const uint64_t low = (random.bits() & ~(3ull << 62)) | (2ull << 62);                    // RFC 4122 variant
-  return fmt::format("{:08x}-{:04x}-{:04x}-{:04x}-{:012x}", high >> 32, high >> 16 & 0xffff, high & 0xffff, low >> 48,
-                     low & 0xffffffffffffull);
+  const uint64_t high = (random.bits() & ~0xf000ull) | 0x4000ull;       // version 4
+  const uint64_t low = (random.bits() & ~(3ull << 62)) | (2ull << 62);  // RFC 4122 variant
+  return fmt::format("{:08x}-{:04x}-{:04x}-{:04x}-{:012x}", high >> 32, high >> 16 & 0xffff, high & 0xffff,
+                     low >> 48, low & 0xffffffffffffull);
 }
 
 // Keys and values that do not repeat within a prompt.
@@ -86,12 +101,15 @@ class Draws {
   std::string key() {
     return fresh([&] {
       if (shape_.uuid_keys) return uuid4(random_);
-      const std::string adjective = random_.pick(adjectives());  // one draw a statement: their order is then fixed
+      const std::string adjective =
+          random_.pick(adjectives());  // one draw a statement: their order is then fixed
       return adjective + "-" + random_.pick(nouns());
     });
   }
   std::string value() {
-    return fresh([&] { return shape_.uuid_values ? uuid4(random_) : std::to_string(1000000 + random_.below(9000000)); });
+    return fresh([&] {
+      return shape_.uuid_values ? uuid4(random_) : std::to_string(1000000 + random_.below(9000000));
+    });
   }
 
  private:
@@ -109,7 +127,8 @@ class Draws {
 };
 
 // Where `count` needles go among the units: before units[positions[i]], ascending.
-std::vector<int64_t> positions(const Request& request, const Shape& shape, const std::vector<std::string>& units, int64_t count) {
+std::vector<int64_t> positions(const Request& request, const Shape& shape,
+                               const std::vector<std::string>& units, int64_t count) {
   const auto size = static_cast<int64_t>(units.size());
   if (!std::isnan(request.depth)) {
     // The boundary nearest to the asked share of characters.
@@ -159,7 +178,9 @@ Draft build_niah(const Request& request) {
 
   std::vector<std::string> units;
   switch (shape.haystack) {
-    case Haystack::noise: units.assign(static_cast<size_t>(request.size), kNoise); break;
+    case Haystack::noise:
+      units.assign(static_cast<size_t>(request.size), kNoise);
+      break;
     case Haystack::essay: {
       const auto first = random.below(static_cast<int64_t>(request.essay.sentence_starts.size()));
       units = request.essay.sentences(first, request.size);
@@ -177,7 +198,8 @@ Draft build_niah(const Request& request) {
   size_t before = 0, next = 0;
   auto append = [&](const std::string& text) { haystack += (haystack.empty() ? "" : separator) + text; };
   for (size_t unit = 0; unit <= units.size(); ++unit) {
-    for (; next < at.size() && at[next] == static_cast<int64_t>(unit); ++next) before = haystack.size(), append(needles[next]);
+    for (; next < at.size() && at[next] == static_cast<int64_t>(unit); ++next)
+      before = haystack.size(), append(needles[next]);
     if (unit < units.size()) append(units[unit]);
   }
   if (needles.size() == 1) {

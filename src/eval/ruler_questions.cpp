@@ -1,4 +1,5 @@
-// Question answering over invented documents: one gold document (qa_1) or two to be joined (qa_2), among distractors.
+// Question answering over invented documents: one gold document (qa_1) or two to be joined (qa_2), among
+// distractors.
 #include <fmt/format.h>
 
 #include "eval/ruler_build.h"
@@ -28,7 +29,8 @@ class World {
     return first + " " + names_.next();
   }
   std::string institution_name() {
-    static const std::vector<std::string> kinds = {"Observatory", "Library", "Museum", "Academy", "Theatre", "Hospital"};
+    static const std::vector<std::string> kinds = {"Observatory", "Library", "Museum",
+                                                   "Academy",     "Theatre", "Hospital"};
     const std::string name = names_.next();
     return name + " " + random_.pick(kinds);
   }
@@ -41,7 +43,8 @@ class World {
   }
   Institution institution() {
     Institution made;
-    made.name = institution_name(), made.town = place(), made.founder = full_name(), made.director = full_name();
+    made.name = institution_name(), made.town = place(), made.founder = full_name(),
+    made.director = full_name();
     return made;
   }
   Town town() {
@@ -53,7 +56,8 @@ class World {
   std::string document(const Person& who) {
     return write(who.name(),
                  {who.name() + " was born in the town of " + who.birth_town + " in {year}.",
-                  who.last + " learned the trade from " + who.teacher + ", whose workshop was known far beyond the region.",
+                  who.last + " learned the trade from " + who.teacher +
+                      ", whose workshop was known far beyond the region.",
                   "For {number} years " + who.last + " worked at the " + who.institution + "."},
                  {"Friends remember that " + who.last + " kept {thing} on the desk.",
                   "In {year} a drawing of {thing} brought " + who.last + " some fame.",
@@ -64,30 +68,38 @@ class World {
   std::string document(const Institution& what) {
     return write("The " + what.name,
                  {"The " + what.name + " stands in the town of " + what.town + ".",
-                  "It was founded in {year} by " + what.founder + ".", "Its first director was " + what.director + "."},
+                  "It was founded in {year} by " + what.founder + ".",
+                  "Its first director was " + what.director + "."},
                  {"Visitors come above all to see {thing} in the entrance hall.",
-                  "In {year} fire broke out, and only {thing} could be saved.", "Its emblem shows {thing} above a {noun}.",
-                  "For {number} years the cellar held nothing but {thing}.", "By the gate, {thing} reminds of its early days."});
+                  "In {year} fire broke out, and only {thing} could be saved.",
+                  "Its emblem shows {thing} above a {noun}.",
+                  "For {number} years the cellar held nothing but {thing}.",
+                  "By the gate, {thing} reminds of its early days."});
   }
   std::string document(const Town& where) {
     return write(where.name,
                  {where.name + " is a town on the river " + where.river + ".",
                   "The mayor of " + where.name + " is " + where.mayor + "."},
                  {"Around {year} some {number} thousand people lived here.",
-                  "Each autumn the town holds a fair where the finest {noun} wins a prize.", "Its coat of arms shows {thing}.",
-                  "The oldest house is named after {thing}.", "Guests are advised to see {thing} behind the market."});
+                  "Each autumn the town holds a fair where the finest {noun} wins a prize.",
+                  "Its coat of arms shows {thing}.", "The oldest house is named after {thing}.",
+                  "Guests are advised to see {thing} behind the market."});
   }
   std::string distractor() {
     switch (random_.below(3)) {
-      case 0: return document(person());
-      case 1: return document(institution());
-      default: return document(town());
+      case 0:
+        return document(person());
+      case 1:
+        return document(institution());
+      default:
+        return document(town());
     }
   }
 
  private:
   // The first fact opens the document; the others stand among the remarks in any order.
-  std::string write(const std::string& title, const std::vector<std::string>& facts, const std::vector<std::string>& remarks) {
+  std::string write(const std::string& title, const std::vector<std::string>& facts,
+                    const std::vector<std::string>& remarks) {
     std::vector<std::string> rest(facts.begin() + 1, facts.end());
     rest.insert(rest.end(), remarks.begin(), remarks.end());
     random_.shuffle(rest);
@@ -121,24 +133,31 @@ Case one_hop(World& world, RulerRandom& random) {
       const Person who = world.person();
       const std::string document = world.document(who);
       switch (random.below(3)) {
-        case 0: return {fmt::format("In which town was {} born?", who.name()), who.birth_town, {document}};
-        case 1: return {fmt::format("From whom did {} learn the trade?", who.name()), who.teacher, {document}};
-        default: return {fmt::format("At which institution did {} work?", who.name()), who.institution, {document}};
+        case 0:
+          return {fmt::format("In which town was {} born?", who.name()), who.birth_town, {document}};
+        case 1:
+          return {fmt::format("From whom did {} learn the trade?", who.name()), who.teacher, {document}};
+        default:
+          return {fmt::format("At which institution did {} work?", who.name()), who.institution, {document}};
       }
     }
     case 1: {
       const Institution what = world.institution();
       const std::string document = world.document(what);
       switch (random.below(3)) {
-        case 0: return {fmt::format("In which town does the {} stand?", what.name), what.town, {document}};
-        case 1: return {fmt::format("Who founded the {}?", what.name), what.founder, {document}};
-        default: return {fmt::format("Who was the first director of the {}?", what.name), what.director, {document}};
+        case 0:
+          return {fmt::format("In which town does the {} stand?", what.name), what.town, {document}};
+        case 1:
+          return {fmt::format("Who founded the {}?", what.name), what.founder, {document}};
+        default:
+          return {fmt::format("Who was the first director of the {}?", what.name), what.director, {document}};
       }
     }
     default: {
       const Town where = world.town();
       const std::string document = world.document(where);
-      if (random.below(2) == 0) return {fmt::format("On which river does the town of {} lie?", where.name), where.river, {document}};
+      if (random.below(2) == 0)
+        return {fmt::format("On which river does the town of {} lie?", where.name), where.river, {document}};
       return {fmt::format("Who is the mayor of {}?", where.name), where.mayor, {document}};
     }
   }
@@ -152,18 +171,30 @@ Case two_hops(World& world, RulerRandom& random) {
     what.name = who.institution;
     const std::string second = world.document(what);
     switch (random.below(3)) {
-      case 0: return {fmt::format("In which town does the institution stand where {} worked?", who.name()), what.town, {first, second}};
-      case 1: return {fmt::format("Who founded the institution where {} worked?", who.name()), what.founder, {first, second}};
+      case 0:
+        return {fmt::format("In which town does the institution stand where {} worked?", who.name()),
+                what.town,
+                {first, second}};
+      case 1:
+        return {fmt::format("Who founded the institution where {} worked?", who.name()),
+                what.founder,
+                {first, second}};
       default:
-        return {fmt::format("Who was the first director of the institution where {} worked?", who.name()), what.director, {first, second}};
+        return {fmt::format("Who was the first director of the institution where {} worked?", who.name()),
+                what.director,
+                {first, second}};
     }
   }
   Town where = world.town();
   where.name = who.birth_town;
   const std::string second = world.document(where);
   if (random.below(2) == 0)
-    return {fmt::format("On which river lies the town where {} was born?", who.name()), where.river, {first, second}};
-  return {fmt::format("Who is the mayor of the town where {} was born?", who.name()), where.mayor, {first, second}};
+    return {fmt::format("On which river lies the town where {} was born?", who.name()),
+            where.river,
+            {first, second}};
+  return {fmt::format("Who is the mayor of the town where {} was born?", who.name()),
+          where.mayor,
+          {first, second}};
 }
 
 }  // namespace
@@ -179,7 +210,8 @@ Draft build_questions(const Request& request) {
   const std::string instruction = "Answer the question from the documents. Give nothing but the answer.\n\n";
   Draft draft;
   draft.context = instruction;
-  for (size_t i = 0; i < documents.size(); ++i) draft.context += fmt::format("Document {}:\n{}\n\n", i + 1, documents[i]);
+  for (size_t i = 0; i < documents.size(); ++i)
+    draft.context += fmt::format("Document {}:\n{}\n\n", i + 1, documents[i]);
   draft.question = instruction + "Question: " + made.question;
   draft.answer_prefix = " Answer:";
   draft.references = {made.answer};

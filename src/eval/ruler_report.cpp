@@ -15,8 +15,12 @@ namespace {
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 // JSON has no NaN: null stands for it.
-nlohmann::json number_or_null(double value) { return std::isnan(value) ? nlohmann::json() : nlohmann::json(value); }
-double nan_if_null(const nlohmann::json& json) { return json.is_null() ? kNan : json.get<double>(); }
+nlohmann::json number_or_null(double value) {
+  return std::isnan(value) ? nlohmann::json() : nlohmann::json(value);
+}
+double nan_if_null(const nlohmann::json& json) {
+  return json.is_null() ? kNan : json.get<double>();
+}
 
 // What of the records a number is taken over; what is empty takes all.
 struct Part {
@@ -25,7 +29,8 @@ struct Part {
   std::optional<double> depth;
 
   bool holds(const RulerRecord& record) const {
-    return (!task || record.task == *task) && (!length || record.length == *length) && (!depth || record.asked_depth == *depth);
+    return (!task || record.task == *task) && (!length || record.length == *length) &&
+           (!depth || record.asked_depth == *depth);
   }
 };
 
@@ -43,16 +48,19 @@ std::vector<std::vector<double>> strata(const RulerResult& result, const Part& p
 }
 
 Interval score(const RulerResult& result, const Part& part, size_t method) {
-  return bootstrap_mean(strata(result, part, [&](const RulerRecord& r) { return 100 * r.outcomes[method].score; }));
+  return bootstrap_mean(
+      strata(result, part, [&](const RulerRecord& r) { return 100 * r.outcomes[method].score; }));
 }
 
 // Of each method's score to the first one's on the same prompt.
 Interval difference(const RulerResult& result, const Part& part, size_t method) {
-  return bootstrap_mean(
-      strata(result, part, [&](const RulerRecord& r) { return 100 * (r.outcomes[method].score - r.outcomes[0].score); }));
+  return bootstrap_mean(strata(result, part, [&](const RulerRecord& r) {
+    return 100 * (r.outcomes[method].score - r.outcomes[0].score);
+  }));
 }
 
-// Shares of tokens attended and of true attention mass captured, over all decode steps; 1 for dense attention.
+// Shares of tokens attended and of true attention mass captured, over all decode steps; 1 for dense
+// attention.
 struct Measures {
   double attended = 1, captured = 1;
   bool mass_measured = true;
@@ -75,7 +83,9 @@ std::string with_interval(const Interval& i, const char* format) {
 constexpr const char* kScore = "{:.1f} [{:.1f}, {:.1f}]";
 constexpr const char* kDifference = "{:+.1f} [{:+.1f}, {:+.1f}]";
 
-nlohmann::json interval_json(const Interval& i) { return {{"mean", i.mean}, {"low", i.low}, {"high", i.high}}; }
+nlohmann::json interval_json(const Interval& i) {
+  return {{"mean", i.mean}, {"low", i.low}, {"high", i.high}};
+}
 
 // Short enough for the axis of a heat map.
 std::string axis_name(RulerTask task) {
@@ -86,23 +96,39 @@ std::string axis_name(RulerTask task) {
 }  // namespace
 
 nlohmann::json RulerRecord::to_json() const {
-  nlohmann::json json = {{"task", to_string(task)}, {"length", length}, {"sample", sample}, {"asked_depth", number_or_null(asked_depth)},
-                         {"depth", number_or_null(depth)}, {"prompt_tokens", prompt_tokens}, {"references", references},
+  nlohmann::json json = {{"task", to_string(task)},
+                         {"length", length},
+                         {"sample", sample},
+                         {"asked_depth", number_or_null(asked_depth)},
+                         {"depth", number_or_null(depth)},
+                         {"prompt_tokens", prompt_tokens},
+                         {"references", references},
                          {"outcomes", nlohmann::json::array()}};
   for (const RulerOutcome& o : outcomes) {
-    json["outcomes"].push_back({{"output", o.output}, {"score", o.score}, {"answer_tokens", o.answer_tokens}, {"attended", o.attended},
-                                {"visible", o.visible}, {"captured", o.captured}, {"measured", o.measured}});
+    json["outcomes"].push_back({{"output", o.output},
+                                {"score", o.score},
+                                {"answer_tokens", o.answer_tokens},
+                                {"attended", o.attended},
+                                {"visible", o.visible},
+                                {"captured", o.captured},
+                                {"measured", o.measured}});
   }
   return json;
 }
 
 RulerRecord RulerRecord::from_json(const nlohmann::json& json) {
   try {
-    RulerRecord record{ruler_task_from_string(json.at("task")), json.at("length"), json.at("sample"), nan_if_null(json.at("asked_depth")),
-                       nan_if_null(json.at("depth")), json.at("prompt_tokens"), json.at("references"), {}};
+    RulerRecord record{ruler_task_from_string(json.at("task")),
+                       json.at("length"),
+                       json.at("sample"),
+                       nan_if_null(json.at("asked_depth")),
+                       nan_if_null(json.at("depth")),
+                       json.at("prompt_tokens"),
+                       json.at("references"),
+                       {}};
     for (const nlohmann::json& o : json.at("outcomes")) {
-      record.outcomes.push_back({o.at("output"), o.at("score"), o.at("answer_tokens"), o.at("attended"), o.at("visible"),
-                                 o.at("captured"), o.at("measured")});
+      record.outcomes.push_back({o.at("output"), o.at("score"), o.at("answer_tokens"), o.at("attended"),
+                                 o.at("visible"), o.at("captured"), o.at("measured")});
     }
     return record;
   } catch (const nlohmann::json::exception& e) {
@@ -120,10 +146,12 @@ Table RulerResult::scores() const {
   };
   for (int64_t length : options.lengths) {
     for (RulerTask task : options.tasks) {
-      for (double depth : options.depths) add(fmt::format("{}, {:.0f}%", to_string(task), 100 * depth), {task, length, depth});
+      for (double depth : options.depths)
+        add(fmt::format("{}, {:.0f}%", to_string(task), 100 * depth), {task, length, depth});
       if (options.depths.empty()) add(to_string(task), {task, length, {}});
     }
-    if (options.tasks.size() * std::max<size_t>(options.depths.size(), 1) > 1) add("average", {{}, length, {}});
+    if (options.tasks.size() * std::max<size_t>(options.depths.size(), 1) > 1)
+      add("average", {{}, length, {}});
   }
   return table;
 }
@@ -134,18 +162,24 @@ Table RulerResult::measures() const {
     const Part part{{}, length, {}};
     for (size_t m = 0; m < methods.size(); ++m) {
       const Measures measures = measure(*this, part, m);
-      table.rows.push_back({methods[m], std::to_string(length), with_interval(score(*this, part, m), kScore),
-                            m == 0 ? "" : with_interval(difference(*this, part, m), kDifference),
-                            fmt::format("{:.1f}%", 100 * measures.attended),
-                            measures.mass_measured ? fmt::format("{:.3f}", measures.captured) : "not measured"});
+      table.rows.push_back(
+          {methods[m], std::to_string(length), with_interval(score(*this, part, m), kScore),
+           m == 0 ? "" : with_interval(difference(*this, part, m), kDifference),
+           fmt::format("{:.1f}%", 100 * measures.attended),
+           measures.mass_measured ? fmt::format("{:.3f}", measures.captured) : "not measured"});
     }
   }
   return table;
 }
 
 nlohmann::json RulerResult::to_json() const {
-  nlohmann::json json = {{"settings", settings}, {"samples", options.samples}, {"depths", options.depths}, {"methods", methods},
-                         {"scores", nlohmann::json::array()}, {"measures", nlohmann::json::array()}, {"prompts", nlohmann::json::array()}};
+  nlohmann::json json = {{"settings", settings},
+                         {"samples", options.samples},
+                         {"depths", options.depths},
+                         {"methods", methods},
+                         {"scores", nlohmann::json::array()},
+                         {"measures", nlohmann::json::array()},
+                         {"prompts", nlohmann::json::array()}};
   for (int64_t length : options.lengths) {
     for (size_t m = 0; m < methods.size(); ++m) {
       for (RulerTask task : options.tasks) {
@@ -155,9 +189,12 @@ nlohmann::json RulerResult::to_json() const {
       }
       const Part part{{}, length, {}};
       const Measures measures = measure(*this, part, m);
-      json["measures"].push_back({{"method", methods[m]}, {"length", length}, {"score", interval_json(score(*this, part, m))},
+      json["measures"].push_back({{"method", methods[m]},
+                                  {"length", length},
+                                  {"score", interval_json(score(*this, part, m))},
                                   {"difference_to_first", interval_json(difference(*this, part, m))},
-                                  {"attended_share", measures.attended}, {"captured_mass", number_or_null(measures.captured)}});
+                                  {"attended_share", measures.attended},
+                                  {"captured_mass", number_or_null(measures.captured)}});
     }
   }
   for (const RulerRecord& record : records) json["prompts"].push_back(record.to_json());
@@ -166,14 +203,21 @@ nlohmann::json RulerResult::to_json() const {
 
 void RulerResult::add_to(Page& page) const {
   page.heading(options.depths.empty() ? "RULER" : "Needle depth sweep");
-  page.paragraph(fmt::format(
-      "{} prompts, {} of each task{} and length, seed {}, wording {}. The context is prefilled densely once; each method then reads the "
-      "question and writes the answer token by token. Scores are percent of the references found, with 95% bootstrap intervals.",
-      records.size(), options.samples, options.depths.empty() ? "" : ", depth", options.prompts.seed, options.prompts.wording));
+  page.paragraph(
+      fmt::format("{} prompts, {} of each task{} and length, seed {}, wording {}. The context is prefilled "
+                  "densely once; each method then reads the "
+                  "question and writes the answer token by token. Scores are percent of the references "
+                  "found, with 95% bootstrap intervals.",
+                  records.size(), options.samples, options.depths.empty() ? "" : ", depth",
+                  options.prompts.seed, options.prompts.wording));
   page.add(measures());
   page.add(scores());
   if (options.lengths.size() > 1) {
-    LineChart chart{.title = "Average score by length", .x_label = "tokens", .y_label = "score", .log_x = true, .y_from_zero = true};
+    LineChart chart{.title = "Average score by length",
+                    .x_label = "tokens",
+                    .y_label = "score",
+                    .log_x = true,
+                    .y_from_zero = true};
     for (size_t m = 0; m < methods.size(); ++m) {
       Series series{.name = methods[m], .dashed = m == 0};
       for (int64_t length : options.lengths) {
@@ -187,7 +231,10 @@ void RulerResult::add_to(Page& page) const {
   if (!options.depths.empty()) {
     for (size_t m = 0; m < methods.size(); ++m) {
       for (RulerTask task : options.tasks) {
-        HeatMap map{.title = fmt::format("{}, {}", methods[m], to_string(task)), .x_label = "tokens", .y_label = "needle depth", .high = 100};
+        HeatMap map{.title = fmt::format("{}, {}", methods[m], to_string(task)),
+                    .x_label = "tokens",
+                    .y_label = "needle depth",
+                    .high = 100};
         for (int64_t length : options.lengths) map.columns.push_back(std::to_string(length));
         for (double depth : options.depths) {
           map.rows.push_back(fmt::format("{:.0f}%", 100 * depth));
@@ -200,7 +247,10 @@ void RulerResult::add_to(Page& page) const {
     return;
   }
   for (int64_t length : options.lengths) {
-    HeatMap map{.title = fmt::format("Score by task at {} tokens", length), .x_label = "attention", .y_label = "", .high = 100};
+    HeatMap map{.title = fmt::format("Score by task at {} tokens", length),
+                .x_label = "attention",
+                .y_label = "",
+                .high = 100};
     map.columns = methods;
     for (RulerTask task : options.tasks) {
       map.rows.push_back(axis_name(task));

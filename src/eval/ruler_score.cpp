@@ -18,7 +18,8 @@ std::string lower(std::string text) {
 }
 
 int64_t count_found(const std::string& output, const std::vector<std::string>& references) {
-  if (references.empty()) fail("RULER score: a prompt has no reference answer; there is nothing to compare with");
+  if (references.empty())
+    fail("RULER score: a prompt has no reference answer; there is nothing to compare with");
   const std::string text = lower(output);
   return std::count_if(references.begin(), references.end(),
                        [&](const std::string& r) { return text.find(lower(r)) != std::string::npos; });
@@ -45,7 +46,8 @@ double string_match_part(const std::string& output, const std::vector<std::strin
 
 double ruler_score(RulerTask task, const std::string& output, const std::vector<std::string>& references) {
   const bool any = task == RulerTask::qa_1 || task == RulerTask::qa_2;
-  return any ? string_match_part(clean_output(output), references) : string_match_all(clean_output(output), references);
+  return any ? string_match_part(clean_output(output), references)
+             : string_match_all(clean_output(output), references);
 }
 
 Interval bootstrap_mean(const std::vector<std::vector<double>>& strata, uint64_t seed, int64_t resamples) {
@@ -76,7 +78,8 @@ Interval bootstrap_mean(const std::vector<std::vector<double>>& strata, uint64_t
     const double above = below + 1 < means.size() ? means[below + 1] : means[below];
     return means[below] + (at - static_cast<double>(below)) * (above - means[below]);
   };
-  return {mean([](const std::vector<double>& values, size_t i) { return values[i]; }), percentile(0.025), percentile(0.975)};
+  return {mean([](const std::vector<double>& values, size_t i) { return values[i]; }), percentile(0.025),
+          percentile(0.975)};
 }
 
 }  // namespace spot

@@ -9,8 +9,8 @@
 
 namespace spot {
 
-// Everyday words in lower case, alphabetical; no word is in two lists, and none is in the instructions of a prompt
-// that counts words.
+// Everyday words in lower case, alphabetical; no word is in two lists, and none is in the instructions of a
+// prompt that counts words.
 const std::vector<std::string>& adjectives();  // about 400
 const std::vector<std::string>& nouns();       // about 650
 const std::vector<std::string>& verbs();       // about 300
@@ -19,8 +19,8 @@ const std::vector<std::string>& verbs();       // about 300
 // "maldore"), none of those above; 24 million exist. All have one length, so none is part of another.
 std::string pseudo_word(RulerRandom& random);
 
-// `count` distinct words: embedded ones drawn at random where the three lists suffice, else all of them and invented
-// ones, in random order, so that nothing but its frequency tells one word of a prompt from another.
+// `count` distinct words: embedded ones drawn at random where the three lists suffice, else all of them and
+// invented ones, in random order, so that nothing but its frequency tells one word of a prompt from another.
 std::vector<std::string> distinct_words(int64_t count, RulerRandom& random);
 
 // Invented names with a capital letter, never the same twice.

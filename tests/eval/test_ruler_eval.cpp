@@ -1,7 +1,6 @@
+#include <ATen/Parallel.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
-
-#include <ATen/Parallel.h>
 
 #include <cmath>
 #include <fstream>
@@ -26,21 +25,23 @@ constexpr int64_t kVocabulary = 1000;
 ModelConfig small_config() {
   ModelConfig config;
   config.architecture = "LlamaForCausalLM", config.model_type = "llama";
-  config.hidden_size = 32, config.num_layers = 2, config.num_heads = 4, config.num_kv_heads = 2, config.head_dim = 16;
+  config.hidden_size = 32, config.num_layers = 2, config.num_heads = 4, config.num_kv_heads = 2,
+  config.head_dim = 16;
   config.intermediate_size = 48, config.vocab_size = kVocabulary, config.max_position_embeddings = 2048;
   config.rope.rotary_dim = 16;
   config.layer_kinds.assign(2, LayerKind::full_attention);
   return config;
 }
 
-// A word is a token, by its hash; ids read as words of their own. Some hold a byte that is no UTF-8, which must not
-// disturb the log.
+// A word is a token, by its hash; ids read as words of their own. Some hold a byte that is no UTF-8, which
+// must not disturb the log.
 TextCodec word_codec() {
   return {[](std::string_view text, bool first) {
             std::vector<int32_t> ids;
             if (first) ids.push_back(0);
             std::istringstream in{std::string(text)};
-            for (std::string word; in >> word;) ids.push_back(static_cast<int32_t>(stable_hash(word) % kVocabulary));
+            for (std::string word; in >> word;)
+              ids.push_back(static_cast<int32_t>(stable_hash(word) % kVocabulary));
             return ids;
           },
           [](std::span<const int32_t> ids) {
@@ -51,7 +52,8 @@ TextCodec word_codec() {
           {}};
 }
 
-EvalMethod method(const std::string& name, AttentionKind kind, int64_t budget, int64_t sinks = 16, int64_t recency = 32) {
+EvalMethod method(const std::string& name, AttentionKind kind, int64_t budget, int64_t sinks = 16,
+                  int64_t recency = 32) {
   EvalMethod made{name, {}};
   made.spec.kind = kind;
   made.spec.rule.mode = SelectionMode::top_k;
@@ -138,9 +140,11 @@ TEST_F(RulerEval, OtherSettingsAndDamagedLogsAreRefused) {
 
   const std::string bytes = read_file(folder / "ruler.jsonl");
   const size_t second = bytes.find('\n') + 1;
-  std::ofstream(folder / "ruler.jsonl", std::ios::binary | std::ios::trunc) << bytes.substr(0, second) + "{]\n" + bytes.substr(second);
+  std::ofstream(folder / "ruler.jsonl", std::ios::binary | std::ios::trunc)
+      << bytes.substr(0, second) + "{]\n" + bytes.substr(second);
   expect_error([&] { run(); }, {"ruler.jsonl", fmt::format("byte {}", second)});
-  std::ofstream(folder / "ruler.jsonl", std::ios::binary | std::ios::trunc) << bytes.substr(0, second) + "{\"task\": \"vt\"}\n";
+  std::ofstream(folder / "ruler.jsonl", std::ios::binary | std::ios::trunc)
+      << bytes.substr(0, second) + "{\"task\": \"vt\"}\n";
   expect_error([&] { run(); }, {"cannot be read back", "vt"});
 }
 
@@ -162,7 +166,8 @@ TEST_F(RulerEval, MethodsThatKeepEverythingAnswerAsDenseAttentionDoes) {
   SelectorConfig config = SelectorConfig::from_preset("spot");
   config.rope_dims = 8, config.cache_format = CacheFormat::f32;
   const Selector selector(config, backbone.config(), at::kCPU);
-  for (AttentionKind kind : {AttentionKind::spot, AttentionKind::oracle, AttentionKind::quest, AttentionKind::streaming})
+  for (AttentionKind kind :
+       {AttentionKind::spot, AttentionKind::oracle, AttentionKind::quest, AttentionKind::streaming})
     methods.push_back(method(to_string(kind), kind, 4000));
   options.mass_every = 3;
   const RulerResult result = evaluate_ruler(backbone, &selector, codec, "", methods, options);
@@ -180,8 +185,9 @@ TEST_F(RulerEval, MethodsThatKeepEverythingAnswerAsDenseAttentionDoes) {
 }
 
 TEST_F(RulerEval, MethodsDoNotDisturbOneAnother) {
-  const std::vector<EvalMethod> all = {method("streaming", AttentionKind::streaming, 96), method("dense", AttentionKind::dense, 64),
-                                       method("quest", AttentionKind::quest, 160), method("oracle", AttentionKind::oracle, 160)};
+  const std::vector<EvalMethod> all = {
+      method("streaming", AttentionKind::streaming, 96), method("dense", AttentionKind::dense, 64),
+      method("quest", AttentionKind::quest, 160), method("oracle", AttentionKind::oracle, 160)};
   options.samples = 1;
   methods = all;
   const RulerResult together = run();
@@ -201,7 +207,8 @@ TEST_F(RulerEval, MethodsDoNotDisturbOneAnother) {
   EXPECT_LE(window.attended / window.visible, 128.0 / 600);
   // The oracle's blocks hold the most mass.
   const RulerOutcome &quest = together.records[0].outcomes[2], &oracle = together.records[0].outcomes[3];
-  EXPECT_GE(oracle.captured / static_cast<double>(oracle.measured), quest.captured / static_cast<double>(quest.measured) - 1e-6);
+  EXPECT_GE(oracle.captured / static_cast<double>(oracle.measured),
+            quest.captured / static_cast<double>(quest.measured) - 1e-6);
 }
 
 TEST_F(RulerEval, AnswersEndWhereTheyShould) {
@@ -218,13 +225,17 @@ TEST_F(RulerEval, AnswersEndWhereTheyShould) {
   codec.stop_ids.clear();
 
   // Whatever the model writes, these read as a line break after text, and as the answer.
-  codec.decode = [](std::span<const int32_t> ids) { return ids.size() < 5 ? std::string(ids.size(), '\n') : "\nx\n"; };
+  codec.decode = [](std::span<const int32_t> ids) {
+    return ids.size() < 5 ? std::string(ids.size(), '\n') : "\nx\n";
+  };
   EXPECT_EQ(run().records[0].outcomes[0].answer_tokens, 128);
   options.stop_at_newline = true;
   EXPECT_EQ(run().records[0].outcomes[0].answer_tokens, 5);
   options.stop_at_newline = false;
   const std::string answer = run().records[0].references[0];
-  codec.decode = [answer](std::span<const int32_t> ids) { return ids.size() < 7 ? "it is" : "it is " + answer; };
+  codec.decode = [answer](std::span<const int32_t> ids) {
+    return ids.size() < 7 ? "it is" : "it is " + answer;
+  };
   const RulerOutcome right = run().records[0].outcomes[1];
   EXPECT_EQ(right.score, 1);
   EXPECT_EQ(right.answer_tokens, 7);
@@ -260,13 +271,16 @@ TEST_F(RulerEval, TablesAndJsonSayWhatTheRecordsSay) {
   options.lengths = {701, 1200};
   RulerResult result = run();
   // Known scores in place of the random model's: the second method misses every third prompt.
-  for (size_t r = 0; r < result.records.size(); ++r) result.records[r].outcomes[0].score = 1, result.records[r].outcomes[1].score = r % 3 ? 1 : 0;
-  const nlohmann::json json = nlohmann::json::parse(result.to_json().dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+  for (size_t r = 0; r < result.records.size(); ++r)
+    result.records[r].outcomes[0].score = 1, result.records[r].outcomes[1].score = r % 3 ? 1 : 0;
+  const nlohmann::json json =
+      nlohmann::json::parse(result.to_json().dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
   ASSERT_EQ(json["prompts"].size(), 8u);
   double lost = 0;
   int64_t prompts = 0;
   for (size_t r = 0; r < 8; ++r)
-    if (json["prompts"][r]["length"] == 1200) lost += 1 - json["prompts"][r]["outcomes"][1]["score"].get<double>(), ++prompts;
+    if (json["prompts"][r]["length"] == 1200)
+      lost += 1 - json["prompts"][r]["outcomes"][1]["score"].get<double>(), ++prompts;
   EXPECT_EQ(prompts, 4);
   const nlohmann::json& last = json["measures"].back();
   EXPECT_EQ(last["length"], 1200);
@@ -297,7 +311,12 @@ TEST_F(RulerEval, RefusesBeforeAnyWork) {
   refused([&] { options.lengths = {701, 200}; }, {"vt", "200"});
   refused([&] { options.tasks = {RulerTask::niah_single_2}; }, {"niah_single_2", "text"});
   refused([&] { options.samples = 0; }, {"samples"});
-  refused([&] { options.depths = {0.5, 2}; options.tasks = {RulerTask::niah_single_1}; }, {"depth 2"});
+  refused(
+      [&] {
+        options.depths = {0.5, 2};
+        options.tasks = {RulerTask::niah_single_1};
+      },
+      {"depth 2"});
   methods = {method("spot", AttentionKind::spot, 64)};
   refused([] {}, {"selector"});
   methods.clear();

@@ -43,8 +43,10 @@ TEST(Bootstrap, IntervalIsThatOfTheMean) {
   EXPECT_NEAR(i.low, mean - 1.96 * error, 0.6 * error);
   EXPECT_NEAR(i.high, mean + 1.96 * error, 0.6 * error);
   values.clear();
-  for (int n = 0; n < 50; ++n) values.push_back(static_cast<double>(random.below(1 << 30)));  // so that no two means agree
-  const Interval again = bootstrap_mean({values}, 5), same = bootstrap_mean({values}, 5), other = bootstrap_mean({values}, 6);
+  for (int n = 0; n < 50; ++n)
+    values.push_back(static_cast<double>(random.below(1 << 30)));  // so that no two means agree
+  const Interval again = bootstrap_mean({values}, 5), same = bootstrap_mean({values}, 5),
+                 other = bootstrap_mean({values}, 6);
   EXPECT_EQ(again.low, same.low);
   EXPECT_EQ(again.high, same.high);
   EXPECT_TRUE(again.low != other.low || again.high != other.high);
@@ -53,8 +55,8 @@ TEST(Bootstrap, IntervalIsThatOfTheMean) {
 TEST(Bootstrap, StrataCountAlikeAndAreDrawnApart) {
   RulerRandom random(fmt::format("{}", fresh_seed()));
   // Values that differ between the strata only: every resample has the same mean.
-  std::vector<std::vector<double>> strata = {std::vector<double>(3 + random.below(20), 1.0),
-                                             std::vector<double>(3 + random.below(20), 0.25), {}};
+  std::vector<std::vector<double>> strata = {
+      std::vector<double>(3 + random.below(20), 1.0), std::vector<double>(3 + random.below(20), 0.25), {}};
   const Interval i = bootstrap_mean(strata);
   EXPECT_EQ(i.mean, 0.625);
   EXPECT_EQ(i.low, 0.625);

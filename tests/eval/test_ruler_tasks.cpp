@@ -21,7 +21,8 @@ namespace {
 using testing::expect_error;
 using testing::fresh_seed;
 
-// A stand-in for a tokenizer: runs of letters are cut after `longest`, every other character but a space is a token.
+// A stand-in for a tokenizer: runs of letters are cut after `longest`, every other character but a space is a
+// token.
 TokenCounter letters_counter(int longest) {
   return [longest](const std::string& text, bool first) {
     int64_t tokens = first ? 1 : 0;
@@ -40,7 +41,8 @@ std::string random_essay(RulerRandom& random, int64_t sentences) {
   std::string text;
   for (int64_t s = 0; s < sentences; ++s) {
     const int64_t words = 4 + random.below(22);
-    for (int64_t w = 0; w < words; ++w) text += random.pick(nouns()) + (w + 1 < words ? random.below(9) ? " " : ",\n" : ".  ");
+    for (int64_t w = 0; w < words; ++w)
+      text += random.pick(nouns()) + (w + 1 < words ? random.below(9) ? " " : ",\n" : ".  ");
   }
   return text;
 }
@@ -60,7 +62,10 @@ std::map<std::string, int64_t> word_counts(const std::string& text) {
 
 class Ruler : public ::testing::Test {
  protected:
-  Ruler() : random(fmt::format("{}", fresh_seed())), seed(random.bits()), longest(2 + static_cast<int>(random.below(5))) {
+  Ruler()
+      : random(fmt::format("{}", fresh_seed())),
+        seed(random.bits()),
+        longest(2 + static_cast<int>(random.below(5))) {
     essay = random_essay(random, 40 + random.below(400));
   }
   RulerGenerator generator(int wording = 0) const {
@@ -79,12 +84,13 @@ TEST_F(Ruler, PromptsFitTheirLengthAndComeClose) {
     for (int64_t lowest : {2500, 5000, 30000}) {
       const int64_t length = lowest + random.below(lowest);
       const RulerSample s = made.make(task, length, random.below(100));
-      SCOPED_TRACE(fmt::format("{} at {}: {} tokens, haystack {}", to_string(task), length, s.prompt_tokens, s.haystack_size));
+      SCOPED_TRACE(fmt::format("{} at {}: {} tokens, haystack {}", to_string(task), length, s.prompt_tokens,
+                               s.haystack_size));
       EXPECT_EQ(s.max_new_tokens, ruler_answer_tokens(task));
       EXPECT_EQ(s.prompt_tokens, count(s.context, true) + count(s.question + s.answer_prefix, false));
       EXPECT_LE(s.prompt_tokens + s.max_new_tokens, length);
-      // Two units of haystack at most are missing, or 1/256 of the length. (One more coded word can add one to several
-      // ranks' counts at once.)
+      // Two units of haystack at most are missing, or 1/256 of the length. (One more coded word can add one
+      // to several ranks' counts at once.)
       const int64_t unit = s.prompt_tokens / s.haystack_size + 1, units = task == RulerTask::fwe ? 8 : 2;
       EXPECT_LE(length - s.prompt_tokens - s.max_new_tokens, std::max(length / 256, units * unit));
       EXPECT_EQ(s.context.back(), '\n');
@@ -110,15 +116,18 @@ TEST_F(Ruler, AnswersOccurAsOftenAsTheyShould) {
       for (const std::string& r : s.references) EXPECT_EQ(occurrences(s.context, r), 1) << r;
     } else if (task == RulerTask::vt) {
       ASSERT_EQ(s.references.size(), 5u);
-      for (size_t i = 0; i < 5; ++i) EXPECT_EQ(occurrences(s.context, "VAR " + s.references[i] + "\n") +
-                                                   occurrences(s.context, "VAR " + s.references[i] + " ="), i < 4 ? 2 : 1);
+      for (size_t i = 0; i < 5; ++i)
+        EXPECT_EQ(occurrences(s.context, "VAR " + s.references[i] + "\n") +
+                      occurrences(s.context, "VAR " + s.references[i] + " ="),
+                  i < 4 ? 2 : 1);
     } else {
       const auto counts = word_counts(s.context);
       ASSERT_EQ(s.references.size(), task == RulerTask::cwe ? 10u : 3u);
       for (size_t i = 0; i < s.references.size(); ++i) {
         const auto n = static_cast<double>(s.haystack_size), rank = static_cast<double>(i + 2);
-        const auto expected = task == RulerTask::cwe ? (length < 4096 ? 6 : 30)
-                                                     : static_cast<int64_t>(n / (rank * rank * 1.6449340668482264));
+        const auto expected = task == RulerTask::cwe
+                                  ? (length < 4096 ? 6 : 30)
+                                  : static_cast<int64_t>(n / (rank * rank * 1.6449340668482264));
         EXPECT_EQ(counts.at(s.references[i]), expected) << s.references[i];
       }
     }
@@ -155,8 +164,11 @@ TEST_F(Ruler, EssaysAreContinuousSentencesOfTheTextGivenAndGoRound) {
   const size_t needle = s.context.find("One of the special"), after = s.context.find(". ", needle) + 2;
   const std::string before = s.context.substr(s.context.find('\n') + 1, needle - s.context.find('\n') - 1);
   const std::string round = normal + " " + normal;
-  for (const std::string& part : {before.substr(0, std::min<size_t>(before.size(), 600)), s.context.substr(after, 600)})
-    EXPECT_NE((round + " " + round).find(part.substr(0, std::min(part.size(), normal.size()))), std::string::npos) << part;
+  for (const std::string& part :
+       {before.substr(0, std::min<size_t>(before.size(), 600)), s.context.substr(after, 600)})
+    EXPECT_NE((round + " " + round).find(part.substr(0, std::min(part.size(), normal.size()))),
+              std::string::npos)
+        << part;
 }
 
 TEST_F(Ruler, TheOneNeedleLiesWhereItWasAsked) {
@@ -177,7 +189,9 @@ TEST_F(Ruler, TheOneNeedleLiesWhereItWasAsked) {
     for (double depth : {0.25, 0.5, 0.9}) {
       const RulerSample s = made.make(task, 8000, 1, depth);
       EXPECT_NEAR(s.depth, depth, 0.05);
-      EXPECT_NEAR(static_cast<double>(s.context.find(s.references[0])) / static_cast<double>(s.context.size()), depth, 0.08);
+      EXPECT_NEAR(
+          static_cast<double>(s.context.find(s.references[0])) / static_cast<double>(s.context.size()), depth,
+          0.08);
     }
   }
   expect_error([&] { made.make(RulerTask::niah_single_1, 4000, 0, 1.5); }, {"1.5"});
@@ -200,7 +214,8 @@ TEST_F(Ruler, PromptsDependOnTheirNameAlone) {
   }
 }
 
-// The prompts of this version, on every platform and compiler. When they change on purpose, kRulerVersion must too.
+// The prompts of this version, on every platform and compiler. When they change on purpose, kRulerVersion
+// must too.
 TEST(RulerPrompts, AreTheSameEverywhere) {
   std::string essay;
   for (int i = 0; i < 200; ++i) essay += fmt::format("Sentence {} tells of a river and {} boats. ", i, 7 * i);
@@ -209,7 +224,8 @@ TEST(RulerPrompts, AreTheSameEverywhere) {
     const RulerGenerator made({.seed = 7, .wording = wording}, essay, letters_counter(4));
     for (RulerTask task : all_ruler_tasks()) {
       const RulerSample s = made.make(task, 3000 + 1500 * wording, 3);
-      all += fmt::format("{}{}{}{:.6f}", s.context, s.question, s.answer_prefix, std::isnan(s.depth) ? -1 : s.depth);
+      all += fmt::format("{}{}{}{:.6f}", s.context, s.question, s.answer_prefix,
+                         std::isnan(s.depth) ? -1 : s.depth);
     }
   }
   EXPECT_EQ(kRulerVersion, 1);
@@ -231,7 +247,8 @@ TEST_F(Ruler, WordingsSayTheSameInOtherWords) {
 }
 
 TEST_F(Ruler, ChatTemplatesWrapTheTaskAndCountAsTokens) {
-  const RulerGenerator wrapped({.seed = seed, .before = "<user> ", .after = " </user> <model>"}, essay, letters_counter(longest));
+  const RulerGenerator wrapped({.seed = seed, .before = "<user> ", .after = " </user> <model>"}, essay,
+                               letters_counter(longest));
   const RulerSample s = wrapped.make(RulerTask::qa_1, 3000, 0);
   EXPECT_EQ(s.context.rfind("<user> Answer", 0), 0u);
   EXPECT_TRUE(s.question.ends_with("? </user> <model>"));
@@ -241,7 +258,8 @@ TEST_F(Ruler, ChatTemplatesWrapTheTaskAndCountAsTokens) {
 
 TEST_F(Ruler, RefusesWhatCannotBeMade) {
   const RulerGenerator made = generator();
-  for (RulerTask task : all_ruler_tasks()) expect_error([&] { made.make(task, 120, 0); }, {to_string(task), "greater length"});
+  for (RulerTask task : all_ruler_tasks())
+    expect_error([&] { made.make(task, 120, 0); }, {to_string(task), "greater length"});
   const RulerGenerator no_essay({.seed = seed}, "too short", letters_counter(3));
   expect_error([&] { no_essay.make(RulerTask::niah_single_2, 4000, 0); }, {"niah_single_2", "2 words"});
   EXPECT_FALSE(no_essay.make(RulerTask::niah_multikey_3, 4000, 0).references.empty());
@@ -249,7 +267,8 @@ TEST_F(Ruler, RefusesWhatCannotBeMade) {
   for (RulerTask task : all_ruler_tasks()) EXPECT_EQ(ruler_task_from_string(to_string(task)), task);
 }
 
-// An independent program answers every prompt from its text, and scores random outputs by RULER's Python rules.
+// An independent program answers every prompt from its text, and scores random outputs by RULER's Python
+// rules.
 TEST_F(Ruler, AnOracleSolvesThePrompts) {
   nlohmann::json samples = nlohmann::json::array(), scores = nlohmann::json::array();
   const std::string noise("a B\n\t\r\x01 ,.Ä\u00a0z", 16);
@@ -258,17 +277,24 @@ TEST_F(Ruler, AnOracleSolvesThePrompts) {
     for (RulerTask task : all_ruler_tasks()) {
       for (int64_t repeat = 0; repeat < 4; ++repeat) {
         const RulerSample s = made.make(task, 2500 + random.below(8000), random.below(1000));
-        samples.push_back({{"task", to_string(task)}, {"wording", wording}, {"context", s.context}, {"question", s.question},
-                           {"answer_prefix", s.answer_prefix}, {"references", s.references}});
+        samples.push_back({{"task", to_string(task)},
+                           {"wording", wording},
+                           {"context", s.context},
+                           {"question", s.question},
+                           {"answer_prefix", s.answer_prefix},
+                           {"references", s.references}});
         std::string output = random.below(2) ? "\n " : "";
         for (const std::string& reference : s.references) {
           std::string part = reference;
           for (char& c : part)
             if (random.below(3) == 0) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
-          if (random.below(3) == 0) part[static_cast<size_t>(random.below(static_cast<int64_t>(part.size())))] = '\x02';
+          if (random.below(3) == 0)
+            part[static_cast<size_t>(random.below(static_cast<int64_t>(part.size())))] = '\x02';
           if (random.below(4) != 0) output += part + (random.below(2) ? ", " : "\x07 Ä ");
         }
-        scores.push_back({{"task", to_string(task)}, {"output", output}, {"references", s.references},
+        scores.push_back({{"task", to_string(task)},
+                          {"output", output},
+                          {"references", s.references},
                           {"score", ruler_score(task, output, s.references)}});
       }
     }
@@ -326,7 +352,8 @@ TEST(RulerRandomNumbers, AreUniformDistinctAndRepeatable) {
     for (size_t j = 1; j < 4; ++j) ASSERT_LT(some[j - 1], some[j]);
     for (int64_t n : some) drawn[static_cast<size_t>(n)]++;
   }
-  for (int64_t n : drawn) EXPECT_NEAR(static_cast<double>(n), kDraws / 10 * 4 / 9.0, 6 * std::sqrt(kDraws / 10 * 20.0 / 81));
+  for (int64_t n : drawn)
+    EXPECT_NEAR(static_cast<double>(n), kDraws / 10 * 4 / 9.0, 6 * std::sqrt(kDraws / 10 * 20.0 / 81));
   EXPECT_EQ(random.sample(5, 5), (std::vector<int64_t>{0, 1, 2, 3, 4}));
   std::vector<int64_t> items = random.sample(100, 100);
   random.shuffle(items);
