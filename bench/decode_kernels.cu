@@ -284,8 +284,7 @@ void whole_stage(const Setting& s, KeyFormat format, int32_t key_heads, const Se
   const Overlap first = overlap;
   const double us = time_us([&](int set) {
     CHECK(score_blocks(s.score_params(set, format, key_heads, pools.pool(set), first), stream));
-    CHECK(select_and_attend(
-        s.attend_params(set, rules, overlap == Overlap::kNone ? overlap : Overlap::kLaunch), stream));
+    CHECK(select_and_attend(s.attend_params(set, rules, overlap), stream));
   });
   report(s.shape, s.length, s.batch,
          std::string(name) + " " + format_name(format) + (key_heads == 1 ? " shared " : " per-head ") +

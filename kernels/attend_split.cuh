@@ -239,18 +239,27 @@ __host__ __device__ inline int head_tiles(int num_heads, int num_kv_heads) {
   return (num_heads / num_kv_heads + kHeadTile - 1) / kHeadTile;
 }
 
+// Query heads a KV head, and the tiles of up to 8 they are attended in: divided once, by the host.
+struct HeadTiling {
+  int32_t group, tiles;
+};
+inline HeadTiling head_tiling(const SparseDecodeAttentionParams& p) {
+  return {p.num_heads / p.num_kv_heads, head_tiles(p.num_heads, p.num_kv_heads)};
+}
+
 // Which part of the problem a thread block has.
 struct SplitPlace {
   int batch_row, kv_head, tile, split;
   int first_head, heads;  // query heads of the tile
   int64_t pair;
-  __device__ __forceinline__ SplitPlace(const SparseDecodeAttentionParams& p, int split, int y, int batch_row)
-      : batch_row(batch_row), split(split) {
-    const int group = p.num_heads / p.num_kv_heads, tiles = head_tiles(p.num_heads, p.num_kv_heads);
-    kv_head = y / tiles;
-    tile = y - kv_head * tiles;
-    first_head = kv_head * group + tile * kHeadTile;
-    heads = min(group - tile * kHeadTile, kHeadTile);
+  __device__ __forceinline__ SplitPlace(const HeadTiling& tiling, int split, int y, int batch_row)
+      : batch_row(batch_row), kv_head(y), tile(0), split(split) {
+    if (tiling.tiles > 1) {
+      kv_head = y / tiling.tiles;
+      tile = y - kv_head * tiling.tiles;
+    }
+    first_head = kv_head * tiling.group + tile * kHeadTile;
+    heads = min(tiling.group - tile * kHeadTile, kHeadTile);
     pair = static_cast<int64_t>(batch_row) * gridDim.y + y;
   }
 };
@@ -324,8 +333,16 @@ __device__ __forceinline__ void combine(const SparseDecodeAttentionParams& p, co
   __syncthreads();
   if (!combined.last) return;
 
-  const int lane = tid % 32, split = lane % kAttentionSplits;
-  for (int head = tid / 32; head < place.heads; head += blockDim.x / 32) {
+  // The first of a thread's pieces is asked for before the factors are known.
+  constexpr int kPiece = kHeadTile * (kHeadDim / 4);
+  float4 parts[kAttentionSplits];
+  const auto load_parts = [&](int v) {
+#pragma unroll
+    for (int s = 0; s < kAttentionSplits; ++s) parts[s] = __ldcg(&partial[s * kPiece + v]);
+  };
+  if (tid < vectors) load_parts(tid);
+  const int lane = tid % 32, split = lane % kAttentionSplits, warps = blockDim.x / 32;
+  for (int head = warps - 1 - tid / 32; head < place.heads; head += warps) {
     const float2 own = __ldcg(&sums[split * kHeadTile + head]);
     float largest = own.x;
 #pragma unroll
@@ -342,22 +359,22 @@ __device__ __forceinline__ void combine(const SparseDecodeAttentionParams& p, co
           sum == 0.0f ? minus_infinity : (largest + log2f(sum)) * 0.6931471805599453f;
   }
   __syncthreads();
+  T* out = static_cast<T*>(p.out) +
+           (static_cast<int64_t>(place.batch_row) * p.num_heads + place.first_head) * kHeadDim;
   for (int v = tid; v < vectors; v += blockDim.x) {
+    if (v != tid) load_parts(v);
     const int head = v / (kHeadDim / 4);
     float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int s = 0; s < kAttentionSplits; ++s) {
-      const float4 o = __ldcg(&partial[s * kHeadTile * (kHeadDim / 4) + v]);
       const float factor = combined.factor[head][s];
-      value.x = fmaf(factor, o.x, value.x);
-      value.y = fmaf(factor, o.y, value.y);
-      value.z = fmaf(factor, o.z, value.z);
-      value.w = fmaf(factor, o.w, value.w);
+      value.x = fmaf(factor, parts[s].x, value.x);
+      value.y = fmaf(factor, parts[s].y, value.y);
+      value.z = fmaf(factor, parts[s].z, value.z);
+      value.w = fmaf(factor, parts[s].w, value.w);
     }
-    uint2 packed = make_uint2(ptx::pack2<T>(value.x, value.y), ptx::pack2<T>(value.z, value.w));
-    T* out = static_cast<T*>(p.out) +
-             (static_cast<int64_t>(place.batch_row) * p.num_heads + place.first_head) * kHeadDim;
-    reinterpret_cast<uint2*>(out)[v] = packed;
+    reinterpret_cast<uint2*>(out)[v] =
+        make_uint2(ptx::pack2<T>(value.x, value.y), ptx::pack2<T>(value.z, value.w));
   }
 }
 

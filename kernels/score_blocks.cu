@@ -5,11 +5,12 @@
 //
 // Schedule. A warp owns whole blocks of 16 tokens: the tokens are the 16 rows of mma.m16n8k16, the columns
 // 0-3 are the four selector heads and the columns 4-7 what rounding the queries to 16 bits left over (zero
-// for bf16 and f16 models, and then skipped at the end). The bulk copy engine brings whole pages into the
-// warp's own shared memory, up to two items ahead; pages are stored in fragment order, so a lane reads
-// 16-byte pieces without conflict or shuffle. (Pages loaded straight into registers were slower: the query's
-// load shares their scoreboard, so that nothing could begin before the last page had come.) At 128K and batch
-// 1 a warp's whole work is one item, asked for at once.
+// for bf16 and f16 models, and then skipped at the end). cp.async brings whole pages into the warp's own
+// shared memory, up to two items ahead; pages are stored in fragment order, so a lane reads 16-byte pieces
+// without conflict or shuffle. (Pages loaded straight into registers were slower: the query's load shares
+// their scoreboard, so that nothing could begin before the last page had come. The bulk copy engine was
+// slower: a warp's lanes hand it their pages one after the other.) At 128K and batch 1 a warp's whole work is
+// one item, asked for at once.
 //
 // Decoding. A 4-bit integer left in bits 0-3 or 4-7 of a float16 IS the subnormal n 2^-24 or n 2^-20, which
 // tensor cores multiply exactly; the 1/16 goes into the query, the zero point into the initial accumulator.
@@ -313,14 +314,12 @@ __device__ __forceinline__ bool find_item(const ScoreBlocksParams& p, int64_t in
 // Shared memory of one thread block: for each warp kStages stages of kUnits pages of one head.
 template <KeyFormat kFormat, int kUnits, int kStages>
 struct ScoreShared {
-  static constexpr int kPage = (page_head_bytes(kFormat) + 127) / 128 * 128;
-  alignas(128) uint8_t pages[kWarps][kStages][kUnits][kPage];
-  uint64_t arrived[kWarps][kStages][kUnits];  // mbarriers
+  alignas(128) uint8_t pages[kWarps][kStages][kUnits][page_head_bytes(kFormat)];
   SharedQuery<kFormat> query;
 };
 
 // An item is kWarps runs of kWarpBlocks blocks of one row, one run a warp: kUnits pages of one head each,
-// copied kStages items ahead.
+// copied kStages items ahead, a page a copy group.
 template <KeyFormat kFormat, int kKeyHeads, int kUnits, int kStages>
 __global__ void __launch_bounds__(kWarps * 32) score_kernel(const ScoreBlocksParams p) {
   static_assert(kKeyHeads == 1 || kKeyHeads == kUnits);
@@ -330,15 +329,23 @@ __global__ void __launch_bounds__(kWarps * 32) score_kernel(const ScoreBlocksPar
   using Shared = ScoreShared<kFormat, kUnits, kStages>;
   Shared& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const bool one_row = p.batch == 1;
 
   bool waited = p.overlap != Overlap::kHistory;
-  if (waited) ptx::griddepcontrol_wait();
+  if (waited) {
+    ptx::griddepcontrol_wait();
+    ptx::griddepcontrol_launch_dependents();
+  }
+  // The one row's query, page and length are asked for together; the query before the pages, to arrive first.
   typename SharedQuery<kFormat>::Raw raw_query;
-  // Asked for before the pages, to arrive before them.
-  if (waited && p.batch == 1) raw_query.load(p, 0, warp, lane);
-  if (lane < kStages * kUnits) ptx::mbarrier_init(ptx::shared_address(&shared.arrived[warp][0][0] + lane));
-  ptx::fence_mbarrier_init();
-  __syncwarp();
+  if (waited && one_row) raw_query.load(p, 0, warp, lane);
+  int64_t index = blockIdx.x;
+  const int own_block = warp * kWarpBlocks + (kKeyHeads == 1 && lane < kUnits ? lane : 0);
+  int only_page = 0, only_length = 0;
+  if (one_row) {
+    only_page = p.page_table[min(index * kItemBlocks + own_block, p.page_table_stride - 1)];
+    only_length = p.lengths[0];
+  }
 
   struct Work {
     Item item;
@@ -346,17 +353,21 @@ __global__ void __launch_bounds__(kWarps * 32) score_kernel(const ScoreBlocksPar
     int first_block;  // of this warp
     int blocks;       // of the row; 0: no more work
   };
-  const auto plan = [&](int64_t index) {
+  const auto plan = [&](int64_t at) {
     Work work = {};
-    const int block = warp * kWarpBlocks + (kKeyHeads == 1 && lane < kUnits ? lane : 0);
-    if (p.batch == 1)  // no need to know the length for that; what lies past it is not used
-      work.page = p.page_table[min(index * kItemBlocks + block, p.page_table_stride - 1)];
-    if (!find_item<kItemBlocks>(p, index, lane, work.item)) return work;
+    if (one_row) {
+      work.item = {0, static_cast<int>(at * kItemBlocks), only_length};
+      if (at * kItemBlocks * kPageTokens >= only_length) return work;
+    } else if (!find_item<kItemBlocks>(p, at, lane, work.item)) {
+      return work;
+    }
     work.blocks = (work.item.length + kPageTokens - 1) / kPageTokens;
     work.first_block = work.item.first_block + warp * kWarpBlocks;
-    if (p.batch > 1)
+    if (one_row && at == blockIdx.x)
+      work.page = only_page;
+    else
       work.page = p.page_table[work.item.row * p.page_table_stride +
-                               min(work.item.first_block + block, work.blocks - 1)];
+                               min(work.item.first_block + own_block, work.blocks - 1)];
     return work;
   };
   const auto issue = [&](const Work& work, int stage) {
@@ -364,18 +375,22 @@ __global__ void __launch_bounds__(kWarps * 32) score_kernel(const ScoreBlocksPar
       ptx::griddepcontrol_wait();
       waited = true;
     }
-    if (lane < kUnits && work.blocks > 0) {
-      const bool exists = work.first_block + (kKeyHeads == 1 ? lane : 0) < work.blocks;
-      const uint32_t barrier = ptx::shared_address(&shared.arrived[warp][stage][lane]);
-      ptx::mbarrier_arm(barrier, exists ? kPageBytes : 0);  // a phase passes either way
-      const int64_t unit = static_cast<int64_t>(work.page) * kKeyHeads + (kKeyHeads == 1 ? 0 : lane);
-      if (exists)
-        ptx::bulk_copy(ptx::shared_address(shared.pages[warp][stage][lane]), p.pages + unit * kPageBytes,
-                       kPageBytes, barrier);
+    const uint32_t to = ptx::shared_address(shared.pages[warp][stage]) + lane * 16;
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const int64_t id = __shfl_sync(kAll, work.page, kKeyHeads == 1 ? u : 0);
+      if (work.first_block + (kKeyHeads == 1 ? u : 0) < work.blocks) {
+        const uint8_t* from = p.pages + (id * kKeyHeads + (kKeyHeads == 1 ? 0 : u)) * kPageBytes + lane * 16;
+#pragma unroll
+        for (int i = 0; i < kPageBytes / 512; ++i)
+          ptx::cp_async_16(to + u * kPageBytes + i * 512, from + i * 512);
+        if (lane < kPageBytes % 512 / 16)
+          ptx::cp_async_16(to + u * kPageBytes + kPageBytes / 512 * 512, from + kPageBytes / 512 * 512);
+      }
+      ptx::cp_async_commit();
     }
   };
 
-  int64_t index = blockIdx.x;
   Work work = plan(index), next = {};
   issue(work, 0);
   if constexpr (kStages == 2) {
@@ -386,15 +401,17 @@ __global__ void __launch_bounds__(kWarps * 32) score_kernel(const ScoreBlocksPar
     ptx::griddepcontrol_wait();
     waited = true;
   }
-  if (p.overlap == Overlap::kHistory && p.batch == 1) raw_query.load(p, 0, warp, lane);
+  if (p.overlap == Overlap::kHistory) {
+    ptx::griddepcontrol_launch_dependents();
+    if (one_row) raw_query.load(p, 0, warp, lane);
+  }
   QueryRegisters<kFormat> query;
   int loaded_row = -1, stage = 0;
-  uint32_t parity = 0;
   while (work.blocks > 0) {
     index += gridDim.x;
     const Work after = plan(index + (kStages - 1) * static_cast<int64_t>(gridDim.x));
     if (work.item.row != loaded_row) {
-      if (p.batch > 1) raw_query.load(p, work.item.row, warp, lane);
+      if (!one_row) raw_query.load(p, work.item.row, warp, lane);
       if (loaded_row >= 0) __syncthreads();
       shared.query.prepare(p, raw_query, warp, lane);
       __syncthreads();
@@ -404,11 +421,10 @@ __global__ void __launch_bounds__(kWarps * 32) score_kernel(const ScoreBlocksPar
     float* out = p.block_scores + work.item.row * p.score_stride;
     float score = 0.0f;
     float pairs[2][4];  // per-head keys: heads 0 and 1, heads 2 and 3
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
+    const auto score_unit = [&](int u) {
       const int block = work.first_block + (kKeyHeads == 1 ? u : 0);
-      if (block >= work.blocks) break;
-      ptx::mbarrier_wait(ptx::shared_address(&shared.arrived[warp][stage][u]), parity);
+      if (block >= work.blocks) return;
+      __syncwarp();
       PageRegisters<kFormat> page;
       page.load(shared.pages[warp][stage][u], lane);
       float dots[4];
@@ -420,6 +436,18 @@ __global__ void __launch_bounds__(kWarps * 32) score_kernel(const ScoreBlocksPar
         pairs[u / 2][u % 2] = dots[u % 2];
         pairs[u / 2][2 + u % 2] = dots[2 + u % 2];
       }
+    };
+    // Groups that may still be under way when unit u is due: the later units, and the next stage.
+    constexpr int kLater = kUnits - 1 + (kStages - 1) * kUnits;
+    ptx::cp_async_wait<kLater>();
+    score_unit(0);
+    ptx::cp_async_wait<kLater - 1>();
+    score_unit(1);
+    if constexpr (kUnits == 4) {
+      ptx::cp_async_wait<kLater - 2>();
+      score_unit(2);
+      ptx::cp_async_wait<kLater - 3>();
+      score_unit(3);
     }
     if constexpr (kKeyHeads == 1) {
       const int block = work.first_block + lane / 4;
@@ -437,13 +465,11 @@ __global__ void __launch_bounds__(kWarps * 32) score_kernel(const ScoreBlocksPar
     work = kStages == 2 ? next : after;
     next = after;
     stage = (stage + 1) % kStages;
-    if (stage == 0) parity ^= 1;
   }
-  ptx::griddepcontrol_launch_dependents();
 
   const float minus_infinity = __uint_as_float(0xff800000u);
   for (int row = 0; row < p.batch; ++row) {
-    const int blocks = (p.lengths[row] + kPageTokens - 1) / kPageTokens;
+    const int blocks = ((one_row ? only_length : p.lengths[row]) + kPageTokens - 1) / kPageTokens;
     const int64_t first = blocks + static_cast<int64_t>(blockIdx.x) * (kWarps * 32) + threadIdx.x;
     for (int64_t j = first; j < p.max_blocks; j += static_cast<int64_t>(gridDim.x) * (kWarps * 32))
       p.block_scores[row * p.score_stride + j] = minus_infinity;

@@ -28,8 +28,8 @@ struct ScoreBlocksParams {
 // block_scores[b, j] = max over tokens t of block j with t < lengths[b] of sum_h weights[b,h] ReLU(q_bh .
 // k_t[h]), h = 0..3, k_t[h] the decoded key (the same for all h when key_heads is 1); -infinity for j past
 // the length, up to max_blocks. Dot products in float32 on tensor cores; 16-bit queries enter exactly,
-// float32 ones with 22 bits. A block's score does not depend on the batch, the grid or the neighbours: equal
-// bits run to run.
+// float32 ones with 22 bits (16 against bf16 keys). A block's score does not depend on the batch, the grid or
+// the neighbours: equal bits run to run.
 cudaError_t score_blocks(const ScoreBlocksParams& params, cudaStream_t stream);
 
 }  // namespace spot::kernels

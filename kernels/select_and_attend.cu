@@ -30,36 +30,55 @@ struct FusedShared {
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kSelectThreads, 1)
-    fused_kernel(const SelectAndAttendParams p, const SelectConstants constants) {
+    fused_kernel(const SelectAndAttendParams p, const SelectConstants constants, const HeadTiling tiling) {
   constexpr int kStages = kFusedStages<kHeadDim>;
   using Shared = FusedShared<kHeadDim>;
   static_assert(sizeof(SelectShared) <= sizeof(Shared::attend.tiles));
   Shared& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared());
   SelectShared& select = *reinterpret_cast<SelectShared*>(ptx::dynamic_shared());
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-  ptx::griddepcontrol_wait();
+  if (p.overlap != Overlap::kHistory) ptx::griddepcontrol_wait();
 
   // Everything that does not hang on something else is asked for at once: scores, length, queries, and the
   // page table, so that it lies in L1 when the list is known.
   const SparseDecodeAttentionParams& a = p.attention;
-  const SplitPlace place(a, blockIdx.x, blockIdx.y, blockIdx.z);
+  const SplitPlace place(tiling, blockIdx.x, blockIdx.y, blockIdx.z);
   const bool per_head = a.rows_per_sequence > 1;
   const int r = per_head ? place.batch_row * a.num_kv_heads + place.kv_head : place.batch_row;
   const float* scores = p.scores + r * p.score_stride;
   const int32_t* page_table = a.page_table + place.batch_row * a.page_table_stride;
   FirstScores first;
-  first.load(scores, p.max_blocks);
+  if (p.overlap != Overlap::kHistory) first.load(scores, p.max_blocks);
   const int length = a.lengths[place.batch_row];
   for (int i = tid * 32; i < min(p.max_blocks, kSelectTile); i += kSelectThreads * 32)
     ptx::touch(page_table + i);
   AttendSource source = attend_source<kHeadDim>(a, place);
   load_query_fragments<kHeadDim>(source, shared.attend.query);
+  SelectConstants own_constants = constants;
+  own_constants.rules.block_size = kPageTokens;  // which the compiler may know
+  const SelectRow row = select_row(own_constants.rules, length, constants.capacity);
+  // The memory pipe is idle while we select: blocks already known to be selected begin to move into L2. The
+  // 16 thread blocks of a KV head share them out by index.
+  const bool contiguous = a.token_stride == kHeadDim;
+  const auto fetch = [&](int block) {
+    if (!contiguous || block % kAttentionSplits != place.split) return;
+    const int64_t at = page_table[block] * a.page_stride;
+    ptx::prefetch_l2(source.keys + at, AttendShape<kHeadDim>::kTileBytes);
+    ptx::prefetch_l2(source.values + at, AttendShape<kHeadDim>::kTileBytes);
+  };
+  const int reserved = row.num_blocks - (row.residual_end - row.residual_begin);
+  for (int i = tid; i < reserved; i += kSelectThreads)
+    fetch(i < row.residual_begin ? i : i - row.residual_begin + row.residual_end);
+  if (p.overlap == Overlap::kHistory) {
+    ptx::griddepcontrol_wait();
+    first.load(scores, p.max_blocks);
+  }
+  ptx::griddepcontrol_launch_dependents();
 
   // The blocks that share a row report it together: each its own split.
   const bool reports = place.tile == 0 && (per_head || place.kv_head == 0);
-  const SelectRow row = select_row(constants.rules, length, constants.capacity);
   float* share = reports && place.split == 0 && p.covered_share != nullptr ? p.covered_share + r : nullptr;
-  const int count = select_row_bitmap(scores, row, constants, first, share, select);
+  const int count = select_row_bitmap(scores, row, own_constants, first, share, fetch, select);
   int32_t* reported = p.selected + static_cast<int64_t>(r) * p.max_selected;
   const int begin = static_cast<int>(static_cast<int64_t>(place.split) * count / kAttentionSplits);
   const int end = static_cast<int>(static_cast<int64_t>(place.split + 1) * count / kAttentionSplits);
@@ -76,7 +95,6 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
         lane);
   __syncthreads();
   combine<T>(a, place, shared.attend, shared.combined);
-  ptx::griddepcontrol_launch_dependents();
 }
 
 template <typename T, int kHeadDim>
@@ -91,7 +109,8 @@ cudaError_t launch_fused(const SelectAndAttendParams& p, cudaStream_t stream) {
   shape.overlap = p.overlap;
   const cudaError_t error = allow_shared_bytes(kernel, shape.shared_bytes);
   if (error != cudaSuccess) return error;
-  return launch(kernel, shape, stream, p, select_constants(p.rules, p.max_selected));
+  return launch(kernel, shape, stream, p, select_constants(p.rules, p.max_selected),
+                head_tiling(p.attention));
 }
 cudaError_t launch_fused(const SelectAndAttendParams& p, cudaStream_t stream) {
   const bool bf16 = p.attention.type == DataType::kBf16;

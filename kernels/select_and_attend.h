@@ -16,7 +16,7 @@ struct SelectAndAttendParams {
   int32_t* counts = nullptr;              // out [rows]
   float* covered_share = nullptr;         // out [rows], may be null
   SparseDecodeAttentionParams attention;  // its selected, counts, max_selected and overlap are ignored
-  Overlap overlap = Overlap::kNone;
+  Overlap overlap = Overlap::kNone;       // kHistory: the attention's queries too are read at once
 };
 
 enum class SelectAndAttendPath : int32_t {

@@ -11,17 +11,18 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
     select_kernel(const SelectBlocksParams p, const SelectConstants constants) {
   SelectShared& shared = *reinterpret_cast<SelectShared*>(ptx::dynamic_shared());
   ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   const int r = blockIdx.x;
   const float* scores = p.scores + r * p.score_stride;
   FirstScores first;
   first.load(scores, static_cast<int>(min(p.score_stride, static_cast<int64_t>(kSelectTile))));
   const SelectRow row = select_row(constants.rules, p.lengths[r / p.rows_per_sequence], constants.capacity);
-  const int count = select_row_bitmap(scores, row, constants, first,
-                                      p.covered_share == nullptr ? nullptr : p.covered_share + r, shared);
+  const int count = select_row_bitmap(
+      scores, row, constants, first, p.covered_share == nullptr ? nullptr : p.covered_share + r, [](int) {},
+      shared);
   int32_t* out = p.selected + static_cast<int64_t>(r) * p.max_selected;
   list_bitmap(shared, row.num_blocks, 0, count, [&](int position, int block) { out[position] = block; });
   if (threadIdx.x == 0) p.counts[r] = count;
-  ptx::griddepcontrol_launch_dependents();
 }
 
 }  // namespace

@@ -1,16 +1,14 @@
 // Selection of one row by one thread block, without a sort. Used by select_blocks.cu and by the fused decode
 // kernel, where it lies on the critical path: what counts there is the number of dependent steps and the
 // amount of code that runs once, not bytes.
-//
 // select_from_candidates, the usual case:
 // 1. A budget of k blocks can only fall on scores >= the k-th largest of any subset's scores; the subset is
 // each
 //    thread's largest scores, one or four a thread. A few halvings of their range find a bound that a little
-//    more than k of them reach, and everything that reaches it is listed: some 500 of 8192 blocks for k =
-//    232.
-// 2. These candidates fall into 1024 bins, linear in the score. Counts, and for top_p the integer masses, are
-//    summed per bin; a scan from the top finds the bin in which the budget ends. Bins above it are selected
-//    whole.
+//    more than k of them reach. What reaches it are the candidates: some 500 of 8192 blocks for k = 232.
+// 2. They fall into 1024 bins, linear in the score. Counts, and for top_p the integer masses, are summed per
+// bin; a
+//    scan from the top finds the bin in which the budget ends. Bins above it are selected whole.
 // 3. The few members of that bin are ranked among each other exactly, by (score, index).
 // select_from_all, where that cannot work (k too large, plateaus of equal scores, a nucleus longer than
 // supposed): all residual blocks are the candidates, and a bin with too many members is split again, linearly
@@ -18,6 +16,8 @@
 // lowest index. All sums are of integers, so the order of atomics cannot matter, and both give the same
 // blocks.
 #pragma once
+
+#include <type_traits>
 
 #include "kernels/ptx.cuh"
 #include "kernels/select_blocks.h"
@@ -40,32 +40,23 @@ constexpr int kSelectWarps = kSelectThreads / 32;
 constexpr int kSelectItems = 16;  // scores a thread holds at once
 constexpr int kSelectTile = kSelectThreads * kSelectItems;
 constexpr int kSelectBins = 2 * kSelectThreads;
-constexpr int kSelectCandidates = 2048;
+
 constexpr int kSelectFew = 256;  // members of a bin that are ranked
 constexpr int kMassSplit = 12;   // bins sum the low 12 bits of masses and the rest apart: neither overflows
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 struct SelectShared {
   uint32_t bitmap[kMaxSelectBlocks / 32];  // the selected blocks
-  union {
-    struct {
-      uint32_t key[kSelectCandidates];
-      int32_t block[kSelectCandidates];
-    } candidates;
-    uint32_t ties[kMaxSelectBlocks / 32];  // select_from_all
-  };
+  uint32_t ties[kMaxSelectBlocks / 32];    // select_from_all
   uint32_t count[kSelectBins];
   uint32_t mass_low[kSelectBins];
   uint32_t mass_high[kSelectBins];
-  struct {
-    uint32_t key[kSelectFew];
-    uint32_t mass[kSelectFew];
-    int32_t block[kSelectFew];
-  } few;
-  uint32_t warp_a[2][32], warp_b[32];
+  unsigned long long few[kSelectFew];  // key, then the complement of the block: larger is earlier
+  uint32_t few_mass[kSelectFew];
+  uint32_t warp_a[4][32], warp_b[32];
   unsigned long long warp_mass[32];
   unsigned long long base_mass, covered;
-  uint32_t base_count, bin, bin_count, num_few, num_candidates, taken;
+  uint32_t base_count, bin, bin_count, num_few, taken;
 };
 
 // What both ways need of a row.
@@ -192,28 +183,33 @@ __device__ __forceinline__ void add_to_bin(const SelectTask& task, uint32_t key,
 // s.base_count and s.base_mass of what lies above it, starting from what these two hold. s.bin is kSelectBins
 // where nothing is selected. Clears the bins. Thread t owns bins kSelectBins - 1 - 2t and the one below.
 // False if the budget reaches beyond the bins. Two barriers.
+template <bool kWithMass>
 __device__ __forceinline__ bool find_bin(const SelectTask& task, unsigned long long target, SelectShared& s) {
+  using Mass = std::conditional_t<kWithMass, unsigned long long, uint32_t>;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, top = kSelectBins - 1 - 2 * tid;
   uint32_t counts[2];
-  unsigned long long masses[2] = {0, 0};
+  Mass masses[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     counts[i] = s.count[top - i];
     s.count[top - i] = 0;
-    if (task.with_mass) {
-      masses[i] = (static_cast<unsigned long long>(s.mass_high[top - i]) << kMassSplit) + s.mass_low[top - i];
+    if constexpr (kWithMass) {
+      masses[i] = (static_cast<Mass>(s.mass_high[top - i]) << kMassSplit) + s.mass_low[top - i];
       s.mass_high[top - i] = s.mass_low[top - i] = 0;
     }
   }
   uint32_t position = warp_inclusive_sum(counts[0] + counts[1], lane);
-  unsigned long long before = task.with_mass ? warp_inclusive_sum(masses[0] + masses[1], lane) : 0;
-  if (lane == 31) s.warp_a[0][warp] = position, s.warp_mass[warp] = before;
+  Mass before = kWithMass ? warp_inclusive_sum(masses[0] + masses[1], lane) : 0;
+  if (lane == 31) {
+    s.warp_a[0][warp] = position;
+    if constexpr (kWithMass) s.warp_mass[warp] = before;
+  }
   position += s.base_count - counts[0] - counts[1];
-  before += s.base_mass - masses[0] - masses[1];
+  if constexpr (kWithMass) before += s.base_mass - masses[0] - masses[1];
   if (tid == 0) s.bin = kSelectBins, s.bin_count = 0;
   __syncthreads();
   position += __reduce_add_sync(kAllLanes, lane < warp ? s.warp_a[0][lane] : 0u);
-  if (task.with_mass) before += warp_sum(lane < warp ? s.warp_mass[lane] : 0ull);
+  if constexpr (kWithMass) before += warp_sum(lane < warp ? s.warp_mass[lane] : 0ull);
   // The bin of the last selected block: its first block is within the budget, the next bin's first is not.
   bool within = task.within_budget(target, before, position);
 #pragma unroll
@@ -223,7 +219,7 @@ __device__ __forceinline__ bool find_bin(const SelectTask& task, unsigned long l
       s.bin = static_cast<uint32_t>(top - i);
       s.bin_count = counts[i];
       s.base_count = position;
-      s.base_mass = before;
+      if constexpr (kWithMass) s.base_mass = before;
     }
     within = after;
     position += counts[i];
@@ -237,33 +233,35 @@ __device__ __forceinline__ bool find_bin(const SelectTask& task, unsigned long l
 __device__ __forceinline__ void keep_few(const SelectTask& task, uint32_t key, uint32_t largest_key,
                                          int block, SelectShared& s) {
   const uint32_t at = atomicAdd(&s.num_few, 1u);
-  s.few.key[at] = key;
-  s.few.mass[at] = task.with_mass ? task.mass(key, largest_key) : 0;
-  s.few.block[at] = block;
+  s.few[at] = static_cast<unsigned long long>(key) << 32 | ~static_cast<uint32_t>(block);
+  if (task.with_mass) s.few_mass[at] = task.mass(key, largest_key);
 }
 // Ranks the bin's few members and selects those within the budget. A barrier must follow.
 __device__ __forceinline__ void take_few(const SelectTask& task, unsigned long long target, SelectShared& s) {
   const int members = static_cast<int>(s.num_few), tid = threadIdx.x;
   if (tid >= members) return;
-  const uint32_t key = s.few.key[tid];
-  const int block = s.few.block[tid];
+  const unsigned long long own = s.few[tid];
+  const int block = static_cast<int>(~static_cast<uint32_t>(own));
   uint32_t position = s.base_count;
   unsigned long long before = s.base_mass;
-#pragma unroll 1
-  for (int other = 0; other < members; ++other) {
-    const uint32_t other_key = s.few.key[other];
-    if (other_key > key || (other_key == key && s.few.block[other] < block)) {
-      ++position;
-      before += s.few.mass[other];
+  if (task.with_mass) {
+#pragma unroll 4
+    for (int other = 0; other < members; ++other) {
+      const bool earlier = s.few[other] > own;
+      position += earlier ? 1 : 0;
+      before += earlier ? s.few_mass[other] : 0;
     }
+  } else {
+#pragma unroll 4
+    for (int other = 0; other < members; ++other) position += s.few[other] > own ? 1 : 0;
   }
   if (!task.within_budget(target, before, position)) return;
   atomicOr(&s.bitmap[block / 32], 1u << (block % 32));
   atomicAdd(&s.taken, 1u);
-  if (task.with_mass) atomicAdd(&s.covered, static_cast<unsigned long long>(s.few.mass[tid]));
+  if (task.with_mass) atomicAdd(&s.covered, static_cast<unsigned long long>(s.few_mass[tid]));
 }
 static __device__ __attribute__((noinline)) void store_share(float* share, unsigned long long covered,
-                                                      unsigned long long total) {
+                                                             unsigned long long total) {
   *share = total == 0 ? 1.0f : static_cast<float>(static_cast<double>(covered) / static_cast<double>(total));
 }
 
@@ -282,9 +280,11 @@ __device__ __forceinline__ int count_largest(const float (&best)[4], bool one, f
 }
 
 // Selects into the bitmap and returns the number of blocks to every thread, or -1 where this way cannot work;
-// ends with a barrier. The row must not be take_all.
+// ends with a barrier. The row must not be take_all. `chosen(block)` is called for residual blocks as soon as
+// they are known to be selected, by any thread; not for all.
+template <typename Chosen>
 __device__ __forceinline__ int select_from_candidates(const SelectTask& task, FirstScores& first,
-                                                      float* share, SelectShared& s) {
+                                                      float* share, const Chosen& chosen, SelectShared& s) {
   const SelectRow& row = task.row;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, words = (row.num_blocks + 31) / 32;
   const int tiles = (row.num_blocks + kSelectTile - 1) / kSelectTile;
@@ -313,7 +313,7 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask& task, Fi
   }
   if (tid == 0) {
     s.base_mass = s.covered = 0;
-    s.base_count = s.num_few = s.num_candidates = s.taken = 0;
+    s.base_count = s.num_few = s.taken = 0;
   }
   const float top = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3])) + 0.0f;
   if (one) best[0] = top;
@@ -324,17 +324,21 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask& task, Fi
       if (best[i] != minus_infinity) low = min(low, order_key(best[i] + 0.0f));
   }
   const uint32_t warp_high = ptx::reduce_max(order_key(top)), warp_low = ptx::reduce_min(low);
-  if (lane == 0) s.warp_a[0][warp] = warp_high, s.warp_b[warp] = warp_low;
+  uint32_t valid = __popc(__ballot_sync(kAllLanes, best[0] != minus_infinity));
+  if (!one) {
+#pragma unroll
+    for (int i = 1; i < 4; ++i) valid += __popc(__ballot_sync(kAllLanes, best[i] != minus_infinity));
+  }
+  if (lane == 0) s.warp_a[2][warp] = warp_high, s.warp_b[warp] = warp_low, s.warp_a[3][warp] = valid;
   __syncthreads();
-  const uint32_t largest_key = ptx::reduce_max(s.warp_a[0][lane % kSelectWarps]);
+  const uint32_t largest_key = ptx::reduce_max(s.warp_a[2][lane % kSelectWarps]);
   low = ptx::reduce_min(s.warp_b[lane % kSelectWarps]);
-  if (low == 0xffffffffu) return -1;
+  int reached = static_cast<int>(__reduce_add_sync(kAllLanes, lane < kSelectWarps ? s.warp_a[3][lane] : 0u));
+  if (reached < supposed) return -1;
 
   // Halve [bound, above) while far more than `supposed` of the largest reach bound.
   float bound = score_of_key(low), above = score_of_key(largest_key);
   const int enough = supposed + (one ? supposed / 2 + 16 : 128);
-  int reached = count_largest(best, one, bound, 1, s);
-  if (reached < supposed) return -1;
 #pragma unroll 1
   for (int step = 0; step < 12 && reached > enough; ++step) {
     const float middle = bound + 0.5f * (above - bound);
@@ -347,51 +351,45 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask& task, Fi
       above = middle;
     }
   }
-
-  // List what reaches the bound.
-  for (int tile = 0; tile < tiles; ++tile) {
-    if (tiles > 1) {
-      first.load_tile(task.scores, tile, row.num_blocks);
-      first.keep_residual(row, tile);
-    }
-    uint32_t mask = 0;
-#pragma unroll
-    for (int i = 0; i < kSelectItems; ++i)
-      if (first.score[i] >= bound) mask |= 1u << i;
-    const uint32_t own = __popc(mask), before = warp_inclusive_sum(own, lane);
-    uint32_t at = 0;
-    if (lane == 31 && before != 0) at = atomicAdd(&s.num_candidates, before);
-    at = __shfl_sync(kAllLanes, at, 31) + before - own;
-    for (; mask != 0 && at < kSelectCandidates; mask &= mask - 1, ++at) {
-      const int block = tile * kSelectTile + (__ffs(static_cast<int>(mask)) - 1) * kSelectThreads + tid;
-      s.candidates.key[at] = order_key(task.scores[block] + 0.0f);
-      s.candidates.block[at] = block;
-    }
-  }
   const unsigned long long total = task.with_mass ? total_mass(task, largest_key, s) : 0;
-  if (!task.with_mass) __syncthreads();
-  const int candidates = static_cast<int>(s.num_candidates);
-  if (candidates > kSelectCandidates) return -1;
   const unsigned long long target = task.top_p ? mass_target(task.probability, total) : 0;
 
+  // Visits (key, block) of what reaches the bound.
+  const auto each_candidate = [&](const auto& visit) {
+    for (int tile = 0; tile < tiles; ++tile) {
+      if (tiles > 1) {
+        first.load_tile(task.scores, tile, row.num_blocks);
+        first.keep_residual(row, tile);
+      }
+      uint32_t mask = 0;
+#pragma unroll
+      for (int i = 0; i < kSelectItems; ++i)
+        if (first.score[i] >= bound) mask |= 1u << i;
+#pragma unroll 1
+      for (; mask != 0; mask &= mask - 1) {
+        const int block = tile * kSelectTile + (__ffs(static_cast<int>(mask)) - 1) * kSelectThreads + tid;
+        visit(order_key(task.scores[block] + 0.0f), block);
+      }
+    }
+  };
   const float factor = static_cast<float>(kSelectBins - 1) / (score_of_key(largest_key) - bound);
   const auto bin_of = [&](uint32_t key) {  // the conversion saturates, and makes 0 of NaN
     return min(max(static_cast<int>((score_of_key(key) - bound) * factor), 0), kSelectBins - 1);
   };
-#pragma unroll 1
-  for (int i = tid; i < candidates; i += kSelectThreads)
-    add_to_bin(task, s.candidates.key[i], largest_key, bin_of(s.candidates.key[i]), s);
+  each_candidate([&](uint32_t key, int) { add_to_bin(task, key, largest_key, bin_of(key), s); });
   __syncthreads();
-  if (!find_bin(task, target, s) || s.bin_count > kSelectFew) return -1;
+  const bool found = task.with_mass ? find_bin<true>(task, target, s) : find_bin<false>(task, target, s);
+  if (!found || s.bin_count > kSelectFew) return -1;
 
-  const int chosen = static_cast<int>(s.bin);
-#pragma unroll 1
-  for (int i = tid; i < candidates; i += kSelectThreads) {
-    const uint32_t key = s.candidates.key[i];
-    const int block = s.candidates.block[i], bin = bin_of(key);
-    if (bin > chosen) atomicOr(&s.bitmap[block / 32], 1u << (block % 32));
-    if (bin == chosen) keep_few(task, key, largest_key, block, s);
-  }
+  const int last_bin = static_cast<int>(s.bin);
+  each_candidate([&](uint32_t key, int block) {
+    const int bin = bin_of(key);
+    if (bin > last_bin) {
+      chosen(block);
+      atomicOr(&s.bitmap[block / 32], 1u << (block % 32));
+    }
+    if (bin == last_bin) keep_few(task, key, largest_key, block, s);
+  });
   __syncthreads();
   take_few(task, target, s);
   __syncthreads();
@@ -457,7 +455,7 @@ __device__ __forceinline__ uint32_t take_ties(const SelectTask& task, uint32_t k
 
 // As select_from_candidates, for every row; out of line, as it seldom runs.
 static __device__ __attribute__((noinline)) int select_from_all(const SelectTask task, float* share,
-                                                         SelectShared& s) {
+                                                                SelectShared& s) {
   const SelectRow& row = task.row;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, words = (row.num_blocks + 31) / 32;
   const uint32_t minus_infinity = order_key(bits_float(0xff800000u));
@@ -507,7 +505,8 @@ static __device__ __attribute__((noinline)) int select_from_all(const SelectTask
       if (bin >= 0 && bin < kSelectBins) add_to_bin(task, key, largest_key, bin, s);
     });
     __syncthreads();
-    find_bin(task, target, s);
+    find_bin<true>(task, target, s);
+
     if (s.bin_count <= kSelectFew) break;
     if (bins.by_key && bins.low == bins.high) {
       equal_ties = true;
@@ -550,10 +549,12 @@ static __device__ __attribute__((noinline)) int select_from_all(const SelectTask
 }
 
 // Selects blocks of a row into s.bitmap and returns their number, to every thread; ends with a barrier. All
-// kSelectThreads threads of the block call it. `share` (may be null) is written by thread 0.
+// kSelectThreads threads of the block call it. `share` (may be null) is written by thread 0; `chosen` as
+// above.
+template <typename Chosen>
 __device__ __forceinline__ int select_row_bitmap(const float* scores, const SelectRow& row,
                                                  const SelectConstants& constants, FirstScores& first,
-                                                 float* share, SelectShared& s) {
+                                                 float* share, const Chosen& chosen, SelectShared& s) {
   if (row.take_all != 0) {
     const int words = (row.num_blocks + 31) / 32;
     for (int w = threadIdx.x; w < words; w += kSelectThreads)
@@ -563,7 +564,7 @@ __device__ __forceinline__ int select_row_bitmap(const float* scores, const Sele
     return row.num_blocks;
   }
   const SelectTask task(scores, row, constants, share != nullptr);
-  int count = select_from_candidates(task, first, share, s);
+  int count = select_from_candidates(task, first, share, chosen, s);
   if (count < 0) {
     __syncthreads();
     count = select_from_all(task, share, s);

@@ -21,14 +21,15 @@ template <typename T, int kHeadDim, bool kDeep>
 __global__ void __launch_bounds__(kAttendWarps * 32, kDeep             ? 1
                                                      : kHeadDim == 256 ? 3
                                                                        : 6)
-    attention_kernel(const SparseDecodeAttentionParams p) {
+    attention_kernel(const SparseDecodeAttentionParams p, const HeadTiling tiling) {
   constexpr int kStages = kStagesOf<kHeadDim, kDeep>;
   using Shared = AttendShared<kHeadDim, kStages>;
   Shared& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared());
   __shared__ CombineShared combined;
   ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
 
-  const SplitPlace place(p, blockIdx.x, blockIdx.y, blockIdx.z);
+  const SplitPlace place(tiling, blockIdx.x, blockIdx.y, blockIdx.z);
   AttendSource source = attend_source<kHeadDim>(p, place);
   const int list =
       p.rows_per_sequence == 1 ? place.batch_row : place.batch_row * p.num_kv_heads + place.kv_head;
@@ -49,7 +50,6 @@ __global__ void __launch_bounds__(kAttendWarps * 32, kDeep             ? 1
       threadIdx.x % 32);
   __syncthreads();
   combine<T>(p, place, shared, combined);
-  ptx::griddepcontrol_launch_dependents();
 }
 
 template <typename T, int kHeadDim, bool kDeep>
@@ -63,7 +63,7 @@ cudaError_t launch_attention(const SparseDecodeAttentionParams& p, cudaStream_t 
   shape.block = dim3(kAttendWarps * 32);
   shape.shared_bytes = sizeof(Shared);
   shape.overlap = p.overlap;
-  return launch(kernel, shape, stream, p);
+  return launch(kernel, shape, stream, p, head_tiling(p));
 }
 template <typename T, int kHeadDim>
 cudaError_t launch_attention(const SparseDecodeAttentionParams& p, cudaStream_t stream) {

@@ -259,7 +259,7 @@ TEST(SelectAndAttend, EveryPathGivesTheSameBits) {
                                                 lengths[row / rows_per_sequence], p.rules, nullptr,
                                                 capacity));
       if (trial != 4) expect_matches(scene, std::get<0>(two), lists, "two kernels");
-      p.overlap = trial % 2 == 0 ? Overlap::kNone : Overlap::kLaunch;
+      p.overlap = static_cast<Overlap>(trial % 3);
       EXPECT_TRUE(run(SelectAndAttendPath::kFused) == two) << "dim " << shape.head_dim << " trial " << trial;
       EXPECT_TRUE(run(SelectAndAttendPath::kChoose) == two);
     }

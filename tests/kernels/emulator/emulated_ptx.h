@@ -80,20 +80,7 @@ template <int kPending>
 void cp_async_wait() {
   emulator::wait_copies(kPending);
 }
-inline void mbarrier_init(uint32_t barrier) {
-  emulator::transfer_init(barrier);
-}
-inline void fence_mbarrier_init() {}
-inline void mbarrier_arm(uint32_t barrier, uint32_t bytes) {
-  emulator::transfer_arm(barrier, bytes);
-}
-inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  emulator::transfer_wait(barrier, parity);
-}
-inline void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  emulator::transfer_copy(barrier, to, from, bytes);
-}
-
+inline void prefetch_l2(const void*, uint32_t) {}
 inline void touch(const void*) {}
 
 inline void griddepcontrol_wait() {}

@@ -2,8 +2,6 @@
 
 #include <ucontext.h>
 
-#include <cstdio>
-#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <stdexcept>
@@ -152,43 +150,6 @@ void wait_copies(int pending) {
     for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
     groups.pop_front();
   }
-}
-
-namespace {
-// A misuse that would hang or corrupt on a GPU ends the program, as no exception can cross a fiber.
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "emulated kernel: %s\n", what);
-  std::abort();
-}
-}  // namespace
-void transfer_init(uint32_t barrier) {
-  machine.current->block->transfers[barrier] = Transfer{};
-}
-void transfer_arm(uint32_t barrier, uint32_t bytes) {
-  Transfer& transfer = machine.current->block->transfers.at(barrier);
-  require(!transfer.armed, "an mbarrier was armed twice");
-  transfer.armed = bytes != 0;
-  transfer.expected = bytes;
-  if (bytes == 0) transfer.phase ^= 1;
-}
-void transfer_copy(uint32_t barrier, uint32_t to, const void* from, uint32_t bytes) {
-  require(bytes % 16 == 0 && to % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
-          "a bulk copy is not aligned");
-  Transfer& transfer = machine.current->block->transfers.at(barrier);
-  transfer.pieces.push_back({to, bytes, from});
-  transfer.bytes += bytes;
-}
-void transfer_wait(uint32_t barrier, uint32_t parity) {
-  Transfer& transfer = machine.current->block->transfers.at(barrier);
-  if (transfer.phase != parity) return;
-  require(transfer.armed && transfer.bytes == transfer.expected,
-          "a wait for an mbarrier that never completes");
-  for (const Transfer::Piece& piece : transfer.pieces)
-    std::memcpy(shared_base() + piece.to, piece.from, piece.bytes);
-  const uint32_t phase = transfer.phase ^ 1;
-  transfer = Transfer{};
-  transfer.phase = phase;
 }
 
 void run(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, const std::function<void()>& kernel) {

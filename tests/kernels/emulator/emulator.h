@@ -16,7 +16,6 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <map>
 #include <vector>
 
 #undef __syncthreads
@@ -43,23 +42,12 @@ struct Warp {
   Barrier barrier;
   Slot slots[2][32];
 };
-// An mbarrier of one arrival: its copies happen when it is waited for.
-struct Transfer {
-  uint32_t phase = 0, expected = 0, bytes = 0;
-  bool armed = false;
-  struct Piece {
-    uint32_t to, bytes;
-    const void* from;
-  };
-  std::vector<Piece> pieces;
-};
 struct Block {
   Index index;
   unsigned rank;
   std::vector<uint8_t> shared;
   Barrier barrier;
   std::vector<Warp> warps;
-  std::map<uint32_t, Transfer> transfers;  // by shared address
 };
 struct Copy {
   uint8_t* to;
@@ -92,11 +80,6 @@ unsigned lane();
 void copy_async(uint8_t* to, const void* from);
 void commit_copies();
 void wait_copies(int pending);
-
-void transfer_init(uint32_t barrier);
-void transfer_arm(uint32_t barrier, uint32_t bytes);
-void transfer_copy(uint32_t barrier, uint32_t to, const void* from, uint32_t bytes);
-void transfer_wait(uint32_t barrier, uint32_t parity);
 
 }  // namespace emulator
 
