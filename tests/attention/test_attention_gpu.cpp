@@ -1,0 +1,149 @@
+// Dense and sparse attention on a GPU against the CPU. Needs a CUDA build of torch and a GPU.
+#include <gtest/gtest.h>
+
+#include "attention/sparse.h"
+#include "tests/selector/support.h"
+
+using namespace spot;
+using namespace spot::test;
+
+namespace {
+
+// The same layer on one device: caches, policy and backend.
+struct Side {
+  at::Device device;
+  KvCache cache;
+  Selector selector;
+  SelectorCache keys;
+  SpotPolicy policy;
+  SparseAttention sparse;
+  std::vector<int64_t> ids;
+
+  Side(const ModelConfig& model, const SelectorConfig& config, const SelectionRule& rule,
+       const SparseOptions& options, uint64_t seed, at::Device device_)
+      : device(device_),
+        cache(model, 200, at::kBFloat16, device),
+        selector(config, model, device, at::kBFloat16, seed),
+        keys(config, selector.layers(), 200, CacheFormat::int4, device),
+        policy(selector, keys, rule),
+        sparse(cache, policy, options),
+        ids{cache.open_sequence(), cache.open_sequence()} {}
+};
+
+struct Tokens {
+  std::vector<int64_t> counts;
+  at::Tensor hidden, query, key, value;
+};
+
+Tokens random_tokens(const ModelConfig& model, const std::vector<int64_t>& counts) {
+  int64_t total = 0;
+  for (int64_t n : counts) total += n;
+  auto random = [&](at::IntArrayRef shape) { return at::randn(shape).to(at::kBFloat16); };
+  return {counts, random({total, model.hidden_size}), random({total, model.num_heads, model.head_dim}),
+          random({total, model.num_kv_heads, model.head_dim}),
+          random({total, model.num_kv_heads, model.head_dim})};
+}
+
+at::Tensor forward(Side& side, AttentionBackend& backend, const Tokens& tokens, bool extend) {
+  Batch batch;
+  std::vector<int64_t> positions;
+  for (size_t i = 0; i < tokens.counts.size(); ++i) {
+    if (extend) side.cache.extend(side.ids[i], tokens.counts[i]);
+    batch.sequences.push_back(side.ids[i]);
+    batch.starts.push_back(side.cache.length(side.ids[i]) - tokens.counts[i]);
+    batch.query_lengths.push_back(tokens.counts[i]);
+    for (int64_t t = 0; t < tokens.counts[i]; ++t) positions.push_back(batch.starts.back() + t);
+  }
+  batch.positions = at::tensor(positions, at::kLong).to(side.device);
+  batch.tokens = at::zeros_like(batch.positions);
+  auto here = [&](const at::Tensor& x) { return x.to(side.device); };
+  return backend
+      .forward(
+          {0, here(tokens.hidden), here(tokens.query), here(tokens.key), here(tokens.value), 0.125, batch})
+      .cpu();
+}
+
+double relative_difference(const at::Tensor& a, const at::Tensor& b) {
+  return ((a.to(at::kDouble) - b.to(at::kDouble)).norm() / b.to(at::kDouble).norm()).item<double>();
+}
+
+}  // namespace
+
+TEST(GpuAttention, DenseAndSparseMatchTheCpu) {
+  const uint64_t seed = fresh_seed();
+  const ModelConfig model = small_model(64, 1, 8, 2, 64);
+  const SelectorConfig config;
+  SelectionRule rule;
+  rule.mode = SelectionMode::top_k;
+  rule.sinks = 16;
+  rule.recency = 64;
+  rule.floor = 128;
+  for (int64_t budget : {int64_t{1} << 20, int64_t{256}}) {
+    rule.budget = budget;
+    SparseOptions options;
+    options.prefill_chunk = 128;
+    Side cpu(model, config, rule, options, seed, at::kCPU),
+        gpu(model, config, rule, options, seed, at::Device(at::kCUDA, 0));
+    DenseAttention cpu_dense(cpu.cache), gpu_dense(gpu.cache);
+    for (const std::vector<int64_t>& counts :
+         {std::vector<int64_t>{random_int(400, 900), random_int(20, 300)},
+          {random_int(2, 200), random_int(2, 60)},
+          {1, 1},
+          {1, 1}}) {
+      const Tokens tokens = random_tokens(model, counts);
+      const PrefillMode mode = counts[0] > 300 ? PrefillMode::dense : PrefillMode::sparse;
+      cpu.sparse.set_prefill(mode);
+      gpu.sparse.set_prefill(mode);
+      const at::Tensor expected = forward(cpu, cpu.sparse, tokens, true),
+                       got = forward(gpu, gpu.sparse, tokens, true);
+      // bfloat16 hidden states round differently on the two devices, so that a few near-equal blocks may swap
+      // places.
+      EXPECT_LT(relative_difference(got, expected),
+                budget > 1000 || mode == PrefillMode::dense ? 0.02 : 0.25);
+      const at::Tensor dense = forward(gpu, gpu_dense, tokens, false);
+      EXPECT_LT(relative_difference(dense, forward(cpu, cpu_dense, tokens, false)), 0.02);
+      if (budget > 1000 && counts[0] == 1) {
+        EXPECT_TRUE(at::equal(got, dense));
+      }
+    }
+    const auto on_cpu = cpu.sparse.counters(), on_gpu = gpu.sparse.counters();
+    ASSERT_EQ(on_cpu.size(), on_gpu.size());
+    EXPECT_EQ(on_gpu.at(0).rows, on_cpu.at(0).rows);
+    EXPECT_EQ(on_gpu.at(0).tokens_attended, on_cpu.at(0).tokens_attended);
+    EXPECT_EQ(on_gpu.at(0).tokens_visible, on_cpu.at(0).tokens_visible);
+  }
+}
+
+TEST(GpuAttention, PoliciesScoreAsOnTheCpu) {
+  const uint64_t seed = fresh_seed();
+  const ModelConfig model = small_model(64, 1, 8, 2, 64);
+  const SelectorConfig config;
+  SelectionRule rule;
+  rule.floor = 0;
+  Side cpu(model, config, rule, {}, seed, at::kCPU),
+      gpu(model, config, rule, {}, seed, at::Device(at::kCUDA, 0));
+  QuestPolicy cpu_quest(model, 200, cpu.device, rule), gpu_quest(model, 200, gpu.device, rule);
+  OraclePolicy oracle(rule, 2);
+  SparseAttention cpu_side(cpu.cache, cpu_quest), gpu_side(gpu.cache, gpu_quest);
+  const Tokens prompt = random_tokens(model, {500, 90}), step = random_tokens(model, {1, 1});
+  for (const Tokens* tokens : {&prompt, &step}) {
+    std::vector<at::Tensor> quest_scores, oracle_scores;
+    for (auto [side, attention, quest] :
+         {std::tuple{&cpu, &cpu_side, &cpu_quest}, std::tuple{&gpu, &gpu_side, &gpu_quest}}) {
+      attention->set_prefill(PrefillMode::sparse);
+      attention->set_observer([&, quest = quest](const SelectionEvent& event) {
+        if (event.chunk.sequence >= 0) return;
+        quest_scores.push_back(quest->score_decode(event.inputs, event.cache, event.view).cpu());
+        oracle_scores.push_back(oracle.score_decode(event.inputs, event.cache, event.view).cpu());
+      });
+      forward(*side, *attention, *tokens, true);
+    }
+    if (tokens == &prompt) continue;
+    ASSERT_EQ(quest_scores.size(), 2u);
+    for (const auto& scores : {quest_scores, oracle_scores}) {
+      const at::Tensor seen = at::isfinite(scores[0]);
+      EXPECT_TRUE(at::equal(seen, at::isfinite(scores[1])));
+      EXPECT_LT(largest_difference(scores[0].masked_select(seen), scores[1].masked_select(seen)), 1e-3);
+    }
+  }
+}

@@ -1,0 +1,197 @@
+// The CUDA operators against the CPU ones, which are their oracle. Needs a CUDA build of torch and a GPU.
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "ops/ops.h"
+#include "tests/selector/support.h"
+
+using namespace spot;
+using namespace spot::test;
+
+namespace {
+
+const at::Device kGpu(at::kCUDA, 0);
+
+// Lengths with their corner cases, and a page table that scatters every row's pages.
+struct Table {
+  at::Tensor pages, lengths;
+  int64_t num_pages;
+};
+Table random_table(int64_t rows, int64_t most_blocks) {
+  at::Tensor lengths = at::randint(1, most_blocks * 16 + 1, {rows}, at::kInt);
+  lengths[0] = static_cast<int32_t>(most_blocks * 16);
+  if (rows > 1) lengths[1] = 1;
+  return {at::randperm(rows * most_blocks, at::kInt).view({rows, most_blocks}), lengths, rows * most_blocks};
+}
+
+ops::SelectArguments random_arguments(bool top_p) {
+  ops::SelectArguments arguments;
+  arguments.top_p = top_p;
+  arguments.p = 0.3 + 0.65 * at::rand({1}).item<double>();
+  arguments.budget = random_int(0, 3000);
+  arguments.budget_fraction = random_int(0, 2) ? 0.0 : 0.3;
+  arguments.sinks = random_int(0, 200);
+  arguments.recency = random_int(0, 400);
+  arguments.floor = random_int(0, 700);
+  arguments.cap = random_int(0, 1) ? 0 : arguments.floor + random_int(0, 900);
+  arguments.temperature = 0.3 + at::rand({1}).item<double>() * 2;
+  return arguments;
+}
+
+// Selections of equal content; the GPU's may be wider, its counts being unknown to the host.
+void expect_equal_lists(const at::Tensor& gpu, const at::Tensor& cpu) {
+  const at::Tensor host = gpu.cpu();
+  ASSERT_GE(host.size(2), cpu.size(2));
+  EXPECT_TRUE(at::equal(host.slice(2, 0, cpu.size(2)), cpu));
+  EXPECT_TRUE((host.slice(2, cpu.size(2)) == -1).all().item<bool>());
+}
+
+double relative_difference(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor x = a.cpu().to(at::kDouble), y = b.cpu().to(at::kDouble);
+  return ((x - y).norm() / y.norm()).item<double>();
+}
+
+}  // namespace
+
+TEST(GpuOperators, SelectorKeysAreStoredBitForBit) {
+  fresh_seed();
+  for (const char* format : {"bf16", "int8", "int4", "mxfp4", "nvfp4"})
+    for (int64_t key_heads : {1, 4})
+      for (int norm : {0, 1, 2})
+        for (bool rotate : {false, true}) {
+          const int64_t tokens = random_int(1, 90);
+          const at::Tensor keys = at::randn({tokens, key_heads, 128}).to(at::kBFloat16);
+          ops::KeyPreparation preparation;
+          preparation.norm = static_cast<ops::KeyPreparation::Norm>(norm);
+          if (norm > 0) preparation.norm_weight = at::rand({128}) + 0.5;
+          if (norm == 1) preparation.norm_bias = at::randn({128});
+          if (rotate) {
+            const at::Tensor angle = at::rand({500, 32}) * 6;
+            preparation.cos = angle.cos();
+            preparation.sin = angle.sin();
+            preparation.positions = at::randint(0, 500, {tokens}, at::kLong);
+          }
+          at::Tensor slots = at::randperm(8 * 16, at::kLong).slice(0, 0, tokens);
+          slots[0] = -1;
+          at::Tensor pool = at::zeros({8, key_heads, ops::page_head_bytes(format)}, at::kByte),
+                     on_gpu = pool.to(kGpu);
+          ops::append_projected_keys(pool, slots, keys, preparation, format, 0.0625);
+          for (at::Tensor* x : {&preparation.norm_weight, &preparation.norm_bias, &preparation.cos,
+                                &preparation.sin, &preparation.positions})
+            if (x->defined()) *x = x->to(kGpu);
+          ops::append_projected_keys(on_gpu, slots.to(kGpu), keys.to(kGpu), preparation, format, 0.0625);
+          EXPECT_TRUE(at::equal(on_gpu.cpu(), pool)) << format << " norm " << norm << " rotate " << rotate;
+          const at::Tensor pages = at::randperm(8, at::kInt).slice(0, 0, 5);
+          const int64_t length = random_int(1, 80);
+          EXPECT_TRUE(
+              at::equal(ops::gather_selector_keys(on_gpu, pages.to(kGpu), length, format, 0.0625).cpu(),
+                        ops::gather_selector_keys(pool, pages, length, format, 0.0625)));
+        }
+}
+
+TEST(GpuOperators, ScoresMatch) {
+  fresh_seed();
+  for (const char* format : {"bf16", "int8", "int4", "mxfp4", "nvfp4"})
+    for (int64_t key_heads : {1, 4})
+      for (int64_t groups : {1, 3})
+        for (at::ScalarType dtype : {at::kBFloat16, at::kFloat}) {
+          const Table table = random_table(5, random_int(2, 70));
+          at::Tensor pool = at::zeros({table.num_pages, key_heads, ops::page_head_bytes(format)}, at::kByte);
+          ops::append_selector_keys(pool, at::arange(table.num_pages * 16, at::kLong),
+                                    at::randn({table.num_pages * 16, key_heads, 128}), format, 0.0625);
+          const at::Tensor query = at::randn({5, 4, 128}).to(dtype), weight = at::randn({5, groups, 4});
+          const at::Tensor expected =
+              ops::score_blocks(query, weight, pool, table.pages, table.lengths, format, 0.0625);
+          const at::Tensor got =
+              ops::score_blocks(query.to(kGpu), weight.to(kGpu), pool.to(kGpu), table.pages.to(kGpu),
+                                table.lengths.to(kGpu), format, 0.0625)
+                  .cpu();
+          ASSERT_EQ(got.sizes(), expected.sizes());
+          EXPECT_TRUE(at::equal(at::isinf(got), at::isinf(expected)));
+          const at::Tensor seen = at::isfinite(expected);
+          EXPECT_LT(relative_difference(got.masked_select(seen), expected.masked_select(seen)), 1e-4)
+              << format;
+          // A page table shared by all rows may be expanded.
+          const at::Tensor shared = table.pages.slice(0, 0, 1).expand({5, -1});
+          EXPECT_LT(relative_difference(
+                        ops::score_blocks(query.to(kGpu), weight.to(kGpu), pool.to(kGpu), shared.to(kGpu),
+                                          table.lengths.to(kGpu), format, 0.0625)
+                            .cpu()
+                            .masked_select(seen),
+                        ops::score_blocks(query, weight, pool, shared, table.lengths, format, 0.0625)
+                            .masked_select(seen)),
+                    1e-4);
+        }
+}
+
+TEST(GpuOperators, SelectionsAreEqual) {
+  fresh_seed();
+  for (int round = 0; round < 40; ++round) {
+    const int64_t blocks = random_int(1, 400), groups = round % 3 == 0 ? 4 : 1;
+    const Table table = random_table(6, blocks);
+    at::Tensor scores = at::randn({6, groups, blocks}) * 3;
+    if (round % 4 == 1) scores = at::round(scores);
+    if (round % 4 == 2) scores.masked_fill_(at::rand_like(scores) < 0.3, NAN);
+    const ops::SelectArguments arguments = random_arguments(round % 2 == 0);
+    const auto [indices, counts, mass] = ops::select_blocks(scores, table.lengths, arguments);
+    const auto [gpu_indices, gpu_counts, gpu_mass] =
+        ops::select_blocks(scores.to(kGpu), table.lengths.to(kGpu), arguments);
+    EXPECT_TRUE(at::equal(gpu_counts.cpu(), counts));
+    expect_equal_lists(gpu_indices, indices);
+    EXPECT_TRUE(at::equal(gpu_mass.cpu(), mass));
+  }
+}
+
+TEST(GpuOperators, AttentionMatchesAndFusesExactly) {
+  fresh_seed();
+  for (int64_t dim : {64, 128, 256})
+    for (at::ScalarType dtype : {at::kBFloat16, at::kHalf})
+      for (const auto& [heads, kv_heads] : {std::pair<int64_t, int64_t>{32, 8}, {6, 2}, {4, 4}})
+        for (int64_t groups : {int64_t{1}, kv_heads}) {
+          const Table table = random_table(4, random_int(3, 120));
+          // What no row sees is NaN.
+          at::Tensor keys = at::randn({kv_heads, table.num_pages, 16, dim}).to(dtype),
+                     values = at::randn_like(keys);
+          for (int64_t r = 0; r < 4; ++r) {
+            const int64_t length = table.lengths[r].item<int32_t>();
+            for (int64_t b = 0; b < table.pages.size(1); ++b)
+              for (at::Tensor* pool : {&keys, &values})
+                pool->select(1, table.pages[r][b].item<int32_t>())
+                    .slice(1, std::clamp<int64_t>(length - b * 16, 0, 16))
+                    .fill_(NAN);
+          }
+          const at::Tensor query = at::randn({4, heads, dim}).to(dtype);
+          const at::Tensor scores = at::randn({4, groups, table.pages.size(1)}) * 3;
+          const double scale = 1 / std::sqrt(static_cast<double>(dim));
+          for (bool top_p : {true, false}) {
+            const ops::SelectArguments arguments = random_arguments(top_p);
+            const auto expected = ops::select_and_attend(scores, query, keys, values, table.pages,
+                                                         table.lengths, scale, arguments);
+            const auto got =
+                ops::select_and_attend(scores.to(kGpu), query.to(kGpu), keys.to(kGpu), values.to(kGpu),
+                                       table.pages.to(kGpu), table.lengths.to(kGpu), scale, arguments);
+            EXPECT_TRUE(at::equal(got.counts.cpu(), expected.counts));
+            expect_equal_lists(got.indices, expected.indices);
+            EXPECT_LT(relative_difference(got.output, expected.output), dtype == at::kHalf ? 2e-3 : 1e-2)
+                << heads << "/" << kv_heads << " dim " << dim;
+            const at::Tensor halves = ops::sparse_decode_attention(
+                query.to(kGpu), keys.to(kGpu), values.to(kGpu), table.pages.to(kGpu), table.lengths.to(kGpu),
+                got.indices, got.counts, scale);
+            EXPECT_TRUE(at::equal(halves, got.output));
+          }
+          const at::Tensor all =
+              ops::sparse_decode_attention(query, keys, values, table.pages, table.lengths, {}, {}, scale);
+          EXPECT_LT(relative_difference(ops::sparse_decode_attention(query.to(kGpu), keys.to(kGpu),
+                                                                     values.to(kGpu), table.pages.to(kGpu),
+                                                                     table.lengths.to(kGpu), {}, {}, scale),
+                                        all),
+                    dtype == at::kHalf ? 2e-3 : 1e-2);
+        }
+  EXPECT_TRUE(ops::attends(at::zeros({1, 4, 64}, at::kBFloat16).to(kGpu),
+                           at::zeros({2, 1, 16, 64}, at::kBFloat16).to(kGpu)));
+  EXPECT_FALSE(ops::attends(at::zeros({1, 4, 64}).to(kGpu), at::zeros({2, 1, 16, 64}).to(kGpu)));
+  EXPECT_FALSE(
+      ops::attends(at::zeros({1, 4, 96}, at::kHalf).to(kGpu), at::zeros({2, 1, 16, 96}, at::kHalf).to(kGpu)));
+}
