@@ -197,15 +197,16 @@ void SafetensorsFile::read_header() {
   }
 
   // The tensors must tile the data: sorted by place, each begins where the one before ends.
-  std::vector<std::pair<std::pair<uint64_t, uint64_t>, const std::string*>> places;
-  for (const auto& [name, entry] : entries_) places.push_back({{entry.begin, entry.end}, &name});
+  // Equal places are told apart by name, so that the error names the same tensor in every run.
+  std::vector<std::pair<std::pair<uint64_t, uint64_t>, std::string>> places;
+  for (const auto& [name, entry] : entries_) places.push_back({{entry.begin, entry.end}, name});
   std::sort(places.begin(), places.end());
   uint64_t reached = 0;
   for (const auto& [place, name] : places) {
     if (place.first < reached)
-      fail("{}: tensor '{}' overlaps another one at byte {}", file, *name, place.first);
+      fail("{}: tensor '{}' overlaps another one at byte {}", file, name, place.first);
     if (place.first > reached)
-      fail("{}: bytes {} to {} before tensor '{}' belong to none", file, reached, place.first, *name);
+      fail("{}: bytes {} to {} before tensor '{}' belong to none", file, reached, place.first, name);
     reached = place.second;
   }
   if (reached != data_bytes)
