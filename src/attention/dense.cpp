@@ -1,5 +1,6 @@
 #include "attention/dense.h"
 
+#include <ATen/ops/_scaled_dot_product_flash_attention.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
 #include <fmt/ranges.h>
 
@@ -58,6 +59,17 @@ at::Tensor causal_attention_cpu(const at::Tensor& query, const at::Tensor& key, 
   return output.permute({2, 0, 1, 3}).reshape({tokens, heads, dim});
 }
 
+// torch's flash kernel aligns the causal mask to the last key, as chunked prefill needs it, and reads grouped KV
+// heads in place; scaled_dot_product_attention would not choose it for a chunk.
+at::Tensor causal_attention_flash(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                  int64_t start, double scale) {
+  const int64_t length = start + query.size(0);
+  return std::get<0>(at::_scaled_dot_product_flash_attention(
+             query.transpose(0, 1).unsqueeze(0), key.narrow(1, 0, length).unsqueeze(0),
+             value.narrow(1, 0, length).unsqueeze(0), 0.0, /*is_causal=*/true, false, scale))[0]
+      .transpose(0, 1);
+}
+
 at::Tensor causal_attention_masked(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                    int64_t start, double scale) {
   const int64_t tokens = query.size(0);
@@ -112,8 +124,10 @@ at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, cons
   if (query.size(1) % key.size(0) != 0 || key.size(1) < start + query.size(0))
     fail("causal attention: {} query heads at positions {} to {} do not fit keys {}", query.size(1), start,
          start + query.size(0) - 1, fmt::join(key.sizes(), "x"));
-  return query.is_cpu() ? causal_attention_cpu(query, key, value, start, scale)
-                        : causal_attention_masked(query, key, value, start, scale);
+  if (query.is_cpu()) return causal_attention_cpu(query, key, value, start, scale);
+  const bool flash = (query.scalar_type() == at::kBFloat16 || query.scalar_type() == at::kHalf) &&
+                     query.size(2) % 8 == 0 && query.size(2) <= 256;
+  return (flash ? causal_attention_flash : causal_attention_masked)(query, key, value, start, scale);
 }
 
 at::Tensor sequence_pages(const KvCache& cache, int64_t sequence, int64_t blocks, at::Device device) {

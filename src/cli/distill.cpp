@@ -18,7 +18,7 @@ struct Options {
   std::vector<std::string> length_mix;
   std::string preset = "spot";
   // Selector fields by their names in selector.json; absent ones take the preset's value.
-  std::optional<std::string> loss, teacher, teacher_scope, per, key_norm, cache_format;
+  std::optional<std::string> loss, teacher, teacher_scope, per, key_norm, cache_format, start;
   std::optional<int64_t> key_heads, num_heads, rope_dims;
   int64_t k_train = 0;
   bool rest_bucket = false, resume = false, no_calibrate = false;
@@ -37,6 +37,7 @@ SelectorConfig selector_config(const Options& o) {
   set(json, "num_heads", o.num_heads);
   set(json, "rope_dims", o.rope_dims);
   auto& distillation = json["distillation"];
+  set(distillation, "start", o.start);
   set(distillation, "loss", o.loss);
   set(distillation, "teacher", o.teacher);
   set(distillation, "teacher_scope", o.teacher_scope);
@@ -100,6 +101,8 @@ void add_distill(CLI::App& app) {
   command.add_option("--per", options->per, "layer: one block set a layer; kv_group: one per KV head")->group(shape);
   command.add_option("--cache-format", options->cache_format, "f32, bf16, int8, int4, mxfp4 or nvfp4")->group(shape);
   command.add_option("--dense-layers", options->dense_layers, "Layers that stay dense and get no selector")->delimiter(',')->group(shape);
+
+  command.add_option("--start", options->start, "First weights: backbone (fitted to its own queries and keys) or random")->group(shape);
 
   const char* loss = "Loss";
   command.add_option("--loss", options->loss, "dense: KL over all keys; sparse: over the student's own top --k-train")->group(loss);

@@ -15,6 +15,7 @@
 #include "core/progress.h"
 #include "distill/calibrate.h"
 #include "distill/distill_attention.h"
+#include "distill/initialize.h"
 #include "distill/metrics.h"
 #include "distill/optimizer.h"
 
@@ -110,7 +111,10 @@ class Run {
     if (!checkpoint.empty() && !resume)
       fail("{} already holds a run ({}); continue it with --resume, or choose another output folder",
            config_.output.string(), checkpoint.filename().string());
-    if (!checkpoint.empty()) restore(checkpoint);
+    if (!checkpoint.empty())
+      restore(checkpoint);
+    else if (selector_.config().distillation.start == Start::backbone)
+      start_from_backbone();
     if (is_writer()) log_.emplace(config_.output / "metrics.jsonl", step_);
     if (config_.held_out_sequences > 0 && !(finished() && !config_.calibrate))
       held_out_ = data_.held_out(config_.held_out_sequences);
@@ -160,6 +164,16 @@ class Run {
 
   const std::vector<int64_t>& starts_of(const TokenSequence& s) const {
     return config_.document_mask ? s.documents : s.parts;
+  }
+
+  void start_from_backbone() {
+    const nlohmann::json beginning = data_.state();
+    std::vector<TokenSequence> sequences;
+    const int64_t tokens = initialization_tokens(backbone_.config());
+    while (static_cast<int64_t>(sequences.size()) * config_.data.sequence_length < tokens)
+      sequences.push_back(data_.next());
+    data_.restore(beginning);
+    initialize_from_backbone(backbone_, selector_, sequences, loss_options(selector_.config(), config_));
   }
 
   // One optimizer step; returns its metrics.

@@ -20,6 +20,7 @@ const Words<SelectorScope> kScopes = {{SelectorScope::layer, "layer"}, {Selector
 const Words<DistillLoss> kLosses = {{DistillLoss::dense, "dense"}, {DistillLoss::sparse, "sparse"}};
 const Words<Teacher> kTeachers = {{Teacher::token, "token"}, {Teacher::block_max, "block_max"}};
 const Words<TeacherScope> kTeacherScopes = {{TeacherScope::all, "all"}, {TeacherScope::residual, "residual"}};
+const Words<Start> kStarts = {{Start::random, "random"}, {Start::backbone, "backbone"}};
 const Words<CacheFormat> kCacheFormats = {{CacheFormat::f32, "f32"},     {CacheFormat::bf16, "bf16"},
                                           {CacheFormat::int8, "int8"},   {CacheFormat::int4, "int4"},
                                           {CacheFormat::mxfp4, "mxfp4"}, {CacheFormat::nvfp4, "nvfp4"}};
@@ -126,6 +127,7 @@ SelectorConfig SelectorConfig::from_preset(const std::string& name) {
   if (name == "paper") {
     config.key_heads = config.num_heads;
     config.cache_format = CacheFormat::bf16;
+    config.distillation.start = Start::random;
   } else if (name != "spot" && name != "custom") {
     fail("there is no selector preset \"{}\"; use paper, spot or custom", name);
   }
@@ -159,6 +161,7 @@ SelectorConfig SelectorConfig::from_json(const json& object, const std::string& 
   }
   if (const json* object = fields.find("distillation")) {
     Fields distillation(*object, source + ".distillation");
+    distillation.read("start", config.distillation.start, kStarts);
     distillation.read("loss", config.distillation.loss, kLosses);
     distillation.read("k_train", config.distillation.k_train);
     distillation.read("teacher", config.distillation.teacher, kTeachers);
@@ -191,7 +194,8 @@ json SelectorConfig::to_json() const {
             {"temperature", selection.temperature},
             {"dense_layers", selection.dense_layers}}},
           {"distillation",
-           {{"loss", word_of(kLosses, distillation.loss)},
+           {{"start", word_of(kStarts, distillation.start)},
+            {"loss", word_of(kLosses, distillation.loss)},
             {"k_train", distillation.k_train},
             {"teacher", word_of(kTeachers, distillation.teacher)},
             {"teacher_scope", word_of(kTeacherScopes, distillation.teacher_scope)},

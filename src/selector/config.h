@@ -16,6 +16,7 @@ enum class SelectorScope { layer, kv_group };     // one block set per layer, or
 enum class DistillLoss { dense, sparse };         // KL over all keys, or over the student's top k_train
 enum class Teacher { token, block_max };          // teacher distribution over tokens or over blocks
 enum class TeacherScope { all, residual };        // residual: without sink and recency tokens
+enum class Start { random, backbone };            // weights before the first step, see distill/initialize.h
 enum class CacheFormat { f32, bf16, int8, int4, mxfp4, nvfp4 };  // of the selector's cached keys
 
 std::string to_string(CacheFormat format);
@@ -37,6 +38,7 @@ struct SelectionDefaults {
 };
 
 struct DistillationFields {
+  Start start = Start::backbone;
   DistillLoss loss = DistillLoss::sparse;
   int64_t k_train = 8192;  // tokens kept by the sparse loss
   Teacher teacher = Teacher::token;
@@ -61,8 +63,8 @@ struct SelectorConfig {
   SelectionDefaults selection;
   DistillationFields distillation;
 
-  // "paper": the published architecture and loss (a key per head, sparse KL, bf16 cache). "spot": ours
-  // (shared key). Throws Error on another name.
+  // "paper": the published architecture and loss (a key per head, sparse KL, bf16 cache), from random weights.
+  // "spot": ours (shared key, started from the backbone). Throws Error on another name.
   static SelectorConfig from_preset(const std::string& name);
   // Absent fields take the preset's value (field "preset", default "spot"). Throws Error on an unknown field,
   // a wrong type, or what validate() refuses; `source` names the file.
