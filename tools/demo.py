@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="distil again even if out/demo holds a selector")
     parser.add_argument("--steps", type=int, default=100, help="distillation steps")
-    parser.add_argument("--samples", type=int, default=6, help="needle prompts")
+    parser.add_argument("--samples", type=int, default=8, help="needle prompts")
     options = parser.parse_args()
     start = time.time()
     if options.fresh and OUT.exists():
@@ -54,7 +54,7 @@ def main() -> None:
     if not (selector / "selector.json").exists():
         run("2. Distil a selector (2K tokens)", SPOT, "distill", "--model", MODEL, "--data", text / "train.jsonl",
             "--out", selector, "--length", 2048, "--sequences-per-step", 2, "--steps", options.steps,
-            "--warmup-steps", 15, "--loss", "dense", "--query-rows", 512)
+            "--warmup-steps", 15, "--loss", "dense", "--query-rows", 512, "--lr", 4e-3)
     prompt = OUT / "prompt.txt"
     filler = (text / "heldout.txt").read_text()
     prompt.write_text(filler[:14000] + "\nThe special magic number for amber-river is: 483920.\n" + filler[14000:30000]

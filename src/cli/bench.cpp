@@ -121,16 +121,19 @@ Measurement measure(const Options& options, const Backbone& backbone, const std:
 }
 
 void run(const Options& options) {
+  const auto begin = std::chrono::steady_clock::now();
   const Backbone backbone = options.random ? [&] {
     const ModelConfig config = ModelConfig::load(options.model.folder);
     return Backbone::random(config, options.model.resolve_device(), options.model.resolve_dtype(config), 1);
   }()
                                            : options.model.load();
   const at::Device device = backbone.device();
+  synchronize(device);
+  const double load_seconds = seconds_between(begin, std::chrono::steady_clock::now());
   Table table{{"attention", "prefill s", "decode ms/step", "tokens/s", "vs first", "peak GiB"}, {}};
   nlohmann::json json = {{"context", options.context}, {"batch", options.batch}, {"device", device.str()},
                          {"dtype", std::string(c10::toString(backbone.dtype()))}, {"rule", options.rule.rule(nullptr).describe()},
-                         {"cuda_graph", device.is_cuda() && !options.eager}};
+                         {"load_seconds", load_seconds}, {"random_weights", options.random}, {"cuda_graph", device.is_cuda() && !options.eager}};
   double first = 0;
   for (const std::string& attention : options.attentions) {
     const Measurement m = measure(options, backbone, attention);
@@ -141,8 +144,8 @@ void run(const Options& options) {
     json["runs"].push_back({{"attention", m.attention}, {"prefill_seconds", m.prefill_seconds}, {"decode_ms", m.decode_ms},
                             {"peak_gib", m.peak_gib}});
   }
-  fmt::print("{} on {}, {}, context {}, batch {}, {}{}\n{}", backbone.config().architecture, device.str(), c10::toString(backbone.dtype()),
-             options.context, options.batch, options.rule.rule(nullptr).describe(),
+  fmt::print("{} on {}, {}, {} in {:.1f} s, context {}, batch {}, {}{}\n{}", backbone.config().architecture, device.str(),
+             c10::toString(backbone.dtype()), options.random ? "random weights" : "loaded", load_seconds, options.context, options.batch, options.rule.rule(nullptr).describe(),
              options.prefill ? "" : ", random keys and values instead of a prefill", table.to_text());
   if (!options.out.empty()) write_file_atomically(options.out, json.dump(1) + "\n");
 }
