@@ -21,7 +21,7 @@ at::Device ModelOptions::resolve_device() const {
   if (name == "auto") name = at::globalContext().hasCUDA() ? "cuda" : "cpu";
   if (name != "cpu" && name.rfind("cuda", 0) != 0) fail("device '{}' is unknown; give auto, cpu, cuda or cuda:N", device);
   if (name != "cpu" && !at::globalContext().hasCUDA()) fail("device '{}': this machine (or this build of torch) has no CUDA; use --device cpu", device);
-  return at::Device(name == "cuda" ? "cuda:0" : name);
+  return at::Device(name == "cuda" ? fmt::format("cuda:{}", local_rank) : name);
 }
 
 at::ScalarType ModelOptions::resolve_dtype(const ModelConfig& config) const {

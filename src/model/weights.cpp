@@ -201,7 +201,7 @@ void check_names_and_shapes(const Checkpoint& checkpoint, const ModelConfig& con
     fail("{}: {} tensors are not part of a {} with this config.json: {}", checkpoint.path().string(),
          unexpected.size(), config.architecture, some_of(unexpected));
   }
-  if (vision + multi_token > 0) {
+  if (vision + multi_token > 0 && !is_silent()) {
     fmt::print(stderr,
                "{}: the text model is used; {} vision and {} multi-token-prediction tensors are skipped\n",
                checkpoint.path().string(), vision, multi_token);
