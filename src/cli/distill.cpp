@@ -23,7 +23,7 @@ struct Options {
   std::optional<std::string> loss, teacher, teacher_scope, per, key_norm, cache_format;
   std::optional<int64_t> key_heads, num_heads, rope_dims;
   int64_t k_train = 0;
-  bool rest_bucket = false, resume = false, no_calibrate = false;
+  bool rest_bucket = false, resume = false, no_calibrate = false, shard_backbone = false;
   std::vector<int64_t> dense_layers;
 };
 
@@ -75,12 +75,17 @@ int run(Options& options, const ProcessGroup* group) {
     options.model.local_rank = static_cast<int>(launcher_number("LOCAL_RANK", 0));
     hooks.replicas = {group->rank(), group->count(), [group](std::vector<at::Tensor>& tensors) { group->sum(tensors); }};
   }
+  Shards shards;
+  if (options.shard_backbone) {
+    if (!group) fail("--shard-backbone spreads the model over several processes; start tools/distill.py with torchrun");
+    shards = {group->rank(), group->count(), [group](at::Tensor& whole, const at::Tensor& part) { group->gather(whole, part); }};
+  }
   const bool talks = hooks.replicas.rank == 0;
   for (const std::string& word : options.length_mix) options.train.data.length_mix.push_back(parse_share(word));
   options.train.calibrate = !options.no_calibrate;
   options.train.validate();
   const SelectorConfig config = selector_config(options);
-  const Backbone backbone = options.model.load();
+  const Backbone backbone = options.model.load(shards);
   const Tokenizer tokenizer = Tokenizer::load(options.model.folder);
   Selector selector(config, backbone.config(), backbone.device(), at::kFloat, options.train.data.seed);
   if (talks) fmt::print("distilling {} layers, {:.2f}M selector parameters, {} steps of {} sequences of {} tokens\n", selector.layers().size(),
@@ -107,6 +112,8 @@ void add_distill(CLI::App& app, const ProcessGroup* group) {
   command.add_option("--data", train.data.paths, "Text files, .jsonl, .gz, .zst, or folders of them")->required();
   command.add_option("--out", train.output, "Folder for the selector, metrics and checkpoints")->required();
   command.add_flag("--resume", options->resume, "Continue the newest checkpoint in --out");
+  command.add_flag("--shard-backbone", options->shard_backbone,
+                   "Several processes: each holds a part of every layer's weights, for models larger than one GPU");
 
   const char* shape = "Selector";
   command.add_option("--preset", options->preset, "spot or paper")->capture_default_str()->group(shape);

@@ -32,9 +32,10 @@ at::ScalarType ModelOptions::resolve_dtype(const ModelConfig& config) const {
   return at::kFloat;
 }
 
-Backbone ModelOptions::load() const {
+Backbone ModelOptions::load(const Shards& shards) const {
   if (threads > 0) at::set_num_threads(threads);
-  return Backbone::load(folder, resolve_device(), resolve_dtype(ModelConfig::load(folder)));
+  const ModelConfig config = ModelConfig::load(folder);
+  return Backbone::load(folder, config, resolve_device(), resolve_dtype(config), shards);
 }
 
 void SelectorOptions::add(CLI::App& app) {

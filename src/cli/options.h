@@ -21,7 +21,7 @@ struct ModelOptions {
   void add(CLI::App& app);
   at::Device resolve_device() const;
   at::ScalarType resolve_dtype(const ModelConfig& config) const;  // what load() would use
-  Backbone load() const;
+  Backbone load(const Shards& shards = {}) const;
 };
 
 // --selector

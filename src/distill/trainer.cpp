@@ -103,6 +103,10 @@ class Run {
     if (config.sequences_per_step < r.count)
       fail("distillation: {} processes cannot share a step of {} sequences; start fewer, or raise sequences_per_step",
            r.count, config.sequences_per_step);
+    if (backbone.is_sharded() && config.sequences_per_step % r.count != 0)
+      fail("distillation: with a sharded backbone all {} processes run in step, but {} sequences a step do not divide "
+           "evenly among them; change sequences_per_step",
+           r.count, config.sequences_per_step);
   }
 
   TrainResult run(bool resume) {
@@ -226,16 +230,20 @@ class Run {
   }
 
   void measure_held_out(nlohmann::json& metrics) {
+    const Replicas& r = hooks_.replicas;
+    const auto count = static_cast<int64_t>(held_out_.size());
+    // The processes of a sharded backbone run equally many forward passes: where shares differ, each runs all.
+    const bool shared = !backbone_.is_sharded() || count % r.count == 0;
     std::vector<TokenSequence> own;
-    for (size_t i = 0; i < held_out_.size(); ++i)
-      if (static_cast<int64_t>(i) % hooks_.replicas.count == hooks_.replicas.rank) own.push_back(held_out_[i]);
+    for (int64_t i = 0; i < count; ++i)
+      if (!shared || i % r.count == r.rank) own.push_back(held_out_[static_cast<size_t>(i)]);
     attention_.begin(0.0, {});
     for (const TokenSequence& sequence : own)
       forward_sequence(backbone_, attention_, sequence.tokens, starts_of(sequence));
     const at::Tensor sums = attention_.take_sums();
     const CalibrationOptions options;
     const at::Tensor captured = captured_sums(backbone_, selector_, own, options).to(backbone_.device());
-    sum_over_replicas({sums, captured});
+    if (shared) sum_over_replicas({sums, captured});
     add_measures(metrics, sums.cpu() / static_cast<double>(held_out_.size()), "held_out_");
 
     const at::Tensor queries = captured.select(1, -1).cpu();
@@ -356,7 +364,7 @@ class Run {
     return notes;
   }
 
-  // Every replica fits for itself: all selectors stay equal.
+  // Every replica fits for itself: all selectors stay equal, and a sharded backbone needs all to take part.
   void finish() {
     if (config_.calibrate && !held_out_.empty()) {
       const Calibration fitted =

@@ -150,7 +150,7 @@ def test_metrics_are_flat_and_complete(reference):
         assert title in page
 
 
-@pytest.mark.parametrize("count, more", [(4, []), (2, [])])
+@pytest.mark.parametrize("count, more", [(4, []), (2, ["--shard-backbone"])])
 def test_equals_one_process(workplace, reference, count, more):
     output = workplace / f"many-{count}"
     statuses, outputs, errors = finish(start(count, arguments(workplace, output, *more)))
@@ -213,6 +213,7 @@ def test_mistakes_are_named_once(workplace, build_folder):
     words = arguments(workplace, workplace / "never")
     spot = [build_folder / "spot", "distill"]
     assert "WORLD_SIZE is 2" in fails([*spot, *words], WORLD_SIZE="2")
+    assert "start tools/distill.py with torchrun" in fails([*spot, *words, "--shard-backbone"])
     assert "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set" in fails([sys.executable, SCRIPT, *words])
 
     def together(*more, **settings):
@@ -221,3 +222,4 @@ def test_mistakes_are_named_once(workplace, build_folder):
         return errors[0]
 
     assert "2 processes cannot share a step of 1 sequences" in together(sequences=1)
+    assert "3 sequences a step do not divide evenly" in together("--shard-backbone", sequences=3)
