@@ -47,28 +47,33 @@ void ProcessGroup::gather(at::Tensor& whole, const at::Tensor& part) const {
   finish([&] { return group_->getBackend(whole.device().type())->_allgather_base(whole, own); });
 }
 
-bool ProcessGroup::is_first_to_fail() const {
-  // The store lives in one of the processes (or in torchrun), which may be dead or hang: better two messages than none.
-  struct Answer {
-    std::atomic<bool> first = true;
+void ProcessGroup::report_failure(const std::string& line) const {
+  struct State {
+    std::atomic<bool> decided = false;
     std::promise<void> done;
   };
-  auto answer = std::make_shared<Answer>();
-  std::thread([store = group_->getStore(), answer, rank = rank(), count = count()] {
+  auto state = std::make_shared<State>();
+  const auto print = [state, line] {
+    if (!state->decided.exchange(true)) fmt::print(stderr, "{}\n", line);
+  };
+  // A thread, because the store lives in one of the processes (or in torchrun), which may hang.
+  std::thread([store = group_->getStore(), state, print, rank = rank(), count = count()] {
     try {
       int64_t failures = store->add("spot/failures", 1);
-      answer->first = failures == 1;
+      if (failures == 1) print();
+      state->decided = true;
       // The store may end with process 0; where all fail alike the others still have to ask.
       while (rank == 0 && failures < count) {
         std::this_thread::sleep_for(std::chrono::milliseconds(50));
         failures = store->add("spot/failures", 0);
       }
     } catch (const std::exception&) {
+      print();  // better two messages than none
     }
-    answer->done.set_value();
+    state->done.set_value();
   }).detach();
-  answer->done.get_future().wait_for(std::chrono::seconds(5));
-  return answer->first;
+  state->done.get_future().wait_for(std::chrono::seconds(5));
+  print();
 }
 
 }  // namespace spot::cli

@@ -25,8 +25,9 @@ class ProcessGroup {
   // whole = the processes' parts in the order of their ranks; both contiguous, whole.numel() == count * part.numel().
   void gather(at::Tensor& whole, const at::Tensor& part) const;
 
-  // True in one process: the first that asks. One failure ends all processes, and a user needs to read of it once.
-  bool is_first_to_fail() const;
+  // Prints the line on standard error unless another process has printed its own: one failure ends them all, and a
+  // user needs to read of it once. Takes up to five seconds.
+  void report_failure(const std::string& line) const;
 
  private:
   c10::intrusive_ptr<c10d::ProcessGroup> group_;

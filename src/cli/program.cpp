@@ -40,7 +40,12 @@ int run_program(int argc, const char* const* argv, const ProcessGroup* group) {
   } catch (const CLI::ParseError& e) {
     return talks ? app.exit(e) : e.get_exit_code();
   } catch (const std::exception& e) {
-    if (!group || group->is_first_to_fail()) fmt::print(stderr, "error: {}\n", sentence(e));
+    const std::string line = "error: " + sentence(e);
+    if (group) {
+      group->report_failure(line);
+    } else {
+      fmt::print(stderr, "{}\n", line);
+    }
   }
   return 1;
 }

@@ -131,15 +131,15 @@ void write_loss_page(const std::filesystem::path& path, const std::vector<nlohma
   page.chart(layers_over_time("Loss by layer", entries, "loss_per_layer"));
 
   LineChart mass{
-      .title = "Attention mass inside the selector's best blocks", .x_label = "step", .y_label = "share"};
+      .title = "Attention mass inside the selector's best blocks, by budget", .x_label = "step", .y_label = "share"};
   for (const std::string& budget : budgets) {
-    mass.series.push_back(series("budget " + budget, entries, "covered_" + budget));
-    mass.series.push_back(series("budget " + budget + ", best possible", entries, oracle + budget));
+    mass.series.push_back(series(budget, entries, "covered_" + budget));
+    mass.series.push_back(series(budget + " oracle", entries, oracle + budget));
     mass.series.back().dashed = true;
   }
   if (!budgets.empty()) page.chart(mass);
   for (const std::string& budget : budgets)
-    page.chart(layers_over_time("Mass at budget " + budget + " by layer, as a share of the best possible", entries,
+    page.chart(layers_over_time("Mass at budget " + budget + " by layer, as a share of the oracle's", entries,
                                 "covered_" + budget + layers_end, oracle + budget + layers_end));
 
   if (!p.empty()) {
@@ -164,7 +164,7 @@ void write_loss_page(const std::filesystem::path& path, const std::vector<nlohma
   Table table{.header = {"layer", "loss"}};
   for (const std::string& budget : budgets) {
     table.header.push_back("captured at " + budget);
-    table.header.push_back("best possible");
+    table.header.push_back("oracle");
   }
   const auto& layers = last.at("layers");
   for (size_t l = 0; l < layers.size(); ++l) {
