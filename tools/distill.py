@@ -18,9 +18,6 @@ import pathlib
 import signal
 import sys
 
-# NCCL reports a lost peer to the waiting thread only under this setting; else a watchdog kills the process without a word.
-os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-
 import torch
 import torch.distributed
 
@@ -48,12 +45,18 @@ def main() -> None:
         sys.exit(f"error: {', '.join(missing)} not set; start this through torchrun, or run the spot program for one process")
     program = load_program()
     cuda = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+    # NCCL reports a lost peer to the waiting thread only under this setting; else a watchdog ends the process as a crash.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     try:
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=own.timeout)
         )
     except (RuntimeError, ValueError) as error:
         sys.exit(f"error: the process group of {os.environ['WORLD_SIZE']} could not be formed: {str(error).splitlines()[0]}")
+    # Collectives run on the current device; where GPUs are too few, the program says so (or runs on the CPU).
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
     # Python would note Ctrl-C and act on it only after the call below.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     words = [b"spot", b"distill", *(os.fsencode(word) for word in rest)]

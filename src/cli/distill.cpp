@@ -88,9 +88,11 @@ int run(Options& options, const ProcessGroup* group) {
   const Backbone backbone = options.model.load(shards);
   const Tokenizer tokenizer = Tokenizer::load(options.model.folder);
   Selector selector(config, backbone.config(), backbone.device(), at::kFloat, options.train.data.seed);
-  if (talks) fmt::print("distilling {} layers, {:.2f}M selector parameters, {} steps of {} sequences of {} tokens\n", selector.layers().size(),
-             static_cast<double>(selector.num_parameters()) / 1e6, options.train.steps, options.train.sequences_per_step,
-             options.train.data.sequence_length);
+  if (talks) {
+    fmt::print("distilling {} layers, {:.2f}M selector parameters, {} steps of {} sequences of {} tokens\n", selector.layers().size(),
+               static_cast<double>(selector.num_parameters()) / 1e6, options.train.steps, options.train.sequences_per_step,
+               options.train.data.sequence_length);
+  }
   const TrainResult result = distill(backbone, selector, tokenizer, options.train, options.resume, hooks);
   const std::string folder = options.train.output.string();
   if (result.status == TrainStatus::interrupted) {

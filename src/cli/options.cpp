@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 
 #include "core/error.h"
 
@@ -21,6 +22,9 @@ at::Device ModelOptions::resolve_device() const {
   if (name == "auto") name = at::globalContext().hasCUDA() ? "cuda" : "cpu";
   if (name != "cpu" && name.rfind("cuda", 0) != 0) fail("device '{}' is unknown; give auto, cpu, cuda or cuda:N", device);
   if (name != "cpu" && !at::globalContext().hasCUDA()) fail("device '{}': this machine (or this build of torch) has no CUDA; use --device cpu", device);
+  if (name == "cuda" && local_rank >= at::detail::getCUDAHooks().deviceCount())
+    fail("process {} of this machine finds {} GPUs, one each is needed; start fewer processes, or use --device cpu", local_rank,
+         static_cast<int>(at::detail::getCUDAHooks().deviceCount()));
   return at::Device(name == "cuda" ? fmt::format("cuda:{}", local_rank) : name);
 }
 

@@ -32,25 +32,16 @@ Series thin(const std::string& name, const std::vector<double>& x, const std::ve
   return series;
 }
 
-// The steps that have a number of this name.
-struct Curve {
+// The numbers of this name over the steps that have one.
+Series series(const std::string& label, const std::vector<nlohmann::json>& entries, const std::string& name) {
   std::vector<double> steps, values;
-};
-
-Curve curve(const std::vector<nlohmann::json>& entries, const std::string& name) {
-  Curve curve;
   for (const nlohmann::json& entry : entries) {
     const auto value = entry.find(name);
     if (value == entry.end()) continue;
-    curve.steps.push_back(entry.at("step"));
-    curve.values.push_back(*value);
+    steps.push_back(entry.at("step"));
+    values.push_back(*value);
   }
-  return curve;
-}
-
-Series series(const std::string& label, const std::vector<nlohmann::json>& entries, const std::string& name) {
-  const Curve all = curve(entries, name);
-  return thin(label, all.steps, all.values);
+  return thin(label, steps, values);
 }
 
 // "x_per_layer" over the run: a row a layer, a column a stretch of steps, named by its last one; each value is the mean over
@@ -114,7 +105,6 @@ void write_loss_page(const std::filesystem::path& path, const std::vector<nlohma
       "{} steps, {} tokens. KL divergence in nats between the backbone's head-averaged attention and "
       "the selector's estimate, mean over layers and queries.",
       last.at("step").get<int64_t>(), last.at("tokens").get<int64_t>()));
-  const bool has_held_out = !curve(entries, "held_out_loss").steps.empty();
   std::set<std::string> budgets, p;  // not every step measures held-out text
   const std::string oracle = "covered_oracle_", captured = "held_out_captured_p", layers_end = "_per_layer";
   for (const nlohmann::json& entry : entries)
@@ -126,7 +116,8 @@ void write_loss_page(const std::filesystem::path& path, const std::vector<nlohma
 
   LineChart loss{.title = "Loss", .x_label = "step", .y_label = "KL, nats", .series = {series("training", entries, "loss")}};
   loss.y_from_zero = true;
-  if (has_held_out) loss.series.push_back(series("held-out text", entries, "held_out_loss"));
+  const Series held_out = series("held-out text", entries, "held_out_loss");
+  if (!held_out.x.empty()) loss.series.push_back(held_out);
   page.chart(loss);
   page.chart(layers_over_time("Loss by layer", entries, "loss_per_layer"));
 
