@@ -5,7 +5,9 @@
 
 namespace spot::cli {
 
-void add_distill(CLI::App& app);
+class ProcessGroup;
+
+void add_distill(CLI::App& app, const ProcessGroup* group);  // nullptr: this process is alone
 void add_generate(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_eval(CLI::App& app);

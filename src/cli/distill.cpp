@@ -1,10 +1,12 @@
 // spot distill: learn a selector for a frozen checkpoint.
 #include <fmt/format.h>
 
+#include <cstdlib>
 #include <memory>
 
 #include "cli/commands.h"
 #include "cli/options.h"
+#include "cli/process_group.h"
 #include "core/error.h"
 #include "distill/trainer.h"
 #include "text/tokenizer.h"
@@ -21,7 +23,7 @@ struct Options {
   std::optional<std::string> loss, teacher, teacher_scope, per, key_norm, cache_format, start;
   std::optional<int64_t> key_heads, num_heads, rope_dims;
   int64_t k_train = 0;
-  bool rest_bucket = false, resume = false, no_calibrate = false;
+  bool rest_bucket = false, resume = false, no_calibrate = false, shard_backbone = false;
   std::vector<int64_t> dense_layers;
 };
 
@@ -59,30 +61,52 @@ LengthShare parse_share(const std::string& word) {
   }
 }
 
-int run(Options& options) {
+// Environment variables of torchrun and other launchers.
+int64_t launcher_number(const char* name, int64_t absent) {
+  const char* text = std::getenv(name);
+  return text ? std::atoll(text) : absent;
+}
+
+int run(Options& options, const ProcessGroup* group) {
+  if (const int64_t processes = launcher_number("WORLD_SIZE", 1); !group && processes > 1)
+    fail("WORLD_SIZE is {}, but this program cannot join other processes by itself: start tools/distill.py with torchrun instead, "
+         "or unset WORLD_SIZE", processes);
+  TrainHooks hooks;
+  if (group) {
+    options.model.local_rank = static_cast<int>(launcher_number("LOCAL_RANK", 0));
+    hooks.replicas = {group->rank(), group->count(), [group](std::vector<at::Tensor>& tensors) { group->sum(tensors); }};
+  }
+  Shards shards;
+  if (options.shard_backbone) {
+    if (!group) fail("--shard-backbone spreads the model over several processes; start tools/distill.py with torchrun");
+    shards = {group->rank(), group->count(), [group](at::Tensor& whole, const at::Tensor& part) { group->gather(whole, part); }};
+  }
+  const bool talks = hooks.replicas.rank == 0;
   for (const std::string& word : options.length_mix) options.train.data.length_mix.push_back(parse_share(word));
   options.train.calibrate = !options.no_calibrate;
   options.train.validate();
   const SelectorConfig config = selector_config(options);
-  const Backbone backbone = options.model.load();
+  const Backbone backbone = options.model.load(shards);
   const Tokenizer tokenizer = Tokenizer::load(options.model.folder);
   Selector selector(config, backbone.config(), backbone.device(), at::kFloat, options.train.data.seed);
-  fmt::print("distilling {} layers, {:.2f}M selector parameters, {} steps of {} sequences of {} tokens\n", selector.layers().size(),
-             static_cast<double>(selector.num_parameters()) / 1e6, options.train.steps, options.train.sequences_per_step,
-             options.train.data.sequence_length);
-  const TrainResult result = distill(backbone, selector, tokenizer, options.train, options.resume);
+  if (talks) {
+    fmt::print("distilling {} layers, {:.2f}M selector parameters, {} steps of {} sequences of {} tokens\n", selector.layers().size(),
+               static_cast<double>(selector.num_parameters()) / 1e6, options.train.steps, options.train.sequences_per_step,
+               options.train.data.sequence_length);
+  }
+  const TrainResult result = distill(backbone, selector, tokenizer, options.train, options.resume, hooks);
   const std::string folder = options.train.output.string();
   if (result.status == TrainStatus::interrupted) {
-    fmt::print(stderr, "interrupted after step {}; saved. Continue with the same command and --resume\n", result.steps);
+    if (talks) fmt::print(stderr, "interrupted after step {}; saved. Continue with the same command and --resume\n", result.steps);
     return 130;
   }
-  fmt::print("selector: {}\nloss plot: {}\n", folder, (options.train.output / "loss.html").string());
+  if (talks) fmt::print("selector: {}\nloss plot: {}\n", folder, (options.train.output / "loss.html").string());
   return 0;
 }
 
 }  // namespace
 
-void add_distill(CLI::App& app) {
+void add_distill(CLI::App& app, const ProcessGroup* group) {
   auto options = std::make_shared<Options>();
   CLI::App& command = *app.add_subcommand("distill", "Learn a selector for a frozen checkpoint");
   command.set_config("--config", "", "Read options from a TOML file (names as here, without the dashes)");
@@ -91,6 +115,8 @@ void add_distill(CLI::App& app) {
   command.add_option("--data", train.data.paths, "Text files, .jsonl, .gz, .zst, or folders of them")->required();
   command.add_option("--out", train.output, "Folder for the selector, metrics and checkpoints")->required();
   command.add_flag("--resume", options->resume, "Continue the newest checkpoint in --out");
+  command.add_flag("--shard-backbone", options->shard_backbone,
+                   "Several processes: each holds a part of every layer's weights, for models larger than one GPU");
 
   const char* shape = "Selector";
   command.add_option("--preset", options->preset, "spot or paper")->capture_default_str()->group(shape);
@@ -134,8 +160,8 @@ void add_distill(CLI::App& app) {
   command.add_option("--held-out-interval", train.held_out_interval, "Steps between held-out losses")->capture_default_str()->group(watch);
   command.add_option("--checkpoint-interval", train.checkpoint_interval, "Steps between checkpoints")->capture_default_str()->group(watch);
   command.add_flag("--no-calibrate", options->no_calibrate, "Leave the temperatures at 1")->group(watch);
-  command.callback([options] {
-    if (const int status = run(*options)) throw CLI::RuntimeError(status);
+  command.callback([options, group] {
+    if (const int status = run(*options, group)) throw CLI::RuntimeError(status);
   });
 }
 

@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 
 #include "core/error.h"
 
@@ -21,7 +22,10 @@ at::Device ModelOptions::resolve_device() const {
   if (name == "auto") name = at::globalContext().hasCUDA() ? "cuda" : "cpu";
   if (name != "cpu" && name.rfind("cuda", 0) != 0) fail("device '{}' is unknown; give auto, cpu, cuda or cuda:N", device);
   if (name != "cpu" && !at::globalContext().hasCUDA()) fail("device '{}': this machine (or this build of torch) has no CUDA; use --device cpu", device);
-  return at::Device(name == "cuda" ? "cuda:0" : name);
+  if (name == "cuda" && local_rank >= at::detail::getCUDAHooks().deviceCount())
+    fail("process {} of this machine finds {} GPUs, one each is needed; start fewer processes, or use --device cpu", local_rank,
+         static_cast<int>(at::detail::getCUDAHooks().deviceCount()));
+  return at::Device(name == "cuda" ? fmt::format("cuda:{}", local_rank) : name);
 }
 
 at::ScalarType ModelOptions::resolve_dtype(const ModelConfig& config) const {
@@ -32,9 +36,10 @@ at::ScalarType ModelOptions::resolve_dtype(const ModelConfig& config) const {
   return at::kFloat;
 }
 
-Backbone ModelOptions::load() const {
+Backbone ModelOptions::load(const Shards& shards) const {
   if (threads > 0) at::set_num_threads(threads);
-  return Backbone::load(folder, resolve_device(), resolve_dtype(ModelConfig::load(folder)));
+  const ModelConfig config = ModelConfig::load(folder);
+  return Backbone::load(folder, config, resolve_device(), resolve_dtype(config), shards);
 }
 
 void SelectorOptions::add(CLI::App& app) {

@@ -16,11 +16,12 @@ namespace spot::cli {
 struct ModelOptions {
   std::string folder, device = "auto", dtype = "auto";
   int threads = 0;
+  int local_rank = 0;  // which of the machine's GPUs "auto" and "cuda" mean
 
   void add(CLI::App& app);
   at::Device resolve_device() const;
   at::ScalarType resolve_dtype(const ModelConfig& config) const;  // what load() would use
-  Backbone load() const;
+  Backbone load(const Shards& shards = {}) const;
 };
 
 // --selector

@@ -19,7 +19,12 @@ double between(std::chrono::steady_clock::time_point a, std::chrono::steady_cloc
   return std::chrono::duration<double>(b - a).count();
 }
 
+bool silent = false;
+
 }  // namespace
+
+void silence() { silent = true; }
+bool is_silent() { return silent; }
 
 Progress::Progress(std::string label, int64_t total)
     : label_(std::move(label)), total_(std::max<int64_t>(total, 1)), terminal_(::isatty(STDERR_FILENO) == 1),
@@ -44,6 +49,7 @@ void Progress::update(int64_t done, const std::string& note) {
 }
 
 void Progress::draw(bool final) {
+  if (silent) return;
   const double elapsed = seconds();
   const double share = std::clamp(static_cast<double>(done_) / static_cast<double>(total_), 0.0, 1.0);
   std::string line = fmt::format("{} ", label_);

@@ -1,4 +1,4 @@
-// A progress bar on standard error.
+// What a process tells its user on standard error: progress bars, unless it is to be silent.
 #pragma once
 
 #include <chrono>
@@ -6,6 +6,11 @@
 #include <string>
 
 namespace spot {
+
+// After silence() this process draws no bars and gives no notices: of the processes of one distributed run only the
+// first talks. Errors are no notices.
+void silence();
+bool is_silent();
 
 // Draws "label [####    ] 12/40 30% note, 0:12 elapsed, 0:28 left" on standard error. On a terminal it redraws one
 // line at most ten times a second; elsewhere it prints a plain line at most every ten seconds. Nothing is drawn

@@ -90,6 +90,9 @@ class Nucleus {
     captured_ = at::cumsum((residual_mass / total.clamp_min(1e-300)).gather(-1, order), -1);
   }
 
+  // Queries with residual mass, over groups.
+  double counted() const { return counted_.sum().item<double>(); }
+
   // Mean captured share at each p.
   std::vector<double> captured(const std::vector<double>& ps, double temperature) const {
     const at::Tensor cumulative = at::cumsum(at::softmax(sorted_ / temperature, -1), -1);
@@ -172,15 +175,18 @@ nlohmann::json Calibration::to_json() const {
       {"error_after", error_after()}};
 }
 
-Calibration calibrate(const Backbone& backbone, const Selector& selector,
-                      const std::vector<TokenSequence>& sequences, const CalibrationOptions& options,
-                      bool show_progress) {
+namespace {
+
+// The layers' samples from dense forward passes; empty when all sequences are too short.
+std::map<int64_t, Samples> measure(const Backbone& backbone, const Selector& selector,
+                                   const std::vector<TokenSequence>& sequences,
+                                   const CalibrationOptions& options, const SelectionRule& rule,
+                                   bool show_progress) {
   if (options.queries_per_sequence < kRun)
     fail("calibration: queries_per_sequence is {}, at least {} are needed", options.queries_per_sequence,
          kRun);
   for (const double p : options.p)
     if (!(p > 0.0 && p < 1.0)) fail("calibration: p of {} is not between 0 and 1", p);
-  SelectionRule rule = SelectionRule::from_defaults(selector.config().selection);
   // The first query with enough residual blocks.
   const int64_t least =
       (rule.sinks + kBlockSize - 1) / kBlockSize * kBlockSize + rule.recency + kResidualBlocks * kBlockSize;
@@ -203,13 +209,42 @@ Calibration calibrate(const Backbone& backbone, const Selector& selector,
     forward_sequence(backbone, attention, sequences[i].tokens, {0});
     if (progress) progress->update(static_cast<int64_t>(i) + 1);
   }
+  return attention.samples();
+}
+
+Nucleus nucleus_of(const Samples& samples, const SelectionRule& rule) {
+  return Nucleus(at::cat(samples.scores), at::cat(samples.mass), at::cat(samples.lengths), rule);
+}
+
+}  // namespace
+
+at::Tensor captured_sums(const Backbone& backbone, const Selector& selector,
+                         const std::vector<TokenSequence>& sequences, const CalibrationOptions& options) {
+  const SelectionRule rule = SelectionRule::from_defaults(selector.config().selection);
+  const auto measured = measure(backbone, selector, sequences, options, rule, /*show_progress=*/false);
+  const auto num_layers = static_cast<int64_t>(selector.layers().size());
+  at::Tensor sums = at::zeros({num_layers, static_cast<int64_t>(options.p.size()) + 1}, at::kDouble);
+  for (int64_t l = 0; l < num_layers && !measured.empty(); ++l) {
+    const Nucleus nucleus = nucleus_of(measured.at(selector.layers()[static_cast<size_t>(l)]), rule);
+    std::vector<double> row = nucleus.captured(options.p, 1.0);
+    row.push_back(1.0);
+    sums[l].copy_(at::tensor(row, at::kDouble) * nucleus.counted());
+  }
+  return sums;
+}
+
+Calibration calibrate(const Backbone& backbone, const Selector& selector,
+                      const std::vector<TokenSequence>& sequences, const CalibrationOptions& options,
+                      bool show_progress) {
+  SelectionRule rule = SelectionRule::from_defaults(selector.config().selection);
+  const auto measured = measure(backbone, selector, sequences, options, rule, show_progress);
 
   Calibration result;
   result.layers = selector.layers();
   result.p = options.p;
   result.temperature.assign(result.layers.size(), 1.0);
-  for (size_t l = 0; l < result.layers.size() && !attention.samples().empty(); ++l) {
-    const Samples& samples = attention.samples().at(result.layers[l]);
+  for (size_t l = 0; l < result.layers.size() && !measured.empty(); ++l) {
+    const Samples& samples = measured.at(result.layers[l]);
     const at::Tensor scores = at::cat(samples.scores), mass = at::cat(samples.mass),
                      lengths = at::cat(samples.lengths);
     result.queries = scores.size(0);

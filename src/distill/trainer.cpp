@@ -99,10 +99,15 @@ class Run {
       fail("distillation: sequence_length is {}, the backbone reaches {} positions",
            config.data.sequence_length, backbone.config().max_position_embeddings);
     const Replicas& r = hooks.replicas;
-    if (r.count < 1 || r.rank < 0 || r.rank >= r.count || (r.count > 1 && !r.sum) ||
-        config.sequences_per_step < r.count)
-      fail("distillation: replica {} of {} cannot share {} sequences a step", r.rank, r.count,
-           config.sequences_per_step);
+    if (r.count < 1 || r.rank < 0 || r.rank >= r.count || (r.count > 1 && !r.sum))
+      fail("distillation: there is no replica {} of {}", r.rank, r.count);
+    if (config.sequences_per_step < r.count)
+      fail("distillation: {} processes cannot share a step of {} sequences; start fewer, or raise sequences_per_step",
+           r.count, config.sequences_per_step);
+    if (backbone.is_sharded() && config.sequences_per_step % r.count != 0)
+      fail("distillation: with a sharded backbone all {} processes run in step, but {} sequences a step do not divide "
+           "evenly among them; change sequences_per_step",
+           r.count, config.sequences_per_step);
   }
 
   TrainResult run(bool resume) {
@@ -111,10 +116,9 @@ class Run {
     if (!checkpoint.empty() && !resume)
       fail("{} already holds a run ({}); continue it with --resume, or choose another output folder",
            config_.output.string(), checkpoint.filename().string());
-    if (!checkpoint.empty())
-      restore(checkpoint);
-    else if (selector_.config().distillation.start == Start::backbone)
-      start_from_backbone();
+    if (!checkpoint.empty()) restore(checkpoint);
+    check_replicas_agree();
+    if (checkpoint.empty() && selector_.config().distillation.start == Start::backbone) start_from_backbone();
     if (is_writer()) log_.emplace(config_.output / "metrics.jsonl", step_);
     if (config_.held_out_sequences > 0 && !(finished() && !config_.calibrate))
       held_out_ = data_.held_out(config_.held_out_sequences);
@@ -134,7 +138,7 @@ class Run {
       if (log_) log_->add(metrics);
       if (progress) progress->update(step_, note(metrics));
       if (hooks_.on_step) hooks_.on_step(metrics);
-      const bool stop = signals.received() || (hooks_.should_stop && hooks_.should_stop());
+      const bool stop = any_replica(signals.received() || (hooks_.should_stop && hooks_.should_stop()));
       if (stop || finished() || step_ % config_.checkpoint_interval == 0) save_checkpoint();
       if (stop && !finished()) {
         progress.reset();
@@ -162,6 +166,26 @@ class Run {
     if (hooks_.replicas.count > 1) hooks_.replicas.sum(tensors);
   }
 
+  double sum_over_replicas(double value) const {
+    const at::Tensor sum = at::full({1}, value, at::TensorOptions().dtype(at::kDouble).device(backbone_.device()));
+    sum_over_replicas({sum});
+    return sum.item<double>();
+  }
+  // A signal may reach one process alone, and all must leave the loop at the same step.
+  bool any_replica(bool here) const { return sum_over_replicas(here ? 1.0 : 0.0) > 0.0; }
+
+  // Replicas that train different runs would add up gradients that do not belong together.
+  void check_replicas_agree() const {
+    const Replicas& r = hooks_.replicas;
+    const std::string run = fmt::format("{} {} {} {}", step_, fingerprint_, config_.to_json().dump(),
+                                        selector_.config().to_json().dump());
+    const auto mark = static_cast<double>(std::hash<std::string>{}(run) % (1 << 20));
+    if (any_replica(sum_over_replicas(mark) != mark * static_cast<double>(r.count)))
+      fail("distillation: the {} processes do not continue the same run; give all the same options, model and output "
+           "folder ({}, on a file system they share)",
+           r.count, config_.output.string());
+  }
+
   const std::vector<int64_t>& starts_of(const TokenSequence& s) const {
     return config_.document_mask ? s.documents : s.parts;
   }
@@ -174,6 +198,12 @@ class Run {
       sequences.push_back(data_.next());
     data_.restore(beginning);
     initialize_from_backbone(backbone_, selector_, sequences, loss_options(selector_.config(), config_));
+    // Unlike devices round differently; all begin from the first one's weights.
+    const at::NoGradGuard no_grad;
+    std::vector<at::Tensor> weights;
+    for (const at::Tensor& parameter : selector_.parameters())
+      weights.push_back(is_writer() ? parameter.detach() : parameter.detach().zero_());
+    sum_over_replicas(weights);
   }
 
   // One optimizer step; returns its metrics.
@@ -212,13 +242,37 @@ class Run {
     metrics["seconds"] = seconds;
     metrics["tokens_per_second"] = static_cast<double>(config_.sequences_per_step * length) / seconds;
     if (!held_out_.empty() && (step_ == 1 || finished() || step_ % config_.held_out_interval == 0)) {
-      attention_.begin(0.0, {});
-      for (const TokenSequence& sequence : held_out_)
-        forward_sequence(backbone_, attention_, sequence.tokens, starts_of(sequence));
-      add_measures(metrics, attention_.take_sums().cpu() / static_cast<double>(held_out_.size()),
-                   "held_out_");
+      measure_held_out(metrics);
     }
     return metrics;
+  }
+
+  void measure_held_out(nlohmann::json& metrics) {
+    const Replicas& r = hooks_.replicas;
+    const auto count = static_cast<int64_t>(held_out_.size());
+    // The processes of a sharded backbone run equally many forward passes: where shares differ, each runs all.
+    const bool shared = !backbone_.is_sharded() || count % r.count == 0;
+    std::vector<TokenSequence> own;
+    for (int64_t i = 0; i < count; ++i)
+      if (!shared || i % r.count == r.rank) own.push_back(held_out_[static_cast<size_t>(i)]);
+    attention_.begin(0.0, {});
+    for (const TokenSequence& sequence : own)
+      forward_sequence(backbone_, attention_, sequence.tokens, starts_of(sequence));
+    const at::Tensor sums = attention_.take_sums();
+    const CalibrationOptions options;
+    const at::Tensor captured = captured_sums(backbone_, selector_, own, options).to(backbone_.device());
+    if (shared) sum_over_replicas({sums, captured});
+    add_measures(metrics, sums.cpu() / static_cast<double>(held_out_.size()), "held_out_");
+
+    const at::Tensor queries = captured.select(1, -1).cpu();
+    if (queries.min().item<double>() == 0.0) return;  // too short for any residual blocks
+    at::Tensor error = at::zeros_like(queries);
+    for (size_t i = 0; i < options.p.size(); ++i) {
+      const at::Tensor share = captured.select(1, static_cast<int64_t>(i)).cpu() / queries;
+      add_measure(metrics, fmt::format("held_out_captured_p{:g}", options.p[i]), share);
+      error += (share - options.p[i]).abs() / static_cast<double>(options.p.size());
+    }
+    add_measure(metrics, "held_out_calibration_error", error);
   }
 
   void check_finite(const at::Tensor& sums) const {
@@ -235,22 +289,24 @@ class Run {
 
   // sums: see DistillAttention::take_sums, as means over sequences.
   void add_measures(nlohmann::json& metrics, const at::Tensor& sums, const std::string& prefix) const {
-    const auto column = [&](int64_t c) {
-      const at::Tensor values = sums.select(1, c).contiguous();
-      return std::vector<double>(values.data_ptr<double>(), values.data_ptr<double>() + values.numel());
-    };
     metrics["layers"] = selector_.layers();
-    metrics[prefix + "loss"] = sums.select(1, 0).mean().item<double>();
-    metrics[prefix + "loss_per_layer"] = column(0);
-    metrics[prefix + "teacher_entropy_per_layer"] = column(1);
-    nlohmann::json covered = nlohmann::json::object(), oracle = nlohmann::json::object();
-    for (size_t b = 0; b < config_.budgets.size(); ++b) {
-      const std::string key = fmt::format("{:g}", config_.budgets[b]);
-      covered[key] = column(2 + static_cast<int64_t>(b));
-      oracle[key] = column(2 + static_cast<int64_t>(config_.budgets.size() + b));
+    add_measure(metrics, prefix + "loss", sums.select(1, 0));
+    add_measure(metrics, prefix + "teacher_entropy", sums.select(1, 1));
+    const auto num_budgets = static_cast<int64_t>(config_.budgets.size());
+    for (int64_t b = 0; b < num_budgets; ++b) {
+      const double budget = config_.budgets[static_cast<size_t>(b)];
+      add_measure(metrics, fmt::format("{}covered_{:g}", prefix, budget), sums.select(1, 2 + b));
+      add_measure(metrics, fmt::format("{}covered_oracle_{:g}", prefix, budget),
+                  sums.select(1, 2 + num_budgets + b));
     }
-    metrics[prefix + "covered_per_layer"] = covered;
-    metrics[prefix + "covered_oracle_per_layer"] = oracle;
+  }
+
+  // A number and a list by layer: tools read tables of numbers, not nested objects.
+  static void add_measure(nlohmann::json& metrics, const std::string& name, const at::Tensor& by_layer) {
+    const at::Tensor values = by_layer.contiguous();
+    metrics[name] = values.mean().item<double>();
+    metrics[name + "_per_layer"] =
+        std::vector<double>(values.data_ptr<double>(), values.data_ptr<double>() + values.numel());
   }
 
   // Writes a new folder beside the last checkpoint, gives it its name, and only then removes the old one.
@@ -326,14 +382,15 @@ class Run {
     return notes;
   }
 
+  // Every replica fits for itself: all selectors stay equal, and a sharded backbone needs all to take part.
   void finish() {
-    if (!is_writer()) return;
     if (config_.calibrate && !held_out_.empty()) {
-      std::vector<TokenSequence> sequences = held_out_;
-      const Calibration fitted = calibrate(backbone_, selector_, sequences, {}, hooks_.show_progress);
+      const Calibration fitted =
+          calibrate(backbone_, selector_, held_out_, {}, hooks_.show_progress && is_writer());
       selector_.selection().temperature = fitted.temperature;
       calibration_ = fitted.to_json();
     }
+    if (!is_writer()) return;
     selector_.save(config_.output, fingerprint_, notes());
     write_loss_page(config_.output / "loss.html", log_->entries());
   }

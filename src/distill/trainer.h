@@ -17,18 +17,20 @@
 namespace spot {
 
 // Data parallelism: every replica runs distill() with the same config and an equal selector, takes the
-// sequences i = rank, rank + count, ... of each step, and sums gradients and measures with the others. Rank 0
-// writes all files.
+// sequences i = rank, rank + count, ... of each step (and of the held-out ones), and sums gradients and measures
+// with the others. Rank 0 writes all files; all replicas read the output folder and the corpus. Nothing in a
+// checkpoint depends on the number of replicas, so that another number may continue it.
 struct Replicas {
   int64_t rank = 0, count = 1;
-  // Adds each tensor over all replicas, in place; called twice a step, on all replicas in the same order.
+  // Adds each tensor over all replicas, in place; called on all replicas in the same order. Tensors lie on the
+  // backbone's device.
   std::function<void(std::vector<at::Tensor>&)> sum;
 };
 
 struct TrainHooks {
   // Called after each step with its metrics: the object that metrics.jsonl gets as a line.
   std::function<void(const nlohmann::json&)> on_step;
-  // Asked after each step; true stops the run like SIGINT does.
+  // Asked after each step; true stops the run, on all replicas, like SIGINT does.
   std::function<bool()> should_stop;
   // SIGINT and SIGTERM let the step finish, save, and end distill(); a second signal kills as usual.
   bool handle_signals = true;
@@ -50,11 +52,11 @@ struct TrainResult {
 //
 // config.output receives
 //   selector.safetensors, selector.json   at the end
-//   checkpoint-STEP/                      selector, optimizer and place in the data; appears whole or not at
-//   all metrics.jsonl                         one object a step: step, lr, loss, loss_per_layer,
-//   covered_per_layer, ... loss.html                             plots
+//   checkpoint-STEP/                      selector, optimizer and place in the data; appears whole or not at all
+//   metrics.jsonl                         one object a step, see docs/distillation.md
+//   loss.html                             plots of it
 // With `resume` the newest checkpoint there is continued, bit for bit as if never interrupted (same device
-// and number of threads). Throws Error when the output already holds a run and `resume` is false; when the
+// and numbers of threads and replicas). Throws Error when the output already holds a run and `resume` is false; when the
 // checkpoint was made with another config, selector, backbone or corpus; and when a loss is not finite,
 // naming layer and step.
 TrainResult distill(const Backbone& backbone, Selector& selector, const Encode& encode, int32_t end_of_text,

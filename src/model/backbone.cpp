@@ -145,9 +145,9 @@ Backbone Backbone::load(const std::filesystem::path& folder, at::Device device,
 }
 
 Backbone Backbone::load(const std::filesystem::path& folder, const ModelConfig& config, at::Device device,
-                        std::optional<at::ScalarType> dtype) {
+                        std::optional<at::ScalarType> dtype, const Shards& shards) {
   const at::NoGradGuard no_grad;
-  return Backbone(std::make_shared<const Weights>(Weights{load_weights(folder, config, device, dtype)}));
+  return Backbone(std::make_shared<const Weights>(Weights{load_weights(folder, config, device, dtype, shards)}));
 }
 
 Backbone Backbone::random(const ModelConfig& config, at::Device device, at::ScalarType dtype, uint64_t seed) {
@@ -164,6 +164,9 @@ at::Device Backbone::device() const {
 at::ScalarType Backbone::dtype() const {
   return weights_->dtype;
 }
+bool Backbone::is_sharded() const {
+  return weights_->sharded.has_value();
+}
 std::string Backbone::fingerprint() const {
   return weights_->fingerprint;
 }
@@ -178,7 +181,8 @@ at::Tensor Backbone::forward(const Batch& batch, AttentionBackend& attention, Kv
 
   at::Tensor hidden = at::embedding(weights_->embedding, batch.tokens);
   for (int64_t i = 0; i < config.num_layers; ++i) {
-    const LayerWeights& layer = weights_->layers[i];
+    LayerWeights layer = weights_->layers[i];  // the tensors are shared, not copied
+    if (weights_->sharded) weights_->sharded->put(i, layer);
     const at::Tensor x = rms_norm(hidden, layer.input_norm, config.rms_norm_eps);
     if (config.is_full_attention(i)) {
       add_linear(hidden, attend(pass, i, x, layer.attention), layer.attention.out);

@@ -10,6 +10,7 @@
 #include "model/attention.h"
 #include "model/batch.h"
 #include "model/kv_cache.h"
+#include "model/sharding.h"
 
 namespace spot {
 
@@ -22,14 +23,16 @@ class Backbone {
   static Backbone load(const std::filesystem::path& folder, at::Device device,
                        std::optional<at::ScalarType> dtype = {});
   // The same with a config that differs from the folder's in what does not change the weights, such as YaRN.
+  // With several `shards` each process keeps its part of the layers, and every forward() is one of all processes.
   static Backbone load(const std::filesystem::path& folder, const ModelConfig& config, at::Device device,
-                       std::optional<at::ScalarType> dtype = {});
+                       std::optional<at::ScalarType> dtype = {}, const Shards& shards = {});
   // Random weights of the given shape (normal, standard deviation 0.02), for benchmarks and tests.
   static Backbone random(const ModelConfig& config, at::Device device, at::ScalarType dtype, uint64_t seed);
 
   const ModelConfig& config() const;
   at::Device device() const;
   at::ScalarType dtype() const;
+  bool is_sharded() const;
 
   // Final hidden states [T, hidden_size], after the last norm, of the batch's tokens. Attention goes through
   // `attention`; the recurrent states of linear-attention layers live in `cache` (unused by pure-attention

@@ -56,15 +56,19 @@ class Fingerprint {
 // second copy of the model ever exists.
 class Builder {
  public:
-  Builder(const ModelConfig& config, at::Device device, at::ScalarType dtype, Read read)
-      : config_(config), device_(device), dtype_(dtype), read_(std::move(read)) {}
+  Builder(const ModelConfig& config, at::Device device, at::ScalarType dtype, Read read, Shards shards = {})
+      : config_(config), device_(device), dtype_(dtype), read_(std::move(read)), shards_(std::move(shards)) {}
 
   ModelWeights build() {
     ModelWeights weights;
     weights.config = config_;
     weights.dtype = dtype_;
     weights.embedding = read_("embed_tokens.weight", dtype_);
-    for (int64_t i = 0; i < config_.num_layers; ++i) weights.layers.push_back(layer(i));
+    if (shards_.count > 1) weights.sharded.emplace(shards_);
+    for (int64_t i = 0; i < config_.num_layers; ++i) {
+      weights.layers.push_back(layer(i));
+      if (weights.sharded) weights.sharded->take(weights.layers.back());
+    }
     weights.final_norm = norm("norm.weight");
     weights.head = config_.tie_word_embeddings ? weights.embedding : read_(kHead, dtype_);
     weights.rope = rope_table(config_.rope, config_.max_position_embeddings, device_);
@@ -154,6 +158,7 @@ class Builder {
   at::Device device_;
   at::ScalarType dtype_;
   Read read_;
+  Shards shards_;
   std::map<std::string, std::vector<int64_t>> shapes_ = shapes_of(config_);
 };
 
@@ -201,7 +206,7 @@ void check_names_and_shapes(const Checkpoint& checkpoint, const ModelConfig& con
     fail("{}: {} tensors are not part of a {} with this config.json: {}", checkpoint.path().string(),
          unexpected.size(), config.architecture, some_of(unexpected));
   }
-  if (vision + multi_token > 0) {
+  if (vision + multi_token > 0 && !is_silent()) {
     fmt::print(stderr,
                "{}: the text model is used; {} vision and {} multi-token-prediction tensors are skipped\n",
                checkpoint.path().string(), vision, multi_token);
@@ -273,7 +278,7 @@ std::vector<TensorSpec> tensor_specs(const ModelConfig& c) {
 }
 
 ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig& config, at::Device device,
-                          std::optional<at::ScalarType> dtype) {
+                          std::optional<at::ScalarType> dtype, const Shards& shards) {
   const Checkpoint checkpoint(folder);
   const auto specs = tensor_specs(config);
   const bool nested = checkpoint.has("model.language_model.embed_tokens.weight");
@@ -308,7 +313,7 @@ ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig
     progress.update(++done);
     return loaded;
   };
-  ModelWeights weights = Builder(config, device, *dtype, read).build();
+  ModelWeights weights = Builder(config, device, *dtype, read, shards).build();
   weights.fingerprint = fingerprint.text();
   return weights;
 }

@@ -11,6 +11,7 @@
 #include "checkpoint/config.h"
 #include "model/gated_delta.h"
 #include "model/rope.h"
+#include "model/sharding.h"
 
 namespace spot {
 
@@ -47,7 +48,8 @@ struct ModelWeights {
   at::Tensor embedding;  // [vocab, hidden]
   at::Tensor head;       // [vocab, hidden]; the embedding itself when tied
   at::Tensor final_norm;
-  std::vector<LayerWeights> layers;
+  std::vector<LayerWeights> layers;  // without their matrices where `sharded` holds those
+  std::optional<ShardedLayers> sharded;
   RopeTable rope;
   std::string fingerprint;
 };
@@ -67,7 +69,7 @@ std::vector<TensorSpec> tensor_specs(const ModelConfig& config);
 
 // See Backbone::load and Backbone::random.
 ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig& config, at::Device device,
-                          std::optional<at::ScalarType> dtype);
+                          std::optional<at::ScalarType> dtype, const Shards& shards);
 ModelWeights random_weights(const ModelConfig& config, at::Device device, at::ScalarType dtype,
                             uint64_t seed);
 
