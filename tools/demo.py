@@ -69,7 +69,7 @@ def main() -> None:
         "--text", text / "heldout.txt", "--length", 8192, "--sequences", 1,
         "--methods", METHODS, "--out", OUT / "heldout")
 
-    needle = json.loads((OUT / "needle" / "report.json").read_text())
+    needle = json.loads((OUT / "needle" / "report.json").read_text())["lengths"][0]
     print(f"\nDone in {(time.time() - start) / 60:.1f} minutes.")
     for method in needle["methods"]:
         print(f"  {method['name']:18} {method['exact_match']:3}/{needle['samples']} right, "

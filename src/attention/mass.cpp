@@ -17,10 +17,10 @@ at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, double
       key.size(2) != dim)
     fail("attention mass: query {} at position {}, key {} and {} groups do not fit together",
          fmt::join(query.sizes(), "x"), start, fmt::join(key.sizes(), "x"), groups);
-  const int64_t blocks = (length + kBlockSize - 1) / kBlockSize;
+  const int64_t columns = reduction == BlockReduction::none ? length : (length + kBlockSize - 1) / kBlockSize;
   const auto dtype = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto options = query.options().dtype(dtype);
-  at::Tensor mass = at::zeros({tokens, groups, blocks}, options);
+  at::Tensor mass = at::zeros({tokens, groups, columns}, options);
   const at::Tensor transposed = key.to(dtype).transpose(1, 2);  // [Hkv, d, L]
   const int64_t chunk = std::max<int64_t>(1, (int64_t{1} << 26) / (heads * length));
   for (int64_t first = 0; first < tokens; first += chunk) {
@@ -36,6 +36,10 @@ at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, double
     const at::Tensor probabilities = at::softmax(scores, -1);
     // [groups, count, visible]
     at::Tensor mean = groups == 1 ? probabilities.mean(at::IntArrayRef({0, 1})).unsqueeze(0) : probabilities.mean(1);
+    if (reduction == BlockReduction::none) {
+      mass.narrow(0, first, count).narrow(2, 0, visible).copy_(mean.transpose(0, 1));
+      continue;
+    }
     const int64_t here = (visible + kBlockSize - 1) / kBlockSize;
     if (visible % kBlockSize != 0) mean = at::constant_pad_nd(mean, {0, here * kBlockSize - visible}, 0);
     mean = mean.view({groups, count, here, kBlockSize});
@@ -45,16 +49,18 @@ at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, double
   return mass;
 }
 
-CapturedMass captured_mass(const at::Tensor& mass, const Selection& selection, const SelectionRule& rule) {
+at::Tensor chosen_columns(const at::Tensor& mass, const Selection& selection) {
   if (mass.size(0) != selection.rows() || mass.size(1) != selection.groups())
     fail("captured mass: mass {} and a selection of {} rows and {} groups do not fit together",
          fmt::join(mass.sizes(), "x"), selection.rows(), selection.groups());
-  const int64_t blocks = mass.size(2);
-  // A column past the end takes the padding.
-  const at::Tensor chosen_index = at::where(selection.indices < 0, blocks, selection.indices).to(at::kLong);
-  at::Tensor chosen = at::zeros({mass.size(0), mass.size(1), blocks + 1}, mass.options());
-  chosen = chosen.scatter_(2, chosen_index, 1.0).narrow(2, 0, blocks);
-  const at::Tensor block = at::arange(blocks, selection.lengths.options()).unsqueeze(0);
+  return selection.tokens.defined() ? token_mask(selection, mass.size(2))
+                                    : block_mask(selection, mass.size(2));
+}
+
+CapturedMass captured_mass(const at::Tensor& mass, const Selection& selection, const SelectionRule& rule) {
+  const at::Tensor chosen = chosen_columns(mass, selection);
+  at::Tensor block = at::arange(mass.size(2), selection.lengths.options()).unsqueeze(0);
+  if (selection.tokens.defined()) block = at::div(block, kBlockSize, "floor");
   const at::Tensor recent =
       at::div((selection.lengths - rule.recency).clamp_min(0), kBlockSize, "floor").unsqueeze(1);
   const at::Tensor residual =

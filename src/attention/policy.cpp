@@ -54,14 +54,24 @@ at::Tensor SelectionPolicy::score_decode(const AttentionInputs& inputs, const Kv
 
 Selection SelectionPolicy::select_decode(const AttentionInputs& inputs, const KvCache& cache,
                                          const BatchView& view) {
-  return select_blocks(score_decode(inputs, cache, view), view.lengths, rule(inputs.layer));
+  Selection selection = select_blocks(score_decode(inputs, cache, view), view.lengths, rule(inputs.layer));
+  if (!prunes_tokens()) return selection;
+  std::vector<at::Tensor> tokens;
+  for (const QueryChunk& chunk : query_chunks(inputs.batch))
+    tokens.push_back(surviving_tokens(inputs, cache, chunk, selection.row(chunk.sequence)));
+  selection.tokens = at::cat(tokens);
+  return selection;
 }
 
 Selection SelectionPolicy::select_chunk(const AttentionInputs& inputs, const KvCache& cache,
                                         const QueryChunk& chunk, int64_t query_tile) {
   const at::Tensor lengths = row_lengths(chunk, inputs.query.device());
   at::Tensor scores = score_chunk(inputs, cache, chunk);
-  if (query_tile == 1) return select_blocks(scores, lengths, rule(inputs.layer));
+  auto pruned = [&](Selection selection) {
+    if (prunes_tokens()) selection.tokens = surviving_tokens(inputs, cache, chunk, selection);
+    return selection;
+  };
+  if (query_tile == 1) return pruned(select_blocks(scores, lengths, rule(inputs.layer)));
 
   // Tiles lie at multiples of query_tile; those at the chunk's ends may be partial.
   const int64_t before = chunk.start % query_tile;
@@ -76,8 +86,9 @@ Selection SelectionPolicy::select_chunk(const AttentionInputs& inputs, const KvC
       ((at::arange(1, tiles + 1, lengths.options()) + chunk.start / query_tile) * query_tile)
           .clamp_max(chunk.start + chunk.count);
   const Selection tile = select_blocks(scores, last, rule(inputs.layer));
-  return {tile.indices.index_select(0, tile_of_row), tile.counts.index_select(0, tile_of_row),
-          tile.predicted_mass.index_select(0, tile_of_row), tile.lengths.index_select(0, tile_of_row)};
+  return pruned({tile.indices.index_select(0, tile_of_row), tile.counts.index_select(0, tile_of_row),
+                 tile.predicted_mass.index_select(0, tile_of_row),
+                 tile.lengths.index_select(0, tile_of_row)});
 }
 
 SpotPolicy::SpotPolicy(const Selector& selector, SelectorCache& cache, const SelectionRule& rule)

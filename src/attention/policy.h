@@ -1,4 +1,4 @@
-// Who chooses the blocks: the trained selector, a window, the exact teacher, or Quest's bound.
+// Who chooses the blocks: the trained selector, a window, the exact teacher, Quest's bound, or Twilight.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -22,7 +22,7 @@ namespace spot {
 using PolicyState = std::map<std::string, at::Tensor>;
 
 // A policy scores blocks; the rule, the same for all policies, turns scores into a selection. Subclasses give
-// scores.
+// scores, and may prune what the rule chose.
 class SelectionPolicy {
  public:
   explicit SelectionPolicy(const SelectionRule& rule) : rule_(rule) { rule_.validate(); }
@@ -52,6 +52,14 @@ class SelectionPolicy {
   // Block scores [sequences, groups, most blocks] float32 of a batch with one query a sequence, -inf past
   // each length.
   virtual at::Tensor score_decode(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view);
+
+  // Whether single tokens of the chosen blocks are dropped again, by surviving_tokens.
+  virtual bool prunes_tokens() const { return false; }
+  // Selection::tokens of one chunk's queries, whose chosen blocks `blocks` holds, a row a query.
+  virtual at::Tensor surviving_tokens(const AttentionInputs& inputs, const KvCache& cache,
+                                      const QueryChunk& chunk, const Selection& blocks) const {
+    return {};
+  }
 
   // One row per sequence.
   Selection select_decode(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view);
@@ -143,6 +151,33 @@ class QuestPolicy : public SelectionPolicy {
   int64_t num_kv_heads_;
   SelectorScope scope_;
   std::map<int64_t, at::Tensor> min_, max_;  // by layer, [num_kv_heads, num_pages, head_dim]
+};
+
+// Twilight (Lin et al. 2025) on Quest: Quest, under the rule, proposes blocks with a generous budget; a 4-bit
+// copy of the keys estimates the softmax over their tokens, and each query head keeps the fewest tokens whose
+// estimated weights reach p. With grouped queries, Quest keeps a set per KV head (as above), each query head
+// prunes that set by itself, and the KV head attends to the union, as in the paper. The copy holds, for each
+// token and KV head, head_dim codes of 0..15 and float16 scale and minimum. Choices of ours: reserved tokens
+// are pruned like any other; contexts up to the rule's floor are not pruned; the weight threshold is
+// bisected to float32 resolution, where the authors stop at 1e-5.
+class TwilightPolicy : public QuestPolicy {
+ public:
+  // `rule` is Quest's, `p` the pruner's. Throws Error when p is not in (0, 1] or head_dim is odd.
+  TwilightPolicy(const ModelConfig& model, int64_t num_pages, at::Device device, const SelectionRule& rule,
+                 double p);
+  std::string name() const override { return "twilight"; }
+  void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
+  PolicyState export_pages(const std::vector<int32_t>& pages) const override;
+  void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) override;
+  bool prunes_tokens() const override { return true; }
+  at::Tensor surviving_tokens(const AttentionInputs& inputs, const KvCache& cache, const QueryChunk& chunk,
+                              const Selection& blocks) const override;
+
+ private:
+  double p_;
+  // By layer, [num_kv_heads, num_pages * 16, ...]: two codes a byte, the even dim in the low half; scale and
+  // minimum.
+  std::map<int64_t, at::Tensor> codes_, ranges_;
 };
 
 }  // namespace spot

@@ -33,20 +33,29 @@ void add_text(CLI::App& parent) {
 void add_needle(CLI::App& parent) {
   auto options = std::make_shared<EvalOptions>();
   auto needle = std::make_shared<NeedleOptions>();
+  auto lengths = std::make_shared<std::vector<int64_t>>(1, needle->length);
   CLI::App& command = *parent.add_subcommand("needle", "Multi-key needle retrieval, every method after the same dense prefill");
   options->add(command)->required();
-  command.add_option("--length", needle->length, "Tokens a prompt")->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--samples", needle->samples, "Prompts")->check(CLI::PositiveNumber)->capture_default_str();
+  command.add_option("--length", *lengths, "Tokens a prompt; several, comma-separated, give heat maps of depth by length")
+      ->delimiter(',')->check(CLI::PositiveNumber)->capture_default_str();
+  command.add_option("--samples", needle->samples, "Prompts a length; their needles lie at up to ten depths, evenly spread")->check(CLI::PositiveNumber)->capture_default_str();
   command.add_option("--distractors", needle->distractors, "Needles with other keys")->check(CLI::NonNegativeNumber)->capture_default_str();
   command.add_option("--seed", needle->seed, "Seed of the prompts")->capture_default_str();
-  command.callback([options, needle] {
+  command.callback([options, needle, lengths] {
     const Backbone backbone = options->model.load();
     const std::optional<Selector> selector = options->selector.load(options->model, backbone);
     const Selector* chosen = selector ? &*selector : nullptr;
     const Tokenizer tokenizer = Tokenizer::load(options->model.folder);
-    const auto prompts = make_needle_prompts(tokenizer, options->read_text(), *needle);
+    const std::string filler = options->read_text();
     const auto methods = options->parse_methods(chosen, true);
-    deliver(evaluate_needles(backbone, chosen, tokenizer, prompts, *needle, methods), "spot eval needle", options->out);
+    NeedleSweep sweep;
+    for (int64_t length : *lengths) {
+      NeedleOptions one = *needle;
+      one.length = length;
+      const auto prompts = make_needle_prompts(tokenizer, filler, one);
+      sweep.lengths.push_back(evaluate_needles(backbone, chosen, tokenizer, prompts, one, methods));
+    }
+    deliver(sweep, "spot eval needle", options->out);
   });
 }
 

@@ -52,17 +52,17 @@ std::optional<Selector> SelectorOptions::load(const ModelOptions& model, const B
 }
 
 void RuleOptions::add(CLI::App& app) {
-  auto* by_p = app.add_option("--top-p", p, "Dual top-p: nucleus mass over the residual blocks, in (0, 1]");
-  auto* by_budget = app.add_option("--top-k-tokens", budget, "Fixed budget: tokens attended by each query");
-  auto* by_share = app.add_option("--top-k-share", share, "Fixed budget as a share of the context, in (0, 1]");
-  by_p->excludes(by_budget, by_share);
-  by_budget->excludes(by_share);
+  app.add_option("--top-p", p, "Dual top-p: nucleus mass over the residual blocks, in (0, 1]; twilight: mass kept by its pruner");
+  app.add_option("--top-k-tokens", budget, "Fixed budget: tokens attended by each query; twilight: tokens that it prunes");
+  app.add_option("--top-k-share", share, "Fixed budget as a share of the context, in (0, 1]; twilight: default 0.25");
   app.add_option("--sinks", sinks, "Reserved tokens at the start of the context");
   app.add_option("--recency", recency, "Reserved tokens at its end");
   app.add_option("--floor", floor, "Fewest tokens attended; shorter contexts are dense");
   app.add_option("--cap", cap, "Most tokens attended under --top-p (0: no cap)");
   app.add_option("--selection-temperature", temperature, "Divides block scores before the nucleus, times the fitted one");
   app.add_option("--cache-format", cache_format, "Selector keys: f32, bf16, int8, int4, mxfp4 or nvfp4");
+  app.add_option("--dense-layers", dense_layers, "The first N layers attend densely (Quest's and Twilight's authors: 2)")
+      ->check(CLI::NonNegativeNumber);
 }
 
 SelectionRule RuleOptions::rule(const Selector* selector) const {
@@ -82,7 +82,17 @@ SelectionRule RuleOptions::rule(const Selector* selector) const {
 AttentionSpec RuleOptions::spec(AttentionKind kind, const Selector* selector) const {
   AttentionSpec spec;
   spec.kind = kind;
+  if (budget && share) fail("a fixed budget is given in tokens ({}) and as a share ({}); give one of them", *budget, *share);
+  if (kind != AttentionKind::twilight && p && (budget || share))
+    fail("attention '{}' takes top-p ({}) or a fixed budget, not both; give one of them", to_string(kind), *p);
   spec.rule = rule(selector);
+  if (kind == AttentionKind::twilight) {
+    // The defaults of its paper: Quest proposes a quarter of the context, and 95% of its weight is kept.
+    spec.rule.mode = SelectionMode::top_k;
+    if (!budget && !share) spec.rule.budget_fraction = 0.25;
+    if (!p) spec.rule.p = 0.95;
+  }
+  for (int64_t layer = 0; layer < dense_layers; ++layer) spec.sparse.dense_layers.insert(layer);
   if (cache_format) spec.cache_format = cache_format_from_string(*cache_format);
   return spec;
 }

@@ -33,15 +33,17 @@ struct SelectorOptions {
   std::optional<Selector> load(const ModelOptions& model, const Backbone& backbone) const;
 };
 
-// --top-p | --top-k-tokens | --top-k-share, and the reserved tiers
+// --top-p | --top-k-tokens | --top-k-share, and the reserved tiers. Twilight takes p together with one of the others.
 struct RuleOptions {
   std::optional<double> p, share, temperature;
   std::optional<int64_t> budget, sinks, recency, floor, cap;
   std::optional<std::string> cache_format;
+  int64_t dense_layers = 0;  // the first layers, which then do not select
 
   void add(CLI::App& app);
   // The selector's defaults (or the method's, without one) with what was given on the command line.
   SelectionRule rule(const Selector* selector) const;
+  // Throws Error when options do not go together.
   AttentionSpec spec(AttentionKind kind, const Selector* selector) const;
 };
 

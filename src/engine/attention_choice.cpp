@@ -8,11 +8,12 @@
 namespace spot {
 namespace {
 
-constexpr std::array<std::pair<AttentionKind, const char*>, 5> kKinds = {{{AttentionKind::dense, "dense"},
+constexpr std::array<std::pair<AttentionKind, const char*>, 6> kKinds = {{{AttentionKind::dense, "dense"},
                                                                           {AttentionKind::spot, "spot"},
                                                                           {AttentionKind::streaming, "streaming"},
                                                                           {AttentionKind::oracle, "oracle"},
-                                                                          {AttentionKind::quest, "quest"}}};
+                                                                          {AttentionKind::quest, "quest"},
+                                                                          {AttentionKind::twilight, "twilight"}}};
 
 }  // namespace
 
@@ -25,7 +26,7 @@ std::string to_string(AttentionKind kind) {
 AttentionKind attention_kind_from_string(const std::string& word) {
   for (const auto& [value, name] : kKinds)
     if (word == name) return value;
-  fail("attention '{}' is unknown; choose dense, spot, streaming, oracle or quest", word);
+  fail("attention '{}' is unknown; choose dense, spot, streaming, oracle, quest or twilight", word);
 }
 
 Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector, int64_t num_pages) {
@@ -46,6 +47,10 @@ Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Se
     case AttentionKind::oracle: made.policy = std::make_unique<OraclePolicy>(spec.rule); break;
     case AttentionKind::quest:
       made.policy = std::make_unique<QuestPolicy>(backbone.config(), num_pages, backbone.device(), spec.rule);
+      break;
+    case AttentionKind::twilight:
+      made.policy =
+          std::make_unique<TwilightPolicy>(backbone.config(), num_pages, backbone.device(), spec.rule, spec.rule.p);
       break;
   }
   return made;

@@ -11,7 +11,7 @@
 
 namespace spot {
 
-enum class AttentionKind { dense, spot, streaming, oracle, quest };
+enum class AttentionKind { dense, spot, streaming, oracle, quest, twilight };
 
 std::string to_string(AttentionKind kind);
 // Throws Error naming the accepted words.
@@ -19,7 +19,8 @@ AttentionKind attention_kind_from_string(const std::string& word);
 
 struct AttentionSpec {
   AttentionKind kind = AttentionKind::dense;
-  SelectionRule rule;  // streaming takes rule.budget (tokens) and rule.sinks
+  // streaming takes rule.budget (tokens) and rule.sinks; twilight takes a top_k rule for Quest, and prunes to rule.p
+  SelectionRule rule;
   SparseOptions sparse;
   std::optional<CacheFormat> cache_format;  // of the selector's keys; without it the selector's own
 };

@@ -5,12 +5,11 @@
 #include <algorithm>
 #include <chrono>
 #include <memory>
-#include <set>
 
-#include "attention/mass.h"
 #include "core/error.h"
 #include "core/progress.h"
 #include "engine/generator.h"
+#include "eval/decode_mass.h"
 #include "eval/shared_prefill.h"
 
 namespace spot {
@@ -53,25 +52,6 @@ std::pair<std::vector<int32_t>, double> answer_question(const Backbone& backbone
   return {output, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
 }
 
-// Adds each decode row's captured mass.
-struct MassSum {
-  double captured = 0;
-  int64_t rows = 0;
-
-  void operator()(const SelectionEvent& event) {
-    for (int64_t i = 0; i < event.inputs.batch.num_sequences(); ++i) {
-      const int64_t length = event.inputs.batch.starts[i] + 1;
-      const at::Tensor key = event.cache.gather(event.cache.keys(event.layer), event.inputs.batch.sequences[i], length);
-      const at::Tensor mass = attention_mass(event.inputs.query.narrow(0, i, 1), key, event.inputs.scale, length - 1,
-                                             event.selection.groups());
-      const Selection row{event.selection.indices.narrow(0, i, 1), event.selection.counts.narrow(0, i, 1),
-                          event.selection.predicted_mass.narrow(0, i, 1), event.selection.lengths.narrow(0, i, 1)};
-      captured += captured_mass(mass, row, event.rule).total.mean().item<double>();
-      rows += 1;
-    }
-  }
-};
-
 }  // namespace
 
 int64_t NeedleMethodResult::num_correct() const { return std::count(correct.begin(), correct.end(), true); }
@@ -96,7 +76,7 @@ NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* sele
   }
   SharedPrefill shared(cache, policies);
   std::vector<double> seconds(methods.size(), 0);
-  std::vector<MassSum> masses(methods.size());
+  std::vector<DecodeMass> masses(methods.size());
   std::vector<int64_t> steps(methods.size(), 0);
   Progress progress("needles", static_cast<int64_t>(prompts.size()));
 
@@ -134,63 +114,9 @@ NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* sele
     for (const auto& [layer, counter] : contestants[m].sparse->counters())
       attended += counter.tokens_attended, visible += static_cast<double>(counter.tokens_visible);
     if (visible > 0) method.attended_share = attended / visible;
-    if (masses[m].rows > 0) method.captured_mass = masses[m].captured / static_cast<double>(masses[m].rows);
+    if (masses[m].terms > 0) method.captured_mass = masses[m].captured / static_cast<double>(masses[m].terms);
   }
   return result;
-}
-
-nlohmann::json NeedleEvalResult::to_json() const {
-  nlohmann::json json = {{"length", options.length}, {"distractors", options.distractors}, {"samples", depths.size()},
-                         {"seed", options.seed}, {"prefill_seconds", prefill_seconds}, {"depths", depths}};
-  for (const NeedleMethodResult& m : methods) {
-    json["methods"].push_back({{"name", m.name}, {"exact_match", m.num_correct()}, {"correct", m.correct}, {"outputs", m.outputs},
-                               {"attended_share", m.attended_share}, {"captured_mass", m.captured_mass},
-                               {"milliseconds_per_token", m.milliseconds_per_token}});
-  }
-  return json;
-}
-
-Table NeedleEvalResult::summary() const {
-  Table table{{"attention", "exact match", "attended", "captured mass", "ms/token", "speed vs first"}, {}};
-  for (const NeedleMethodResult& m : methods) {
-    table.rows.push_back({m.name, fmt::format("{}/{}", m.num_correct(), m.correct.size()), fmt::format("{:.1f}%", 100 * m.attended_share),
-                          fmt::format("{:.3f}", m.captured_mass), fmt::format("{:.2f}", m.milliseconds_per_token),
-                          fmt::format("{:.2f}x", methods.front().milliseconds_per_token / m.milliseconds_per_token)});
-  }
-  return table;
-}
-
-void NeedleEvalResult::add_to(Page& page) const {
-  page.heading(fmt::format("Multi-key needles at {} tokens", options.length));
-  page.paragraph(fmt::format("{} prompts, {} distractor needles each, seed {}. The context is prefilled densely once; each method then "
-                             "reads the question and writes the answer token by token.",
-                             depths.size(), options.distractors, options.seed));
-  page.add(summary());
-  BarChart match{.title = "Exact match", .y_label = "share", .groups = {"exact match", "tokens attended", "captured mass"}};
-  BarChart speed{.title = "Decode step", .y_label = "ms a token", .groups = {"ms a token"}};
-  for (const NeedleMethodResult& m : methods) {
-    const auto n = static_cast<double>(std::max<size_t>(m.correct.size(), 1));
-    match.names.push_back(m.name), speed.names.push_back(m.name);
-    match.values.push_back({static_cast<double>(m.num_correct()) / n, m.attended_share, m.captured_mass});
-    speed.values.push_back({m.milliseconds_per_token});
-  }
-  page.chart(match);
-  page.chart(speed);
-  const std::set<double> levels(depths.begin(), depths.end());
-  HeatMap map{.title = "Exact match by depth of the needle", .x_label = "depth", .y_label = ""};
-  for (double d : levels) map.columns.push_back(fmt::format("{:.0f}%", 100 * d));
-  for (const NeedleMethodResult& m : methods) {
-    map.rows.push_back(m.name);
-    std::vector<double> row;
-    for (double d : levels) {
-      double right = 0, all = 0;
-      for (size_t i = 0; i < depths.size(); ++i)
-        if (depths[i] == d) all += 1, right += m.correct[i];
-      row.push_back(right / all);
-    }
-    map.values.push_back(row);
-  }
-  page.chart(map);
 }
 
 }  // namespace spot

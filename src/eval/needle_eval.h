@@ -30,7 +30,16 @@ struct NeedleEvalResult {
   std::vector<NeedleMethodResult> methods;
 
   nlohmann::json to_json() const;
+};
+
+// The same methods at several lengths.
+struct NeedleSweep {
+  std::vector<NeedleEvalResult> lengths;  // at least one
+
+  nlohmann::json to_json() const;
+  // Exact match with Wilson's 95% intervals, and what it cost.
   Table summary() const;
+  // With heat maps of exact match: depth by length for each method, or depth by method at a single length.
   void add_to(Page& page) const;
 };
 

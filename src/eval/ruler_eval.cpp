@@ -10,10 +10,10 @@
 #include <optional>
 #include <tuple>
 
-#include "attention/mass.h"
 #include "core/error.h"
 #include "core/progress.h"
 #include "engine/generator.h"
+#include "eval/decode_mass.h"
 #include "eval/ruler_log.h"
 #include "eval/ruler_random.h"
 #include "eval/shared_prefill.h"
@@ -43,22 +43,6 @@ std::vector<Job> list_jobs(const RulerEvalOptions& options) {
           jobs.push_back({task, length, sample, depth});
   return jobs;
 }
-
-// Adds the true attention mass that a decode step's selection holds.
-struct MassSum {
-  double captured = 0;
-  int64_t terms = 0;
-
-  void operator()(const SelectionEvent& event) {
-    const int64_t length = event.inputs.batch.starts[0] + 1;
-    const at::Tensor key =
-        event.cache.gather(event.cache.keys(event.layer), event.inputs.batch.sequences[0], length);
-    const at::Tensor mass =
-        attention_mass(event.inputs.query, key, event.inputs.scale, length - 1, event.selection.groups());
-    captured += captured_mass(mass, event.selection, event.rule).total.mean().item<double>();
-    terms += 1;
-  }
-};
 
 // One method's attention over the shared cache.
 class MethodRun {
@@ -127,7 +111,7 @@ class MethodRun {
   Policy policy_;
   std::unique_ptr<AttentionBackend> backend_;
   SparseAttention* sparse_ = nullptr;
-  MassSum mass_;
+  DecodeMass mass_;
   int64_t step_ = 0;
 };
 

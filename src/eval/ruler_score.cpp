@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "core/error.h"
@@ -80,6 +81,14 @@ Interval bootstrap_mean(const std::vector<std::vector<double>>& strata, uint64_t
   };
   return {mean([](const std::vector<double>& values, size_t i) { return values[i]; }), percentile(0.025),
           percentile(0.975)};
+}
+
+Interval wilson_interval(int64_t successes, int64_t trials) {
+  constexpr double z = 1.959963984540054;  // of the two-sided 95%
+  const auto n = static_cast<double>(trials);
+  const double share = static_cast<double>(successes) / n, centre = share + z * z / (2 * n);
+  const double half = z * std::sqrt(share * (1 - share) / n + z * z / (4 * n * n)), divisor = 1 + z * z / n;
+  return {share, std::max(0.0, (centre - half) / divisor), std::min(1.0, (centre + half) / divisor)};
 }
 
 }  // namespace spot

@@ -34,4 +34,7 @@ struct Interval {
 Interval bootstrap_mean(const std::vector<std::vector<double>>& strata, uint64_t seed = 42,
                         int64_t resamples = 1000);
 
+// Wilson's interval of a share: `successes` of `trials` > 0.
+Interval wilson_interval(int64_t successes, int64_t trials);
+
 }  // namespace spot

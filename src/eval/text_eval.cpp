@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cmath>
 #include <memory>
+#include <numeric>
 
 #include "attention/mass.h"
 #include "core/error.h"
@@ -19,44 +20,46 @@ constexpr int64_t kPositionBuckets = 10;
 
 // Adds up a method's token-level measures.
 struct TokenSums {
-  int64_t tokens = 0;
-  double nll = 0, kl = 0, agree = 0, seconds = 0;
-  std::vector<double> bucket_nll = std::vector<double>(kPositionBuckets, 0.0);
-  std::vector<int64_t> bucket_tokens = std::vector<int64_t>(kPositionBuckets, 0);
+  double seconds = 0;
+  // By tenth of the length.
+  std::vector<int64_t> tokens = std::vector<int64_t>(kPositionBuckets, 0);
+  std::vector<double> nll = std::vector<double>(kPositionBuckets, 0.0), kl = nll, agreement = nll;
 
   // log_probs and dense_log_probs [rows, vocab] of positions `first`..; targets [rows] int64.
   void add(const at::Tensor& log_probs, const at::Tensor& dense_log_probs, const at::Tensor& targets, int64_t first,
            int64_t length) {
-    const at::Tensor nll_rows = -log_probs.gather(1, targets.unsqueeze(1)).squeeze(1).to(at::kCPU, at::kDouble).contiguous();
-    kl += (dense_log_probs.exp() * (dense_log_probs - log_probs)).sum(1).to(at::kDouble).sum().item<double>();
-    agree += (log_probs.argmax(1) == dense_log_probs.argmax(1)).sum().item<int64_t>();
-    const double* values = nll_rows.data_ptr<double>();
-    for (int64_t i = 0; i < nll_rows.numel(); ++i) {
+    const at::Tensor rows = at::stack({-log_probs.gather(1, targets.unsqueeze(1)).squeeze(1),
+                                       (dense_log_probs.exp() * (dense_log_probs - log_probs)).sum(1),
+                                       (log_probs.argmax(1) == dense_log_probs.argmax(1)).to(log_probs.dtype())})
+                                .to(at::kCPU, at::kDouble);
+    const auto values = rows.accessor<double, 2>();
+    for (int64_t i = 0; i < values.size(1); ++i) {
       const int64_t bucket = (first + i) * kPositionBuckets / length;
-      bucket_nll[bucket] += values[i], bucket_tokens[bucket] += 1, nll += values[i];
+      tokens[bucket] += 1, nll[bucket] += values[0][i], kl[bucket] += values[1][i], agreement[bucket] += values[2][i];
     }
-    tokens += nll_rows.numel();
   }
 
   void finish(MethodResult& result) const {
-    const auto n = static_cast<double>(tokens);
-    result.scored_tokens = tokens;
-    result.nll = nll / n, result.kl = kl / n, result.argmax_agreement = agree / n, result.seconds = seconds;
-    for (int64_t b = 0; b < kPositionBuckets; ++b)
-      result.nll_by_position.push_back(bucket_tokens[b] ? bucket_nll[b] / static_cast<double>(bucket_tokens[b]) : NAN);
+    result.scored_tokens = std::accumulate(tokens.begin(), tokens.end(), int64_t{0});
+    result.seconds = seconds;
+    auto mean = [&](const std::vector<double>& sums, std::vector<double>& by_position) {
+      for (int64_t b = 0; b < kPositionBuckets; ++b)
+        by_position.push_back(tokens[b] ? sums[b] / static_cast<double>(tokens[b]) : NAN);
+      return std::accumulate(sums.begin(), sums.end(), 0.0) / static_cast<double>(result.scored_tokens);
+    };
+    result.nll = mean(nll, result.nll_by_position);
+    result.kl = mean(kl, result.kl_by_position);
+    result.argmax_agreement = mean(agreement, result.agreement_by_position);
   }
 };
 
-// Share of the `count` heaviest blocks (per row and group) that the selection holds. mass [rows, groups, blocks].
+// Of the heaviest blocks (or tokens, as the selection goes), as many as it holds: the share that it holds. By row and
+// group.
 at::Tensor oracle_recall(const at::Tensor& mass, const Selection& selection) {
-  const at::Tensor chosen = at::zeros({mass.size(0), mass.size(1), mass.size(2) + 1}, mass.options().dtype(at::kFloat));
-  const at::Tensor indices = selection.indices.to(at::kLong);
-  chosen.scatter_(2, indices.masked_fill(indices < 0, mass.size(2)), 1.0);
+  const at::Tensor chosen = chosen_columns(mass, selection), count = chosen.sum(2, true);
   const at::Tensor ranked = std::get<1>(mass.sort(/*stable=*/true, /*dim=*/2, /*descending=*/true));
-  const at::Tensor in_selection = chosen.gather(2, ranked);
-  const at::Tensor rank = at::arange(mass.size(2), selection.counts.options());
-  const at::Tensor wanted = (rank.view({1, 1, -1}) < selection.counts.unsqueeze(2)).to(at::kFloat);
-  return (in_selection * wanted).sum(2) / selection.counts.to(at::kFloat).clamp_min(1);
+  const at::Tensor wanted = at::arange(mass.size(2), count.options()) < count;
+  return chosen.gather(2, ranked).logical_and(wanted).sum(2).to(at::kFloat) / count.squeeze(2).clamp_min(1);
 }
 
 // Computes the true attention of some queries of each chunk and compares the selection with it.
@@ -74,11 +77,10 @@ class Measurer {
       const QueryChunk one{event.chunk.sequence, event.chunk.first + row, 1, event.chunk.start + row};
       if (one.start < options_.skip) continue;
       const at::Tensor key = event.cache.gather(event.cache.keys(event.layer), sequence, one.start + 1);
+      const Selection selection = event.selection.row(row);
+      const at::Tensor lengths = selection.lengths;
       const at::Tensor mass = attention_mass(event.inputs.query.narrow(0, one.first, 1), key, event.inputs.scale, one.start,
-                                             policy_.groups());
-      const at::Tensor scores = policy_.score_chunk(event.inputs, event.cache, one);
-      const at::Tensor lengths = at::full({1}, one.start + 1, at::TensorOptions(at::kInt).device(scores.device()));
-      const Selection selection = select_blocks(scores, lengths, event.rule);
+                                             selection.groups(), mass_reduction(selection));
       const CapturedMass captured = captured_mass(mass, selection, event.rule);
       LayerMeasures& layer = layers_[event.layer];
       layer.queries += 1;
@@ -88,6 +90,7 @@ class Measurer {
       layer.captured_residual += captured.residual.mean().item<double>();
       layer.oracle_recall += oracle_recall(mass, selection).mean().item<double>();
       if (policy_.name() != "spot") continue;
+      const at::Tensor scores = policy_.score_chunk(event.inputs, event.cache, one);
       for (double p : options_.calibration_p) {
         SelectionRule rule = event.rule;
         rule.mode = SelectionMode::top_p, rule.p = p, rule.cap = 0;

@@ -42,7 +42,8 @@ struct MethodResult {
   double nll = 0;               // mean negative log-likelihood, nats a token
   double kl = 0;                // mean KL(dense logits || this method's), nats
   double argmax_agreement = 0;  // share of positions whose likeliest token is dense attention's
-  std::vector<double> nll_by_position;  // mean over each tenth of the length; NaN where nothing was scored
+  // Means over each tenth of the length; NaN where nothing was scored.
+  std::vector<double> nll_by_position, kl_by_position, agreement_by_position;
   double seconds = 0;
   std::map<int64_t, LayerMeasures> layers;  // empty for dense
 

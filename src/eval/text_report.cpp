@@ -26,17 +26,39 @@ LineChart by_layer(const TextEvalResult& result, const std::string& title, const
   return chart;
 }
 
+using Buckets = std::vector<double> MethodResult::*;
+
+LineChart by_position(const TextEvalResult& result, const std::string& title, const std::string& label, Buckets buckets,
+                      bool with_dense) {
+  LineChart chart{.title = title, .x_label = "position", .y_label = label};
+  auto add = [&](const MethodResult& method, bool dashed) {
+    Series series{.name = method.name, .y = method.*buckets, .dashed = dashed};
+    const auto width = static_cast<double>(result.options.length) / static_cast<double>(series.y.size());
+    for (size_t b = 0; b < series.y.size(); ++b) series.x.push_back((static_cast<double>(b) + 0.5) * width);
+    chart.series.push_back(series);
+  };
+  if (with_dense) add(result.dense, true);
+  for (const MethodResult& method : result.methods) add(method, false);
+  return chart;
+}
+
+// JSON has no NaN: a bucket of positions without a scored token is null.
+nlohmann::json nan_as_null(const std::vector<double>& values) {
+  nlohmann::json json = nlohmann::json::array();
+  for (double v : values) json.push_back(std::isnan(v) ? nlohmann::json() : nlohmann::json(v));
+  return json;
+}
+
 nlohmann::json method_json(const MethodResult& method) {
-  // JSON has no NaN: a bucket of positions without a scored token is null.
-  nlohmann::json by_position = nlohmann::json::array();
-  for (double v : method.nll_by_position) by_position.push_back(std::isnan(v) ? nlohmann::json() : nlohmann::json(v));
   nlohmann::json json = {{"name", method.name},
                          {"scored_tokens", method.scored_tokens},
                          {"nll", method.nll},
                          {"perplexity", method.perplexity()},
                          {"kl_from_dense", method.kl},
                          {"argmax_agreement", method.argmax_agreement},
-                         {"nll_by_position", by_position},
+                         {"nll_by_position", nan_as_null(method.nll_by_position)},
+                         {"kl_by_position", nan_as_null(method.kl_by_position)},
+                         {"agreement_by_position", nan_as_null(method.agreement_by_position)},
                          {"attended_share", method.attended_share()},
                          {"seconds", method.seconds}};
   for (const auto& [layer, m] : method.layers) {
@@ -80,19 +102,10 @@ void TextEvalResult::add_to(Page& page) const {
                              "true head-averaged attention on the selected blocks, {} queries a chunk.",
                              options.sequences, options.length, options.skip, options.measured_queries));
   page.add(summary());
-  LineChart position{.title = "Negative log-likelihood by position", .x_label = "position", .y_label = "nats a token"};
-  auto add = [&](const MethodResult& method, bool dashed) {
-    Series series{.name = method.name, .dashed = dashed};
-    const auto buckets = static_cast<double>(method.nll_by_position.size());
-    for (size_t b = 0; b < method.nll_by_position.size(); ++b) {
-      series.x.push_back((static_cast<double>(b) + 0.5) / buckets * static_cast<double>(options.length));
-      series.y.push_back(method.nll_by_position[b]);
-    }
-    position.series.push_back(series);
-  };
-  add(dense, true);
-  for (const MethodResult& method : methods) add(method, false);
-  page.chart(position);
+  page.chart(by_position(*this, "Negative log-likelihood by position", "nats a token", &MethodResult::nll_by_position, true));
+  page.chart(by_position(*this, "KL from dense attention's logits by position", "nats", &MethodResult::kl_by_position, false));
+  page.chart(by_position(*this, "Same likeliest token as dense attention, by position", "share",
+                         &MethodResult::agreement_by_position, false));
   page.chart(by_layer(*this, "Captured attention mass", "mass", &LayerMeasures::captured_mass));
   page.chart(by_layer(*this, "Share of tokens attended", "share", &LayerMeasures::attended_share));
   page.chart(by_layer(*this, "Recall of the oracle's blocks", "recall", &LayerMeasures::oracle_recall));

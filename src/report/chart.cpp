@@ -69,7 +69,15 @@ std::string text_at(double x, double y, const std::string& anchor, const std::st
   return fmt::format("<text x='{:.1f}' y='{:.1f}' text-anchor='{}'{}>{}</text>\n", x, y, anchor, extra, escape_html(text));
 }
 
-std::string open_svg(const std::string& title, double height = kHeight) {
+// Width of a text in the charts' font, about.
+double text_width(const std::string& text) { return 6.6 * static_cast<double>(text.size()); }
+double widest(const std::vector<std::string>& texts) {
+  double width = 0;
+  for (const std::string& text : texts) width = std::max(width, text_width(text));
+  return width;
+}
+
+std::string open_svg(const std::string& title, double height) {
   return fmt::format("<svg viewBox='0 0 {} {}' role='img' aria-label='{}' font-family='sans-serif' font-size='12' "
                      "fill='currentColor'>\n",
                      kWidth, height, escape_html(title)) +
@@ -89,16 +97,24 @@ std::string y_axis(const Axis& axis, const std::string& label) {
   return svg;
 }
 
-std::string legend(const std::vector<std::string>& names, const std::vector<bool>& dashed) {
+// What each line or bar is, below the axis, in as many lines as the names need; and where it ends.
+struct Legend {
   std::string svg;
+  double bottom;
+};
+Legend legend(const std::vector<std::string>& names, const std::vector<bool>& dashed) {
+  Legend made{"", kHeight};
   double x = kLeft, y = kHeight - 6;
   for (size_t i = 0; i < names.size(); ++i) {
-    svg += fmt::format("<line x1='{:.1f}' y1='{:.1f}' x2='{:.1f}' y2='{:.1f}' stroke='{}' stroke-width='3'{}/>\n", x, y - 4,
-                       x + 18, y - 4, colour(i), dashed[i] ? " stroke-dasharray='4 3'" : "");
-    svg += text_at(x + 23, y, "start", names[i]);
-    x += 40 + 6.6 * static_cast<double>(names[i].size());
+    const double width = 40 + text_width(names[i]);
+    if (x > kLeft && x + width > kWidth) x = kLeft, y += 16;
+    made.svg += fmt::format("<line x1='{:.1f}' y1='{:.1f}' x2='{:.1f}' y2='{:.1f}' stroke='{}' stroke-width='3'{}/>\n", x, y - 4,
+                            x + 18, y - 4, colour(i), dashed[i] ? " stroke-dasharray='4 3'" : "");
+    made.svg += text_at(x + 23, y, "start", names[i]);
+    x += width;
   }
-  return svg;
+  made.bottom = y + 6;
+  return made;
 }
 
 }  // namespace
@@ -131,7 +147,7 @@ std::string to_svg(const LineChart& chart) {
     }
   }
   const Axis x(x_lo, x_hi, chart.log_x, 2), y(y_lo, y_hi, chart.log_y, 10);
-  std::string svg = open_svg(chart.title) + y_axis(y, chart.y_label);
+  std::string svg = y_axis(y, chart.y_label);
   for (double t : x.ticks) svg += text_at(x_of(x.share(t)), kHeight - kBottom + 15, "middle", tick_text(t, chart.log_x));
   svg += text_at(kWidth - kRight, kHeight - kBottom + 30, "end", chart.x_label);
   std::vector<std::string> names;
@@ -151,7 +167,8 @@ std::string to_svg(const LineChart& chart) {
         svg += fmt::format("<circle cx='{:.1f}' cy='{:.1f}' r='3' fill='{}'><title>{}: {:g}, {:g}</title></circle>\n",
                            x_of(x.share(s.x[j])), y_of(y.share(s.y[j])), colour(i), escape_html(s.name), s.x[j], s.y[j]);
   }
-  return svg + legend(names, dashed) + "</svg>\n";
+  const Legend key = legend(names, dashed);
+  return open_svg(chart.title, key.bottom) + svg + key.svg + "</svg>\n";
 }
 
 std::string to_svg(const BarChart& chart) {
@@ -165,7 +182,7 @@ std::string to_svg(const BarChart& chart) {
       if (std::isfinite(v)) hi = std::max(hi, v);
   }
   const Axis y(0, hi > 0 ? hi : 1, false, 10);
-  std::string svg = open_svg(chart.title) + y_axis(y, chart.y_label);
+  std::string svg = y_axis(y, chart.y_label);
   const double group_width = 1.0 / static_cast<double>(std::max<size_t>(chart.groups.size(), 1));
   const double bar_width = 0.8 * group_width / static_cast<double>(std::max<size_t>(chart.names.size(), 1));
   for (size_t g = 0; g < chart.groups.size(); ++g) {
@@ -180,13 +197,18 @@ std::string to_svg(const BarChart& chart) {
                          escape_html(chart.names[n]), escape_html(chart.groups[g]), v);
     }
   }
-  return svg + legend(chart.names, std::vector<bool>(chart.names.size(), false)) + "</svg>\n";
+  const Legend key = legend(chart.names, std::vector<bool>(chart.names.size(), false));
+  return open_svg(chart.title, key.bottom) + svg + key.svg + "</svg>\n";
 }
 
 std::string to_svg(const HeatMap& map) {
   if (map.values.size() != map.rows.size()) fail("heat map '{}': {} rows, {} given", map.title, map.rows.size(), map.values.size());
-  const double cell_height = 24, height = kTop + kBottom + cell_height * static_cast<double>(map.rows.size());
-  const double left = kLeft + 30, cell_width = (kWidth - left - kRight) / static_cast<double>(std::max<size_t>(map.columns.size(), 1));
+  const double left = 30 + std::max(kLeft, widest(map.rows));
+  const double cell_height = 24, cell_width = (kWidth - left - kRight) / static_cast<double>(std::max<size_t>(map.columns.size(), 1));
+  // Column names that are wider than a cell are written upright.
+  const bool upright = widest(map.columns) > cell_width;
+  const double below = kBottom + (upright ? widest(map.columns) : 0);
+  const double height = kTop + below + cell_height * static_cast<double>(map.rows.size());
   std::string svg = open_svg(map.title, height);
   for (size_t r = 0; r < map.rows.size(); ++r) {
     if (map.values[r].size() != map.columns.size())
@@ -205,9 +227,15 @@ std::string to_svg(const HeatMap& map) {
     }
   }
   const double axis = kTop + cell_height * static_cast<double>(map.rows.size());
-  for (size_t c = 0; c < map.columns.size(); ++c)
-    svg += text_at(left + cell_width * (static_cast<double>(c) + 0.5), axis + 16, "middle", map.columns[c]);
-  svg += text_at(kWidth - kRight, axis + 34, "end", map.x_label);
+  for (size_t c = 0; c < map.columns.size(); ++c) {
+    const double x = left + cell_width * (static_cast<double>(c) + 0.5);
+    if (upright)
+      svg += fmt::format("<text transform='translate({:.1f} {:.1f}) rotate(-90)' text-anchor='end'>{}</text>\n", x + 4, axis + 6,
+                         escape_html(map.columns[c]));
+    else
+      svg += text_at(x, axis + 16, "middle", map.columns[c]);
+  }
+  svg += text_at(kWidth - kRight, height - 12, "end", map.x_label);
   svg += fmt::format("<text transform='translate(14 {}) rotate(-90)' text-anchor='middle'>{}</text>\n", (kTop + axis) / 2,
                      escape_html(map.y_label));
   return svg + "</svg>\n";

@@ -71,18 +71,38 @@ at::Tensor block_max(const at::Tensor& token_scores) {
   return padded.reshape(shape).amax(-1);
 }
 
-at::Tensor token_mask(const Selection& selection, int64_t length) {
-  const int64_t blocks = (length + kBlockSize - 1) / kBlockSize;
+Selection Selection::row(int64_t index) const {
+  return {indices.narrow(0, index, 1), counts.narrow(0, index, 1), predicted_mass.narrow(0, index, 1),
+          lengths.narrow(0, index, 1), tokens.defined() ? tokens.narrow(0, index, 1) : at::Tensor()};
+}
+
+at::Tensor block_mask(const Selection& selection, int64_t blocks) {
   // One column more than there are blocks takes the padding.
   const at::Tensor index = at::where(selection.indices < 0, blocks, selection.indices).to(at::kLong);
   at::Tensor mask =
       at::zeros({selection.rows(), selection.groups(), blocks + 1}, index.options().dtype(at::kBool));
-  mask.scatter_(2, index, true);
-  return mask.narrow(2, 0, blocks).repeat_interleave(kBlockSize, 2).narrow(2, 0, length);
+  return mask.scatter_(2, index, true).narrow(2, 0, blocks);
+}
+
+at::Tensor token_mask(const Selection& selection, int64_t length) {
+  const int64_t blocks = (length + kBlockSize - 1) / kBlockSize;
+  if (!selection.tokens.defined())
+    return block_mask(selection, blocks).repeat_interleave(kBlockSize, 2).narrow(2, 0, length);
+  const int64_t rows = selection.rows(), groups = selection.groups();
+  // As in block_mask, with whole blocks of tokens for columns.
+  const at::Tensor index = at::where(selection.indices < 0, blocks, selection.indices)
+                               .to(at::kLong)
+                               .unsqueeze(3)
+                               .expand({-1, -1, -1, kBlockSize});
+  at::Tensor mask = at::zeros({rows, groups, blocks + 1, kBlockSize}, selection.tokens.options());
+  mask.scatter_(2, index, selection.tokens.view({rows, groups, -1, kBlockSize}));
+  return mask.view({rows, groups, -1}).narrow(2, 0, length);
 }
 
 std::pair<at::Tensor, at::Tensor> count_tokens(const Selection& selection, const at::Tensor& visible) {
   const at::Tensor lengths = visible.to(at::kLong).unsqueeze(1);
+  if (selection.tokens.defined())
+    return {selection.tokens.sum(2).to(at::kDouble).mean(1).sum(), lengths.sum()};
   const at::Tensor blocks = at::div(lengths + (kBlockSize - 1), kBlockSize, "floor");
   const at::Tensor missing =
       blocks * kBlockSize - lengths;  // of the last block, which is always kept when partial

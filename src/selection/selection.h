@@ -52,9 +52,14 @@ struct Selection {
   at::Tensor
       predicted_mass;  // [rows, groups] float32: the share of the residual mass (softmax of the scores) kept
   at::Tensor lengths;  // [rows] int32: visible tokens (of the tile's last query)
+  // [rows, groups, most * 16] bool: which tokens of the chosen blocks are attended, where a policy prunes
+  // token by token. Undefined: all that are visible.
+  at::Tensor tokens = {};
 
   int64_t rows() const { return counts.size(0); }
   int64_t groups() const { return counts.size(1); }
+  // One row alone, as a selection of one row.
+  Selection row(int64_t index) const;
 };
 
 // Applies the rule to scores [rows, groups, blocks] float32 (blocks past a row's length are ignored), lengths
@@ -68,7 +73,10 @@ ops::SelectArguments select_arguments(const SelectionRule& rule);
 // tokens of the last block count as -inf.
 at::Tensor block_max(const at::Tensor& token_scores);
 
-// A bool mask [rows, groups, length] of the chosen tokens (not causal inside a tile).
+// A bool mask [rows, groups, blocks] of the chosen blocks.
+at::Tensor block_mask(const Selection& selection, int64_t blocks);
+
+// A bool mask [rows, groups, length] of the attended tokens (not causal inside a tile unless they were pruned).
 at::Tensor token_mask(const Selection& selection, int64_t length);
 
 // Tokens kept and visible, each summed over the rows (kept: averaged over groups): scalar tensors, float64

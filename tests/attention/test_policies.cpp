@@ -127,6 +127,7 @@ TEST(Policies, SelectionsOfChunksAndDecodeAgree) {
   policies.push_back(std::make_unique<QuestPolicy>(model, 60, at::kCPU, rule, SelectorScope::layer));
   policies.push_back(std::make_unique<QuestPolicy>(model, 60, at::kCPU, rule));
   policies.push_back(std::make_unique<StreamingPolicy>(96, 16));
+  policies.push_back(std::make_unique<TwilightPolicy>(model, 60, at::kCPU, rule, 0.8));
   for (auto& policy : policies) {
     SCOPED_TRACE(policy->name());
     LayerHistory history(model, 60, at::kFloat, 3);
@@ -144,6 +145,10 @@ TEST(Policies, SelectionsOfChunksAndDecodeAgree) {
       const int64_t width = alone.indices.size(2);
       EXPECT_TRUE(at::equal(alone.indices[0], together.indices[chunk.sequence].slice(1, 0, width)));
       EXPECT_EQ(alone.lengths.item<int32_t>(), chunk.start + 1);
+      ASSERT_EQ(alone.tokens.defined(), policy->prunes_tokens());
+      if (alone.tokens.defined()) {
+        EXPECT_TRUE(at::equal(alone.tokens[0], together.tokens[chunk.sequence].slice(1, 0, width * 16)));
+      }
     }
   }
 }

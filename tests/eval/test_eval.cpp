@@ -88,7 +88,18 @@ TEST(NeedleEval, AFullBudgetGivesDenseAnswersAndAllTheMass) {
   EXPECT_LT(result.methods[2].captured_mass, 0.99);
   EXPECT_GT(result.methods[2].captured_mass, 0.0);
   EXPECT_EQ(result.to_json().at("methods").size(), 3u);
-  EXPECT_NE(result.summary().to_text().find("window"), std::string::npos);
+  NeedleSweep sweep{{result}};
+  EXPECT_NE(sweep.summary().to_text().find("window"), std::string::npos);
+  auto maps = [](const NeedleSweep& s) {
+    Page page("t");
+    s.add_to(page);
+    return occurrences(page.html(), "<svg viewBox") - 2 * s.lengths.size();  // besides two bar charts a length
+  };
+  EXPECT_EQ(maps(sweep), 1u);
+  sweep.lengths.push_back(result);
+  sweep.lengths.back().options.length = 1800;
+  EXPECT_EQ(maps(sweep), 4u);  // depth by length for each method, and a line chart
+  EXPECT_EQ(sweep.summary().rows.size(), 6u);
 }
 
 TEST(TextEval, MeasuresAgreeWithWhatIsKnown) {
@@ -118,6 +129,17 @@ TEST(TextEval, MeasuresAgreeWithWhatIsKnown) {
   }
   EXPECT_TRUE(std::isnan(result.dense.nll_by_position.front()));
   EXPECT_FALSE(std::isnan(result.dense.nll_by_position.back()));
+  // Nothing before position 600 is scored; the tenths hold 100 positions each, the last 99.
+  const MethodResult& learned = result.methods[2];
+  ASSERT_EQ(learned.kl_by_position.size(), 10u);
+  double kl = 0, agreement = 0;
+  for (int bucket = 6; bucket < 10; ++bucket) {
+    const int tokens = bucket == 9 ? 99 : 100;
+    kl += tokens * learned.kl_by_position[bucket], agreement += tokens * learned.agreement_by_position[bucket];
+  }
+  EXPECT_NEAR(kl / 399, learned.kl, 1e-9);
+  EXPECT_NEAR(agreement / 399, learned.argmax_agreement, 1e-9);
+  EXPECT_TRUE(std::isnan(learned.kl_by_position[5]));
   Page page("t");
   result.add_to(page);
   EXPECT_EQ(page.html().find("nan"), std::string::npos);

@@ -66,5 +66,17 @@ TEST(Bootstrap, StrataCountAlikeAndAreDrawnApart) {
   EXPECT_EQ(bootstrap_mean({{0.5}}).high, 0.5);
 }
 
+// Values of Newcombe (1998), table I, and the closed forms n / (n + z^2) at the ends.
+TEST(Wilson, KnownIntervals) {
+  const Interval rare = wilson_interval(15, 148);
+  EXPECT_NEAR(rare.mean, 15.0 / 148, 1e-12);
+  EXPECT_NEAR(rare.low, 0.0624, 5e-5);
+  EXPECT_NEAR(rare.high, 0.1605, 5e-5);
+  EXPECT_EQ(wilson_interval(0, 20).low, 0);
+  EXPECT_NEAR(wilson_interval(0, 20).high, 0.1611, 5e-5);
+  EXPECT_NEAR(wilson_interval(10, 10).low, 10 / (10 + 3.8414588), 1e-6);
+  EXPECT_NEAR(wilson_interval(10, 10).high, 1, 1e-12);
+}
+
 }  // namespace
 }  // namespace spot

@@ -1,5 +1,7 @@
 #include <gtest/gtest.h>
 
+#include <fmt/format.h>
+
 #include <limits>
 
 #include "core/error.h"
@@ -27,6 +29,18 @@ TEST(Chart, EmptyAndConstantSeriesHaveAnAxis) {
   const std::string flat = to_svg(LineChart{.title = "flat", .series = {{"s", {1, 2}, {5, 5}}}});
   EXPECT_EQ(flat.find("inf"), std::string::npos);
   EXPECT_EQ(flat.find("nan"), std::string::npos);
+}
+
+TEST(Chart, ManyNamesGetMoreLinesAndWideColumnNamesStandUpright) {
+  LineChart chart{.title = "t"};
+  for (int i = 0; i < 18; ++i) chart.series.push_back({fmt::format("spot:k={},cache=int4", 512 * i), {1, 2}, {1, 2}});
+  EXPECT_EQ(to_svg(chart).find("viewBox='0 0 720 340'"), std::string::npos);
+  chart.series.resize(2);
+  EXPECT_NE(to_svg(chart).find("viewBox='0 0 720 340'"), std::string::npos);
+  HeatMap map{.title = "t", .columns = {"a", "b"}, .rows = {"r"}, .values = {{0, 1}}};
+  EXPECT_EQ(count(to_svg(map), "rotate(-90)"), 1u);  // the label of the y axis
+  map.columns = {std::string(60, 'a'), "b"};
+  EXPECT_EQ(count(to_svg(map), "rotate(-90)"), 3u);
 }
 
 TEST(Chart, RefusesUnequalLengthsAndNonPositiveLogarithms) {
