@@ -45,12 +45,8 @@ void append_projected_boundary(at::Tensor pool, const at::Tensor& slots, const a
                                double norm_eps, const MaybeTensor& cos, const MaybeTensor& sin,
                                const MaybeTensor& positions, std::string format, double global_scale) {
   check_append(pool, slots, keys, format);
-  TORCH_CHECK(norm == "none" || norm == "layernorm" || norm == "rmsnorm",
-              "spot::append_projected_keys: norm is \"", norm, "\"; it must be none, layernorm or rmsnorm");
   KeyPreparation preparation;
-  preparation.norm = norm == "none"        ? KeyPreparation::kNone
-                     : norm == "layernorm" ? KeyPreparation::kLayerNorm
-                                           : KeyPreparation::kRmsNorm;
+  preparation.norm = parse_key_norm(norm);
   preparation.norm_weight = norm_weight.value_or(at::Tensor());
   preparation.norm_bias = norm_bias.value_or(at::Tensor());
   preparation.norm_eps = norm_eps;
@@ -211,8 +207,7 @@ void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::T
                   const MaybeTensor&, double, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
                   std::string, double)>("spot::append_projected_keys");
   auto maybe = [](const at::Tensor& x) { return x.defined() ? MaybeTensor(x) : std::nullopt; };
-  const char* norms[] = {"none", "layernorm", "rmsnorm"};
-  op.call(pool, slots, keys, norms[preparation.norm], maybe(preparation.norm_weight),
+  op.call(pool, slots, keys, key_norm_name(preparation.norm), maybe(preparation.norm_weight),
           maybe(preparation.norm_bias), preparation.norm_eps, maybe(preparation.cos), maybe(preparation.sin),
           maybe(preparation.positions), format, global_scale);
 }

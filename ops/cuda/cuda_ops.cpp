@@ -1,7 +1,6 @@
 #include "ops/cuda/cuda_ops.h"
 
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <cmath>
@@ -14,42 +13,14 @@
 #include "kernels/select_and_attend.h"
 #include "kernels/selector_key_append.h"
 #include "ops/cpu/key_pages.h"
+#include "ops/cuda/call.h"
 
 namespace spot::ops::cuda {
 namespace {
 
-c10::Stream current_stream(const at::Tensor& tensor) {
-  return c10::impl::VirtualGuardImpl(tensor.device().type()).getStream(tensor.device());
-}
-
-cudaStream_t native_stream(const at::Tensor& tensor) {
-  return static_cast<cudaStream_t>(current_stream(tensor).native_handle());
-}
-
-void check(cudaError_t error, const char* op) {
-  TORCH_CHECK(
-      error == cudaSuccess, op, ": ", cudaGetErrorString(error),
-      error == cudaErrorInvalidValue ? " (a shape, stride or alignment that the kernel does not take)" : "");
-}
-
 // float64 comes from tests only.
 at::Tensor kernel_float(const at::Tensor& x) {
   return (x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x).contiguous();
-}
-
-kernels::DataType data_type(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return kernels::DataType::kF32;
-    case at::kHalf:
-      return kernels::DataType::kF16;
-    default:
-      return kernels::DataType::kBf16;
-  }
-}
-
-int32_t narrow(int64_t value) {
-  return static_cast<int32_t>(value);
 }
 
 // The kernels step through a table by rows; an expanded one has none.
@@ -148,21 +119,16 @@ struct AttentionCall {
 
 }  // namespace
 
-void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
-                           const KeyPreparation& preparation, const std::string& format,
-                           double global_scale) {
-  if (keys.size(0) == 0) return;
-  const c10::DeviceGuard guard(pool.device());
-  const at::Tensor values = kernel_float(keys), where = slots.contiguous(),
-                   positions =
-                       preparation.positions.defined() ? preparation.positions.contiguous() : at::Tensor();
+kernels::SelectorKeyAppendParams append_params(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
+                                               const KeyPreparation& preparation, const at::Tensor& positions,
+                                               const std::string& format, double global_scale) {
   kernels::SelectorKeyAppendParams params;
   params.format = cpu::parse_key_format(format);
   params.key_heads = narrow(keys.size(1));
   params.num_tokens = keys.size(0);
-  params.keys = values.const_data_ptr();
-  params.key_type = data_type(values);
-  params.token_stride = values.stride(0);
+  params.keys = keys.const_data_ptr();
+  params.key_type = data_type(keys);
+  params.token_stride = keys.stride(0);
   params.norm = static_cast<kernels::KeyNorm>(preparation.norm);
   if (preparation.norm_weight.defined()) params.norm_weight = preparation.norm_weight.const_data_ptr<float>();
   if (preparation.norm_bias.defined()) params.norm_bias = preparation.norm_bias.const_data_ptr<float>();
@@ -172,10 +138,23 @@ void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::T
     params.rope_sin = preparation.sin.const_data_ptr<float>();
     params.positions = positions.const_data_ptr<int64_t>();
   }
-  params.slots = where.const_data_ptr<int64_t>();
+  params.slots = slots.const_data_ptr<int64_t>();
   params.pages = pool.mutable_data_ptr<uint8_t>();
   params.global_scale = static_cast<float>(global_scale);
-  check(kernels::selector_key_append(params, native_stream(pool)), "spot::append_projected_keys");
+  return params;
+}
+
+void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
+                           const KeyPreparation& preparation, const std::string& format,
+                           double global_scale) {
+  if (keys.size(0) == 0) return;
+  const c10::DeviceGuard guard(pool.device());
+  const at::Tensor values = kernel_float(keys), where = slots.contiguous(),
+                   positions =
+                       preparation.positions.defined() ? preparation.positions.contiguous() : at::Tensor();
+  check(kernels::selector_key_append(
+            append_params(pool, where, values, preparation, positions, format, global_scale), native_stream(pool)),
+        "spot::append_projected_keys");
 }
 
 void append_selector_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,

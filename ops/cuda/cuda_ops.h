@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 
+#include "kernels/selector_key_append.h"
 #include "ops/ops.h"
 
 namespace spot::ops::cuda {
@@ -16,6 +17,10 @@ void append_selector_keys(at::Tensor pool, const at::Tensor& slots, const at::Te
                           const std::string& format, double global_scale);
 void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
                            const KeyPreparation& preparation, const std::string& format, double global_scale);
+// The launch that append_projected_keys makes; all tensors are contiguous but for the keys' tokens, and outlive it.
+kernels::SelectorKeyAppendParams append_params(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
+                                               const KeyPreparation& preparation, const at::Tensor& positions,
+                                               const std::string& format, double global_scale);
 at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,
                         const at::Tensor& page_table, const at::Tensor& lengths, const std::string& format,
                         double global_scale, int64_t max_blocks);

@@ -15,12 +15,14 @@
 
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "checkpoint/config.h"
 #include "model/rope.h"
+#include "ops/layer_ops.h"
 #include "selector/cache.h"
 #include "selector/config.h"
 
@@ -82,6 +84,12 @@ class Selector {
   void append_keys(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
                    const at::Tensor& slots, SelectorCache& cache) const;
 
+  // What the kernel between a layer's projections and its attention needs to do project_query, project_weight and
+  // append_keys in the same launch, after one product of hidden with the stacked query and key weights. Empty where
+  // it cannot: the weights are of another dtype than hidden, or the rotated dims are not 0 or 64.
+  std::optional<ops::SelectorPrologue> prologue(int64_t layer, const at::Tensor& hidden,
+                                                const at::Tensor& positions, SelectorCache& cache) const;
+
   // Every weight, in a fixed order (layers ascending; query, key, mix, norm): what an optimiser takes. The
   // tensors are leaves without requires_grad; the trainer sets it.
   std::vector<at::Tensor> parameters() const;
@@ -92,6 +100,7 @@ class Selector {
 
  private:
   struct LayerWeights {
+    at::Tensor query_key;               // [(num_heads + key_heads) * head_dim, hidden_size]: the memory of the next two
     at::Tensor query;                   // [num_heads * head_dim, hidden_size]
     at::Tensor key;                     // [key_heads * head_dim, hidden_size]
     at::Tensor mix;                     // [groups * num_heads, hidden_size]
@@ -99,8 +108,12 @@ class Selector {
   };
   Selector() = default;
   static at::ScalarType fine_type(at::ScalarType dtype);
+  // Moves query and key into one matrix.
+  static void stack(LayerWeights& weights);
   void bind(const SelectorConfig& config, const ModelConfig& backbone, at::Device device);
   const LayerWeights& layer_weights(int64_t layer) const;
+  ops::KeyPreparation key_preparation(int64_t layer, const at::Tensor& positions) const;
+  double mix_scale() const;
 
   SelectorConfig config_;
   ModelConfig backbone_;
