@@ -67,9 +67,9 @@ at::Tensor gather_boundary(const at::Tensor& pool, const at::Tensor& page_table,
 template <auto Score>
 at::Tensor score_boundary(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,
                           const at::Tensor& page_table, const at::Tensor& lengths, std::string format,
-                          double global_scale, int64_t max_blocks) {
+                          double global_scale, int64_t max_blocks, bool history_settled) {
   check_score(query, weight, pool, page_table, lengths, format);
-  return Score(query, weight, pool, page_table, lengths, format, global_scale, max_blocks);
+  return Score(query, weight, pool, page_table, lengths, format, global_scale, max_blocks, history_settled);
 }
 
 template <auto Select>
@@ -139,7 +139,7 @@ TORCH_LIBRARY(spot, library) {
       "-> Tensor");
   library.def(
       "score_blocks(Tensor query, Tensor weight, Tensor pool, Tensor page_table, Tensor lengths, str format, "
-      "float global_scale=1.0, int max_blocks=0) -> Tensor");
+      "float global_scale=1.0, int max_blocks=0, bool history_settled=False) -> Tensor");
   library.def(("select_blocks(Tensor scores, Tensor lengths, " + rule +
                ") -> (Tensor indices, Tensor counts, Tensor predicted_mass)")
                   .c_str());
@@ -222,11 +222,11 @@ at::Tensor gather_selector_keys(const at::Tensor& pool, const at::Tensor& page_t
 
 at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,
                         const at::Tensor& page_table, const at::Tensor& lengths, const std::string& format,
-                        double global_scale, int64_t max_blocks) {
+                        double global_scale, int64_t max_blocks, bool history_settled) {
   static const auto op =
       handle<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                        const at::Tensor&, std::string, double, int64_t)>("spot::score_blocks");
-  return op.call(query, weight, pool, page_table, lengths, format, global_scale, max_blocks);
+                        const at::Tensor&, std::string, double, int64_t, bool)>("spot::score_blocks");
+  return op.call(query, weight, pool, page_table, lengths, format, global_scale, max_blocks, history_settled);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> select_blocks(const at::Tensor& scores,

@@ -59,7 +59,7 @@ int64_t selection_width(const SelectArguments& arguments, const kernels::SelectP
 struct Chosen {
   at::Tensor indices, counts, mass;
   Chosen(const at::Tensor& scores, const at::Tensor& lengths, int64_t width)
-      : indices(at::full({scores.size(0), scores.size(1), width}, -1, lengths.options())),
+      : indices(at::empty({scores.size(0), scores.size(1), width}, lengths.options())),
         counts(at::empty({scores.size(0), scores.size(1)}, lengths.options())),
         mass(at::empty({scores.size(0), scores.size(1)}, scores.options())) {}
 };
@@ -112,6 +112,7 @@ struct AttentionCall {
     params.page_table_stride = table.stride(0);
     params.lengths = lengths.const_data_ptr<int32_t>();
     params.rows_per_sequence = narrow(groups);
+    params.overlap = kernels::Overlap::kLaunch;
     params.out = output.mutable_data_ptr();
     params.workspace = attention_workspace(query, key_pool.size(0), &params.workspace_bytes);
   }
@@ -141,6 +142,7 @@ kernels::SelectorKeyAppendParams append_params(at::Tensor pool, const at::Tensor
   params.slots = slots.const_data_ptr<int64_t>();
   params.pages = pool.mutable_data_ptr<uint8_t>();
   params.global_scale = static_cast<float>(global_scale);
+  params.overlap = kernels::Overlap::kLaunch;
   return params;
 }
 
@@ -164,7 +166,7 @@ void append_selector_keys(at::Tensor pool, const at::Tensor& slots, const at::Te
 
 at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,
                         const at::Tensor& page_table, const at::Tensor& lengths, const std::string& format,
-                        double global_scale, int64_t max_blocks) {
+                        double global_scale, int64_t max_blocks, bool history_settled) {
   const c10::DeviceGuard guard(query.device());
   const int64_t groups = weight.size(1), width = max_blocks > 0 ? max_blocks : page_table.size(1);
   TORCH_CHECK(width <= page_table.size(1), "spot::score_blocks: max_blocks is ", width,
@@ -186,6 +188,9 @@ at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const
   params.page_table_stride = table.stride(0);
   params.lengths = visible.const_data_ptr<int32_t>();
   params.score_stride = groups * width;
+  // A copy made here is no history.
+  const bool in_place = table.is_same(page_table) && visible.is_same(lengths);
+  params.overlap = history_settled && in_place ? kernels::Overlap::kHistory : kernels::Overlap::kLaunch;
   const at::Tensor weights = weight.transpose(0, 1).contiguous();  // [G, R, 4]
   for (int64_t g = 0; g < groups; ++g) {
     params.weights = weights.const_data_ptr<float>() + g * query.size(0) * 4;
@@ -209,6 +214,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_blocks(const at::Tensor& s
   params.rows_per_sequence = narrow(groups);
   params.score_stride = blocks;
   params.max_selected = narrow(width);
+  params.overlap = kernels::Overlap::kLaunch;
   auto run = [&](int64_t first, int64_t count) {
     params.rows = narrow(count * groups);
     params.scores = dense.const_data_ptr<float>() + first * groups * blocks;
@@ -284,6 +290,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend(
   params.counts = chosen.counts.mutable_data_ptr<int32_t>();
   params.covered_share = chosen.mass.mutable_data_ptr<float>();
   params.attention = call.params;
+  params.overlap = kernels::Overlap::kLaunch;
   if (call.output.numel() != 0)
     check(kernels::select_and_attend(params, native_stream(query)), "spot::select_and_attend");
   return {call.output, chosen.indices, chosen.counts, chosen.mass};

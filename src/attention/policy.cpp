@@ -158,7 +158,8 @@ at::Tensor SpotPolicy::score_decode(const AttentionInputs& inputs, const KvCache
                : selector_.project_query(inputs.layer, inputs.hidden, inputs.batch.positions),
       prepared ? inputs.selector_weight.view({-1, groups(), inputs.selector_query.size(1)})
                : selector_.project_weight(inputs.layer, inputs.hidden),
-      keys_.pool(inputs.layer), view.page_table, view.lengths, to_string(keys_.format()), keys_.global_scale());
+      keys_.pool(inputs.layer), view.page_table, view.lengths, to_string(keys_.format()), keys_.global_scale(),
+      /*max_blocks=*/0, /*history_settled=*/prepared);
 }
 
 namespace {
