@@ -100,8 +100,8 @@ void SpotPolicy::check_pages(const KvCache& cache) const {
          keys_.num_pages(), cache.num_pages());
 }
 
-std::optional<ops::SelectorPrologue> SpotPolicy::prepare(int64_t layer, const at::Tensor& hidden,
-                                                         const at::Tensor& positions, const KvCache& cache) {
+AttentionPreparation SpotPolicy::prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
+                                         const KvCache& cache) {
   check_pages(cache);
   return selector_.prologue(layer, hidden, positions, keys_);
 }

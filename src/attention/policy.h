@@ -36,9 +36,10 @@ class SelectionPolicy {
   virtual SelectionRule rule(int64_t layer) const { return rule_; }
   void set_rule(const SelectionRule& rule);
 
-  // What the kernel that makes a decode step's queries and keys can do for the policy along the way; empty: nothing.
-  virtual std::optional<ops::SelectorPrologue> prepare(int64_t layer, const at::Tensor& hidden,
-                                                       const at::Tensor& positions, const KvCache& cache) {
+  // What the kernel that makes a decode step's queries and keys can do for the policy along the way; slots are not
+  // the policy's to say.
+  virtual AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
+                                       const KvCache& cache) {
     return {};
   }
 
@@ -88,8 +89,8 @@ class SpotPolicy : public SelectionPolicy {
   bool covers(int64_t layer) const override { return selector_.has_layer(layer); }
   // The rule with the layer's fitted temperature (times the rule's own).
   SelectionRule rule(int64_t layer) const override;
-  std::optional<ops::SelectorPrologue> prepare(int64_t layer, const at::Tensor& hidden,
-                                               const at::Tensor& positions, const KvCache& cache) override;
+  AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
+                               const KvCache& cache) override;
   void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
   PolicyState export_pages(const std::vector<int32_t>& pages) const override;
   void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) override;

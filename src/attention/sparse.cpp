@@ -17,9 +17,10 @@ SparseAttention::SparseAttention(KvCache& cache, SelectionPolicy& policy, Sparse
 
 AttentionPreparation SparseAttention::prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) {
   view_.update(cache_, batch, layer);
-  AttentionPreparation wanted{view_.slots, {}};
+  AttentionPreparation wanted;
   if (policy_.covers(layer) && batch.is_decode() && !options_.dense_layers.count(layer))
-    wanted.selector = policy_.prepare(layer, hidden, batch.positions, cache_);
+    wanted = policy_.prepare(layer, hidden, batch.positions, cache_);
+  wanted.slots = view_.slots;
   return wanted;
 }
 

@@ -17,6 +17,9 @@ namespace spot {
 struct AttentionPreparation {
   at::Tensor slots;  // [T] int64: keys and values are written there, into the pass's KvCache; undefined: not
   std::optional<ops::SelectorPrologue> selector;  // needs slots
+  // The layer's own projection (Backbone::projection) with the selector's rows below it, [rows, hidden_size]: one
+  // product makes both, and selector->projected is taken from it. Undefined: the selector brings its own.
+  at::Tensor stacked;
 };
 
 // query, key and value are contiguous, in the model's dtype.

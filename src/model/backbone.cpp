@@ -39,7 +39,17 @@ struct Pass {
 at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const AttentionWeights& weights) {
   const ModelConfig& c = pass.config;
   const int64_t tokens = x.size(0), dim = c.head_dim;
-  ops::AttentionPrologue prologue{.projected = linear(x, weights.qkv),
+  AttentionPreparation wanted = pass.attention.prepare(layer, x, pass.batch);
+  at::Tensor projected;
+  if (wanted.stacked.defined()) {
+    const at::Tensor both = at::linear(x, wanted.stacked);
+    const int64_t own = weights.qkv.weight.size(0);
+    projected = both.narrow(1, 0, own);
+    wanted.selector->projected = both.narrow(1, own, both.size(1) - own);
+  } else {
+    projected = linear(x, weights.qkv);
+  }
+  ops::AttentionPrologue prologue{.projected = projected,
                                   .num_heads = c.num_heads,
                                   .num_kv_heads = c.num_kv_heads,
                                   .head_dim = dim,
@@ -49,7 +59,6 @@ at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const At
                                   .cos = pass.rope.cos,
                                   .sin = pass.rope.sin,
                                   .positions = pass.batch.positions};
-  const AttentionPreparation wanted = pass.attention.prepare(layer, x, pass.batch);
   const bool stored = wanted.slots.defined() && pass.cache.dtype() == x.scalar_type();
   if (stored) {
     prologue.key_pool = pass.cache.keys(layer);
@@ -74,7 +83,7 @@ at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const At
          layer);
   }
   if (c.attention_output_gate) {  // each head's rows are its query, then its gate
-    const at::Tensor gate = prologue.projected.narrow(1, 0, c.num_heads * 2 * dim)
+    const at::Tensor gate = projected.narrow(1, 0, c.num_heads * 2 * dim)
                                 .unflatten(1, {c.num_heads, 2 * dim})
                                 .narrow(2, dim, dim);
     out = ops::gated_product(gate, out, "sigmoid");
@@ -186,6 +195,11 @@ at::Tensor Backbone::forward(const Batch& batch, AttentionBackend& attention, Kv
                layer.down);
   }
   return ops::rms_norm(hidden, weights_->final_norm, config.rms_norm_eps);
+}
+
+at::Tensor Backbone::projection(int64_t layer) const {
+  const LinearWeights& qkv = weights_->layers.at(layer).attention.qkv;
+  return qkv.bias.defined() ? at::Tensor() : qkv.weight;
 }
 
 at::Tensor Backbone::logits(const at::Tensor& hidden) const {

@@ -1,5 +1,6 @@
 #include "selector/selector.h"
 
+#include <ATen/core/grad_mode.h>
 #include <fmt/ranges.h>
 
 #include <algorithm>
@@ -84,15 +85,30 @@ at::ScalarType Selector::fine_type(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-void Selector::stack(LayerWeights& weights) {
-  weights.query_key = at::cat({weights.query, weights.key});
-  int64_t offset = 0;
-  for (at::Tensor* part : {&weights.query, &weights.key}) {
-    // Not a view: a trainer makes each a leaf of its own and changes it in place.
-    at::Tensor alias = at::empty({0}, part->options());
-    alias.set_(weights.query_key.storage(), offset, part->sizes(), {part->size(1), 1});
-    offset += part->numel();
-    *part = alias;
+void Selector::stack(LayerWeights& weights, const at::Tensor& projection) {
+  const at::NoGradGuard no_grad;
+  const int64_t columns = weights.query.size(1);
+  std::vector<at::Tensor> parts = {weights.query, weights.key};
+  if (projection.defined()) parts.insert(parts.begin(), projection);
+  const at::Tensor all = at::cat(parts);
+  // set_ makes no view: a trainer makes each parameter a leaf of its own and changes it in place.
+  int64_t row = 0;
+  const auto move = [&](const at::Tensor& part) {
+    part.set_(all.storage(), row * columns, part.sizes().vec(), {columns, 1});
+    row += part.size(0);
+  };
+  for (const at::Tensor& part : parts) move(part);
+  const int64_t rows = weights.query.size(0) + weights.key.size(0);
+  weights.query_key = all.narrow(0, row - rows, rows);
+  if (projection.defined()) weights.stacked = all;
+}
+
+void Selector::join(const Backbone& backbone) {
+  for (auto& [layer, weights] : weights_) {
+    const at::Tensor projection = backbone.projection(layer);
+    if (projection.defined() && projection.scalar_type() == weights.query.scalar_type() &&
+        projection.device() == weights.query.device())
+      stack(weights, projection);
   }
 }
 
@@ -170,21 +186,23 @@ at::Tensor Selector::project_weight(int64_t layer, const at::Tensor& hidden) con
          mix_scale();
 }
 
-std::optional<ops::SelectorPrologue> Selector::prologue(int64_t layer, const at::Tensor& hidden,
-                                                        const at::Tensor& positions,
-                                                        SelectorCache& cache) const {
+AttentionPreparation Selector::prologue(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
+                                        SelectorCache& cache) const {
   const LayerWeights& weights = layer_weights(layer);
   if (weights.query_key.scalar_type() != hidden.scalar_type() || weights.mix.scalar_type() != at::kFloat ||
       (config_.rope_dims != 0 && config_.rope_dims != 64))
     return {};
-  return ops::SelectorPrologue{.projected = at::linear(hidden, weights.query_key),
-                               .hidden = hidden,
-                               .mix = weights.mix,
-                               .mix_scale = mix_scale(),
-                               .preparation = key_preparation(layer, positions),
-                               .pool = cache.pool(layer),
-                               .format = to_string(cache.format()),
-                               .global_scale = cache.global_scale()};
+  return {.selector =
+              ops::SelectorPrologue{
+                  .projected = weights.stacked.defined() ? at::Tensor() : at::linear(hidden, weights.query_key),
+                  .hidden = hidden,
+                  .mix = weights.mix,
+                  .mix_scale = mix_scale(),
+                  .preparation = key_preparation(layer, positions),
+                  .pool = cache.pool(layer),
+                  .format = to_string(cache.format()),
+                  .global_scale = cache.global_scale()},
+          .stacked = weights.stacked};
 }
 
 SelectorProjection Selector::project(int64_t layer, const at::Tensor& hidden,

@@ -15,14 +15,14 @@
 
 #include <filesystem>
 #include <map>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "checkpoint/config.h"
+#include "model/attention.h"
+#include "model/backbone.h"
 #include "model/rope.h"
-#include "ops/layer_ops.h"
 #include "selector/cache.h"
 #include "selector/config.h"
 
@@ -85,10 +85,17 @@ class Selector {
                    const at::Tensor& slots, SelectorCache& cache) const;
 
   // What the kernel between a layer's projections and its attention needs to do project_query, project_weight and
-  // append_keys in the same launch, after one product of hidden with the stacked query and key weights. Empty where
-  // it cannot: the weights are of another dtype than hidden, or the rotated dims are not 0 or 64.
-  std::optional<ops::SelectorPrologue> prologue(int64_t layer, const at::Tensor& hidden,
-                                                const at::Tensor& positions, SelectorCache& cache) const;
+  // append_keys in the same launch; the selector's own projections come from one product, after join() the
+  // backbone's. Without a selector where that cannot be: the weights are of another dtype than hidden, or the
+  // rotated dims are not 0 or 64.
+  AttentionPreparation prologue(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
+                                SelectorCache& cache) const;
+
+  // Moves every layer's query and key weights and the backbone's own projection into one matrix, for prologue(); the
+  // backbone and all parameters keep their values and are read from there. No memory is doubled unless several living
+  // selectors join one backbone. Layers of another dtype or device, or with a bias, stay apart. Not while a graph
+  // captured from the backbone is in use.
+  void join(const Backbone& backbone);
 
   // Every weight, in a fixed order (layers ascending; query, key, mix, norm): what an optimiser takes. The
   // tensors are leaves without requires_grad; the trainer sets it.
@@ -100,6 +107,7 @@ class Selector {
 
  private:
   struct LayerWeights {
+    at::Tensor stacked;                 // after join(): the backbone's projection, then query_key; else undefined
     at::Tensor query_key;               // [(num_heads + key_heads) * head_dim, hidden_size]: the memory of the next two
     at::Tensor query;                   // [num_heads * head_dim, hidden_size]
     at::Tensor key;                     // [key_heads * head_dim, hidden_size]
@@ -108,8 +116,8 @@ class Selector {
   };
   Selector() = default;
   static at::ScalarType fine_type(at::ScalarType dtype);
-  // Moves query and key into one matrix.
-  static void stack(LayerWeights& weights);
+  // Moves query and key into one matrix, below the rows of `projection` if that is defined.
+  static void stack(LayerWeights& weights, const at::Tensor& projection = {});
   void bind(const SelectorConfig& config, const ModelConfig& backbone, at::Device device);
   const LayerWeights& layer_weights(int64_t layer) const;
   ops::KeyPreparation key_preparation(int64_t layer, const at::Tensor& positions) const;

@@ -51,7 +51,7 @@ TEST_P(GpuDecodeStep, CapturedAndFusedEqualsUnprepared) {
   const auto [hybrid, head_dim, kind] = GetParam();
   const ModelConfig config = config_of(hybrid, head_dim);
   const Backbone backbone = Backbone::random(config, kGpu, at::kBFloat16, seed);
-  const Selector selector(SelectorConfig{}, config, kGpu, at::kBFloat16, seed);
+  Selector selector(SelectorConfig{}, config, kGpu, at::kBFloat16, seed);
   AttentionSpec spec;
   spec.kind = kind;
   spec.rule.mode = SelectionMode::top_k;
@@ -59,20 +59,22 @@ TEST_P(GpuDecodeStep, CapturedAndFusedEqualsUnprepared) {
   const int64_t room = 1200;
   const std::vector<std::vector<int32_t>> prompts = {std::vector<int32_t>(700, 3), std::vector<int32_t>(33, 5)};
   std::vector<std::vector<at::Tensor>> logits;
-  for (int way = 0; way < 3; ++way) {  // unprepared, prepared, captured
+  for (int way = 0; way < 4; ++way) {  // unprepared, prepared, captured, captured and with one projection for both
+    if (way == 3) selector.join(backbone);
     AttentionRun run(spec, backbone, &selector, 2 * room, 2);
     Unprepared plain(run.backend());
     AttentionBackend& backend = way == 0 ? static_cast<AttentionBackend&>(plain) : run.backend();
     const std::vector<int64_t> ids = {run.cache().open_sequence(), run.cache().open_sequence()};
     backbone.forward(make_batch(run.cache(), ids, prompts), backend, run.cache());
     DecodeStep step(backbone, backend, run.view(), run.cache(), ids, room);
-    if (way == 2) step.capture();
+    if (way >= 2) step.capture();
     std::vector<at::Tensor>& out = logits.emplace_back();
     for (int32_t i = 0; i < 40; ++i) out.push_back(step.run({7 + i, 90 - i}).clone());
   }
   for (size_t i = 0; i < logits[0].size(); ++i) {
     EXPECT_LT(difference(logits[1][i], logits[0][i]), 0.03) << "step " << i;
     EXPECT_LT(difference(logits[2][i], logits[1][i]), 1e-3) << "captured step " << i;
+    EXPECT_LT(difference(logits[3][i], logits[1][i]), 0.03) << "joined step " << i;
   }
 }
 
