@@ -46,10 +46,11 @@ at::Tensor rms_norm_op(const at::Tensor& x, const at::Tensor& factor, double eps
   const char* op = "spot::rms_norm";
   const auto dtype = x.scalar_type();
   TORCH_CHECK(x.dim() >= 1 && x.is_floating_point() && factor.dim() == 1 && factor.size(0) == x.size(-1) &&
+                  factor.is_contiguous() &&
                   (factor.scalar_type() == dtype || factor.scalar_type() == at::kFloat),
               op, ": x is ", dtype, " ", x.sizes(), ", the factor ", factor.scalar_type(), " ",
               factor.sizes(), "; the factor must be [", x.dim() > 0 ? x.size(-1) : 0,
-              "] of x's dtype or float32");
+              "], contiguous, of x's dtype or float32");
   check_device(op, x, {&factor});
 #ifdef SPOT_CUDA
   if constexpr (kFused)

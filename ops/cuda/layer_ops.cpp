@@ -13,7 +13,7 @@ namespace spot::ops::cuda {
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& factor, double epsilon) {
   const c10::DeviceGuard guard(x.device());
-  const at::Tensor rows = x.dim() == 2 && x.stride(1) == 1 ? x : x.contiguous(), factors = factor.contiguous();
+  const at::Tensor rows = x.dim() == 2 && x.stride(1) == 1 ? x : x.contiguous();
   at::Tensor y = at::empty(x.sizes(), x.options());
   if (y.numel() == 0) return y;
   kernels::RmsNormParams params;
@@ -22,8 +22,8 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& factor, double epsilo
   params.width = narrow(x.size(-1));
   params.x = rows.const_data_ptr();
   params.x_stride = rows.dim() == 2 ? rows.stride(0) : x.size(-1);
-  params.factor = factors.const_data_ptr();
-  params.factor_type = data_type(factors);
+  params.factor = factor.const_data_ptr();
+  params.factor_type = data_type(factor);
   params.epsilon = static_cast<float>(epsilon);
   params.y = y.mutable_data_ptr();
   params.overlap = kernels::Overlap::kLaunch;
