@@ -25,7 +25,7 @@ class Unprepared : public AttentionBackend {
 };
 
 ModelConfig config_of(bool hybrid, int64_t head_dim) {
-  ModelConfig config = hybrid ? testing::small_qwen3_5() : testing::small_qwen3();
+  ModelConfig config = hybrid ? spot::testing::small_qwen3_5() : spot::testing::small_qwen3();
   config.hidden_size = 256;
   config.intermediate_size = 384;
   config.head_dim = head_dim;
