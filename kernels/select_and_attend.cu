@@ -86,7 +86,12 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
     shared.list[position - begin] = block;
     if (reports) reported[position] = block;
   });
-  if (reports && place.split == 0 && tid == 0) p.counts[r] = count;
+  if (reports) {
+    for (int i = count + place.split * kSelectThreads + tid; i < p.max_selected;
+         i += kAttentionSplits * kSelectThreads)
+      reported[i] = -1;
+    if (place.split == 0 && tid == 0) p.counts[r] = count;
+  }
   source.last_entry = count - 1;
   source.last_valid = end == count && end > begin ? length - shared.list[count - 1 - begin] * kPageTokens : 0;
   if (warp < kAttendWarps)

@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
       shared);
   int32_t* out = p.selected + static_cast<int64_t>(r) * p.max_selected;
   list_bitmap(shared, row.num_blocks, 0, count, [&](int position, int block) { out[position] = block; });
+  for (int i = count + threadIdx.x; i < p.max_selected; i += kSelectThreads) out[i] = -1;
   if (threadIdx.x == 0) p.counts[r] = count;
 }
 

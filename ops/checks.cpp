@@ -30,6 +30,17 @@ void check_pool(const char* op, const at::Tensor& pool, const std::string& forma
 
 }  // namespace
 
+const char* key_norm_name(KeyPreparation::Norm norm) {
+  const char* names[] = {"none", "layernorm", "rmsnorm"};
+  return names[norm];
+}
+
+KeyPreparation::Norm parse_key_norm(const std::string& word) {
+  for (const auto norm : {KeyPreparation::kNone, KeyPreparation::kLayerNorm, KeyPreparation::kRmsNorm})
+    if (word == key_norm_name(norm)) return norm;
+  TORCH_CHECK(false, "spot: a key norm is \"", word, "\"; it must be none, layernorm or rmsnorm");
+}
+
 void check_append(const at::Tensor& pool, const at::Tensor& slots, const at::Tensor& keys,
                   const std::string& format) {
   const char* op = "spot::append_selector_keys";

@@ -9,6 +9,10 @@
 
 namespace spot::ops {
 
+// A key norm's word in a schema; throws on others.
+KeyPreparation::Norm parse_key_norm(const std::string& word);
+const char* key_norm_name(KeyPreparation::Norm norm);
+
 void check_append(const at::Tensor& pool, const at::Tensor& slots, const at::Tensor& keys,
                   const std::string& format);
 void check_preparation(const at::Tensor& keys, const KeyPreparation& preparation);

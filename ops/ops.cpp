@@ -45,12 +45,8 @@ void append_projected_boundary(at::Tensor pool, const at::Tensor& slots, const a
                                double norm_eps, const MaybeTensor& cos, const MaybeTensor& sin,
                                const MaybeTensor& positions, std::string format, double global_scale) {
   check_append(pool, slots, keys, format);
-  TORCH_CHECK(norm == "none" || norm == "layernorm" || norm == "rmsnorm",
-              "spot::append_projected_keys: norm is \"", norm, "\"; it must be none, layernorm or rmsnorm");
   KeyPreparation preparation;
-  preparation.norm = norm == "none"        ? KeyPreparation::kNone
-                     : norm == "layernorm" ? KeyPreparation::kLayerNorm
-                                           : KeyPreparation::kRmsNorm;
+  preparation.norm = parse_key_norm(norm);
   preparation.norm_weight = norm_weight.value_or(at::Tensor());
   preparation.norm_bias = norm_bias.value_or(at::Tensor());
   preparation.norm_eps = norm_eps;
@@ -71,9 +67,9 @@ at::Tensor gather_boundary(const at::Tensor& pool, const at::Tensor& page_table,
 template <auto Score>
 at::Tensor score_boundary(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,
                           const at::Tensor& page_table, const at::Tensor& lengths, std::string format,
-                          double global_scale, int64_t max_blocks) {
+                          double global_scale, int64_t max_blocks, bool history_settled) {
   check_score(query, weight, pool, page_table, lengths, format);
-  return Score(query, weight, pool, page_table, lengths, format, global_scale, max_blocks);
+  return Score(query, weight, pool, page_table, lengths, format, global_scale, max_blocks, history_settled);
 }
 
 template <auto Select>
@@ -143,7 +139,7 @@ TORCH_LIBRARY(spot, library) {
       "-> Tensor");
   library.def(
       "score_blocks(Tensor query, Tensor weight, Tensor pool, Tensor page_table, Tensor lengths, str format, "
-      "float global_scale=1.0, int max_blocks=0) -> Tensor");
+      "float global_scale=1.0, int max_blocks=0, bool history_settled=False) -> Tensor");
   library.def(("select_blocks(Tensor scores, Tensor lengths, " + rule +
                ") -> (Tensor indices, Tensor counts, Tensor predicted_mass)")
                   .c_str());
@@ -211,8 +207,7 @@ void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::T
                   const MaybeTensor&, double, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
                   std::string, double)>("spot::append_projected_keys");
   auto maybe = [](const at::Tensor& x) { return x.defined() ? MaybeTensor(x) : std::nullopt; };
-  const char* norms[] = {"none", "layernorm", "rmsnorm"};
-  op.call(pool, slots, keys, norms[preparation.norm], maybe(preparation.norm_weight),
+  op.call(pool, slots, keys, key_norm_name(preparation.norm), maybe(preparation.norm_weight),
           maybe(preparation.norm_bias), preparation.norm_eps, maybe(preparation.cos), maybe(preparation.sin),
           maybe(preparation.positions), format, global_scale);
 }
@@ -227,11 +222,11 @@ at::Tensor gather_selector_keys(const at::Tensor& pool, const at::Tensor& page_t
 
 at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,
                         const at::Tensor& page_table, const at::Tensor& lengths, const std::string& format,
-                        double global_scale, int64_t max_blocks) {
+                        double global_scale, int64_t max_blocks, bool history_settled) {
   static const auto op =
       handle<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                        const at::Tensor&, std::string, double, int64_t)>("spot::score_blocks");
-  return op.call(query, weight, pool, page_table, lengths, format, global_scale, max_blocks);
+                        const at::Tensor&, std::string, double, int64_t, bool)>("spot::score_blocks");
+  return op.call(query, weight, pool, page_table, lengths, format, global_scale, max_blocks, history_settled);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> select_blocks(const at::Tensor& scores,

@@ -46,10 +46,12 @@ at::Tensor gather_selector_keys(const at::Tensor& pool, const at::Tensor& page_t
 
 // Block scores [R, G, max_blocks] float32: max over the block's visible tokens of sum_h weight[r, g, h]
 // ReLU(query[r, h] . key[token, h]); -inf past the length. query [R, 4, 128], weight [R, G, 4] float32;
-// key_heads (1 or 4) is the pool's. max_blocks 0: the page table's width.
+// key_heads (1 or 4) is the pool's. max_blocks 0: the page table's width. history_settled promises that the
+// launch just before this one wrote nothing that this one reads but the query, the weight and each row's last
+// block of keys: on CUDA the rest is then read while that launch drains.
 at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,
                         const at::Tensor& page_table, const at::Tensor& lengths, const std::string& format,
-                        double global_scale, int64_t max_blocks = 0);
+                        double global_scale, int64_t max_blocks = 0, bool history_settled = false);
 
 // The arguments of select_blocks: SelectionRule without torch types.
 struct SelectArguments {

@@ -19,7 +19,7 @@ at::Tensor gather_selector_keys(const at::Tensor& pool, const at::Tensor& page_t
                                 const std::string& format, double global_scale);
 at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,
                         const at::Tensor& page_table, const at::Tensor& lengths, const std::string& format,
-                        double global_scale, int64_t max_blocks);
+                        double global_scale, int64_t max_blocks, bool history_settled);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> select_blocks(const at::Tensor& scores,
                                                              const at::Tensor& lengths,
                                                              const SelectArguments& arguments);

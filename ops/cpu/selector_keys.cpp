@@ -98,7 +98,7 @@ at::Tensor gather_selector_keys(const at::Tensor& pool, const at::Tensor& page_t
 
 at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,
                         const at::Tensor& page_table, const at::Tensor& lengths, const std::string& format,
-                        double global_scale, int64_t max_blocks) {
+                        double global_scale, int64_t max_blocks, bool) {
   const KeyPages pages(format, global_scale);
   const PageKernels& kernels = page_kernels();
   const int64_t rows = query.size(0), groups = weight.size(1), key_heads = pool.size(1),

@@ -1,7 +1,6 @@
 #include "ops/cuda/cuda_ops.h"
 
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <cmath>
@@ -14,42 +13,14 @@
 #include "kernels/select_and_attend.h"
 #include "kernels/selector_key_append.h"
 #include "ops/cpu/key_pages.h"
+#include "ops/cuda/call.h"
 
 namespace spot::ops::cuda {
 namespace {
 
-c10::Stream current_stream(const at::Tensor& tensor) {
-  return c10::impl::VirtualGuardImpl(tensor.device().type()).getStream(tensor.device());
-}
-
-cudaStream_t native_stream(const at::Tensor& tensor) {
-  return static_cast<cudaStream_t>(current_stream(tensor).native_handle());
-}
-
-void check(cudaError_t error, const char* op) {
-  TORCH_CHECK(
-      error == cudaSuccess, op, ": ", cudaGetErrorString(error),
-      error == cudaErrorInvalidValue ? " (a shape, stride or alignment that the kernel does not take)" : "");
-}
-
 // float64 comes from tests only.
 at::Tensor kernel_float(const at::Tensor& x) {
   return (x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x).contiguous();
-}
-
-kernels::DataType data_type(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return kernels::DataType::kF32;
-    case at::kHalf:
-      return kernels::DataType::kF16;
-    default:
-      return kernels::DataType::kBf16;
-  }
-}
-
-int32_t narrow(int64_t value) {
-  return static_cast<int32_t>(value);
 }
 
 // The kernels step through a table by rows; an expanded one has none.
@@ -88,7 +59,7 @@ int64_t selection_width(const SelectArguments& arguments, const kernels::SelectP
 struct Chosen {
   at::Tensor indices, counts, mass;
   Chosen(const at::Tensor& scores, const at::Tensor& lengths, int64_t width)
-      : indices(at::full({scores.size(0), scores.size(1), width}, -1, lengths.options())),
+      : indices(at::empty({scores.size(0), scores.size(1), width}, lengths.options())),
         counts(at::empty({scores.size(0), scores.size(1)}, lengths.options())),
         mass(at::empty({scores.size(0), scores.size(1)}, scores.options())) {}
 };
@@ -141,6 +112,7 @@ struct AttentionCall {
     params.page_table_stride = table.stride(0);
     params.lengths = lengths.const_data_ptr<int32_t>();
     params.rows_per_sequence = narrow(groups);
+    params.overlap = kernels::Overlap::kLaunch;
     params.out = output.mutable_data_ptr();
     params.workspace = attention_workspace(query, key_pool.size(0), &params.workspace_bytes);
   }
@@ -148,21 +120,16 @@ struct AttentionCall {
 
 }  // namespace
 
-void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
-                           const KeyPreparation& preparation, const std::string& format,
-                           double global_scale) {
-  if (keys.size(0) == 0) return;
-  const c10::DeviceGuard guard(pool.device());
-  const at::Tensor values = kernel_float(keys), where = slots.contiguous(),
-                   positions =
-                       preparation.positions.defined() ? preparation.positions.contiguous() : at::Tensor();
+kernels::SelectorKeyAppendParams append_params(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
+                                               const KeyPreparation& preparation, const at::Tensor& positions,
+                                               const std::string& format, double global_scale) {
   kernels::SelectorKeyAppendParams params;
   params.format = cpu::parse_key_format(format);
   params.key_heads = narrow(keys.size(1));
   params.num_tokens = keys.size(0);
-  params.keys = values.const_data_ptr();
-  params.key_type = data_type(values);
-  params.token_stride = values.stride(0);
+  params.keys = keys.const_data_ptr();
+  params.key_type = data_type(keys);
+  params.token_stride = keys.stride(0);
   params.norm = static_cast<kernels::KeyNorm>(preparation.norm);
   if (preparation.norm_weight.defined()) params.norm_weight = preparation.norm_weight.const_data_ptr<float>();
   if (preparation.norm_bias.defined()) params.norm_bias = preparation.norm_bias.const_data_ptr<float>();
@@ -172,10 +139,24 @@ void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::T
     params.rope_sin = preparation.sin.const_data_ptr<float>();
     params.positions = positions.const_data_ptr<int64_t>();
   }
-  params.slots = where.const_data_ptr<int64_t>();
+  params.slots = slots.const_data_ptr<int64_t>();
   params.pages = pool.mutable_data_ptr<uint8_t>();
   params.global_scale = static_cast<float>(global_scale);
-  check(kernels::selector_key_append(params, native_stream(pool)), "spot::append_projected_keys");
+  params.overlap = kernels::Overlap::kLaunch;
+  return params;
+}
+
+void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
+                           const KeyPreparation& preparation, const std::string& format,
+                           double global_scale) {
+  if (keys.size(0) == 0) return;
+  const c10::DeviceGuard guard(pool.device());
+  const at::Tensor values = kernel_float(keys), where = slots.contiguous(),
+                   positions =
+                       preparation.positions.defined() ? preparation.positions.contiguous() : at::Tensor();
+  check(kernels::selector_key_append(
+            append_params(pool, where, values, preparation, positions, format, global_scale), native_stream(pool)),
+        "spot::append_projected_keys");
 }
 
 void append_selector_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
@@ -185,7 +166,7 @@ void append_selector_keys(at::Tensor pool, const at::Tensor& slots, const at::Te
 
 at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,
                         const at::Tensor& page_table, const at::Tensor& lengths, const std::string& format,
-                        double global_scale, int64_t max_blocks) {
+                        double global_scale, int64_t max_blocks, bool history_settled) {
   const c10::DeviceGuard guard(query.device());
   const int64_t groups = weight.size(1), width = max_blocks > 0 ? max_blocks : page_table.size(1);
   TORCH_CHECK(width <= page_table.size(1), "spot::score_blocks: max_blocks is ", width,
@@ -207,6 +188,9 @@ at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const
   params.page_table_stride = table.stride(0);
   params.lengths = visible.const_data_ptr<int32_t>();
   params.score_stride = groups * width;
+  // A copy made here is no history.
+  const bool in_place = table.is_same(page_table) && visible.is_same(lengths);
+  params.overlap = history_settled && in_place ? kernels::Overlap::kHistory : kernels::Overlap::kLaunch;
   const at::Tensor weights = weight.transpose(0, 1).contiguous();  // [G, R, 4]
   for (int64_t g = 0; g < groups; ++g) {
     params.weights = weights.const_data_ptr<float>() + g * query.size(0) * 4;
@@ -230,6 +214,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_blocks(const at::Tensor& s
   params.rows_per_sequence = narrow(groups);
   params.score_stride = blocks;
   params.max_selected = narrow(width);
+  params.overlap = kernels::Overlap::kLaunch;
   auto run = [&](int64_t first, int64_t count) {
     params.rows = narrow(count * groups);
     params.scores = dense.const_data_ptr<float>() + first * groups * blocks;
@@ -305,6 +290,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend(
   params.counts = chosen.counts.mutable_data_ptr<int32_t>();
   params.covered_share = chosen.mass.mutable_data_ptr<float>();
   params.attention = call.params;
+  params.overlap = kernels::Overlap::kLaunch;
   if (call.output.numel() != 0)
     check(kernels::select_and_attend(params, native_stream(query)), "spot::select_and_attend");
   return {call.output, chosen.indices, chosen.counts, chosen.mass};

@@ -152,9 +152,16 @@ at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache, con
   return output;
 }
 
+AttentionPreparation DenseAttention::prepare(int64_t layer, const at::Tensor&, const Batch& batch) {
+  view_.update(cache_, batch, layer);
+  return {.slots = view_.slots};
+}
+
 at::Tensor DenseAttention::forward(const AttentionInputs& inputs) {
-  view_.update(cache_, inputs.batch, inputs.layer);
-  cache_.write(inputs.layer, view_.slots, inputs.key, inputs.value);
+  if (!inputs.stored) {
+    view_.update(cache_, inputs.batch, inputs.layer);
+    cache_.write(inputs.layer, view_.slots, inputs.key, inputs.value);
+  }
   return attend_dense(inputs, cache_, view_);
 }
 

@@ -55,7 +55,8 @@ at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache, con
 class DenseAttention : public AttentionBackend {
  public:
   explicit DenseAttention(KvCache& cache) : cache_(cache) {}
-  // Writes keys and values to the cache, then attends.
+  AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) override;
+  // Writes keys and values to the cache unless prepare() had it done, then attends.
   at::Tensor forward(const AttentionInputs& inputs) override;
   BatchView& view() { return view_; }
 

@@ -105,10 +105,21 @@ SelectionRule SpotPolicy::rule(int64_t layer) const {
   return rule;
 }
 
-void SpotPolicy::append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {
+void SpotPolicy::check_pages(const KvCache& cache) const {
   if (cache.num_pages() > keys_.num_pages())
     fail("the selector cache has {} pages, the KV cache {}; they share page ids and must be of one size",
          keys_.num_pages(), cache.num_pages());
+}
+
+AttentionPreparation SpotPolicy::prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
+                                         const KvCache& cache) {
+  check_pages(cache);
+  return selector_.prologue(layer, hidden, positions, keys_);
+}
+
+void SpotPolicy::append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {
+  if (inputs.selector_query.defined()) return;  // prepare() has had it done
+  check_pages(cache);
   selector_.append_keys(inputs.layer, inputs.hidden, inputs.batch.positions, view.slots, keys_);
 }
 
@@ -152,9 +163,14 @@ at::Tensor SpotPolicy::score_chunk(const AttentionInputs& inputs, const KvCache&
 
 at::Tensor SpotPolicy::score_decode(const AttentionInputs& inputs, const KvCache& cache,
                                     const BatchView& view) {
-  return ops::score_blocks(selector_.project_query(inputs.layer, inputs.hidden, inputs.batch.positions),
-                           selector_.project_weight(inputs.layer, inputs.hidden), keys_.pool(inputs.layer),
-                           view.page_table, view.lengths, to_string(keys_.format()), keys_.global_scale());
+  const bool prepared = inputs.selector_query.defined();
+  return ops::score_blocks(
+      prepared ? inputs.selector_query
+               : selector_.project_query(inputs.layer, inputs.hidden, inputs.batch.positions),
+      prepared ? inputs.selector_weight.view({-1, groups(), inputs.selector_query.size(1)})
+               : selector_.project_weight(inputs.layer, inputs.hidden),
+      keys_.pool(inputs.layer), view.page_table, view.lengths, to_string(keys_.format()), keys_.global_scale(),
+      /*max_blocks=*/0, /*history_settled=*/prepared);
 }
 
 namespace {

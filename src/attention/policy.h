@@ -36,6 +36,13 @@ class SelectionPolicy {
   virtual SelectionRule rule(int64_t layer) const { return rule_; }
   void set_rule(const SelectionRule& rule);
 
+  // What the kernel that makes a decode step's queries and keys can do for the policy along the way; slots are not
+  // the policy's to say.
+  virtual AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
+                                       const KvCache& cache) {
+    return {};
+  }
+
   // Called for every covered layer of every pass, prefill and decode, after keys and values were written to
   // `cache` at view.slots: where a policy feeds its own caches.
   virtual void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {}
@@ -90,6 +97,8 @@ class SpotPolicy : public SelectionPolicy {
   bool covers(int64_t layer) const override { return selector_.has_layer(layer); }
   // The rule with the layer's fitted temperature (times the rule's own).
   SelectionRule rule(int64_t layer) const override;
+  AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
+                               const KvCache& cache) override;
   void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
   PolicyState export_pages(const std::vector<int32_t>& pages) const override;
   void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) override;
@@ -99,6 +108,7 @@ class SpotPolicy : public SelectionPolicy {
                           const BatchView& view) override;
 
  private:
+  void check_pages(const KvCache& cache) const;
   const Selector& selector_;
   SelectorCache& keys_;
 };

@@ -15,9 +15,20 @@ SparseAttention::SparseAttention(KvCache& cache, SelectionPolicy& policy, Sparse
     fail("sparse attention: prefill_chunk is {}; it must be a multiple of 16", options_.prefill_chunk);
 }
 
+AttentionPreparation SparseAttention::prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) {
+  view_.update(cache_, batch, layer);
+  AttentionPreparation wanted;
+  if (policy_.covers(layer) && batch.is_decode() && !options_.dense_layers.count(layer))
+    wanted = policy_.prepare(layer, hidden, batch.positions, cache_);
+  wanted.slots = view_.slots;
+  return wanted;
+}
+
 at::Tensor SparseAttention::forward(const AttentionInputs& inputs) {
-  view_.update(cache_, inputs.batch, inputs.layer);
-  cache_.write(inputs.layer, view_.slots, inputs.key, inputs.value);
+  if (!inputs.stored) {
+    view_.update(cache_, inputs.batch, inputs.layer);
+    cache_.write(inputs.layer, view_.slots, inputs.key, inputs.value);
+  }
   if (!policy_.covers(inputs.layer)) return attend_dense(inputs, cache_, view_);
   policy_.append(inputs, cache_, view_);
   if (options_.dense_layers.count(inputs.layer)) return attend_dense(inputs, cache_, view_);

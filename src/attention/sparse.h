@@ -49,6 +49,7 @@ class SparseAttention : public AttentionBackend {
   // The cache and the policy outlive this object. Throws Error on an unsupported query_tile.
   SparseAttention(KvCache& cache, SelectionPolicy& policy, SparseOptions options = {});
 
+  AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) override;
   at::Tensor forward(const AttentionInputs& inputs) override;
 
   void set_prefill(PrefillMode mode) { options_.prefill = mode; }

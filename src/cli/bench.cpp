@@ -81,7 +81,10 @@ Measurement measure(const Options& options, const Backbone& backbone, const std:
   const at::Device device = backbone.device();
   if (device.is_cuda()) at::accelerator::resetPeakStats(device.index());
   std::optional<Selector> selector;
-  if (kind == AttentionKind::spot) selector.emplace(SelectorConfig::from_preset(options.preset), backbone.config(), device, backbone.dtype());
+  if (kind == AttentionKind::spot) {
+    selector.emplace(SelectorConfig::from_preset(options.preset), backbone.config(), device, backbone.dtype());
+    selector->join(backbone);
+  }
   AttentionSpec spec = options.rule.spec(kind, selector ? &*selector : nullptr);
   spec.sparse.count = false;
   const int64_t room = options.context + options.steps + 8;

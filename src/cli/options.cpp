@@ -48,7 +48,10 @@ void SelectorOptions::add(CLI::App& app) {
 
 std::optional<Selector> SelectorOptions::load(const ModelOptions& model, const Backbone& backbone) const {
   if (name.empty()) return {};
-  return Selector::load(name, model.folder, backbone.config(), backbone.fingerprint(), backbone.device());
+  Selector selector =
+      Selector::load(name, model.folder, backbone.config(), backbone.fingerprint(), backbone.device(), backbone.dtype());
+  selector.join(backbone);
+  return selector;
 }
 
 void RuleOptions::add(CLI::App& app) {

@@ -5,10 +5,22 @@
 
 #include <ATen/ATen.h>
 
+#include <optional>
+
 #include "model/batch.h"
 #include "model/kv_cache.h"
+#include "ops/layer_ops.h"
 
 namespace spot {
+
+// What a backend wants done in the kernel that makes queries, keys and values, which saves it launches of its own.
+struct AttentionPreparation {
+  at::Tensor slots;  // [T] int64: keys and values are written there, into the pass's KvCache; undefined: not
+  std::optional<ops::SelectorPrologue> selector;  // needs slots
+  // The layer's own projection (Backbone::projection) with the selector's rows below it, [rows, hidden_size]: one
+  // product makes both, and selector->projected is taken from it. Undefined: the selector brings its own.
+  at::Tensor stacked;
+};
 
 // query, key and value are contiguous, in the model's dtype.
 struct AttentionInputs {
@@ -19,11 +31,17 @@ struct AttentionInputs {
   at::Tensor value;   // [T, num_kv_heads, head_dim]
   double scale;       // softmax scale, head_dim^-1/2
   const Batch& batch;
+  // What the backend's prepare() had done: key and value are in the cache; [T, 4, 128] and [T, groups * 4] float32 of
+  // the selector, whose key is in its own cache, or undefined.
+  bool stored = false;
+  at::Tensor selector_query = {}, selector_weight = {};
 };
 
 class AttentionBackend {
  public:
   virtual ~AttentionBackend() = default;
+  // Called before forward() with the same layer, hidden and batch.
+  virtual AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) { return {}; }
   // Called once a forward pass and full-attention layer, in layer order. Returns [T, num_heads, head_dim] in
   // the dtype of query. Query t of a sequence attends to that sequence's positions <= its own.
   virtual at::Tensor forward(const AttentionInputs& inputs) = 0;

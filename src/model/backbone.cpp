@@ -7,8 +7,8 @@
 
 #include "core/error.h"
 #include "model/gated_delta.h"
-#include "model/rope.h"
 #include "model/weights.h"
+#include "ops/layer_ops.h"
 
 namespace spot {
 namespace {
@@ -24,64 +24,70 @@ void add_linear(at::Tensor& hidden, const at::Tensor& x, const LinearWeights& we
   hidden.addmm_(x, weights.weight.t());
 }
 
-at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& factor, double eps) {
-  const at::IntArrayRef shape = factor.sizes();
-  if (factor.scalar_type() == x.scalar_type()) return at::rms_norm(x, shape, factor, eps);
-  return at::rms_norm(x.to(factor.scalar_type()), shape, factor, eps).to(x.scalar_type());
-}
-
 // What every layer of one forward pass shares.
 struct Pass {
   const ModelConfig& config;
   const Batch& batch;
   AttentionBackend& attention;
   KvCache& cache;
-  RopeRows rope_rows;
+  const RopeTable& rope;
   at::Tensor state_slots;  // [num_sequences], models with linear-attention layers
 };
 
-// Projects, normalises, rotates, lets the backend attend; returns the heads' outputs [T, num_heads *
-// head_dim].
+// Projects, normalises, rotates, stores what the backend wants stored, lets it attend; returns the heads' outputs
+// [T, num_heads * head_dim].
 at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const AttentionWeights& weights) {
   const ModelConfig& c = pass.config;
   const int64_t tokens = x.size(0), dim = c.head_dim;
-  const int64_t query_rows = c.num_heads * dim * (c.attention_output_gate ? 2 : 1);
-  const int64_t kv_rows = c.num_kv_heads * dim;
-  const at::Tensor projected = linear(x, weights.qkv);
-  at::Tensor query_key, gate;  // [T, num_heads + num_kv_heads, head_dim]
-  if (c.attention_output_gate) {
-    // Each head's rows are its query, then its gate.
-    const at::Tensor both = projected.narrow(1, 0, query_rows).unflatten(1, {c.num_heads, 2 * dim});
-    gate = both.narrow(2, dim, dim);
-    query_key = at::cat({both.narrow(2, 0, dim),
-                         projected.narrow(1, query_rows, kv_rows).unflatten(1, {c.num_kv_heads, dim})},
-                        1);
+  AttentionPreparation wanted = pass.attention.prepare(layer, x, pass.batch);
+  at::Tensor projected;
+  if (wanted.stacked.defined()) {
+    const at::Tensor both = at::linear(x, wanted.stacked);
+    const int64_t own = weights.qkv.weight.size(0);
+    projected = both.narrow(1, 0, own);
+    wanted.selector->projected = both.narrow(1, own, both.size(1) - own);
   } else {
-    query_key =
-        projected.narrow(1, 0, query_rows + kv_rows).unflatten(1, {c.num_heads + c.num_kv_heads, dim});
+    projected = linear(x, weights.qkv);
   }
-  if (c.qk_norm) {
-    query_key = at::rms_norm(query_key.to(at::kFloat), {dim}, {}, c.rms_norm_eps) * weights.qk_norm;
+  ops::AttentionPrologue prologue{.projected = projected,
+                                  .num_heads = c.num_heads,
+                                  .num_kv_heads = c.num_kv_heads,
+                                  .head_dim = dim,
+                                  .output_gate = c.attention_output_gate,
+                                  .qk_norm = weights.qk_norm,
+                                  .norm_eps = c.rms_norm_eps,
+                                  .cos = pass.rope.cos,
+                                  .sin = pass.rope.sin,
+                                  .positions = pass.batch.positions};
+  const bool stored = wanted.slots.defined() && pass.cache.dtype() == x.scalar_type();
+  if (stored) {
+    prologue.key_pool = pass.cache.keys(layer);
+    prologue.value_pool = pass.cache.values(layer);
+    prologue.slots = wanted.slots;
   }
-  query_key = rotate(query_key, pass.rope_rows, x.scalar_type());
-  const auto heads = [&](int64_t first, int64_t count) {
-    return query_key.narrow(1, first, count).contiguous();
-  };
-  const AttentionInputs inputs{
-      .layer = layer,
-      .hidden = x,
-      .query = heads(0, c.num_heads),
-      .key = heads(c.num_heads, c.num_kv_heads),
-      .value =
-          projected.narrow(1, query_rows + kv_rows, kv_rows).unflatten(1, {c.num_kv_heads, dim}).contiguous(),
-      .scale = 1.0 / std::sqrt(static_cast<double>(dim)),
-      .batch = pass.batch};
+  const ops::PrologueOutputs made =
+      ops::attention_prologue(prologue, stored ? wanted.selector : std::nullopt);
+  const AttentionInputs inputs{.layer = layer,
+                               .hidden = x,
+                               .query = made.query,
+                               .key = made.key,
+                               .value = made.value,
+                               .scale = 1.0 / std::sqrt(static_cast<double>(dim)),
+                               .batch = pass.batch,
+                               .stored = stored,
+                               .selector_query = made.selector_query,
+                               .selector_weight = made.selector_weight};
   at::Tensor out = pass.attention.forward(inputs);
   if (out.sizes() != inputs.query.sizes() || out.scalar_type() != x.scalar_type()) {
     fail("the attention backend returned a tensor of another shape or dtype than the query in layer {}",
          layer);
   }
-  if (gate.defined()) out = out * at::sigmoid(gate);
+  if (c.attention_output_gate) {  // each head's rows are its query, then its gate
+    const at::Tensor gate = projected.narrow(1, 0, c.num_heads * 2 * dim)
+                                .unflatten(1, {c.num_heads, 2 * dim})
+                                .narrow(2, dim, dim);
+    out = ops::gated_product(gate, out, "sigmoid");
+  }
   return out.reshape({tokens, c.num_heads * dim});
 }
 
@@ -99,7 +105,7 @@ at::Tensor delta_net(const Pass& pass, int64_t layer, const at::Tensor& x, const
 
 at::Tensor mlp_inner(const at::Tensor& x, const LinearWeights& gate_up) {
   const auto halves = linear(x, gate_up).chunk(2, 1);
-  return at::silu(halves[0]).mul_(halves[1]);
+  return ops::gated_product(halves[0], halves[1], "silu");
 }
 
 void check_batch(const Batch& batch, const ModelConfig& config, at::Device device) {
@@ -176,23 +182,28 @@ at::Tensor Backbone::forward(const Batch& batch, AttentionBackend& attention, Kv
   const ModelConfig& config = weights_->config;
   check_batch(batch, config, device());
   const bool hybrid = config.full_attention_layers().size() != static_cast<size_t>(config.num_layers);
-  Pass pass{config, batch, attention, cache, rope_rows(weights_->rope, batch.positions), {}};
+  Pass pass{config, batch, attention, cache, weights_->rope, {}};
   if (hybrid) pass.state_slots = batch.state_slots.defined() ? batch.state_slots : cache.state_slots(batch);
 
   at::Tensor hidden = at::embedding(weights_->embedding, batch.tokens);
   for (int64_t i = 0; i < config.num_layers; ++i) {
     LayerWeights layer = weights_->layers[i];  // the tensors are shared, not copied
     if (weights_->sharded) weights_->sharded->put(i, layer);
-    const at::Tensor x = rms_norm(hidden, layer.input_norm, config.rms_norm_eps);
+    const at::Tensor x = ops::rms_norm(hidden, layer.input_norm, config.rms_norm_eps);
     if (config.is_full_attention(i)) {
       add_linear(hidden, attend(pass, i, x, layer.attention), layer.attention.out);
     } else {
       add_linear(hidden, delta_net(pass, i, x, layer.delta), layer.delta.out);
     }
-    add_linear(hidden, mlp_inner(rms_norm(hidden, layer.mlp_norm, config.rms_norm_eps), layer.gate_up),
+    add_linear(hidden, mlp_inner(ops::rms_norm(hidden, layer.mlp_norm, config.rms_norm_eps), layer.gate_up),
                layer.down);
   }
-  return rms_norm(hidden, weights_->final_norm, config.rms_norm_eps);
+  return ops::rms_norm(hidden, weights_->final_norm, config.rms_norm_eps);
+}
+
+at::Tensor Backbone::projection(int64_t layer) const {
+  const LinearWeights& qkv = weights_->layers.at(layer).attention.qkv;
+  return qkv.bias.defined() ? at::Tensor() : qkv.weight;
 }
 
 at::Tensor Backbone::logits(const at::Tensor& hidden) const {

@@ -5,6 +5,7 @@
 #include <numbers>
 
 #include "core/error.h"
+#include "ops/layer_ops.h"
 
 namespace spot {
 namespace {
@@ -72,28 +73,12 @@ RopeTable rope_table(const RopeConfig& config, int64_t num_positions, at::Device
           at::sin(angles).mul_(attention_factor).to(device)};
 }
 
-RopeRows rope_rows(const RopeTable& table, const at::Tensor& positions) {
-  const at::Tensor sin = table.sin.index_select(0, positions);
-  return {table.cos.index_select(0, positions).unsqueeze(1).unsqueeze(1),
-          at::stack({sin.neg(), sin}, 1).unsqueeze(1)};
-}
-
-at::Tensor rotate(const at::Tensor& x, const RopeRows& rows, at::ScalarType dtype) {
-  const int64_t half = rows.cos.size(-1);
-  if (x.dim() != 3 || 2 * half > x.size(2)) {
-    fail("a rotary embedding of {} dims does not fit heads of {}", 2 * half, x.dim() == 3 ? x.size(2) : 0);
-  }
-  const int64_t rest = x.size(2) - 2 * half;
-  const at::Tensor wide = x.to(at::kFloat);
-  // [T, heads, 2, half]: (a, b) -> (a cos - b sin, b cos + a sin).
-  const at::Tensor pairs = wide.narrow(2, 0, 2 * half).unflatten(2, {2, half});
-  const at::Tensor turned = pairs * rows.cos, swapped = pairs.flip(2);
-  const at::Tensor rotated = at::addcmul(turned, swapped, rows.sin).flatten(2);
-  return (rest == 0 ? rotated : at::cat({rotated, wide.narrow(2, 2 * half, rest)}, 2)).to(dtype);
-}
-
 at::Tensor apply_rope(const at::Tensor& x, const at::Tensor& positions, const RopeTable& table) {
-  return rotate(x, rope_rows(table, positions), x.scalar_type());
+  const int64_t dims = 2 * table.cos.size(1);
+  if (x.dim() != 3 || dims > x.size(2)) {
+    fail("a rotary embedding of {} dims does not fit heads of {}", dims, x.dim() == 3 ? x.size(2) : 0);
+  }
+  return ops::rotate_heads(x, positions, table.cos, table.sin);
 }
 
 }  // namespace spot

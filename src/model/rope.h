@@ -21,13 +21,4 @@ RopeTable rope_table(const RopeConfig& config, int64_t num_positions, at::Device
 // passes through. positions [T] int64. The result is contiguous, in the dtype of x.
 at::Tensor apply_rope(const at::Tensor& x, const at::Tensor& positions, const RopeTable& table);
 
-// The same in two steps, for callers that rotate several tensors at the same positions.
-struct RopeRows {
-  at::Tensor cos;  // [T, 1, 1, rotary_dim / 2]
-  at::Tensor sin;  // [T, 1, 2, rotary_dim / 2], negated for the first half of a head
-};
-RopeRows rope_rows(const RopeTable& table, const at::Tensor& positions);
-// The result is contiguous, in `dtype`.
-at::Tensor rotate(const at::Tensor& x, const RopeRows& rows, at::ScalarType dtype);
-
 }  // namespace spot

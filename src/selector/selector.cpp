@@ -1,5 +1,6 @@
 #include "selector/selector.h"
 
+#include <ATen/core/grad_mode.h>
 #include <fmt/ranges.h>
 
 #include <algorithm>
@@ -72,6 +73,7 @@ Selector::Selector(const SelectorConfig& config, const ModelConfig& backbone, at
     };
     weights.query = fresh(config.num_heads * config.head_dim, 0).to(options);
     weights.key = fresh(config.key_heads * config.head_dim, 1).to(options);
+    stack(weights);
     weights.mix = fresh(groups_ * config.num_heads, 2).to(fine);
     if (config.key_norm != KeyNorm::none) weights.norm_weight = at::ones({config.head_dim}, fine);
     if (config.key_norm == KeyNorm::layernorm) weights.norm_bias = at::zeros({config.head_dim}, fine);
@@ -81,6 +83,33 @@ Selector::Selector(const SelectorConfig& config, const ModelConfig& backbone, at
 // What is small and sensitive stays in float32 whatever the dtype of the large weights.
 at::ScalarType Selector::fine_type(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void Selector::stack(LayerWeights& weights, const at::Tensor& projection) {
+  const at::NoGradGuard no_grad;
+  const int64_t columns = weights.query.size(1);
+  std::vector<at::Tensor> parts = {weights.query, weights.key};
+  if (projection.defined()) parts.insert(parts.begin(), projection);
+  const at::Tensor all = at::cat(parts);
+  // set_ makes no view: a trainer makes each parameter a leaf of its own and changes it in place.
+  int64_t row = 0;
+  const auto move = [&](const at::Tensor& part) {
+    part.set_(all.storage(), row * columns, part.sizes().vec(), {columns, 1});
+    row += part.size(0);
+  };
+  for (const at::Tensor& part : parts) move(part);
+  const int64_t rows = weights.query.size(0) + weights.key.size(0);
+  weights.query_key = all.narrow(0, row - rows, rows);
+  if (projection.defined()) weights.stacked = all;
+}
+
+void Selector::join(const Backbone& backbone) {
+  for (auto& [layer, weights] : weights_) {
+    const at::Tensor projection = backbone.projection(layer);
+    if (projection.defined() && projection.scalar_type() == weights.query.scalar_type() &&
+        projection.device() == weights.query.device())
+      stack(weights, projection);
+  }
 }
 
 const Selector::LayerWeights& Selector::layer_weights(int64_t layer) const {
@@ -119,10 +148,7 @@ at::Tensor Selector::project_key(int64_t layer, const at::Tensor& hidden, const 
   return config_.rope_dims > 0 ? apply_rope(key, positions, rope_) : key;
 }
 
-void Selector::append_keys(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
-                           const at::Tensor& slots, SelectorCache& cache) const {
-  if (config_.rope_dims != 0 && config_.rope_dims != 64)  // the kernel rotates 64 dims or none
-    return cache.append(layer, slots, project_key(layer, hidden, positions));
+ops::KeyPreparation Selector::key_preparation(int64_t layer, const at::Tensor& positions) const {
   const LayerWeights& weights = layer_weights(layer);
   ops::KeyPreparation preparation;
   preparation.norm = config_.key_norm == KeyNorm::none        ? ops::KeyPreparation::kNone
@@ -136,18 +162,47 @@ void Selector::append_keys(int64_t layer, const at::Tensor& hidden, const at::Te
     preparation.sin = rope_.sin;
     preparation.positions = positions;
   }
+  return preparation;
+}
+
+void Selector::append_keys(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
+                           const at::Tensor& slots, SelectorCache& cache) const {
+  if (config_.rope_dims != 0 && config_.rope_dims != 64)  // the kernel rotates 64 dims or none
+    return cache.append(layer, slots, project_key(layer, hidden, positions));
   cache.append(layer, slots,
-               at::linear(hidden, weights.key.to(hidden.scalar_type()))
+               at::linear(hidden, layer_weights(layer).key.to(hidden.scalar_type()))
                    .view({hidden.size(0), config_.key_heads, config_.head_dim}),
-               preparation);
+               key_preparation(layer, positions));
+}
+
+double Selector::mix_scale() const {
+  return 1.0 / std::sqrt(static_cast<double>(config_.num_heads * config_.head_dim));
 }
 
 at::Tensor Selector::project_weight(int64_t layer, const at::Tensor& hidden) const {
   const at::Tensor x = accumulation(hidden);
-  const double scale = 1.0 / std::sqrt(static_cast<double>(config_.num_heads * config_.head_dim));
   return at::linear(x, layer_weights(layer).mix.to(x.scalar_type()))
              .view({hidden.size(0), groups_, config_.num_heads}) *
-         scale;
+         mix_scale();
+}
+
+AttentionPreparation Selector::prologue(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
+                                        SelectorCache& cache) const {
+  const LayerWeights& weights = layer_weights(layer);
+  if (weights.query_key.scalar_type() != hidden.scalar_type() || weights.mix.scalar_type() != at::kFloat ||
+      (config_.rope_dims != 0 && config_.rope_dims != 64))
+    return {};
+  return {.selector =
+              ops::SelectorPrologue{
+                  .projected = weights.stacked.defined() ? at::Tensor() : at::linear(hidden, weights.query_key),
+                  .hidden = hidden,
+                  .mix = weights.mix,
+                  .mix_scale = mix_scale(),
+                  .preparation = key_preparation(layer, positions),
+                  .pool = cache.pool(layer),
+                  .format = to_string(cache.format()),
+                  .global_scale = cache.global_scale()},
+          .stacked = weights.stacked};
 }
 
 SelectorProjection Selector::project(int64_t layer, const at::Tensor& hidden,

@@ -20,6 +20,8 @@
 #include <vector>
 
 #include "checkpoint/config.h"
+#include "model/attention.h"
+#include "model/backbone.h"
 #include "model/rope.h"
 #include "selector/cache.h"
 #include "selector/config.h"
@@ -82,6 +84,19 @@ class Selector {
   void append_keys(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
                    const at::Tensor& slots, SelectorCache& cache) const;
 
+  // What the kernel between a layer's projections and its attention needs to do project_query, project_weight and
+  // append_keys in the same launch; the selector's own projections come from one product, after join() the
+  // backbone's. Without a selector where that cannot be: the weights are of another dtype than hidden, or the
+  // rotated dims are not 0 or 64.
+  AttentionPreparation prologue(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
+                                SelectorCache& cache) const;
+
+  // Moves every layer's query and key weights and the backbone's own projection into one matrix, for prologue(); the
+  // backbone and all parameters keep their values and are read from there. No memory is doubled unless several living
+  // selectors join one backbone. Layers of another dtype or device, or with a bias, stay apart. Not while a graph
+  // captured from the backbone is in use.
+  void join(const Backbone& backbone);
+
   // Every weight, in a fixed order (layers ascending; query, key, mix, norm): what an optimiser takes. The
   // tensors are leaves without requires_grad; the trainer sets it.
   std::vector<at::Tensor> parameters() const;
@@ -92,6 +107,8 @@ class Selector {
 
  private:
   struct LayerWeights {
+    at::Tensor stacked;                 // after join(): the backbone's projection, then query_key; else undefined
+    at::Tensor query_key;               // [(num_heads + key_heads) * head_dim, hidden_size]: the memory of the next two
     at::Tensor query;                   // [num_heads * head_dim, hidden_size]
     at::Tensor key;                     // [key_heads * head_dim, hidden_size]
     at::Tensor mix;                     // [groups * num_heads, hidden_size]
@@ -99,8 +116,12 @@ class Selector {
   };
   Selector() = default;
   static at::ScalarType fine_type(at::ScalarType dtype);
+  // Moves query and key into one matrix, below the rows of `projection` if that is defined.
+  static void stack(LayerWeights& weights, const at::Tensor& projection = {});
   void bind(const SelectorConfig& config, const ModelConfig& backbone, at::Device device);
   const LayerWeights& layer_weights(int64_t layer) const;
+  ops::KeyPreparation key_preparation(int64_t layer, const at::Tensor& positions) const;
+  double mix_scale() const;
 
   SelectorConfig config_;
   ModelConfig backbone_;

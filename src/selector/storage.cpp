@@ -133,6 +133,7 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
     LayerWeights& weights = selector.weights_[layer];
     weights.query = take("query.weight", {config.num_heads * config.head_dim, backbone.hidden_size}, dtype);
     weights.key = take("key.weight", {config.key_heads * config.head_dim, backbone.hidden_size}, dtype);
+    stack(weights);
     weights.mix =
         take("mix.weight", {selector.groups_ * config.num_heads, backbone.hidden_size}, fine_type(dtype));
     if (config.key_norm != KeyNorm::none)

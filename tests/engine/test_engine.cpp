@@ -10,6 +10,7 @@
 #include "core/error.h"
 #include "engine/attention_choice.h"
 #include "engine/generator.h"
+#include "tests/model/configs.h"
 
 namespace spot {
 namespace {
@@ -125,6 +126,56 @@ TEST(AttentionChoice, NamesAreExactAndSpotNeedsASelector) {
   AttentionSpec spec;
   spec.kind = AttentionKind::spot;
   EXPECT_THROW(AttentionRun(spec, backbone, nullptr, 100), Error);
+}
+
+// A backend that has nothing prepared: it stores keys and values, and its policy projects, after the fact.
+class Unprepared : public AttentionBackend {
+ public:
+  explicit Unprepared(AttentionBackend& inner) : inner_(inner) {}
+  at::Tensor forward(const AttentionInputs& inputs) override { return inner_.forward(inputs); }
+
+ private:
+  AttentionBackend& inner_;
+};
+
+TEST(Decode, PreparedAndJoinedEqualUnprepared) {
+  const uint64_t seed = std::random_device{}();
+  std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
+  for (bool hybrid : {false, true}) {
+    const ModelConfig config = hybrid ? testing::small_qwen3_5() : testing::small_qwen3();
+    const Backbone backbone = Backbone::random(config, at::kCPU, at::kFloat, seed);
+    Selector selector(SelectorConfig{}, config, at::kCPU, at::kFloat, seed);
+    std::vector<at::Tensor> before;
+    for (const at::Tensor& parameter : selector.parameters()) before.push_back(parameter.clone());
+    const at::Tensor projection = backbone.projection(hybrid ? 2 : 0).clone();
+    for (AttentionKind kind : {AttentionKind::dense, AttentionKind::spot}) {
+      AttentionSpec spec;
+      spec.kind = kind;
+      spec.rule.mode = SelectionMode::top_k;
+      spec.rule.budget = 64, spec.rule.sinks = 16, spec.rule.recency = 16, spec.rule.floor = 32;
+      spec.cache_format = CacheFormat::f32;
+      std::vector<at::Tensor> hidden;
+      for (int way = 0; way < 3; ++way) {
+        if (way == 2) selector.join(backbone);
+        AttentionRun run(spec, backbone, &selector, 600, 2);
+        Unprepared plain(run.backend());
+        AttentionBackend& backend = way == 0 ? static_cast<AttentionBackend&>(plain) : run.backend();
+        const std::vector<int64_t> ids = {run.cache().open_sequence(), run.cache().open_sequence()};
+        std::vector<std::vector<int32_t>> tokens(2);
+        for (int32_t i = 0; i < 200; ++i) tokens[i % 3 == 0].push_back(i * 31 % 97);
+        at::Tensor all = backbone.forward(make_batch(run.cache(), ids, tokens), backend, run.cache());
+        for (int32_t step = 0; step < 5; ++step)
+          all = at::cat({all, backbone.forward(make_batch(run.cache(), ids, {{step}, {90 - step}}), backend, run.cache())});
+        hidden.push_back(all);
+      }
+      for (int way : {1, 2})
+        EXPECT_LT(((hidden[way] - hidden[0]).norm() / hidden[0].norm()).item<double>(), 1e-4) << "way " << way;
+    }
+    // Only the memory has moved.
+    const std::vector<at::Tensor> after = selector.parameters();
+    for (size_t i = 0; i < before.size(); ++i) EXPECT_TRUE(at::equal(after[i], before[i]));
+    EXPECT_TRUE(at::equal(backbone.projection(hybrid ? 2 : 0), projection));
+  }
 }
 
 }  // namespace

@@ -242,7 +242,7 @@ TEST(SelectAndAttend, EveryPathGivesTheSameBits) {
       const auto run = [&](SelectAndAttendPath path) {
         out.fill(0xff);
         lse.fill(0xff);
-        selected.fill(0xff);
+        selected.fill(0x11);
         counts.fill(0xff);
         share.fill(0xff);
         check(select_and_attend(p, nullptr, path));

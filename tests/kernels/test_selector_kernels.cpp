@@ -199,6 +199,7 @@ void compare_selection(const SelectParams& rules, const std::vector<int32_t>& le
   const int32_t rows = static_cast<int32_t>(lengths.size()) * rows_per_sequence;
   Buffer<float> device_scores(scores), share(rows);
   Buffer<int32_t> device_lengths(lengths), selected(static_cast<size_t>(rows) * max_selected), counts(rows);
+  selected.fill(0x11);
   SelectBlocksParams p;
   p.rules = rules;
   p.rows = rows;
@@ -222,9 +223,8 @@ void compare_selection(const SelectParams& rules, const std::vector<int32_t>& le
     ASSERT_TRUE(
         std::equal(expected.begin(), expected.end(), out.begin() + static_cast<int64_t>(row) * max_selected))
         << "length " << lengths[row / rows_per_sequence];
-    if (static_cast<int32_t>(expected.size()) < max_selected) {
-      EXPECT_EQ(out[static_cast<int64_t>(row) * max_selected + expected.size()], -1);  // not written
-    }
+    for (int64_t i = static_cast<int64_t>(expected.size()); i < max_selected; ++i)
+      ASSERT_EQ(out[static_cast<int64_t>(row) * max_selected + i], -1);
     if (with_share) {
       EXPECT_EQ(out_share[row], expected_share);
     }

@@ -1,0 +1,120 @@
+#include "ops/cuda/layer_ops.h"
+
+#include <c10/core/DeviceGuard.h>
+
+#include "kernels/attention_prologue.h"
+#include "kernels/gated_product.h"
+#include "kernels/rms_norm.h"
+#include "ops/cpu/key_pages.h"
+#include "ops/cuda/call.h"
+#include "ops/cuda/cuda_ops.h"
+
+namespace spot::ops::cuda {
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& factor, double epsilon) {
+  const c10::DeviceGuard guard(x.device());
+  const at::Tensor rows = x.dim() == 2 && x.stride(1) == 1 ? x : x.contiguous();
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
+  kernels::RmsNormParams params;
+  params.type = data_type(x);
+  params.num_rows = x.numel() / x.size(-1);
+  params.width = narrow(x.size(-1));
+  params.x = rows.const_data_ptr();
+  params.x_stride = rows.dim() == 2 ? rows.stride(0) : x.size(-1);
+  params.factor = factor.const_data_ptr();
+  params.factor_type = data_type(factor);
+  params.epsilon = static_cast<float>(epsilon);
+  params.y = y.mutable_data_ptr();
+  params.overlap = kernels::Overlap::kLaunch;
+  check(kernels::rms_norm(params, native_stream(x)), "spot::rms_norm");
+  return y;
+}
+
+at::Tensor gated_product(const at::Tensor& gate, const at::Tensor& x, bool silu) {
+  const c10::DeviceGuard guard(x.device());
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
+  const bool heads = x.dim() == 3;
+  kernels::GatedProductParams params;
+  params.type = data_type(x);
+  params.activation = silu ? kernels::Activation::kSilu : kernels::Activation::kSigmoid;
+  params.num_rows = x.size(0);
+  params.num_heads = heads ? narrow(x.size(1)) : 1;
+  params.width = narrow(x.size(-1));
+  params.gate = gate.const_data_ptr();
+  params.x = x.const_data_ptr();
+  params.gate_row_stride = gate.stride(0);
+  params.gate_head_stride = heads ? gate.stride(1) : 0;
+  params.x_row_stride = x.stride(0);
+  params.x_head_stride = heads ? x.stride(1) : 0;
+  params.y = y.mutable_data_ptr();
+  params.overlap = kernels::Overlap::kLaunch;
+  check(kernels::gated_product(params, native_stream(x)), "spot::gated_product");
+  return y;
+}
+
+bool prologue_fits(const AttentionPrologue& a) {
+  return a.head_dim % 2 == 0 && a.head_dim <= kernels::kMaxHeadDim && a.projected.stride(0) % 2 == 0;
+}
+
+PrologueOutputs attention_prologue(const AttentionPrologue& a, const std::optional<SelectorPrologue>& s) {
+  const c10::DeviceGuard guard(a.projected.device());
+  const int64_t tokens = a.projected.size(0), dim = a.head_dim;
+  const auto options = a.projected.options();
+  PrologueOutputs out;
+  out.query = at::empty({tokens, a.num_heads, dim}, options);
+  out.key = at::empty({tokens, a.num_kv_heads, dim}, options);
+  out.value = at::empty_like(out.key);
+  const at::Tensor positions = a.positions.contiguous(), slots = a.slots.defined() ? a.slots.contiguous() : at::Tensor();
+  kernels::AttentionPrologueParams params;
+  params.type = data_type(a.projected);
+  params.num_tokens = tokens;
+  params.num_heads = narrow(a.num_heads);
+  params.num_kv_heads = narrow(a.num_kv_heads);
+  params.head_dim = narrow(dim);
+  params.projected = a.projected.const_data_ptr();
+  params.token_stride = a.projected.stride(0);
+  params.query_head_stride = (a.output_gate ? 2 : 1) * dim;
+  params.key_offset = a.num_heads * params.query_head_stride;
+  params.value_offset = params.key_offset + a.num_kv_heads * dim;
+  if (a.qk_norm.defined()) params.qk_norm = a.qk_norm.const_data_ptr<float>();
+  params.norm_epsilon = static_cast<float>(a.norm_eps);
+  params.rope_cos = a.cos.const_data_ptr<float>();
+  params.rope_sin = a.sin.const_data_ptr<float>();
+  params.rotary_pairs = narrow(a.cos.size(1));
+  params.positions = positions.const_data_ptr<int64_t>();
+  params.query = out.query.mutable_data_ptr();
+  params.key = out.key.mutable_data_ptr();
+  params.value = out.value.mutable_data_ptr();
+  if (a.key_pool.defined()) {
+    params.key_pool = a.key_pool.mutable_data_ptr();
+    params.value_pool = a.value_pool.mutable_data_ptr();
+    params.pool_head_stride = a.key_pool.stride(0);
+    params.slots = slots.const_data_ptr<int64_t>();
+  }
+  if (s) {
+    const int64_t key_heads = s->pool.size(1);
+    out.selector_query = at::empty({tokens, 4, 128}, options);
+    out.selector_weight = at::empty({tokens, s->mix.size(0)}, options.dtype(at::kFloat));
+    params.selector_queries = s->projected.const_data_ptr();
+    params.selector_token_stride = s->projected.stride(0);
+    params.selector_query = out.selector_query.mutable_data_ptr();
+    params.selector_keys =
+        append_params(s->pool, slots, s->projected.narrow(1, 4 * 128, key_heads * 128).unflatten(1, {key_heads, 128}),
+                      s->preparation, positions, s->format, s->global_scale);
+    params.hidden = s->hidden.const_data_ptr();
+    params.hidden_stride = s->hidden.stride(0);
+    params.hidden_size = narrow(s->hidden.size(1));
+    params.mix = s->mix.const_data_ptr<float>();
+    params.mix_rows = narrow(s->mix.size(0));
+    params.mix_scale = static_cast<float>(s->mix_scale);
+    params.selector_weight = out.selector_weight.mutable_data_ptr<float>();
+  }
+  params.overlap = kernels::Overlap::kLaunch;
+  if (tokens > 0)
+    check(kernels::attention_prologue(params, native_stream(a.projected)), "spot::attention_prologue");
+  return out;
+}
+
+}  // namespace spot::ops::cuda

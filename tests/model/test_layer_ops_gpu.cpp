@@ -1,0 +1,189 @@
+// The CUDA kernels of ops/layer_ops.h against their ATen form on the CPU. Needs a CUDA build of torch and a GPU.
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "ops/layer_ops.h"
+#include "tests/selector/support.h"
+
+using namespace spot;
+using namespace spot::test;
+
+namespace {
+
+const at::Device kGpu(at::kCUDA, 0);
+constexpr at::ScalarType kTypes[] = {at::kFloat, at::kBFloat16, at::kHalf};
+
+// Equal but for float32 sums in another order, which may move a rounding by one unit in the last place.
+void expect_close(const at::Tensor& got, const at::Tensor& expected, const std::string& what) {
+  ASSERT_EQ(got.sizes(), expected.sizes()) << what;
+  ASSERT_EQ(got.scalar_type(), expected.scalar_type()) << what;
+  if (expected.numel() == 0) return;
+  const auto dtype = expected.scalar_type();
+  const double unit = dtype == at::kBFloat16 ? 0x1p-7 : dtype == at::kHalf ? 0x1p-10 : 0;
+  const at::Tensor a = got.cpu().to(at::kDouble), b = expected.to(at::kDouble);
+  EXPECT_TRUE(at::isfinite(a).all().item<bool>()) << what;
+  EXPECT_TRUE(((a - b).abs() <= 1.01 * unit * b.abs() + 4e-6 * (b.abs() + 0.5)).all().item<bool>()) << what;
+  // Few roundings move.
+  EXPECT_LT((a - b).norm().item<double>(), (0.1 * unit + 1e-6) * b.norm().item<double>() + 1e-5) << what;
+}
+
+at::Tensor random_rows(int64_t rows, int64_t width, at::ScalarType dtype, double scale = 2) {
+  return (at::randn({rows, width + 2 * random_int(0, 4)}) * scale).to(dtype).narrow(1, 0, width);
+}
+
+// The same tensor, with its strides, on the GPU.
+at::Tensor there(const at::Tensor& x) {
+  if (!x.defined()) return x;
+  at::Tensor copy = at::empty_strided(x.sizes(), x.strides(), x.options().device(kGpu));
+  return copy.copy_(x);
+}
+
+}  // namespace
+
+TEST(GpuLayerOps, RmsNorm) {
+  fresh_seed();
+  for (at::ScalarType dtype : kTypes)
+    for (at::ScalarType factor_type : {dtype, at::kFloat})
+      for (int64_t width : {1, 37, 64, 1000, 4096, 5120, 12288})
+        for (int64_t rows : {0, 1, 5, 300}) {
+          const at::Tensor x = random_rows(rows, width, dtype), factor = at::randn({width}).to(factor_type);
+          const at::Tensor got = ops::rms_norm(there(x), there(factor), 1e-6);
+          expect_close(got, ops::rms_norm(x, factor, 1e-6), "width " + std::to_string(width));
+          EXPECT_TRUE(at::equal(ops::rms_norm(there(x), there(factor), 1e-6), got));
+          if (rows > 1) {
+            EXPECT_TRUE(at::equal(ops::rms_norm(there(x.narrow(0, 1, 1)), there(factor), 1e-6), got.narrow(0, 1, 1)));
+          }
+        }
+}
+
+TEST(GpuLayerOps, GatedProduct) {
+  fresh_seed();
+  for (at::ScalarType dtype : kTypes)
+    for (const char* activation : {"silu", "sigmoid"})
+      for (int64_t width : {1, 7, 64, 128, 12288})
+        for (int64_t rows : {0, 1, 9}) {
+          const auto halves = random_rows(rows, 2 * width, dtype, 4).chunk(2, 1);
+          const auto on_gpu = there(at::cat({halves[0], halves[1]}, 1)).chunk(2, 1);
+          expect_close(ops::gated_product(on_gpu[0], on_gpu[1], activation),
+                       ops::gated_product(halves[0], halves[1], activation), activation);
+          // Head by head, the gate after its query.
+          const at::Tensor heads = at::randn({rows, 3, 2 * width}).to(dtype), x = at::randn({rows, 3, width}).to(dtype);
+          expect_close(ops::gated_product(there(heads).narrow(2, width, width), there(x), activation),
+                       ops::gated_product(heads.narrow(2, width, width), x, activation), activation);
+        }
+}
+
+namespace {
+
+struct Layout {
+  int64_t num_heads, num_kv_heads, head_dim, rotary_dim;
+};
+
+ops::AttentionPrologue random_attention(const Layout& l, at::ScalarType dtype, int64_t tokens, bool gate, bool norm,
+                                        bool stored) {
+  constexpr int64_t kPositions = 500, kPages = 8;
+  ops::AttentionPrologue a;
+  a.num_heads = l.num_heads;
+  a.num_kv_heads = l.num_kv_heads;
+  a.head_dim = l.head_dim;
+  a.output_gate = gate;
+  a.projected = random_rows(tokens, ((gate ? 2 : 1) * l.num_heads + 2 * l.num_kv_heads) * l.head_dim, dtype);
+  if (norm) a.qk_norm = at::randn({l.num_heads + l.num_kv_heads, l.head_dim});
+  const at::Tensor angle = at::rand({kPositions, l.rotary_dim / 2}) * 6;
+  a.cos = angle.cos() * 1.2;
+  a.sin = angle.sin() * 1.2;
+  a.positions = at::randint(0, kPositions, {tokens}, at::kLong);
+  a.slots = at::randperm(kPages * 16, at::kLong).slice(0, 0, tokens);
+  if (stored) {
+    a.key_pool = at::zeros({l.num_kv_heads, kPages, 16, l.head_dim}, dtype);
+    a.value_pool = at::zeros_like(a.key_pool);
+  }
+  return a;
+}
+
+ops::AttentionPrologue there(const ops::AttentionPrologue& a) {
+  ops::AttentionPrologue b = a;
+  for (at::Tensor* x : {&b.projected, &b.qk_norm, &b.cos, &b.sin, &b.positions, &b.key_pool, &b.value_pool, &b.slots})
+    *x = there(*x);
+  return b;
+}
+
+ops::SelectorPrologue there(const ops::SelectorPrologue& s) {
+  ops::SelectorPrologue b = s;
+  ops::KeyPreparation& keys = b.preparation;
+  for (at::Tensor* x : {&b.projected, &b.hidden, &b.mix, &b.pool, &keys.norm_weight, &keys.norm_bias, &keys.cos,
+                        &keys.sin, &keys.positions})
+    *x = there(*x);
+  return b;
+}
+
+}  // namespace
+
+TEST(GpuLayerOps, PrologueOnEveryLayout) {
+  fresh_seed();
+  for (at::ScalarType dtype : kTypes)
+    for (int64_t dim : {16, 64, 80, 128, 256})
+      for (int64_t group : {1, 2, 4, 5, 8, 16})
+        for (bool gate : {false, true}) {
+          const int64_t kv_heads = random_int(1, 8), tokens = random_int(0, 3) ? random_int(1, 4) : random_int(1, 120);
+          const Layout layout{kv_heads * group, kv_heads, dim, random_int(0, 1) ? dim : 2 * random_int(1, dim / 2)};
+          const auto a = random_attention(layout, dtype, tokens, gate, random_int(0, 1), random_int(0, 2) > 0);
+          const auto b = there(a);
+          const auto expected = ops::attention_prologue(a), got = ops::attention_prologue(b);
+          const std::string what = "dim " + std::to_string(dim) + " group " + std::to_string(group);
+          expect_close(got.query, expected.query, what);
+          expect_close(got.key, expected.key, what);
+          EXPECT_TRUE(at::equal(got.value.cpu(), expected.value)) << what;
+          if (a.key_pool.defined()) {
+            expect_close(b.key_pool, a.key_pool, what);
+            EXPECT_TRUE(at::equal(b.value_pool.cpu(), a.value_pool)) << what;
+          }
+          // A token alone gives the same bits.
+          auto alone = b;
+          const int64_t t = random_int(0, tokens - 1);
+          for (at::Tensor* x : {&alone.projected, &alone.positions, &alone.slots}) *x = x->narrow(0, t, 1);
+          const auto one = ops::attention_prologue(alone);
+          EXPECT_TRUE(at::equal(one.query[0], got.query[t]) && at::equal(one.key[0], got.key[t])) << what;
+        }
+}
+
+TEST(GpuLayerOps, PrologueTakesTheSelectorAlong) {
+  fresh_seed();
+  const ops::KeyPreparation::Norm norms[] = {ops::KeyPreparation::kNone, ops::KeyPreparation::kLayerNorm,
+                                             ops::KeyPreparation::kRmsNorm};
+  for (at::ScalarType dtype : kTypes)
+    for (const char* format : {"bf16", "int8", "int4", "mxfp4", "nvfp4"})
+      for (int64_t key_heads : {1, 4})
+        for (auto norm : norms) {
+          const int64_t tokens = random_int(1, 20), hidden_size = 2 * random_int(1, 2500), groups = random_int(1, 8);
+          const auto a = random_attention({8, 2, 128, 128}, dtype, tokens, false, true, true);
+          ops::SelectorPrologue s;
+          s.projected = random_rows(tokens, (4 + key_heads) * 128, dtype);
+          s.hidden = random_rows(tokens, hidden_size, dtype);
+          s.mix = at::randn({groups * 4, hidden_size}) * 0.1;
+          s.mix_scale = 0.044;
+          s.preparation.norm = norm;
+          if (norm != ops::KeyPreparation::kNone) s.preparation.norm_weight = at::rand({128}) + 0.5;
+          if (norm == ops::KeyPreparation::kLayerNorm) s.preparation.norm_bias = at::randn({128});
+          if (random_int(0, 3)) {
+            const at::Tensor angle = at::rand({500, 32}) * 6;
+            s.preparation.cos = angle.cos();
+            s.preparation.sin = angle.sin();
+            s.preparation.positions = a.positions;
+          }
+          s.pool = at::zeros({8, key_heads, ops::page_head_bytes(format)}, at::kByte);
+          s.format = format;
+          s.global_scale = 0.0625;
+          const auto a_gpu = there(a);
+          const auto s_gpu = there(s);
+          const auto expected = ops::attention_prologue(a, s), got = ops::attention_prologue(a_gpu, s_gpu);
+          expect_close(got.query, expected.query, format);
+          expect_close(got.key, expected.key, format);
+          expect_close(got.selector_query, expected.selector_query, format);
+          EXPECT_LT((got.selector_weight.cpu() - expected.selector_weight).norm().item<double>(),
+                    1e-5 * expected.selector_weight.norm().item<double>());
+          EXPECT_TRUE(at::equal(s_gpu.pool.cpu(), s.pool)) << format << " key heads " << key_heads;
+        }
+}
