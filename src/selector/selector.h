@@ -85,8 +85,7 @@ class Selector {
                    const at::Tensor& slots, SelectorCache& cache) const;
 
   // What the kernel between a layer's projections and its attention needs to do project_query, project_weight and
-  // append_keys in the same launch; the selector's own projections come from one product, after join() the
-  // backbone's. Without a selector where that cannot be: the weights are of another dtype than hidden, or the
+  // append_keys in the same launch, after one product (after join() the backbone's own). Without a selector where that cannot be: the weights are of another dtype than hidden, or the
   // rotated dims are not 0 or 64.
   AttentionPreparation prologue(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
                                 SelectorCache& cache) const;
@@ -107,7 +106,6 @@ class Selector {
 
  private:
   struct LayerWeights {
-    at::Tensor stacked;                 // after join(): the backbone's projection, then query_key; else undefined
     at::Tensor query_key;               // [(num_heads + key_heads) * head_dim, hidden_size]: the memory of the next two
     at::Tensor query;                   // [num_heads * head_dim, hidden_size]
     at::Tensor key;                     // [key_heads * head_dim, hidden_size]
