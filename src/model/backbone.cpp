@@ -48,8 +48,8 @@ struct Pass {
   at::Tensor state_slots;  // [num_sequences], models with linear-attention layers
 };
 
-// Projects, normalises, rotates, stores what the backend wants stored, lets it attend; returns the heads' outputs
-// [T, num_heads * head_dim].
+// Projects, normalises, rotates, stores what the backend wants stored, lets it attend; returns the heads'
+// outputs [T, num_heads * head_dim].
 at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const AttentionWeights& weights) {
   const ModelConfig& c = pass.config;
   const int64_t tokens = x.size(0), dim = c.head_dim;

@@ -84,16 +84,17 @@ class Selector {
   void append_keys(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
                    const at::Tensor& slots, SelectorCache& cache) const;
 
-  // What the kernel between a layer's projections and its attention needs to do project_query, project_weight and
-  // append_keys in the same launch, after one product (after join() the backbone's own). Without a selector where that cannot be: the weights are of another dtype than hidden, or the
-  // rotated dims are not 0 or 64.
+  // What the kernel between a layer's projections and its attention needs to do project_query, project_weight
+  // and append_keys in the same launch, after one product (after join() the backbone's own). Without a
+  // selector where that cannot be: the weights are of another dtype than hidden, or the rotated dims are not
+  // 0 or 64.
   AttentionPreparation prologue(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
                                 SelectorCache& cache) const;
 
-  // Moves every layer's query and key weights and the backbone's own projection into one matrix, for prologue(); the
-  // backbone and all parameters keep their values and are read from there. No memory is doubled unless several living
-  // selectors join one backbone. Layers of another dtype or device, or with a bias, stay apart. Not while a graph
-  // captured from the backbone is in use.
+  // Moves every layer's query and key weights and the backbone's own projection into one matrix, for
+  // prologue(); the backbone and all parameters keep their values and are read from there. No memory is
+  // doubled unless several living selectors join one backbone. Layers of another dtype or device, or with a
+  // bias, stay apart. Not while a graph captured from the backbone is in use.
   void join(const Backbone& backbone);
 
   // Every weight, in a fixed order (layers ascending; query, key, mix, norm): what an optimiser takes. The
