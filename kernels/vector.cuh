@@ -1,5 +1,6 @@
 // Numbers of bf16, float16 or float32 in memory, several at a time, as float32 in registers. Addresses are
-// aligned to what is moved. Sums over a warp or a block in one fixed order, so that they depend on nothing else.
+// aligned to what is moved. Sums over a warp or a block in one fixed order, so that they depend on nothing
+// else.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,7 +1,7 @@
 // What a decoder layer does around its matrix products, one operator (and on CUDA one launch) a stage:
-// torch.ops.spot.rms_norm, gated_product and attention_prologue. Their ATen form serves every device and is the
-// oracle of the CUDA kernels, which serve float32, bfloat16 and float16. kernels/NOTES.md counts the launches.
-// All arithmetic is float32 unless said otherwise; a token's results depend on the token alone.
+// torch.ops.spot.rms_norm, gated_product and attention_prologue. Their ATen form serves every device and is
+// the oracle of the CUDA kernels, which serve float32, bfloat16 and float16. kernels/NOTES.md counts the
+// launches. All arithmetic is float32 unless said otherwise; a token's results depend on the token alone.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -30,8 +30,8 @@ struct AttentionPrologue {
   double norm_eps = 1e-6;
   at::Tensor cos, sin;   // [positions, rotary_dim / 2] float32; the first rotary_dim dims turn, half-split
   at::Tensor positions;  // [T] int64, rows of the tables
-  // [num_kv_heads, pages, 16, head_dim] of projected's dtype, contiguous: keys and values are written here too, at
-  // slots [T] int64 = page * 16 + offset. Undefined: they are only returned.
+  // [num_kv_heads, pages, 16, head_dim] of projected's dtype, contiguous: keys and values are written here
+  // too, at slots [T] int64 = page * 16 + offset. Undefined: they are only returned.
   at::Tensor key_pool, value_pool, slots;
 };
 // A selector's share of the same stage. Needs slots.
@@ -55,8 +55,8 @@ struct PrologueOutputs {
 PrologueOutputs attention_prologue(const AttentionPrologue& attention,
                                    const std::optional<SelectorPrologue>& selector = {});
 
-// Turns dims i and i + half of x [T, heads, dim] by row positions[t] of cos and sin [positions, half]; the rest
-// passes. In float32; contiguous, in x's dtype. ATen on every device, differentiable.
+// Turns dims i and i + half of x [T, heads, dim] by row positions[t] of cos and sin [positions, half]; the
+// rest passes. In float32; contiguous, in x's dtype. ATen on every device, differentiable.
 at::Tensor rotate_heads(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos,
                         const at::Tensor& sin);
 

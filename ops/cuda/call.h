@@ -1,4 +1,5 @@
-// From tensors to kernel launches: the current stream, dtypes, errors. Needs no CUDA build of torch to compile.
+// From tensors to kernel launches: the current stream, dtypes, errors. Needs no CUDA build of torch to
+// compile.
 #pragma once
 
 #include <ATen/ATen.h>

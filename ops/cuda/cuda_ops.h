@@ -1,6 +1,7 @@
 // The CUDA implementations behind ops/ops.h: tensors to the pointers of kernels/*.h, on the current stream.
-// Launches may begin while their predecessor drains (programmatic dependent launch); nothing waits for the device, so all but gather_selector_keys may be captured in a CUDA graph (after
-// one call outside it, which makes the workspace). Needs no CUDA build of torch to compile.
+// Launches may begin while their predecessor drains (programmatic dependent launch). Nothing here waits for
+// the device, so all but gather_selector_keys may be captured in a CUDA graph (after one call outside it,
+// which makes the workspace). Needs no CUDA build of torch to compile.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -17,7 +18,8 @@ void append_selector_keys(at::Tensor pool, const at::Tensor& slots, const at::Te
                           const std::string& format, double global_scale);
 void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
                            const KeyPreparation& preparation, const std::string& format, double global_scale);
-// The launch that append_projected_keys makes; all tensors are contiguous but for the keys' tokens, and outlive it.
+// The launch that append_projected_keys makes; all tensors are contiguous but for the keys' tokens, and
+// outlive it.
 kernels::SelectorKeyAppendParams append_params(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
                                                const KeyPreparation& preparation, const at::Tensor& positions,
                                                const std::string& format, double global_scale);

@@ -1,5 +1,5 @@
-// The CUDA kernels behind ops/layer_ops.h; same arguments, already checked there. Launches may begin while their
-// predecessor drains (programmatic dependent launch); nothing waits for the device.
+// The CUDA kernels behind ops/layer_ops.h; same arguments, already checked there. Launches may begin while
+// their predecessor drains (programmatic dependent launch); nothing waits for the device.
 #pragma once
 
 #include "ops/layer_ops.h"

@@ -154,7 +154,7 @@ at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache, con
 
 AttentionPreparation DenseAttention::prepare(int64_t layer, const at::Tensor&, const Batch& batch) {
   view_.update(cache_, batch, layer);
-  return {.slots = view_.slots};
+  return {.key_pool = cache_.keys(layer), .value_pool = cache_.values(layer), .slots = view_.slots};
 }
 
 at::Tensor DenseAttention::forward(const AttentionInputs& inputs) {

@@ -36,8 +36,8 @@ class SelectionPolicy {
   virtual SelectionRule rule(int64_t layer) const { return rule_; }
   void set_rule(const SelectionRule& rule);
 
-  // What the kernel that makes a decode step's queries and keys can do for the policy along the way; slots are not
-  // the policy's to say.
+  // What the kernel that makes a decode step's queries and keys can do for the policy along the way; slots
+  // are not the policy's to say.
   virtual AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
                                        const KvCache& cache) {
     return {};

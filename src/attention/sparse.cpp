@@ -20,6 +20,8 @@ AttentionPreparation SparseAttention::prepare(int64_t layer, const at::Tensor& h
   AttentionPreparation wanted;
   if (policy_.covers(layer) && batch.is_decode() && !options_.dense_layers.count(layer))
     wanted = policy_.prepare(layer, hidden, batch.positions, cache_);
+  wanted.key_pool = cache_.keys(layer);
+  wanted.value_pool = cache_.values(layer);
   wanted.slots = view_.slots;
   return wanted;
 }

@@ -13,13 +13,15 @@
 
 namespace spot {
 
-// What a backend wants done in the kernel that makes queries, keys and values, which saves it launches of its own.
+// What a backend wants done in the kernel that makes queries, keys and values, which saves it launches of its
+// own.
 struct AttentionPreparation {
-  at::Tensor slots;  // [T] int64: keys and values are written there, into the pass's KvCache; undefined: not
-  std::optional<ops::SelectorPrologue> selector;  // needs slots
-  // The layer's own projection (Backbone::projection) with the selector's rows below it, [rows, hidden_size]: one
-  // product makes both, and selector->projected is taken from it. Undefined: the selector brings its own.
-  at::Tensor stacked;
+  // Where keys and values are written: KvCache's pools of the layer, and slots [T] int64. Undefined: nowhere.
+  at::Tensor key_pool, value_pool, slots;
+  // Needs slots; all but `projected`, which the backbone makes with selector_projection [rows, hidden_size]:
+  // in one product with its own where that lies right below Backbone::projection in memory.
+  std::optional<ops::SelectorPrologue> selector;
+  at::Tensor selector_projection;
 };
 
 // query, key and value are contiguous, in the model's dtype.
@@ -31,8 +33,8 @@ struct AttentionInputs {
   at::Tensor value;   // [T, num_kv_heads, head_dim]
   double scale;       // softmax scale, head_dim^-1/2
   const Batch& batch;
-  // What the backend's prepare() had done: key and value are in the cache; [T, 4, 128] and [T, groups * 4] float32 of
-  // the selector, whose key is in its own cache, or undefined.
+  // What the backend's prepare() had done: key and value are in the cache; [T, 4, 128] and [T, groups * 4]
+  // float32 of the selector, whose key is in its own cache, or undefined.
   bool stored = false;
   at::Tensor selector_query = {}, selector_weight = {};
 };

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
+#include <utility>
 
 #include "core/error.h"
 #include "model/gated_delta.h"
@@ -16,6 +18,18 @@ namespace {
 at::Tensor linear(const at::Tensor& x, const LinearWeights& weights) {
   return at::linear(x, weights.weight,
                     weights.bias.defined() ? std::optional<at::Tensor>(weights.bias) : std::nullopt);
+}
+
+// Two products, or one where the second matrix follows the first in memory.
+std::pair<at::Tensor, at::Tensor> project_both(const at::Tensor& x, const LinearWeights& first,
+                                               const at::Tensor& second) {
+  const at::Tensor& weight = first.weight;
+  const int64_t rows = weight.size(0), more = second.size(0), columns = weight.size(1);
+  if (first.bias.defined() || !weight.is_alias_of(second) || weight.scalar_type() != second.scalar_type() ||
+      second.storage_offset() != weight.storage_offset() + rows * columns)
+    return {linear(x, first), at::linear(x, second)};
+  const at::Tensor both = at::linear(x, weight.as_strided({rows + more, columns}, {columns, 1}));
+  return {both.narrow(1, 0, rows), both.narrow(1, rows, more)};
 }
 
 // hidden += linear(x), rounded once.
@@ -34,18 +48,15 @@ struct Pass {
   at::Tensor state_slots;  // [num_sequences], models with linear-attention layers
 };
 
-// Projects, normalises, rotates, stores what the backend wants stored, lets it attend; returns the heads' outputs
-// [T, num_heads * head_dim].
+// Projects, normalises, rotates, stores what the backend wants stored, lets it attend; returns the heads'
+// outputs [T, num_heads * head_dim].
 at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const AttentionWeights& weights) {
   const ModelConfig& c = pass.config;
   const int64_t tokens = x.size(0), dim = c.head_dim;
   AttentionPreparation wanted = pass.attention.prepare(layer, x, pass.batch);
   at::Tensor projected;
-  if (wanted.stacked.defined()) {
-    const at::Tensor both = at::linear(x, wanted.stacked);
-    const int64_t own = weights.qkv.weight.size(0);
-    projected = both.narrow(1, 0, own);
-    wanted.selector->projected = both.narrow(1, own, both.size(1) - own);
+  if (wanted.selector) {
+    std::tie(projected, wanted.selector->projected) = project_both(x, weights.qkv, wanted.selector_projection);
   } else {
     projected = linear(x, weights.qkv);
   }
@@ -59,10 +70,10 @@ at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const At
                                   .cos = pass.rope.cos,
                                   .sin = pass.rope.sin,
                                   .positions = pass.batch.positions};
-  const bool stored = wanted.slots.defined() && pass.cache.dtype() == x.scalar_type();
+  const bool stored = wanted.slots.defined() && wanted.key_pool.scalar_type() == x.scalar_type();
   if (stored) {
-    prologue.key_pool = pass.cache.keys(layer);
-    prologue.value_pool = pass.cache.values(layer);
+    prologue.key_pool = wanted.key_pool;
+    prologue.value_pool = wanted.value_pool;
     prologue.slots = wanted.slots;
   }
   const ops::PrologueOutputs made =

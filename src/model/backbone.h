@@ -43,9 +43,9 @@ class Backbone {
   // captured in a CUDA graph if the backend can: nothing waits for the GPU or depends on its data. Set
   // batch.state_slots before (make_batch does).
   at::Tensor forward(const Batch& batch, AttentionBackend& attention, KvCache& cache) const;
-  // The matrix that makes a full-attention layer's queries, keys and values, [rows, hidden_size]: the tensor the layer
-  // itself reads, so that its memory can be moved (Tensor::set_) into a larger matrix whose first rows it then is.
-  // Undefined where the projection has a bias.
+  // The matrix that makes a full-attention layer's queries, keys and values, [rows, hidden_size]: the tensor
+  // the layer itself reads, so that its memory can be moved (Tensor::set_) to where a selector's rows follow
+  // it. Undefined where the projection has a bias.
   at::Tensor projection(int64_t layer) const;
   // float32 logits [rows, vocab_size] of hidden states [rows, hidden_size].
   at::Tensor logits(const at::Tensor& hidden) const;

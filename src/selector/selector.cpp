@@ -92,15 +92,18 @@ void Selector::stack(LayerWeights& weights, const at::Tensor& projection) {
   if (projection.defined()) parts.insert(parts.begin(), projection);
   const at::Tensor all = at::cat(parts);
   // set_ makes no view: a trainer makes each parameter a leaf of its own and changes it in place.
-  int64_t row = 0;
-  const auto move = [&](const at::Tensor& part) {
-    part.set_(all.storage(), row * columns, part.sizes().vec(), {columns, 1});
-    row += part.size(0);
+  const auto place = [&](const at::Tensor& part, int64_t first_row, int64_t rows) {
+    part.set_(all.storage(), first_row * columns, {rows, columns}, {columns, 1});
   };
-  for (const at::Tensor& part : parts) move(part);
-  const int64_t rows = weights.query.size(0) + weights.key.size(0);
-  weights.query_key = all.narrow(0, row - rows, rows);
-  if (projection.defined()) weights.stacked = all;
+  int64_t row = 0;
+  for (const at::Tensor& part : parts) {
+    const int64_t rows = part.size(0);
+    place(part, row, rows);
+    row += rows;
+  }
+  if (!weights.query_key.defined()) weights.query_key = at::empty({0}, all.options());
+  const int64_t own = weights.query.size(0) + weights.key.size(0);
+  place(weights.query_key, row - own, own);
 }
 
 void Selector::join(const Backbone& backbone) {
@@ -192,17 +195,14 @@ AttentionPreparation Selector::prologue(int64_t layer, const at::Tensor& hidden,
   if (weights.query_key.scalar_type() != hidden.scalar_type() || weights.mix.scalar_type() != at::kFloat ||
       (config_.rope_dims != 0 && config_.rope_dims != 64))
     return {};
-  return {.selector =
-              ops::SelectorPrologue{
-                  .projected = weights.stacked.defined() ? at::Tensor() : at::linear(hidden, weights.query_key),
-                  .hidden = hidden,
-                  .mix = weights.mix,
-                  .mix_scale = mix_scale(),
-                  .preparation = key_preparation(layer, positions),
-                  .pool = cache.pool(layer),
-                  .format = to_string(cache.format()),
-                  .global_scale = cache.global_scale()},
-          .stacked = weights.stacked};
+  return {.selector = ops::SelectorPrologue{.hidden = hidden,
+                                            .mix = weights.mix,
+                                            .mix_scale = mix_scale(),
+                                            .preparation = key_preparation(layer, positions),
+                                            .pool = cache.pool(layer),
+                                            .format = to_string(cache.format()),
+                                            .global_scale = cache.global_scale()},
+          .selector_projection = weights.query_key};
 }
 
 SelectorProjection Selector::project(int64_t layer, const at::Tensor& hidden,

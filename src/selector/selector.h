@@ -84,17 +84,17 @@ class Selector {
   void append_keys(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
                    const at::Tensor& slots, SelectorCache& cache) const;
 
-  // What the kernel between a layer's projections and its attention needs to do project_query, project_weight and
-  // append_keys in the same launch; the selector's own projections come from one product, after join() the
-  // backbone's. Without a selector where that cannot be: the weights are of another dtype than hidden, or the
-  // rotated dims are not 0 or 64.
+  // What the kernel between a layer's projections and its attention needs to do project_query, project_weight
+  // and append_keys in the same launch, after one product (after join() the backbone's own). Without a
+  // selector where that cannot be: the weights are of another dtype than hidden, or the rotated dims are not
+  // 0 or 64.
   AttentionPreparation prologue(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
                                 SelectorCache& cache) const;
 
-  // Moves every layer's query and key weights and the backbone's own projection into one matrix, for prologue(); the
-  // backbone and all parameters keep their values and are read from there. No memory is doubled unless several living
-  // selectors join one backbone. Layers of another dtype or device, or with a bias, stay apart. Not while a graph
-  // captured from the backbone is in use.
+  // Moves every layer's query and key weights and the backbone's own projection into one matrix, for
+  // prologue(); the backbone and all parameters keep their values and are read from there. No memory is
+  // doubled unless several living selectors join one backbone. Layers of another dtype or device, or with a
+  // bias, stay apart. Not while a graph captured from the backbone is in use.
   void join(const Backbone& backbone);
 
   // Every weight, in a fixed order (layers ascending; query, key, mix, norm): what an optimiser takes. The
@@ -107,7 +107,6 @@ class Selector {
 
  private:
   struct LayerWeights {
-    at::Tensor stacked;                 // after join(): the backbone's projection, then query_key; else undefined
     at::Tensor query_key;               // [(num_heads + key_heads) * head_dim, hidden_size]: the memory of the next two
     at::Tensor query;                   // [num_heads * head_dim, hidden_size]
     at::Tensor key;                     // [key_heads * head_dim, hidden_size]
