@@ -53,7 +53,8 @@ at::Tensor chosen_columns(const at::Tensor& mass, const Selection& selection) {
   if (mass.size(0) != selection.rows() || mass.size(1) != selection.groups())
     fail("captured mass: mass {} and a selection of {} rows and {} groups do not fit together",
          fmt::join(mass.sizes(), "x"), selection.rows(), selection.groups());
-  return selection.tokens.defined() ? token_mask(selection, mass.size(2)) : block_mask(selection, mass.size(2));
+  return selection.tokens.defined() ? token_mask(selection, mass.size(2))
+                                    : block_mask(selection, mass.size(2));
 }
 
 CapturedMass captured_mass(const at::Tensor& mass, const Selection& selection, const SelectionRule& rule) {

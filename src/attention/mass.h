@@ -12,9 +12,9 @@ enum class BlockReduction { sum, max, none };
 
 // Head-averaged softmax probabilities of query [T, num_heads, head_dim] at positions start .. start + T - 1
 // over key [num_kv_heads, length, head_dim], reduced over the tokens of each block: sum (the block's mass) or
-// max (its best token); none: a column for each token. groups is 1 (mean over all query heads) or num_kv_heads (mean over each KV head's
-// query heads). Returns [T, groups, ceil(length / 16)] (none: [T, groups, length]) float32; what lies past a
-// query's position holds 0.
+// max (its best token); none: a column for each token. groups is 1 (mean over all query heads) or
+// num_kv_heads (mean over each KV head's query heads). Returns [T, groups, ceil(length / 16)] (none: [T,
+// groups, length]) float32; what lies past a query's position holds 0.
 // Softmax per head in float32, in query chunks: at most about 2^26 numbers at once.
 at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, double scale, int64_t start,
                           int64_t groups = 1, BlockReduction reduction = BlockReduction::sum);

@@ -87,7 +87,8 @@ Selection SelectionPolicy::select_chunk(const AttentionInputs& inputs, const KvC
           .clamp_max(chunk.start + chunk.count);
   const Selection tile = select_blocks(scores, last, rule(inputs.layer));
   return pruned({tile.indices.index_select(0, tile_of_row), tile.counts.index_select(0, tile_of_row),
-                 tile.predicted_mass.index_select(0, tile_of_row), tile.lengths.index_select(0, tile_of_row)});
+                 tile.predicted_mass.index_select(0, tile_of_row),
+                 tile.lengths.index_select(0, tile_of_row)});
 }
 
 SpotPolicy::SpotPolicy(const Selector& selector, SelectorCache& cache, const SelectionRule& rule)

@@ -45,9 +45,9 @@ at::Tensor attend_tokens(const at::Tensor& query, const at::Tensor& keys, const 
       const at::Tensor key = keys[head].view({-1, dim}).index_select(0, slot),
                        value = values[head].view({-1, dim}).index_select(0, slot);
       const at::Tensor heads = query[row].narrow(0, head * group, group);
-      output[row].narrow(0, head * group, group)
-          .copy_(at::scaled_dot_product_attention(heads.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), {},
-                                                  0.0, false, scale)[0]);
+      const at::Tensor attended = at::scaled_dot_product_attention(
+          heads.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), {}, 0.0, false, scale);
+      output[row].narrow(0, head * group, group).copy_(attended[0]);
     }
   return output;
 }
@@ -137,7 +137,7 @@ at::Tensor SparseAttention::attend_chunk(const AttentionInputs& inputs, const Qu
   const at::Tensor keys = cache_.keys(inputs.layer), values = cache_.values(inputs.layer);
   const int64_t length = chunk.start + chunk.count, sequence = inputs.batch.sequences[chunk.sequence];
   // Measured on two AVX-512 cores: gathering wins while less than a quarter is selected. (A mask needs a
-  // token in every row, which a rule without recent tokens may not give.) Single tokens only the mask can say.
+  // token in every row, which a rule without recent tokens may not give.) Single tokens need the mask.
   const bool mostly_selected =
       4 * selection.indices.size(2) * kBlockSize > length && policy_.rule(inputs.layer).recency > 0;
   if (mostly_selected || selection.tokens.defined()) {

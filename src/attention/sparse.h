@@ -36,7 +36,7 @@ struct SparseOptions {
 
 // A decode step (every sequence of the batch brings one token) selects and attends sparsely. With more tokens
 // for any sequence the call is a prefill: dense or sparse by `prefill`; the policy's caches are fed either
-// way. Queries that see no more than the rule's floor get exactly DenseAttention's result.
+// way. Queries up to the rule's floor get DenseAttention's result, exactly unless the policy prunes tokens.
 class SparseAttention : public AttentionBackend {
  public:
   struct Counters {

@@ -15,11 +15,10 @@ std::pair<at::Tensor, at::Tensor> quantise(const at::Tensor& key) {
   const at::Tensor range = at::cat({(high - low) / 15, low}, -1).to(at::kHalf);
   // Codes are taken against the rounded scale and minimum, which are what is read back. A scale of zero (all
   // dims equal) gives code 0.
-  const at::Tensor scale = range.narrow(-1, 0, 1).to(at::kFloat), minimum = range.narrow(-1, 1, 1).to(at::kFloat);
-  const at::Tensor codes = at::where(scale > 0, (values - minimum) / scale.clamp_min(1e-30), at::zeros_like(values))
-                               .round()
-                               .clamp(0, 15)
-                               .to(at::kByte);
+  const at::Tensor scale = range.narrow(-1, 0, 1).to(at::kFloat),
+                   minimum = range.narrow(-1, 1, 1).to(at::kFloat);
+  const at::Tensor steps = (values - minimum) / at::where(scale > 0, scale, INFINITY);
+  const at::Tensor codes = steps.round().clamp(0, 15).to(at::kByte);
   const at::Tensor pairs = codes.unflatten(-1, {-1, 2});
   return {pairs.select(-1, 0).bitwise_or(pairs.select(-1, 1).bitwise_left_shift(4)), range};
 }
@@ -48,13 +47,17 @@ at::Tensor keep_top_p(const at::Tensor& weights, double p) {
 TwilightPolicy::TwilightPolicy(const ModelConfig& model, int64_t num_pages, at::Device device,
                                const SelectionRule& rule, double p)
     : QuestPolicy(model, num_pages, device, rule), p_(p) {
-  if (!(p > 0 && p <= 1)) fail("Twilight prunes to the mass p, which is {}; it must be above 0 and at most 1", p);
+  if (!(p > 0 && p <= 1))
+    fail("Twilight prunes to the mass p, which is {}; it must be above 0 and at most 1", p);
   if (model.head_dim % 2 != 0)
-    fail("Twilight packs two 4-bit codes a byte, but head_dim is {}; use a model where it is even", model.head_dim);
+    fail("Twilight packs two 4-bit codes a byte, but head_dim is {}; use a model where it is even",
+         model.head_dim);
   const int64_t slots = num_pages * kPageSize;
   for (int64_t layer : model.full_attention_layers()) {
-    codes_[layer] = at::zeros({model.num_kv_heads, slots, model.head_dim / 2}, at::TensorOptions(device).dtype(at::kByte));
-    ranges_[layer] = at::zeros({model.num_kv_heads, slots, 2}, at::TensorOptions(device).dtype(at::kHalf));
+    const auto on_device = at::TensorOptions(device);
+    codes_[layer] =
+        at::zeros({model.num_kv_heads, slots, model.head_dim / 2}, on_device.dtype(at::kByte));
+    ranges_[layer] = at::zeros({model.num_kv_heads, slots, 2}, on_device.dtype(at::kHalf));
   }
 }
 
@@ -104,7 +107,8 @@ at::Tensor TwilightPolicy::surviving_tokens(const AttentionInputs& inputs, const
                                .index_select(0, used);
   const at::Tensor offset = at::arange(kBlockSize, integers);
   const at::Tensor slots = (pages.unsqueeze(1) * kPageSize + offset).flatten();
-  const at::Tensor key = dequantise(codes.index_select(1, slots), ranges.index_select(1, slots)).transpose(1, 2);
+  const at::Tensor key =
+      dequantise(codes.index_select(1, slots), ranges.index_select(1, slots)).transpose(1, 2);
   // Of each chosen token, [count, kv_heads, width]: its place among the read ones, its position, its right.
   const at::Tensor place = (at::searchsorted(used, chosen).unsqueeze(3) * kBlockSize + offset).flatten(2);
   const at::Tensor position = (chosen.unsqueeze(3) * kBlockSize + offset).flatten(2);
@@ -114,7 +118,8 @@ at::Tensor TwilightPolicy::surviving_tokens(const AttentionInputs& inputs, const
 
   at::Tensor kept = at::empty_like(visible);
   // In parts, so that the [heads, queries, tokens] products stay small.
-  const int64_t step = std::max<int64_t>(1, (int64_t{1} << 24) / (kv_heads * group * (slots.size(0) + width)));
+  const int64_t numbers = kv_heads * group * (slots.size(0) + width);  // a query
+  const int64_t step = std::max<int64_t>(1, (int64_t{1} << 24) / numbers);
   for (int64_t done = 0; done < chunk.count; done += step) {
     const int64_t count = std::min(step, chunk.count - done);
     const at::Tensor query = (inputs.query.narrow(0, chunk.first + done, count).to(at::kFloat) * inputs.scale)
