@@ -38,7 +38,8 @@ void add_needle(CLI::App& parent) {
   options->add(command)->required();
   command.add_option("--length", *lengths, "Tokens a prompt; several, comma-separated, give heat maps of depth by length")
       ->delimiter(',')->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--samples", needle->samples, "Prompts a length; their needles lie at up to ten depths, evenly spread")->check(CLI::PositiveNumber)->capture_default_str();
+  command.add_option("--samples", needle->samples, "Prompts a length; their needles lie at up to ten depths, evenly spread")
+      ->check(CLI::PositiveNumber)->capture_default_str();
   command.add_option("--distractors", needle->distractors, "Needles with other keys")->check(CLI::NonNegativeNumber)->capture_default_str();
   command.add_option("--seed", needle->seed, "Seed of the prompts")->capture_default_str();
   command.callback([options, needle, lengths] {

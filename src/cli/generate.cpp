@@ -91,7 +91,8 @@ void add_generate(CLI::App& app) {
   auto* text = command.add_option("--prompt", options->prompt, "The prompt");
   auto* file = command.add_option("--prompt-file", options->prompt_file, "A file that holds the prompt");
   text->excludes(file);
-  command.add_option("--attention", options->attention, "auto (spot with a selector, else dense), dense, spot, streaming, oracle, quest or twilight")
+  command.add_option("--attention", options->attention,
+                     "auto (spot with a selector, else dense), dense, spot, streaming, oracle, quest or twilight")
       ->capture_default_str();
   command.add_option("--max-new-tokens", options->generate.max_new_tokens, "Most tokens to generate")
       ->check(CLI::PositiveNumber)->capture_default_str();

@@ -110,10 +110,10 @@ NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* sele
     NeedleMethodResult& method = result.methods[m];
     method.milliseconds_per_token = 1000 * seconds[m] / static_cast<double>(std::max<int64_t>(steps[m], 1));
     if (!contestants[m].sparse) continue;
-    double attended = 0, visible = 0;
+    double attended = 0, visible = 0, rows = 0;
     for (const auto& [layer, counter] : contestants[m].sparse->counters())
-      attended += counter.tokens_attended, visible += static_cast<double>(counter.tokens_visible);
-    if (visible > 0) method.attended_share = attended / visible;
+      attended += counter.tokens_attended, visible += static_cast<double>(counter.tokens_visible), rows += counter.rows;
+    if (visible > 0) method.attended_share = attended / visible, method.attended_tokens = attended / rows;
     if (masses[m].terms > 0) method.captured_mass = masses[m].captured / static_cast<double>(masses[m].terms);
   }
   return result;

@@ -17,6 +17,7 @@ struct NeedleMethodResult {
   std::vector<bool> correct;          // by prompt
   std::vector<std::string> outputs;   // the generated text, by prompt
   double attended_share = 1;          // tokens attended / visible, mean over sparse layers and decode steps
+  double attended_tokens = 0;         // by one query, likewise; 0 for dense
   double captured_mass = 1;           // true attention mass on the selected blocks, likewise
   double milliseconds_per_token = 0;  // one decode step, measured without the mass computation
 

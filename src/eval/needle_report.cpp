@@ -30,7 +30,7 @@ nlohmann::json NeedleEvalResult::to_json() const {
   for (const NeedleMethodResult& m : methods) {
     const Interval interval = exact_match_interval(m);
     json["methods"].push_back({{"name", m.name}, {"exact_match", m.num_correct()}, {"interval", {interval.low, interval.high}}, {"correct", m.correct}, {"outputs", m.outputs},
-                               {"attended_share", m.attended_share}, {"captured_mass", m.captured_mass},
+                               {"attended_share", m.attended_share}, {"attended_tokens", m.attended_tokens}, {"captured_mass", m.captured_mass},
                                {"milliseconds_per_token", m.milliseconds_per_token}});
   }
   return json;

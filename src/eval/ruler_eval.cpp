@@ -92,6 +92,7 @@ class MethodRun {
     for (const auto& [layer, counter] : sparse_->counters()) {
       outcome.attended += counter.tokens_attended;
       outcome.visible += static_cast<double>(counter.tokens_visible);
+      outcome.rows += counter.rows;
     }
     outcome.captured = mass_.captured, outcome.measured = mass_.terms;
     return outcome;

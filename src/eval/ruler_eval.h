@@ -55,6 +55,7 @@ struct RulerOutcome {
   double attended = 0, visible = 0;  // tokens
   double captured = 0;               // true attention mass on the selected blocks
   int64_t measured = 0;              // terms of that sum
+  int64_t rows = 0;                  // sparse layers times decode steps
 };
 
 // One finished prompt.

@@ -60,21 +60,22 @@ Interval difference(const RulerResult& result, const Part& part, size_t method) 
 }
 
 // Shares of tokens attended and of true attention mass captured, over all decode steps; 1 for dense
-// attention.
+// attention. And the tokens attended by a query, NaN for dense attention.
 struct Measures {
-  double attended = 1, captured = 1;
+  double attended = 1, captured = 1, tokens = kNan;
   bool mass_measured = true;
 };
 Measures measure(const RulerResult& result, const Part& part, size_t method) {
-  double attended = 0, visible = 0, captured = 0, terms = 0;
+  double attended = 0, visible = 0, captured = 0, terms = 0, rows = 0;
   for (const RulerRecord& record : result.records) {
     if (!part.holds(record)) continue;
     const RulerOutcome& outcome = record.outcomes[method];
     attended += outcome.attended, visible += outcome.visible;
     captured += outcome.captured, terms += static_cast<double>(outcome.measured);
+    rows += static_cast<double>(outcome.rows);
   }
   if (visible == 0) return {};
-  return {attended / visible, terms > 0 ? captured / terms : kNan, terms > 0};
+  return {attended / visible, terms > 0 ? captured / terms : kNan, attended / rows, terms > 0};
 }
 
 std::string with_interval(const Interval& i, const char* format) {
@@ -111,7 +112,8 @@ nlohmann::json RulerRecord::to_json() const {
                                 {"attended", o.attended},
                                 {"visible", o.visible},
                                 {"captured", o.captured},
-                                {"measured", o.measured}});
+                                {"measured", o.measured},
+                                {"rows", o.rows}});
   }
   return json;
 }
@@ -128,7 +130,7 @@ RulerRecord RulerRecord::from_json(const nlohmann::json& json) {
                        {}};
     for (const nlohmann::json& o : json.at("outcomes")) {
       record.outcomes.push_back({o.at("output"), o.at("score"), o.at("answer_tokens"), o.at("attended"),
-                                 o.at("visible"), o.at("captured"), o.at("measured")});
+                                 o.at("visible"), o.at("captured"), o.at("measured"), o.at("rows")});
     }
     return record;
   } catch (const nlohmann::json::exception& e) {
@@ -194,6 +196,7 @@ nlohmann::json RulerResult::to_json() const {
                                   {"score", interval_json(score(*this, part, m))},
                                   {"difference_to_first", interval_json(difference(*this, part, m))},
                                   {"attended_share", measures.attended},
+                                  {"attended_tokens", number_or_null(measures.tokens)},
                                   {"captured_mass", number_or_null(measures.captured)}});
     }
   }

@@ -15,7 +15,7 @@ FEWEST_RIGHT = {
     "quest:k=1024": 5,
     "twilight:p=0.95,k=25%": 5,
 }
-# The learned selector, where the model ships one; int4 is what its keys are kept in.
+# The learned selector, where the model ships one: what it must reach to be shipped, quantised keys included.
 FEWEST_RIGHT_LEARNED = {
     "spot:p=0.7,cache=bf16": 5,
     "spot:p=0.7,cache=int4": 5,

@@ -1,0 +1,52 @@
+"""tools/accuracy.py on the shipped model: what it writes adds up, and a finished run is not run again."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.mark.timeout(600)
+def test_tables_add_up_and_finished_steps_are_kept(build_folder, tiny_qwen3, tmp_path):
+    text = ROOT / "LICENSE"
+    threads = ["--threads", "1"]
+    selectors = [tmp_path / "first", tmp_path / "second"]
+    for seed, selector in enumerate(selectors):
+        subprocess.run([build_folder / "spot", "distill", "--model", tiny_qwen3, "--data", text, "--out", selector, "--length", "256",
+                        "--steps", "1", "--warmup-steps", "0", "--sequences-per-step", "1", "--seed", str(seed), *threads], check=True)
+    command = [sys.executable, ROOT / "tools" / "accuracy.py", "--model", tiny_qwen3, "--text", text, "--out", tmp_path / "out",
+               "--selector", selectors[0], "--selector", selectors[1], "--lengths", "1024", "--tasks", "vt", "--samples", "2",
+               "--sequences", "1", "--text-methods", "4", "--rules", "k=512,k=4096", "--twilight", "p=0.9,k=50%", "--needle-options", "--distractors 8",
+               "--", *threads]
+    first = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert first.count("$ ") == 7  # three steps for each selector, the first one's text in two parts
+    data = json.loads((tmp_path / "out" / "accuracy.json").read_text())
+    tables = {table["title"]: table for table in data["tables"]}
+    markdown = (tmp_path / "out" / "accuracy.md").read_text()
+    page = (tmp_path / "out" / "accuracy.html").read_text()
+    for title in tables:
+        assert title in markdown and title in page
+    learned = [f"{name}:k=512,cache={form}" for name in ("first", "second") for form in ("bf16", "int4")]
+    baselines = ["oracle:k=512", "quest:k=512", "streaming:k=512", "twilight:p=0.9,k=50%"]  # k=4096 holds every prompt
+    for title in ("RULER at 1024 tokens", "Multi-key needles at 1024 tokens", "Running text at 1024 tokens"):
+        names = [row[0] for row in tables[title]["rows"]]
+        assert names[0] == "dense" and sorted(names[1:]) == sorted(learned + baselines), title
+
+    def nll(name: str, method: str) -> float:
+        report = json.loads((tmp_path / "out" / "text-1024" / name / "0" / "report.json").read_text())
+        return next(m["nll"] for m in [report["dense"], *report["methods"]] if m["name"] == method)
+
+    for name in ("first", "second"):
+        parts = [loss["mean"] for loss in data["losses"] if loss["measure"] == "text" and loss["selector"] == name]
+        assert len(parts) == 3
+        assert sum(parts) == pytest.approx(nll(name, "spot:k=512,cache=int4") - nll(name, "dense"))
+    for loss in data["losses"]:
+        if loss["measure"] == "ruler":
+            assert loss["low"] <= loss["mean"] <= loss["high"]
+
+    again = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert again.count("$ ") == 0
+    assert json.loads((tmp_path / "out" / "accuracy.json").read_text()) == data
