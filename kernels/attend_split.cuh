@@ -86,6 +86,14 @@ __device__ __forceinline__ void copy_block(const AttendSource& source, int64_t p
   }
 }
 
+// Zeroes the values behind a partial block's `valid` tokens: a weight of 0 does not silence a NaN.
+template <int kHeadDim>
+__device__ __forceinline__ void clear_tail(uint8_t* stage, int valid, int lane) {
+  using Shape = AttendShape<kHeadDim>;
+  for (int at = valid * Shape::kRowBytes + lane * 16; at < Shape::kTileBytes; at += 32 * 16)
+    *reinterpret_cast<uint4*>(stage + Shape::kTileBytes + at) = make_uint4(0, 0, 0, 0);
+}
+
 // The running softmax of one warp: maximum and sum of heads 2t and 2t + 1, and O^T.
 template <int kHeadDim>
 struct WarpAttention {
@@ -208,6 +216,10 @@ __device__ __forceinline__ void attend_warp(const AttendSource& source, int begi
     ptx::cp_async_wait<kStages - 1>();
     __syncwarp();
     const int valid = first + i * kAttendWarps == source.last_entry ? source.last_valid : kPageTokens;
+    if (valid < kPageTokens) {
+      clear_tail<kHeadDim>(shared.tiles[warp][stage], valid, lane);
+      __syncwarp();
+    }
     state.template add_block<T>(stages + stage * kBlockBytes, shared.query, valid, source.scale_log2, lane);
     __syncwarp();
     if (i + kStages < blocks) copy(i + kStages, stage);

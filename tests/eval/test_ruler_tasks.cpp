@@ -302,8 +302,7 @@ TEST_F(Ruler, AnOracleSolvesThePrompts) {
   const testing::TemporaryFolder folder;
   const std::string file = (folder / "samples.json").string();
   std::ofstream(file) << nlohmann::json{{"samples", samples}, {"scores", scores}}.dump();
-  const std::string script = std::filesystem::path(__FILE__).parent_path() / "ruler_oracle.py";
-  EXPECT_EQ(std::system(("python3 '" + script + "' '" + file + "'").c_str()), 0);
+  EXPECT_EQ(std::system(("python3 tests/eval/ruler_oracle.py '" + file + "'").c_str()), 0);
 }
 
 TEST(Words, ListsAreDistinctPlainWords) {

@@ -46,6 +46,17 @@ struct Scene {
         table(pages.table),
         lengths(pages.lengths) {
     workspace.fill(0);
+    poison_unseen();
+  }
+  // What lies behind a sequence's last token in its last page is NaN, in either type.
+  void poison_unseen() {
+    for (int32_t row = 0; row < batch(); ++row)
+      for (int32_t token = pages.lengths[row]; token % kPageTokens != 0; ++token)
+        for (int32_t head = 0; head < num_kv_heads; ++head)
+          for (Typed* pool : {&keys, &values})
+            std::memset(pool->bytes.data() + 2 * at(row, head, token), 0xff, 2 * head_dim);
+    device_keys.upload(keys.bytes);
+    device_values.upload(values.bytes);
   }
   size_t pool_size() const {
     return static_cast<size_t>(pages.num_pages) * kPageTokens * num_kv_heads * head_dim;
