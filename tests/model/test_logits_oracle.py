@@ -266,14 +266,12 @@ def test_tiny_qwen3(build_folder, tiny_qwen3, tmp_path, seed):
         assert agree > 0.9 or exact.shape[0] < 40, f"{name}: argmax agrees on {agree:.3f}"
 
 
-def test_smollm2(build_folder, tmp_path, seed):
-    folder = pathlib.Path(__file__).resolve().parents[2] / "build" / "smollm2"
-    if not (folder / "config.json").is_file():
-        pytest.skip("build/smollm2 is not converted")
+@pytest.mark.timeout(300)  # the package may have to be downloaded
+def test_smollm2(build_folder, smollm2, tmp_path, seed):
     rng = random.Random(seed)
-    model = trained(folder)
+    model = trained(smollm2)
     sequences = random_sequences(rng, [48, 5], model.config.vocab_size)
-    outputs, _ = run_tool(build_folder, folder, tmp_path, rng, sequences, most_steps=4, threads=2)
+    outputs, _ = run_tool(build_folder, smollm2, tmp_path, rng, sequences, most_steps=4, threads=2)
     check(outputs, model, sequences)
 
 
