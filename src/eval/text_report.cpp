@@ -37,8 +37,8 @@ LineChart by_position(const TextEvalResult& result, const std::string& title, co
     for (size_t b = 0; b < series.y.size(); ++b) series.x.push_back((static_cast<double>(b) + 0.5) * width);
     chart.series.push_back(series);
   };
-  if (with_dense) add(result.dense, true);
   for (const MethodResult& method : result.methods) add(method, false);
+  if (with_dense) add(result.dense, true);  // last, so that a method has one colour in all charts
   return chart;
 }
 
