@@ -109,7 +109,7 @@ int run(Options& options, const ProcessGroup* group) {
 void add_distill(CLI::App& app, const ProcessGroup* group) {
   auto options = std::make_shared<Options>();
   CLI::App& command = *app.add_subcommand("distill", "Learn a selector for a frozen checkpoint");
-  command.set_config("--config", "", "Read options from a TOML file (names as here, without the dashes)");
+  command.fallthrough();  // so that --config, which CLI11 reads at the top only, may stand behind the word distill
   options->model.add(command);
   TrainConfig& train = options->train;
   command.add_option("--data", train.data.paths, "Text files, .jsonl, .gz, .zst, or folders of them")->required();

@@ -22,6 +22,7 @@ void add_text(CLI::App& parent) {
   command.add_option("--measured-queries", eval->measured_queries, "Queries a chunk whose true attention is computed")
       ->check(CLI::PositiveNumber)->capture_default_str();
   command.callback([options, eval] {
+    prepare_output(options->out);
     const Backbone backbone = options->model.load();
     const std::optional<Selector> selector = options->selector.load(options->model, backbone);
     const Selector* chosen = selector ? &*selector : nullptr;
@@ -43,6 +44,7 @@ void add_needle(CLI::App& parent) {
   command.add_option("--distractors", needle->distractors, "Needles with other keys")->check(CLI::NonNegativeNumber)->capture_default_str();
   command.add_option("--seed", needle->seed, "Seed of the prompts")->capture_default_str();
   command.callback([options, needle, lengths] {
+    prepare_output(options->out);
     const Backbone backbone = options->model.load();
     const std::optional<Selector> selector = options->selector.load(options->model, backbone);
     const Selector* chosen = selector ? &*selector : nullptr;

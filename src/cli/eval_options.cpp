@@ -111,4 +111,12 @@ std::string EvalOptions::read_text() const {
   return text;
 }
 
+void prepare_output(const std::string& out) {
+  if (out.empty()) return;
+  make_folder(out);
+  const std::filesystem::path probe = std::filesystem::path(out) / ".writable";
+  write_file_atomically(probe, std::string(4096, ' '));
+  std::filesystem::remove(probe);
+}
+
 }  // namespace spot::cli

@@ -30,17 +30,19 @@ struct EvalOptions {
   std::string read_text() const;
 };
 
+// Makes the folder of the reports and writes a file there, so that a full disk is met before the work. Empty: nothing.
+void prepare_output(const std::string& out);
+
 // Prints the summary, and writes report.json and report.html into `out` unless that is empty.
 template <typename Result>
 void deliver(const Result& result, const std::string& title, const std::string& out) {
   fmt::print("{}", result.summary().to_text());
   if (out.empty()) return;
-  make_folder(out);
   Page page(title);
   result.add_to(page);
   const std::filesystem::path folder = out;
-  write_file_atomically(folder / "report.json", result.to_json().dump(1) + "\n");
   write_file_atomically(folder / "report.html", page.html());
+  write_file_atomically(folder / "report.json", result.to_json().dump(1) + "\n");
   fmt::print("report: {}\n", (folder / "report.html").string());
 }
 

@@ -87,6 +87,7 @@ void run(Options options) {
   options.eval.tasks = parse_tasks(options.tasks);
   options.eval.stop_when_answered = !options.whole_answers;
   options.eval.out = options.out;
+  prepare_output(options.out);
   if (options.chat) wrap_in_chat(options.model.folder, options.eval.prompts);
   const TextCodec codec = codec_of(Tokenizer::load(options.model.folder), !options.chat);
   const std::string essay = options.read_text();

@@ -6,7 +6,6 @@
 #include <memory>
 
 #include "cli/commands.h"
-#include "core/files.h"
 #include "model/kv_cache.h"
 #include "report/page.h"
 #include "selector/cache.h"
@@ -53,11 +52,8 @@ std::string in_gib(double bytes) { return fmt::format("{:.2f} GiB", bytes / (1 <
 void run(const Options& options) {
   const ModelConfig model = ModelConfig::load(options.model);
   SelectorConfig selector = SelectorConfig::from_preset(options.preset);
-  if (!options.selector.empty()) {
-    const auto file = Selector::resolve(options.selector, options.model) / "selector.json";
-    const nlohmann::json json = read_json(file);
-    selector = SelectorConfig::from_json(json.contains("config") ? json.at("config") : json, file.string());
-  }
+  if (!options.selector.empty())
+    selector = Selector::load(options.selector, options.model, model, /*fingerprint=*/"", at::kCPU).config();
   const std::vector<int64_t> full = model.full_attention_layers();
   std::string with;
   int64_t selected = 0;

@@ -70,6 +70,8 @@ void RuleOptions::add(CLI::App& app) {
 
 SelectionRule RuleOptions::rule(const Selector* selector) const {
   SelectionRule rule = selector ? SelectionRule::from_defaults(selector->config().selection) : SelectionRule{};
+  if (budget && *budget < 1) fail("--top-k-tokens is {}; it must be at least 1 token", *budget);
+  if (share && !(*share > 0 && *share <= 1)) fail("--top-k-share is {}; it must be above 0 and at most 1", *share);
   if (p) rule.mode = SelectionMode::top_p, rule.p = *p;
   if (budget) rule.mode = SelectionMode::top_k, rule.budget = *budget;
   if (share) rule.mode = SelectionMode::top_k, rule.budget_fraction = *share;

@@ -317,21 +317,30 @@ class Run {
     const fs::path unfinished = config_.output / "unfinished-checkpoint";
     std::error_code code;
     fs::remove_all(unfinished, code);
-    make_folder(unfinished);
-    selector_.save(unfinished, fingerprint_, notes());
-    optimizer_.save(unfinished / "optimizer.safetensors");
+    try {
+      write_checkpoint(unfinished);
+    } catch (const Error&) {
+      fs::remove_all(unfinished, code);
+      throw;
+    }
+    if (old == final_path) fs::remove_all(old, code);
+    fs::rename(unfinished, final_path, code);
+    if (code) fail("{}: cannot be created: {}", final_path.string(), code.message());
+    if (!old.empty() && old != final_path) fs::remove_all(old, code);
+    write_loss_page(config_.output / "loss.html", log_->entries());
+  }
+
+  void write_checkpoint(const fs::path& folder) const {
+    make_folder(folder);
+    selector_.save(folder, fingerprint_, notes());
+    optimizer_.save(folder / "optimizer.safetensors");
     const nlohmann::json state = {{"version", 1},
                                   {"step", step_},
                                   {"threads", at::get_num_threads()},
                                   {"config", config_.to_json()},
                                   {"data", data_.state()},
                                   {"last_metrics", last_}};
-    write_file_atomically(unfinished / "train.json", state.dump(1) + "\n");
-    if (old == final_path) fs::remove_all(old, code);
-    fs::rename(unfinished, final_path, code);
-    if (code) fail("{}: cannot be created: {}", final_path.string(), code.message());
-    if (!old.empty() && old != final_path) fs::remove_all(old, code);
-    write_loss_page(config_.output / "loss.html", log_->entries());
+    write_file_atomically(folder / "train.json", state.dump(1) + "\n");
   }
 
   void restore(const fs::path& checkpoint) {

@@ -182,12 +182,19 @@ TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
     }
   }
   sums[0].finish(result.dense);
+  int64_t queries = 0;
+  for (const MethodResult& method : result.methods)
+    for (const auto& [layer, measures] : method.layers) queries = std::max(queries, measures.queries);
   for (size_t m = 0; m < methods.size(); ++m) {
     sums[m + 1].finish(result.methods[m]);
     for (auto& [layer, measures] : result.methods[m].layers) {
-      const auto n = static_cast<double>(measures.queries);
-      measures.attended_share /= n, measures.captured_mass /= n, measures.captured_residual /= n, measures.oracle_recall /= n;
-      for (auto& [p, captured] : measures.calibration) captured /= n;
+      for (auto& [p, captured] : measures.calibration) captured /= static_cast<double>(measures.queries);
+      // Where a method's floor made it dense, nothing was selected and all was attended; all methods are compared on
+      // the same queries.
+      const auto dense = static_cast<double>(queries - measures.queries);
+      measures.queries = queries;
+      for (double* mean : {&measures.attended_share, &measures.captured_mass, &measures.captured_residual, &measures.oracle_recall})
+        *mean = (*mean + dense) / static_cast<double>(queries);
     }
   }
   return result;

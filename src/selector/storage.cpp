@@ -116,7 +116,7 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
     fail("{} and selector.safetensors beside it were not written together; restore both from the same run",
          source);
   const SelectorConfig& config = selector.config_;
-  size_t used = 0;
+  std::vector<std::pair<std::string, at::Tensor>> read;  // in the order of save()
   for (int64_t layer : selector.layers_) {
     auto take = [&](const char* part, std::vector<int64_t> shape, at::ScalarType target) {
       const std::string tensor_name = fmt::format("layers.{}.{}", layer, part);
@@ -124,10 +124,13 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
       if (tensor.sizes() != at::IntArrayRef(shape))
         fail("{}: tensor {} is {}; config and backbone make it {}", file.path().string(), tensor_name,
              fmt::join(tensor.sizes(), "x"), fmt::join(shape, "x"));
+      if (tensor.scalar_type() != at::kFloat)
+        fail("{}: tensor {} is of {}, selectors are stored in float32", file.path().string(), tensor_name,
+             c10::toString(tensor.scalar_type()));
       if (!at::isfinite(tensor).all().item<bool>())
         fail("{}: tensor {} holds values that are not finite; train the selector again", file.path().string(),
              tensor_name);
-      ++used;
+      read.emplace_back(tensor_name, tensor);
       return tensor.to(at::TensorOptions(device).dtype(target), /*non_blocking=*/false, /*copy=*/true);
     };
     LayerWeights& weights = selector.weights_[layer];
@@ -141,8 +144,11 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
     if (config.key_norm == KeyNorm::layernorm)
       weights.norm_bias = take("key_norm.bias", {config.head_dim}, fine_type(dtype));
   }
-  if (file.names().size() != used)
-    fail("{} holds {} tensors, the config makes {}", file.path().string(), file.names().size(), used);
+  if (file.names().size() != read.size())
+    fail("{} holds {} tensors, the config makes {}", file.path().string(), file.names().size(), read.size());
+  if (weights_id(read) != metadata.at("weights_id"))
+    fail("{}: the weights are not those that were saved; the file is damaged, restore it or train again",
+         file.path().string());
   return selector;
 }
 
