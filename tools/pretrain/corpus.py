@@ -67,7 +67,9 @@ def _encode(tokenizer: tokenizers.Tokenizer, documents: list[str]) -> np.ndarray
 
 def prepare(data: pathlib.Path, tokenizer_file: pathlib.Path, folder: pathlib.Path, held_out: float = 0.015) -> None:
     """Writes STREAM.npy, STREAM_held_out.npy (uint16) and words.json into `folder`; does nothing where they are already."""
-    if (folder / "words.json").is_file():
+    source = json.dumps({"data": str(data.resolve()), "bytes": data.stat().st_size, "tokenizer": hashlib.md5(tokenizer_file.read_bytes()).hexdigest()})
+    done = folder / "source.json"  # written last
+    if done.is_file() and done.read_text() == source:
         return
     folder.mkdir(parents=True, exist_ok=True)
     start = time.time()
@@ -96,4 +98,5 @@ def prepare(data: pathlib.Path, tokenizer_file: pathlib.Path, folder: pathlib.Pa
     if len(words) < 100:
         raise SystemExit(f"{data}: {len(words)} words occur 8 times or more; give a longer text")
     (folder / "words.json").write_text(json.dumps(words))
+    done.write_text(source)
     print(f"prepare: {len(words)} words for keys, {time.time() - start:.1f} s", flush=True)

@@ -129,6 +129,8 @@ def evaluate(model: TinyModel, pieces: Pieces, lengths: list[int], seconds: floa
             results[f"{task}@{length}"] = {"exact": round(sum(exact) / len(exact), 4), "first_tokens": round(sum(first) / len(first), 4),
                                            "prompts": len(exact)}
             cell = results[f"{task}@{length}"]
+            if task == "multikey_held_out":  # the suite's held-out wordings, then our own
+                cell["by_wording"] = [round(sum(part) / max(1, len(part)), 3) for part in (exact[at::len(HELD_OUT)] for at in range(len(HELD_OUT)))]
             print(f"evaluation {task}@{length}: exact {cell['exact']:.3f}, first tokens {cell['first_tokens']:.3f}, {len(exact)} prompts, "
                   f"{time.time() - start:.0f} s", flush=True)
             file.write_text(json.dumps(results, indent=1))

@@ -50,6 +50,7 @@ class Pieces:
         self.words = words[cut:] if held_out else words[:cut]
         vocabulary = [self.tokenizer.decode([i], skip_special_tokens=False) for i in range(self.tokenizer.get_vocab_size())]
         self.ends_sentence = np.array([bool(re.search(r"[.!?]$", token)) for token in vocabulary])
+        self.starts_word = np.array([token.startswith(" ") and len(token) > 1 for token in vocabulary])
         self.ends_line = np.array([token.endswith("\n") for token in vocabulary])
         self.space = self.tokenizer.encode(" ").ids
         self.digits = [self.tokenizer.encode(str(digit)).ids[0] for digit in range(10)]
@@ -161,8 +162,10 @@ class Pieces:
             return ids, list(range(0, count + 1, len(line)))
         ids = self.slice(kind, count)
         ends = self.ends_sentence if kind == "essay" else self.ends_line
-        places = (np.flatnonzero(ends[ids]) + 1).tolist()
-        return ids.tolist(), [0] + places
+        places = np.flatnonzero(ends[ids]) + 1
+        if len(places) < count // 160:  # tables and the like: before any word
+            places = np.flatnonzero(self.starts_word[ids])
+        return ids.tolist(), [0] + places.tolist()
 
 
 class Row:
