@@ -15,7 +15,6 @@ IGNORED, TEXT = 0, 1
 SLOTS = ("needle", "multi", "words", "qa", "copy", "vt0", "vt1", "vt2", "vt3", "vt4", "vt5", "vt6")
 NUM_LABELS = 2 + 2 * len(SLOTS)
 
-KINDS = ("pair", "word", "number", "uuid", "code")
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 Ids = list[int]
