@@ -9,12 +9,14 @@ accuracy.html into --out. Losses are told apart, each as a difference on the sam
     selector -> FORMAT   what quantising its keys costs
 
 The first selector's run holds the baselines too; further selectors run by themselves. What is finished is not run again: a
-RULER run that was interrupted goes on at the next prompt, the other steps at the next step.
+RULER run that was interrupted goes on at the next prompt, the other steps at the next step. --jobs N runs N processes at a time
+(RULER by task and length; their logs are then put together): small models leave a GPU, and many cores, idle otherwise.
 
 usage: accuracy.py --model MODEL --text FILE --out DIR [--selector NAME]... [options] [-- options of every spot eval]
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import html
 import json
@@ -28,6 +30,10 @@ import numpy
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SPOT = pathlib.Path(os.environ.get("SPOT_BUILD", ROOT / "build" / "cpu")) / "spot"
+
+
+RULER_TASKS = ["niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+               "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"]
 
 
 def comma_list(text: str) -> list[str]:
@@ -52,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="budgets of selector, oracle, Quest and window; those that hold every length are left out")
     parser.add_argument("--twilight", type=lambda text: text.split(";"), default=["p=0.95,k=25%", "p=0.95,k=50%", "p=0.95,k=75%"],
                         help="Twilight's settings, separated by semicolons")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--formats", type=comma_list, default=["bf16", "int4"], help="selector keys; the first is taken as exact")
     for step in ("ruler", "needle", "text"):
         parser.add_argument(f"--{step}-options", type=shlex.split, default=[], help=f"more options of `spot eval {step}`, quoted as one")
@@ -79,30 +86,45 @@ def baseline_methods(options: argparse.Namespace) -> list[str]:
             + [f"twilight:{setting}" for setting in options.twilight])
 
 
-def run_step(folder: pathlib.Path, command: list[str], selector: str | None) -> dict:
-    """The report of one `spot eval`, run unless `folder` holds it already."""
-    done, report = folder / "command.json", folder / "report.json"
-    # A selector that was distilled anew under its old name is another one.
-    files = sorted(pathlib.Path(selector).glob("*")) if selector else []
-    recorded = json.dumps([command, [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]])
-    if not (report.exists() and done.exists() and done.read_text() == recorded):
-        print("$ " + " ".join(command), flush=True)
-        code = subprocess.run(command).returncode
-        if code:
-            sys.exit(f"error: the command above failed with status {code}; after mending it, run this one again to go on")
-        done.write_text(recorded)
-    return json.loads(report.read_text())
+@dataclasses.dataclass
+class Step:
+    """One `spot eval` with its report in `folder`."""
+
+    kind: str  # ruler, needle or text
+    table: str  # what the report belongs to: ruler, needle, text-LENGTH
+    name: str  # the selector's
+    folder: pathlib.Path
+    command: list[str]
+    selector: pathlib.Path | None
+
+    def record(self) -> str:
+        """What the report depends on: a selector that was distilled anew under its old name is another one."""
+        files = sorted(self.selector.glob("*")) if self.selector else []
+        return json.dumps([self.command, [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]])
+
+    def done(self) -> bool:
+        file = self.folder / "command.json"
+        return (self.folder / "report.json").exists() and file.exists() and file.read_text() == self.record()
+
+    def finish(self) -> dict:
+        """Runs what is left to run, in sight; the report."""
+        if not self.done():
+            print("$ " + " ".join(self.command), flush=True)
+            code = subprocess.run(self.command).returncode
+            if code:
+                sys.exit(f"error: the command above failed with status {code}; after mending it, run this one again to go on")
+            (self.folder / "command.json").write_text(self.record())
+        return json.loads((self.folder / "report.json").read_text())
 
 
-def run_all(options: argparse.Namespace) -> tuple[dict[str, list[tuple[str, dict]]], list[str]]:
-    """By step: (selector's name, report) of each run, the first selector's with the baselines. And the reports' pages."""
+def list_steps(options: argparse.Namespace) -> list[Step]:
+    """Every run; the first selector's ones hold the baselines."""
     step_options = {
         "ruler": ["--lengths", ",".join(options.lengths), "--tasks", options.tasks, "--samples", str(options.samples),
                   *options.ruler_options],
         "needle": ["--length", ",".join(options.lengths), "--samples", str(options.samples), *options.needle_options],
     }
-    reports: dict[str, list[tuple[str, dict]]] = {}
-    pages = []
+    steps = []
     for index, selector in enumerate(options.selector or [None]):
         name = pathlib.Path(selector).name if selector else ""
         methods = (selector_methods(options) if selector else []) + (baseline_methods(options) if index == 0 else [])
@@ -110,22 +132,76 @@ def run_all(options: argparse.Namespace) -> tuple[dict[str, list[tuple[str, dict
                                      if folder.is_dir()), None)
         base = ["--model", options.model, *(["--selector", selector] if selector else []), "--text", *options.text, *options.extra]
 
-        def step(kind: str, folder: str, part: str, methods: list[str], *more: str) -> None:
-            out = options.out / folder / (name or "baselines") / part
+        def add(kind: str, table: str, part: str, methods: list[str], *more: str) -> None:
+            out = options.out / table / (name or "baselines") / part
             command = [str(SPOT), "eval", kind, *base, "--methods", ",".join(methods), *more, "--out", str(out)]
-            reports.setdefault(folder, []).append((name, run_step(out, command, located)))
-            pages.append((out / "report.html").relative_to(options.out).as_posix())
+            steps.append(Step(kind, table, name, out, command, located))
 
         for kind in options.steps:
             if kind != "text":
-                step(kind, kind, "", methods, *step_options[kind])
+                add(kind, kind, "", methods, *step_options[kind])
                 continue
             for length in options.lengths:
                 for first in range(0, len(methods), options.text_methods):
-                    step("text", f"text-{length}", str(first // options.text_methods), methods[first:first + options.text_methods],
-                         "--length", length, "--sequences", str(options.sequences), "--skip", str(int(length) // 4),
-                         *options.text_options)
-    return reports, pages
+                    add("text", f"text-{length}", str(first // options.text_methods), methods[first:first + options.text_methods],
+                        "--length", length, "--sequences", str(options.sequences), "--skip", str(int(length) // 4),
+                        *options.text_options)
+    return steps
+
+
+def run_ahead(options: argparse.Namespace, steps: list[Step]) -> None:
+    """Runs parts of the steps side by side, each with a log file: RULER by task and length, the longest first."""
+    tasks = RULER_TASKS if options.tasks == "all" else comma_list(options.tasks)
+    parts: list[tuple[int, Step, list[str], pathlib.Path]] = []
+    for step in steps:
+        if step.done():
+            continue
+        if step.kind != "ruler":
+            parts.append((2 * max(map(int, options.lengths)), step, step.command, step.folder))
+            continue
+        for task in tasks:
+            for length in options.lengths:
+                folder = step.folder / "parts" / f"{task}-{length}"
+                command = step.command[:-1] + [str(folder)]
+                command[command.index("--lengths") + 1], command[command.index("--tasks") + 1] = length, task
+                parts.append((int(length), step, command, folder))
+
+    def run(step: Step, command: list[str], folder: pathlib.Path) -> int:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "run.log", "w") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        if code == 0 and step.kind != "ruler":
+            (folder / "command.json").write_text(step.record())
+        return code
+
+    def whole_lines(log: pathlib.Path) -> list[str]:
+        return log.read_text().split("\n")[:-1]
+
+    parts.sort(key=lambda part: -part[0])
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        runs = {pool.submit(run, *part[1:]): part[-1] for part in parts}
+        for number, finished in enumerate(concurrent.futures.as_completed(runs), 1):
+            folder = runs[finished]
+            print(f"{number}/{len(runs)} {folder.relative_to(options.out)}"
+                  + (f" failed with status {finished.result()}, see {folder}/run.log" if finished.result() else ""), flush=True)
+    for step in steps:
+        if step.kind != "ruler" or step.done():
+            continue
+        logs = [lines for log in sorted((step.folder / "parts").glob("*/ruler.jsonl")) if (lines := whole_lines(log))]
+        if logs:  # a log's first line holds the settings, which are the same in all
+            lines = logs[0][:1] + [line for log in logs for line in log[1:]]
+            (step.folder / "ruler.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def run_all(options: argparse.Namespace) -> tuple[dict[str, list[tuple[str, dict]]], list[str]]:
+    """By table: (selector's name, report) of each run, the first selector's with the baselines. And the reports' pages."""
+    steps = list_steps(options)
+    if options.jobs > 1:
+        run_ahead(options, steps)
+    reports: dict[str, list[tuple[str, dict]]] = {}
+    for step in steps:
+        reports.setdefault(step.table, []).append((step.name, step.finish()))
+    return reports, [(step.folder / "report.html").relative_to(options.out).as_posix() for step in steps]
 
 
 @dataclasses.dataclass
