@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       p.logits + (static_cast<int64_t>(row) * p.num_heads + head) * p.max_selected * kPageTokens;
   const int64_t words = bit_words(p.max_selected);
   uint32_t* counters = static_cast<uint32_t*>(p.workspace);
-  uint32_t* bits = counters + static_cast<int64_t>(p.batch) * p.num_kv_heads;
+  uint32_t* bits = counters + kCounterBytes / 4;
   uint32_t* own_bits = bits + (static_cast<int64_t>(row) * p.num_heads + head) * words;
   const float minus_infinity = __uint_as_float(0xff800000u), scale = 1.44269504088896340736f;
 
@@ -223,19 +223,19 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-size_t prune_tokens_workspace_bytes(int32_t batch, int32_t num_heads, int32_t num_kv_heads, int32_t max_selected) {
-  return (static_cast<size_t>(batch) * num_kv_heads + static_cast<size_t>(batch) * num_heads * bit_words(max_selected)) *
-         sizeof(uint32_t);
+size_t prune_tokens_workspace_bytes(int32_t batch, int32_t num_heads, int32_t max_selected) {
+  return kCounterBytes + static_cast<size_t>(batch) * num_heads * bit_words(max_selected) * sizeof(uint32_t);
 }
 
 cudaError_t prune_tokens(const PruneTokensParams& p, cudaStream_t stream) {
   if (p.batch < 0 || p.num_kv_heads < 1 || p.num_heads < p.num_kv_heads || p.num_heads % p.num_kv_heads != 0 ||
-      p.max_selected < 0 || p.max_selected > 65536 || !(p.top_p > 0.0f) || p.batch > 65535)
+      p.max_selected < 0 || p.max_selected > 65536 || !(p.top_p > 0.0f) || p.batch > 65535 ||
+      int64_t{p.batch} * p.num_kv_heads > kCounterBytes / 4)
     return cudaErrorInvalidValue;
   if (p.batch == 0) return cudaSuccess;
   if (p.lengths == nullptr || p.selected == nullptr || p.counts == nullptr || p.logits == nullptr ||
       p.tokens == nullptr || p.token_counts == nullptr || p.workspace == nullptr ||
-      p.workspace_bytes < prune_tokens_workspace_bytes(p.batch, p.num_heads, p.num_kv_heads, p.max_selected))
+      p.workspace_bytes < prune_tokens_workspace_bytes(p.batch, p.num_heads, p.max_selected))
     return cudaErrorInvalidValue;
   const cudaError_t error = allow_shared_bytes(prune_kernel, sizeof(PruneShared));
   if (error != cudaSuccess) return error;

@@ -27,7 +27,7 @@ struct PruneTokensParams {
   Overlap overlap = Overlap::kNone;
 };
 
-size_t prune_tokens_workspace_bytes(int32_t batch, int32_t num_heads, int32_t num_kv_heads, int32_t max_selected);
+size_t prune_tokens_workspace_bytes(int32_t batch, int32_t num_heads, int32_t max_selected);
 
 cudaError_t prune_tokens(const PruneTokensParams& params, cudaStream_t stream);
 

@@ -122,7 +122,7 @@ TEST(GpuAttention, PoliciesScoreAsOnTheCpu) {
   rule.floor = 0;
   Side cpu(model, config, rule, {}, seed, at::kCPU),
       gpu(model, config, rule, {}, seed, at::Device(at::kCUDA, 0));
-  QuestPolicy cpu_quest(model, 200, cpu.device, rule), gpu_quest(model, 200, gpu.device, rule);
+  QuestPolicy cpu_quest(model, 200, at::kBFloat16, cpu.device, rule), gpu_quest(model, 200, at::kBFloat16, gpu.device, rule);
   OraclePolicy oracle(rule, 2);
   SparseAttention cpu_side(cpu.cache, cpu_quest), gpu_side(gpu.cache, gpu_quest);
   const Tokens prompt = random_tokens(model, {500, 90}), step = random_tokens(model, {1, 1});

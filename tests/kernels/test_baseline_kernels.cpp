@@ -312,7 +312,7 @@ void expect_pruned(Random& random, int32_t kv_heads, int32_t group, const std::v
   Buffer<float> device_logits(logits);
   Buffer<int32_t> device_selected(selected), device_counts(counts), device_lengths(lengths);
   Buffer<int32_t> tokens(static_cast<size_t>(rows) * kv_heads * most * 16), token_counts(rows * kv_heads);
-  Buffer<uint8_t> workspace(prune_tokens_workspace_bytes(rows, heads, kv_heads, most));
+  Buffer<uint8_t> workspace(prune_tokens_workspace_bytes(rows, heads, most));
   workspace.fill(0);
   PruneTokensParams p;
   p.batch = rows;
