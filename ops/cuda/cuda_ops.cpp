@@ -36,6 +36,7 @@ kernels::SelectParams rules_of(const SelectArguments& arguments) {
   rules.min_tokens = narrow(arguments.floor);
   rules.max_tokens = narrow(arguments.cap);
   rules.top_k_tokens = narrow(arguments.budget);
+  rules.top_k_share = arguments.budget_fraction;
   rules.top_p = static_cast<float>(arguments.p);
   rules.temperature = static_cast<float>(arguments.temperature);
   return rules;
@@ -51,7 +52,11 @@ int64_t selection_width(const SelectArguments& arguments, const kernels::SelectP
     return arguments.max_selected;
   }
   int64_t most = blocks;
-  if (!arguments.top_p && arguments.budget_fraction <= 0) most = (arguments.budget + 15) / 16;
+  if (!arguments.top_p) {
+    const double tokens = arguments.budget_fraction > 0 ? std::ceil(arguments.budget_fraction * static_cast<double>(16 * blocks))
+                                                        : static_cast<double>(arguments.budget);
+    most = (static_cast<int64_t>(tokens) + 15) / 16;
+  }
   if (arguments.top_p && arguments.cap > 0) most = arguments.cap / 16;
   return std::max(least, std::min(most, blocks));
 }
@@ -208,33 +213,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_blocks(const at::Tensor& s
   params.score_stride = blocks;
   params.max_selected = narrow(width);
   params.overlap = kernels::Overlap::kLaunch;
-  auto run = [&](int64_t first, int64_t count) {
-    params.rows = narrow(count * groups);
-    params.scores = dense.const_data_ptr<float>() + first * groups * blocks;
-    params.lengths = visible.const_data_ptr<int32_t>() + first;
-    params.selected = chosen.indices.mutable_data_ptr<int32_t>() + first * groups * width;
-    params.counts = chosen.counts.mutable_data_ptr<int32_t>() + first * groups;
-    params.covered_share = chosen.mass.mutable_data_ptr<float>() + first * groups;
-    check(kernels::select_blocks(params, native_stream(scores)), "spot::select_blocks");
-  };
-  if (arguments.top_p || arguments.budget_fraction <= 0) {
-    run(0, rows);
-  } else {
-    // The kernel takes one K for all rows: a launch for each run of rows with the same share of their length.
-    // This waits for the lengths, so it cannot be captured.
-    const at::Tensor host = visible.cpu();
-    const int32_t* length = host.const_data_ptr<int32_t>();
-    auto budget = [&](int64_t row) {
-      return narrow((static_cast<int64_t>(std::ceil(arguments.budget_fraction * length[row])) + 15) / 16 *
-                    16);
-    };
-    for (int64_t first = 0, end; first < rows; first = end) {
-      end = first + 1;
-      while (end < rows && budget(end) == budget(first)) ++end;
-      params.rules.top_k_tokens = budget(first);
-      run(first, end - first);
-    }
-  }
+  params.rows = narrow(rows * groups);
+  params.scores = dense.const_data_ptr<float>();
+  params.lengths = visible.const_data_ptr<int32_t>();
+  params.selected = chosen.indices.mutable_data_ptr<int32_t>();
+  params.counts = chosen.counts.mutable_data_ptr<int32_t>();
+  params.covered_share = chosen.mass.mutable_data_ptr<float>();
+  check(kernels::select_blocks(params, native_stream(scores)), "spot::select_blocks");
   return {chosen.indices, chosen.counts, chosen.mass};
 }
 
@@ -263,11 +248,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend(
     const at::Tensor& scores, const at::Tensor& query, const at::Tensor& key_pool,
     const at::Tensor& value_pool, const at::Tensor& page_table, const at::Tensor& lengths, double scale,
     const SelectArguments& arguments) {
-  if (!arguments.top_p && arguments.budget_fraction > 0) {
-    const auto [indices, counts, mass] = cuda::select_blocks(scores, lengths, arguments);
-    return {sparse_decode_attention(query, key_pool, value_pool, page_table, lengths, indices, counts, scale),
-            indices, counts, mass};
-  }
   const c10::DeviceGuard guard(query.device());
   const at::Tensor dense = scores.contiguous();
   AttentionCall call(query, key_pool, value_pool, page_table, lengths, scores.size(1), scale);
