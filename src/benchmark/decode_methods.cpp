@@ -243,8 +243,14 @@ std::optional<DecodeMethod> quest_at_mass(const DecodeScene& scene, double mass)
                  [&](double tokens) { return quest_method(scene, top_k_rule(static_cast<int64_t>(tokens) / 16 * 16)); });
 }
 
-std::optional<DecodeMethod> twilight_at_mass(const DecodeScene& scene, int64_t candidates, double mass) {
-  return at_mass(0.0, 1.0, 1.0 / 512, mass, [&](double p) { return twilight_method(scene, top_k_rule(candidates), p); });
+std::optional<DecodeMethod> twilight_at_mass(const DecodeScene& scene, double mass) {
+  std::optional<DecodeMethod> best;
+  for (int64_t part : {32, 16, 8, 4, 2, 1}) {
+    const ops::SelectArguments rule = top_k_rule(scene.length() / part);
+    auto found = at_mass(0.0, 1.0, 1.0 / 512, mass, [&](double p) { return twilight_method(scene, rule, p); });
+    if (found && (!best || found->stages.back().bytes < best->stages.back().bytes)) best = std::move(found);
+  }
+  return best;
 }
 
 }  // namespace spot

@@ -48,6 +48,7 @@ ops::SelectArguments top_p_rule(double p);
 // The cheapest setting whose covered mass is at least `mass`, by bisection; empty when none reaches it.
 std::optional<DecodeMethod> spot_at_mass(const DecodeScene& scene, int64_t key_heads, double mass);
 std::optional<DecodeMethod> quest_at_mass(const DecodeScene& scene, double mass);
-std::optional<DecodeMethod> twilight_at_mass(const DecodeScene& scene, int64_t candidates, double mass);
+// Of several shares of the context that Quest may propose, the one with the fewest bytes.
+std::optional<DecodeMethod> twilight_at_mass(const DecodeScene& scene, double mass);
 
 }  // namespace spot

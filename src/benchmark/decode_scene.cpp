@@ -22,11 +22,12 @@ DecodeSet make_set(const DecodeShape& shape, int64_t length, int64_t batch, cons
   set.keys = at::empty({shape.num_kv_heads, pages, kPage, dim}, here);
   set.values = at::empty_like(set.keys).normal_();
   // z of every slot; pages are in random order, so tokens are independent of their place in memory.
-  const at::Tensor z = std::sqrt(s.local) * at::randn({pages, 1}, real) + std::sqrt(1 - s.local) * at::randn({pages, kPage}, real);
+  const double common = std::sqrt(s.local), own = std::sqrt(1 - s.local);
+  const at::Tensor z = common * at::randn({pages, 1}, real) + own * at::randn({pages, kPage}, real);
   // A head's keys are normal, but along its direction they are z.
   const at::Tensor direction = unit(at::randn({shape.num_kv_heads, dim}, real));
   for (int64_t head = 0; head < shape.num_kv_heads; ++head) {
-    at::Tensor key = set.keys[head].normal_();
+    at::Tensor key = set.keys[head].normal_().mul_(own).add_(at::randn({pages, 1, dim}, here), common);
     const at::Tensor u = direction[head].to(dtype);
     key.addcmul_((z.to(dtype) - at::matmul(key, u)).unsqueeze(-1), u);
   }

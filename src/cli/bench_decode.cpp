@@ -59,7 +59,7 @@ std::vector<Run> measure(const Options& options, const DecodeScene& scene, at::D
       {"spot, shared INT4", spot_at_mass(scene, 1, options.mass)},
       {"spot, per-head INT4", spot_at_mass(scene, 4, options.mass)},
       {"Quest", quest_at_mass(scene, options.mass)},
-      {"Twilight on Quest", twilight_at_mass(scene, candidates, options.mass)}};
+      {"Twilight on Quest", twilight_at_mass(scene, options.mass)}};
   for (const auto& [name, method] : equal) {
     if (method)
       methods.push_back(*method);
@@ -162,8 +162,8 @@ void run(const Options& options) {
   const std::string what = fmt::format(
       "Decode attention of one layer on {}, {}; {}; medians of {} rounds, all stages in turn. Read bandwidth {:.0f} GB/s (a sum), copy {:.0f} GB/s (read + "
       "written). 'step' is everything but append, in one {}; append runs inside a layer's other kernels or alone. Synthetic keys: logits of sigma {:g}, {:.0f}% of the variance common to all heads, "
-      "{:.0f}% of that to a block, selector correlation {:g}. 'mass' is what the attended tokens hold of the exact attention, '@ mass {:g}' the cheapest "
-      "setting that holds it. Twilight's candidates: {:.0f}% of the tokens.",
+      "{:.0f}% of the keys' to a block, selector correlation {:g}. 'mass' is what the attended tokens hold of the exact attention, '@ mass {:g}' the cheapest "
+      "setting that holds it. Twilight's candidates: {:.0f}% of the tokens; at that mass, the share of the context that makes the fewest bytes.",
       device.str(), c10::toString(dtype), device.is_cuda() ? "CUDA events around graph replays over several sets of buffers, more bytes than the L2 holds" : "wall time", options.rounds,
       bandwidth.read * 1e-9, bandwidth.copy * 1e-9, device.is_cuda() ? "graph" : "call", s.sigma, 100 * s.shared, 100 * s.local, s.fidelity, options.mass, 100 * options.candidates);
   fmt::print("{}\n", what);
@@ -230,11 +230,11 @@ void add_bench_decode(CLI::App& parent) {
   command.add_option("--batch", options->batches, "Sequences")->delimiter(',')->check(CLI::PositiveNumber)->capture_default_str();
   command.add_option("--top-k-tokens", options->budget, "Tokens attended with a fixed budget")->check(CLI::PositiveNumber)->capture_default_str();
   command.add_option("--mass", options->mass, "Attention mass at which methods are compared")->check(CLI::Range(0.01, 0.999))->capture_default_str();
-  command.add_option("--candidates", options->candidates, "Share of the tokens that Quest proposes to Twilight")->check(CLI::Range(0.001, 1.0))->capture_default_str();
+  command.add_option("--candidates", options->candidates, "Share of the tokens that Quest proposes to Twilight beside the fixed budgets")->check(CLI::Range(0.001, 1.0))->capture_default_str();
   command.add_option("--twilight-p", options->twilight_p, "Twilight's p beside the fixed budgets")->check(CLI::Range(0.01, 1.0))->capture_default_str();
   command.add_option("--sigma", options->statistics.sigma, "Standard deviation of the logits: how concentrated attention is")->check(CLI::Range(0.0, 20.0))->capture_default_str();
   command.add_option("--shared", options->statistics.shared, "Share of the logits' variance that all heads have in common")->check(CLI::Range(0.0, 1.0))->capture_default_str();
-  command.add_option("--local", options->statistics.local, "Share of that which a block of 16 tokens has in common")->check(CLI::Range(0.0, 1.0))->capture_default_str();
+  command.add_option("--local", options->statistics.local, "Share of the keys' variance that a block of 16 tokens has in common")->check(CLI::Range(0.0, 1.0))->capture_default_str();
   command.add_option("--fidelity", options->statistics.fidelity, "Correlation of the selector's keys with what heads have in common")->check(CLI::Range(0.0, 1.0))->capture_default_str();
   command.add_option("--rounds", options->rounds, "Rounds that medians are taken over")->check(CLI::PositiveNumber)->capture_default_str();
   command.add_option("--sets", options->sets, "Most sets of buffers taken in turn")->check(CLI::PositiveNumber)->capture_default_str();

@@ -32,7 +32,7 @@ TEST(DecodeMethods, HoldTheMassThatIsAskedFor) {
   const DecodeScene scene(kShape, 4096, 2, 2, {}, at::kFloat, at::kCPU, 4);
   for (double mass : {0.7, 0.9}) {
     std::vector<std::optional<DecodeMethod>> methods = {spot_at_mass(scene, 1, mass), spot_at_mass(scene, 4, mass), quest_at_mass(scene, mass),
-                                                        twilight_at_mass(scene, 2048, mass)};
+                                                        twilight_at_mass(scene, mass)};
     for (const auto& method : methods) {
       ASSERT_TRUE(method);
       EXPECT_GE(method->mass, mass) << method->name;
@@ -44,7 +44,7 @@ TEST(DecodeMethods, HoldTheMassThatIsAskedFor) {
     // Twilight prunes tokens of Quest's blocks, so it holds the mass with fewer.
     EXPECT_LT(methods[3]->tokens, methods[2]->tokens);
   }
-  EXPECT_FALSE(twilight_at_mass(scene, 16, 0.999));
+  EXPECT_FALSE(twilight_at_mass(scene, 1.0 + 1e-3));
 }
 
 TEST(DecodeMethods, StagesRunAndCoverTheStep) {
