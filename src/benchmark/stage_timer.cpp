@@ -1,5 +1,6 @@
 #include "benchmark/stage_timer.h"
 
+#include <torch/version.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -47,7 +48,15 @@ void StageTimer::add(const std::string& name, const StageWork& work) {
     stream.synchronize();
     stage->calls = std::max<int64_t>(1, (16 + sets_ - 1) / sets_) * sets_;
     stage->graph.capture_begin();
-    for (int64_t call = 0; call < stage->calls; ++call) work(call % sets_);
+    try {
+      for (int64_t call = 0; call < stage->calls; ++call) work(call % sets_);
+    } catch (...) {
+      try {
+        stage->graph.capture_end();  // else the stream goes on capturing
+      } catch (const std::exception&) {
+      }
+      throw;
+    }
     stage->graph.capture_end();
     stream.synchronize();
     stages_.push_back(std::move(stage));
@@ -94,6 +103,18 @@ std::map<std::string, double> StageTimer::measure() {
     medians[stage->name] = times[times.size() / 2];
   }
   return medians;
+}
+
+std::string describe_device(at::Device device) {
+  std::string name = device.str();
+#ifdef SPOT_TORCH_CUDA
+  if (device.is_cuda()) {
+    cudaDeviceProp properties;
+    C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, device.index()));
+    name = properties.name;
+  }
+#endif
+  return name + ", torch " TORCH_VERSION;
 }
 
 int64_t free_bytes(at::Device device) {

@@ -34,6 +34,9 @@ class StageTimer {
   std::vector<std::unique_ptr<Stage>> stages_;
 };
 
+// "NVIDIA H100 80GB HBM3" or "cpu", and torch's version.
+std::string describe_device(at::Device device);
+
 // Bytes that can still be allocated on the device; a machine's half for the CPU.
 int64_t free_bytes(at::Device device);
 

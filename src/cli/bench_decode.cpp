@@ -164,12 +164,12 @@ void run(const Options& options) {
       "written). 'step' is everything but append, in one {}; append runs inside a layer's other kernels or alone. Synthetic keys: logits of sigma {:g}, {:.0f}% of the variance common to all heads, "
       "{:.0f}% of the keys' to a block, selector correlation {:g}. 'mass' is what the attended tokens hold of the exact attention, '@ mass {:g}' the cheapest "
       "setting that holds it. Twilight's candidates: {:.0f}% of the tokens; at that mass, the share of the context that makes the fewest bytes.",
-      device.str(), c10::toString(dtype), device.is_cuda() ? "CUDA events around graph replays over several sets of buffers, more bytes than the L2 holds" : "wall time", options.rounds,
+      describe_device(device), c10::toString(dtype), device.is_cuda() ? "CUDA events around graph replays over several sets of buffers, more bytes than the L2 holds" : "wall time", options.rounds,
       bandwidth.read * 1e-9, bandwidth.copy * 1e-9, device.is_cuda() ? "graph" : "call", s.sigma, 100 * s.shared, 100 * s.local, s.fidelity, options.mass, 100 * options.candidates);
   fmt::print("{}\n", what);
   Page page("Decode attention");
   page.paragraph(what);
-  nlohmann::json json = {{"device", device.str()}, {"dtype", std::string(c10::toString(dtype))}, {"description", what}, {"read_gbps", bandwidth.read * 1e-9},
+  nlohmann::json json = {{"device", describe_device(device)}, {"dtype", std::string(c10::toString(dtype))}, {"description", what}, {"read_gbps", bandwidth.read * 1e-9},
                          {"copy_gbps", bandwidth.copy * 1e-9}, {"settings", nlohmann::json::array()}};
   std::vector<std::pair<Setting, std::vector<Run>>> all;
   std::vector<std::pair<std::string, Table>> tables;
@@ -183,7 +183,7 @@ void run(const Options& options) {
                                static_cast<double>(std::min(options.budget, length) * shape.num_kv_heads * shape.head_dim * 4));
         const auto wanted = std::clamp(static_cast<int64_t>(kCold / touched) + 1, int64_t{1}, options.sets);
         const int64_t one = DecodeScene::set_bytes(shape, length, batch, dtype);
-        const int64_t scratch = 4 * shape.num_heads * batch * length * 4 + (int64_t{1} << 30);
+        const int64_t scratch = 4 * shape.num_heads * batch * length * 4 + (int64_t{3} << 30);  // logits, and graphs' own pools
         const int64_t room = free_bytes(device) - (device.is_cuda() ? scratch : 0);
         const int64_t sets = std::min(wanted, room / one);
         if (sets < 1) {
