@@ -52,6 +52,7 @@ struct AttendSource {
 // Q^T as B fragments into shared memory; a barrier must follow.
 template <int kHeadDim>
 __device__ __forceinline__ void load_query_fragments(const AttendSource& source, uint2 (*query)[32]) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < AttendShape<kHeadDim>::kSteps * 32; i += blockDim.x) {
     const int step = i / 32, head = i % 32 / 4, t = i % 4;
     uint2 v = make_uint2(0, 0);
@@ -72,17 +73,13 @@ __device__ __forceinline__ void copy_block(const AttendSource& source, int64_t p
   constexpr int kChunks = Shape::kRowBytes / 16;  // a row
   const uint16_t* key = source.keys + page * source.page_stride;
   const uint16_t* value = source.values + page * source.page_stride;
-#pragma unroll
+#pragma unroll 4
   for (int i = 0; i < kPageTokens * kChunks / 32; ++i) {
     const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
-    ptx::cp_async_16(stage + row * Shape::kRowBytes + ((chunk ^ (row & 7)) * 16),
-                     key + row * source.token_stride + chunk * 8);
-  }
-#pragma unroll
-  for (int i = 0; i < kPageTokens * kChunks / 32; ++i) {
-    const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
-    ptx::cp_async_16(stage + Shape::kTileBytes + row * Shape::kRowBytes + ((chunk ^ (row & 7)) * 16),
-                     value + row * source.token_stride + chunk * 8);
+    const int64_t from = row * source.token_stride + chunk * 8;
+    const uint32_t to = stage + row * Shape::kRowBytes + ((chunk ^ (row & 7)) * 16);
+    ptx::cp_async_16(to, key + from);
+    ptx::cp_async_16(to + Shape::kTileBytes, value + from);
   }
 }
 
@@ -90,6 +87,7 @@ __device__ __forceinline__ void copy_block(const AttendSource& source, int64_t p
 template <int kHeadDim>
 __device__ __forceinline__ void clear_tail(uint8_t* stage, int valid, int lane) {
   using Shape = AttendShape<kHeadDim>;
+#pragma unroll 1
   for (int at = valid * Shape::kRowBytes + lane * 16; at < Shape::kTileBytes; at += 32 * 16)
     *reinterpret_cast<uint4*>(stage + Shape::kTileBytes + at) = make_uint4(0, 0, 0, 0);
 }
@@ -206,23 +204,23 @@ __device__ __forceinline__ void attend_warp(const AttendSource& source, int begi
     copy_block<kHeadDim>(source, __shfl_sync(0xffffffffu, pages, i - window), stages + stage * kBlockBytes,
                          lane);
   };
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) {
-    if (stage < blocks) copy(stage, stage);
-    ptx::cp_async_commit();
-  }
+  // Block i is copied at turn i and attended to at turn i + kStages: one place in the code for each.
   int stage = 0;
-  for (int i = 0; i < blocks; ++i) {
-    ptx::cp_async_wait<kStages - 1>();
-    __syncwarp();
-    const int valid = first + i * kAttendWarps == source.last_entry ? source.last_valid : kPageTokens;
-    if (valid < kPageTokens) {
-      clear_tail<kHeadDim>(shared.tiles[warp][stage], valid, lane);
+#pragma unroll 1
+  for (int i = 0; i < blocks + kStages; ++i) {
+    if (i >= kStages) {
+      ptx::cp_async_wait<kStages - 1>();
+      __syncwarp();
+      const int entry = first + (i - kStages) * kAttendWarps;
+      const int valid = entry == source.last_entry ? source.last_valid : kPageTokens;
+      if (valid < kPageTokens) {
+        clear_tail<kHeadDim>(shared.tiles[warp][stage], valid, lane);
+        __syncwarp();
+      }
+      state.template add_block<T>(stages + stage * kBlockBytes, shared.query, valid, source.scale_log2, lane);
       __syncwarp();
     }
-    state.template add_block<T>(stages + stage * kBlockBytes, shared.query, valid, source.scale_log2, lane);
-    __syncwarp();
-    if (i + kStages < blocks) copy(i + kStages, stage);
+    if (i < blocks) copy(i, stage);
     ptx::cp_async_commit();
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
@@ -294,8 +292,8 @@ struct CombineShared {
 
 // Folds the warps' parked results in order, publishes the split, and in the last of the 16 thread blocks to
 // arrive folds the splits in order and writes the output. No block ever waits for another; the counter is
-// reset for the next launch. All threads of the block call it, after a barrier.
-template <typename T, int kHeadDim, int kStages>
+// reset for the next launch. All kThreads threads of the block call it, after a barrier.
+template <typename T, int kThreads, int kHeadDim, int kStages>
 __device__ __forceinline__ void combine(const SparseDecodeAttentionParams& p, const SplitPlace& place,
                                         const AttendShared<kHeadDim, kStages>& shared,
                                         CombineShared& combined) {
@@ -308,7 +306,8 @@ __device__ __forceinline__ void combine(const SparseDecodeAttentionParams& p, co
   float4* partial = reinterpret_cast<float4*>(workspace + kCounterBytes + layout.sums_bytes()) +
                     place.pair * kAttentionSplits * kHeadTile * (kHeadDim / 4);
   const int vectors = place.heads * (kHeadDim / 4), tid = threadIdx.x;
-  for (int v = tid; v < vectors; v += blockDim.x) {
+#pragma unroll 1
+  for (int v = tid; v < vectors; v += kThreads) {
     const int head = v / (kHeadDim / 4), at = head * Shape::kOutStride + v % (kHeadDim / 4) * 4;
     float largest = minus_infinity, sum = 0.0f;
 #pragma unroll
@@ -350,8 +349,10 @@ __device__ __forceinline__ void combine(const SparseDecodeAttentionParams& p, co
     for (int s = 0; s < kAttentionSplits; ++s) parts[s] = __ldcg(&partial[s * kPiece + v]);
   };
   if (tid < vectors) load_parts(tid);
-  const int lane = tid % 32, split = lane % kAttentionSplits, warps = blockDim.x / 32;
-  for (int head = warps - 1 - tid / 32; head < place.heads; head += warps) {
+  const int lane = tid % 32, split = lane % kAttentionSplits;
+  constexpr int kWarpsOfBlock = kThreads / 32;
+#pragma unroll 1
+  for (int head = kWarpsOfBlock - 1 - tid / 32; head < place.heads; head += kWarpsOfBlock) {
     const float2 own = __ldcg(&sums[split * kHeadTile + head]);
     float largest = own.x;
 #pragma unroll
@@ -370,8 +371,9 @@ __device__ __forceinline__ void combine(const SparseDecodeAttentionParams& p, co
   __syncthreads();
   T* out = static_cast<T*>(p.out) +
            (static_cast<int64_t>(place.batch_row) * p.num_heads + place.first_head) * kHeadDim;
-  for (int v = tid; v < vectors; v += blockDim.x) {
-    if (v != tid) load_parts(v);
+#pragma unroll 1
+  for (int v = tid; v < vectors; v += kThreads) {
+    if (kPiece > kThreads && v != tid) load_parts(v);
     const int head = v / (kHeadDim / 4);
     float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll

@@ -30,6 +30,8 @@ __device__ __forceinline__ void prepare_head(const T* from, int dim, const float
                                              T* also) {
   const int lane = threadIdx.x % 32;
   float square_sum = 0.0f, v[2];
+  // One or two turns, and code that runs once is dear: not unrolled.
+#pragma unroll 1
   for (int i = 2 * lane; i < dim; i += 64) {
     load(from + i, v);
     square_sum += v[0] * v[0] + v[1] * v[1];
@@ -38,13 +40,16 @@ __device__ __forceinline__ void prepare_head(const T* from, int dim, const float
   }
   if (norm != nullptr) {
     const float reciprocal = 1.0f / sqrtf(sum_of_warp(square_sum) / static_cast<float>(dim) + epsilon);
+#pragma unroll 1
     for (int i = 2 * lane; i < dim; i += 64) {
       row[i] *= reciprocal * norm[i];
       row[i + 1] *= reciprocal * norm[i + 1];
     }
   }
   __syncwarp();
+#pragma unroll 1
   for (int i = 2 * lane; i < dim; i += 64) {
+#pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int d = i + j;
       v[j] = row[d];
@@ -64,7 +69,7 @@ __device__ __forceinline__ void mixing_weight(const AttentionPrologueParams& p, 
   const float* mix = p.mix + index % p.mix_rows * p.hidden_size;
   const T* hidden = static_cast<const T*>(p.hidden) + index / p.mix_rows * p.hidden_stride;
   float sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = 2 * threadIdx.x; i < p.hidden_size; i += 2 * kThreads) {
     float w[2], x[2];
     load(mix + i, w);
@@ -76,9 +81,13 @@ __device__ __forceinline__ void mixing_weight(const AttentionPrologueParams& p, 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) prologue_kernel(const AttentionPrologueParams p, int64_t heads,
-                                                            int64_t head_blocks) {
+__global__ void __launch_bounds__(kThreads) prologue_kernel(const AttentionPrologueParams p, unsigned heads,
+                                                            unsigned head_blocks) {
   __shared__ float rows[kWarps][kMaxHeadDim];
+  if (blockIdx.x >= head_blocks) {  // weights never change: they may move before the products are there
+    const float* mix = p.mix + (blockIdx.x - head_blocks) % p.mix_rows * p.hidden_size;
+    for (int64_t i = 32 * threadIdx.x; i < p.hidden_size; i += 32 * kThreads) ptx::touch(mix + i);
+  }
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   if (blockIdx.x >= head_blocks) {
@@ -86,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) prologue_kernel(const AttentionProlo
     return;
   }
   const int warp = threadIdx.x / 32;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  const unsigned item = blockIdx.x * kWarps + warp;
   if (item >= p.num_tokens * heads) return;
   const int64_t token = item / heads;
   int head = static_cast<int>(item % heads);
@@ -184,18 +193,19 @@ cudaError_t attention_prologue(const AttentionPrologueParams& p, cudaStream_t st
   if (selector && !valid_selector(p)) return cudaErrorInvalidValue;
   const int64_t heads = heads_of(p), head_blocks = (p.num_tokens * heads + kWarps - 1) / kWarps;
   const int64_t blocks = head_blocks + (selector ? p.num_tokens * p.mix_rows : 0);
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  if (blocks > INT32_MAX / kWarps) return cudaErrorInvalidValue;
+  const auto heads_of_token = static_cast<unsigned>(heads), blocks_of_heads = static_cast<unsigned>(head_blocks);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(blocks));
   shape.block = dim3(kThreads);
   shape.overlap = p.overlap;
   switch (p.type) {
     case DataType::kBf16:
-      return launch(prologue_kernel<__nv_bfloat16>, shape, stream, p, heads, head_blocks);
+      return launch(prologue_kernel<__nv_bfloat16>, shape, stream, p, heads_of_token, blocks_of_heads);
     case DataType::kF16:
-      return launch(prologue_kernel<__half>, shape, stream, p, heads, head_blocks);
+      return launch(prologue_kernel<__half>, shape, stream, p, heads_of_token, blocks_of_heads);
     case DataType::kF32:
-      return launch(prologue_kernel<float>, shape, stream, p, heads, head_blocks);
+      return launch(prologue_kernel<float>, shape, stream, p, heads_of_token, blocks_of_heads);
   }
   return cudaErrorInvalidValue;
 }

@@ -2,7 +2,7 @@
 //
 // The fused kernel, for small batches: one thread block a (sequence, KV head, head tile, split), 128 of them
 // at batch 1 and 8 KV heads on 132 multiprocessors. Every block selects the whole row itself: 8192 scores are
-// 32 KB from L2 and 16 registers a thread, cheaper than a launch. Then it attends to its 16th of the list,
+// 32 KB from L2 to shared memory, cheaper than a launch. Then it attends to its 16th of the list,
 // with all its copies in flight at once at 4096 tokens, and the last of the 16 blocks folds them
 // (attend_split.cuh). Clusters, tried first, lose: 8 clusters of 16 are not co-resident on every H100, and
 // their barrier's release costs what the fence here does. Floor (bytes): as sparse_decode_attention.cu; the
@@ -18,22 +18,26 @@
 namespace spot::kernels {
 namespace {
 
+constexpr int kTouchedPages = 8192;  // of the page table: 256 lines of L1
+
 template <int kHeadDim>
 constexpr int kFusedStages = 512 / kHeadDim;  // 32 KB a warp
 
 template <int kHeadDim>
 struct FusedShared {
-  AttendShared<kHeadDim, kFusedStages<kHeadDim>> attend;  // its tiles first; the selection lies over them
+  AttendShared<kHeadDim, kFusedStages<kHeadDim>> attend;  // its tiles first; the selection lies over them,
+                                                          // and behind it the row's scores
   CombineShared combined;
   int32_t list[4];  // longer: dynamic shared memory goes on
 };
 
-template <typename T, int kHeadDim>
+// kMass: see SelectTask.
+template <typename T, int kHeadDim, bool kMass>
 __global__ void __launch_bounds__(kSelectThreads, 1)
     fused_kernel(const SelectAndAttendParams p, const SelectConstants constants, const HeadTiling tiling) {
   constexpr int kStages = kFusedStages<kHeadDim>;
   using Shared = FusedShared<kHeadDim>;
-  static_assert(sizeof(SelectShared) <= sizeof(Shared::attend.tiles));
+  static_assert(sizeof(SelectShared) + kSelectCached * sizeof(float) <= sizeof(Shared::attend.tiles));
   Shared& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared());
   SelectShared& select = *reinterpret_cast<SelectShared*>(ptx::dynamic_shared());
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
@@ -45,12 +49,15 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   const SplitPlace place(tiling, blockIdx.x, blockIdx.y, blockIdx.z);
   const bool per_head = a.rows_per_sequence > 1;
   const int r = per_head ? place.batch_row * a.num_kv_heads + place.kv_head : place.batch_row;
-  const float* scores = p.scores + r * p.score_stride;
+  const bool cached = p.max_blocks <= kSelectCached;
+  const float* global_scores = p.scores + r * p.score_stride;
+  float* cached_scores = reinterpret_cast<float*>(&select + 1);
+  const float* scores = cached ? cached_scores : global_scores;
   const int32_t* page_table = a.page_table + place.batch_row * a.page_table_stride;
-  FirstScores first;
-  if (p.overlap != Overlap::kHistory) first.load(scores, p.max_blocks);
+  if (cached && p.overlap != Overlap::kHistory) copy_scores(global_scores, p.max_blocks, cached_scores);
   const int length = a.lengths[place.batch_row];
-  for (int i = tid * 32; i < min(p.max_blocks, kSelectTile); i += kSelectThreads * 32)
+#pragma unroll 1
+  for (int i = tid * 32; i < min(p.max_blocks, kTouchedPages); i += kSelectThreads * 32)
     ptx::touch(page_table + i);
   AttendSource source = attend_source<kHeadDim>(a, place);
   load_query_fragments<kHeadDim>(source, shared.attend.query);
@@ -67,18 +74,19 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
     ptx::prefetch_l2(source.values + at, AttendShape<kHeadDim>::kTileBytes);
   };
   const int reserved = row.num_blocks - (row.residual_end - row.residual_begin);
+#pragma unroll 1
   for (int i = tid; i < reserved; i += kSelectThreads)
     fetch(i < row.residual_begin ? i : i - row.residual_begin + row.residual_end);
   if (p.overlap == Overlap::kHistory) {
     ptx::griddepcontrol_wait();
-    first.load(scores, p.max_blocks);
+    if (cached) copy_scores(global_scores, p.max_blocks, cached_scores);
   }
   ptx::griddepcontrol_launch_dependents();
 
   // The blocks that share a row report it together: each its own split.
   const bool reports = place.tile == 0 && (per_head || place.kv_head == 0);
-  float* share = reports && place.split == 0 && p.covered_share != nullptr ? p.covered_share + r : nullptr;
-  const int count = select_row_bitmap(scores, row, own_constants, first, share, fetch, select);
+  float* share = kMass && reports && place.split == 0 && p.covered_share != nullptr ? p.covered_share + r : nullptr;
+  const int count = select_row_bitmap<kMass>(scores, row, own_constants, share, fetch, select);
   int32_t* reported = p.selected + static_cast<int64_t>(r) * p.max_selected;
   const int begin = static_cast<int>(static_cast<int64_t>(place.split) * count / kAttentionSplits);
   const int end = static_cast<int>(static_cast<int64_t>(place.split + 1) * count / kAttentionSplits);
@@ -87,6 +95,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
     if (reports) reported[position] = block;
   });
   if (reports) {
+#pragma unroll 1
     for (int i = count + place.split * kSelectThreads + tid; i < p.max_selected;
          i += kAttentionSplits * kSelectThreads)
       reported[i] = -1;
@@ -99,12 +108,13 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
         source, begin, end, [&](int i) { return page_table[shared.list[i - begin]]; }, shared.attend, warp,
         lane);
   __syncthreads();
-  combine<T>(a, place, shared.attend, shared.combined);
+  combine<T, kSelectThreads>(a, place, shared.attend, shared.combined);
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_fused(const SelectAndAttendParams& p, cudaStream_t stream) {
-  const auto kernel = fused_kernel<T, kHeadDim>;
+  const bool mass = p.rules.mode == SelectMode::kTopP || p.covered_share != nullptr;
+  const auto kernel = mass ? fused_kernel<T, kHeadDim, true> : fused_kernel<T, kHeadDim, false>;
   const SparseDecodeAttentionParams& a = p.attention;
   LaunchShape shape;
   shape.grid = dim3(kAttentionSplits, a.num_kv_heads * head_tiles(a.num_heads, a.num_kv_heads), a.batch);

@@ -7,6 +7,8 @@
 namespace spot::kernels {
 namespace {
 
+// kMass: see SelectTask.
+template <bool kMass>
 __global__ void __launch_bounds__(kSelectThreads, 1)
     select_kernel(const SelectBlocksParams p, const SelectConstants constants) {
   SelectShared& shared = *reinterpret_cast<SelectShared*>(ptx::dynamic_shared());
@@ -14,12 +16,14 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   ptx::griddepcontrol_launch_dependents();
   const int r = blockIdx.x;
   const float* scores = p.scores + r * p.score_stride;
-  FirstScores first;
-  first.load(scores, static_cast<int>(min(p.score_stride, static_cast<int64_t>(kSelectTile))));
+  if (p.score_stride <= kSelectCached) {
+    float* cached = reinterpret_cast<float*>(&shared + 1);
+    copy_scores(scores, static_cast<int>(p.score_stride), cached);
+    scores = cached;
+  }
   const SelectRow row = select_row(constants.rules, p.lengths[r / p.rows_per_sequence], constants.capacity);
-  const int count = select_row_bitmap(
-      scores, row, constants, first, p.covered_share == nullptr ? nullptr : p.covered_share + r, [](int) {},
-      shared);
+  const int count = select_row_bitmap<kMass>(
+      scores, row, constants, p.covered_share == nullptr ? nullptr : p.covered_share + r, [](int) {}, shared);
   int32_t* out = p.selected + static_cast<int64_t>(r) * p.max_selected;
   list_bitmap(shared, row.num_blocks, 0, count, [&](int position, int block) { out[position] = block; });
   for (int i = count + threadIdx.x; i < p.max_selected; i += kSelectThreads) out[i] = -1;
@@ -42,14 +46,17 @@ cudaError_t select_blocks(const SelectBlocksParams& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
   if (p.scores == nullptr || p.lengths == nullptr || p.selected == nullptr || p.counts == nullptr)
     return cudaErrorInvalidValue;
-  const cudaError_t error = allow_shared_bytes(select_kernel, sizeof(SelectShared));
-  if (error != cudaSuccess) return error;
+  const auto kernel = p.rules.mode == SelectMode::kTopP || p.covered_share != nullptr ? select_kernel<true>
+                                                                                     : select_kernel<false>;
   LaunchShape shape;
   shape.grid = dim3(p.rows);
   shape.block = dim3(kSelectThreads);
-  shape.shared_bytes = sizeof(SelectShared);
+  shape.shared_bytes =
+      sizeof(SelectShared) + (p.score_stride <= kSelectCached ? p.score_stride * sizeof(float) : 0);
+  const cudaError_t error = allow_shared_bytes(kernel, shape.shared_bytes);
+  if (error != cudaSuccess) return error;
   shape.overlap = p.overlap;
-  return launch(select_kernel, shape, stream, p, select_constants(p.rules, p.max_selected));
+  return launch(kernel, shape, stream, p, select_constants(p.rules, p.max_selected));
 }
 
 }  // namespace spot::kernels

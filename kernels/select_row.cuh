@@ -1,6 +1,7 @@
 // Selection of one row by one thread block, without a sort. Used by select_blocks.cu and by the fused decode
 // kernel, where it lies on the critical path: what counts there is the number of dependent steps and the
-// amount of code that runs once, not bytes.
+// amount of code that runs once (a layer's weights wash it out of the caches before the next layer comes), not
+// bytes. Hence loops that seldom turn twice are not unrolled, and masses are a template parameter.
 // select_from_candidates, the usual case:
 // 1. A budget of k blocks can only fall on scores >= the k-th largest of any subset's scores; the subset is
 // each
@@ -37,9 +38,9 @@ inline SelectConstants select_constants(const SelectParams& rules, int32_t capac
 
 constexpr int kSelectThreads = 512;
 constexpr int kSelectWarps = kSelectThreads / 32;
-constexpr int kSelectItems = 16;  // scores a thread holds at once
-constexpr int kSelectTile = kSelectThreads * kSelectItems;
+constexpr int kSelectItems = 16;  // scores a thread looks at before it visits those that count
 constexpr int kSelectBins = 2 * kSelectThreads;
+constexpr int kSelectCached = 24 * 1024;  // scores of a row that are kept in shared memory
 
 constexpr int kSelectFew = 256;  // members of a bin that are ranked
 constexpr int kMassSplit = 12;   // bins sum the low 12 bits of masses and the rest apart: neither overflows
@@ -59,9 +60,10 @@ struct SelectShared {
   uint32_t base_count, bin, bin_count, num_few, taken;
 };
 
-// What both ways need of a row.
+// What both ways need of a row. kMass: whether masses can be asked for at all.
+template <bool kMass>
 struct SelectTask {
-  const float* scores;
+  const float* scores;  // shared or global memory
   SelectRow row;
   bool top_p, with_mass;
   float scale;
@@ -71,8 +73,8 @@ struct SelectTask {
                                         const SelectConstants& constants, bool with_share)
       : scores(scores),
         row(row),
-        top_p(constants.rules.mode == SelectMode::kTopP),
-        with_mass(top_p || with_share),
+        top_p(kMass && constants.rules.mode == SelectMode::kTopP),
+        with_mass(kMass && (top_p || with_share)),
         scale(constants.scale),
         probability(constants.probability) {}
   __device__ __forceinline__ bool residual(int block) const {
@@ -122,37 +124,18 @@ __device__ __forceinline__ unsigned long long warp_sum(unsigned long long value)
           << 24);
 }
 
-// A thread's first 16 scores, asked for before the row's length is known so that the two latencies overlap.
-// Blocks past `allocated` are not touched.
-struct FirstScores {
-  float score[kSelectItems];
-  __device__ __forceinline__ void load(const float* scores, int allocated) {
-#pragma unroll
-    for (int i = 0; i < kSelectItems; ++i) {
-      const int block = i * kSelectThreads + static_cast<int>(threadIdx.x);
-      score[i] = block < allocated ? scores[block] : 0.0f;
-    }
-  }
-  __device__ __forceinline__ void load_tile(const float* scores, int tile, int num_blocks) {
-#pragma unroll
-    for (int i = 0; i < kSelectItems; ++i)
-      score[i] = scores[min(tile * kSelectTile + i * kSelectThreads + static_cast<int>(threadIdx.x),
-                            num_blocks - 1)];
-  }
-  // What is not residual becomes NaN.
-  __device__ __forceinline__ void keep_residual(const SelectRow& row, int tile) {
-    const int base = tile * kSelectTile + static_cast<int>(threadIdx.x) - (kSelectThreads - 1);
-    const int begin = min(max((row.residual_begin - base) >> 9, 0), kSelectItems);
-    const int end = min(max((row.residual_end - base) >> 9, 0), kSelectItems);
-    const uint32_t valid = bits_below(end) & ~bits_below(begin);
-#pragma unroll
-    for (int i = 0; i < kSelectItems; ++i) score[i] = valid >> i & 1 ? score[i] : bits_float(0x7fffffffu);
-  }
-};
-static_assert(kSelectThreads == 1 << 9);
+// Starts copying the first `count` scores of a row into shared memory; a thread copies those it will look at
+// first, so that these need no barrier. Called before the row's length is known: the two latencies overlap.
+__device__ __forceinline__ void copy_scores(const float* scores, int count, float* cached) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count; i += kSelectThreads)
+    ptx::cp_async_4(ptx::shared_address(cached + i), scores + i);
+  ptx::cp_async_commit();
+}
 
 // Mass of all residual blocks, to every thread. Two barriers.
-__device__ __forceinline__ unsigned long long total_mass(const SelectTask& task, uint32_t largest_key,
+template <bool kMass>
+__device__ __forceinline__ unsigned long long total_mass(const SelectTask<kMass>& task, uint32_t largest_key,
                                                          SelectShared& s) {
   unsigned long long sum = 0;
 #pragma unroll 4
@@ -168,7 +151,8 @@ __device__ __forceinline__ unsigned long long total_mass(const SelectTask& task,
   return sum;
 }
 
-__device__ __forceinline__ void add_to_bin(const SelectTask& task, uint32_t key, uint32_t largest_key,
+template <bool kMass>
+__device__ __forceinline__ void add_to_bin(const SelectTask<kMass>& task, uint32_t key, uint32_t largest_key,
                                            int bin, SelectShared& s) {
   atomicAdd(&s.count[bin], 1u);
   if (task.with_mass) {
@@ -184,7 +168,7 @@ __device__ __forceinline__ void add_to_bin(const SelectTask& task, uint32_t key,
 // where nothing is selected. Clears the bins. Thread t owns bins kSelectBins - 1 - 2t and the one below.
 // False if the budget reaches beyond the bins. Two barriers.
 template <bool kWithMass>
-__device__ __forceinline__ bool find_bin(const SelectTask& task, unsigned long long target, SelectShared& s) {
+__device__ __forceinline__ bool find_bin(const SelectTask<kWithMass>& task, unsigned long long target, SelectShared& s) {
   using Mass = std::conditional_t<kWithMass, unsigned long long, uint32_t>;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, top = kSelectBins - 1 - 2 * tid;
   uint32_t counts[2];
@@ -230,14 +214,16 @@ __device__ __forceinline__ bool find_bin(const SelectTask& task, unsigned long l
   return s.warp_b[0] == 0;
 }
 
-__device__ __forceinline__ void keep_few(const SelectTask& task, uint32_t key, uint32_t largest_key,
+template <bool kMass>
+__device__ __forceinline__ void keep_few(const SelectTask<kMass>& task, uint32_t key, uint32_t largest_key,
                                          int block, SelectShared& s) {
   const uint32_t at = atomicAdd(&s.num_few, 1u);
   s.few[at] = static_cast<unsigned long long>(key) << 32 | ~static_cast<uint32_t>(block);
   if (task.with_mass) s.few_mass[at] = task.mass(key, largest_key);
 }
 // Ranks the bin's few members and selects those within the budget. A barrier must follow.
-__device__ __forceinline__ void take_few(const SelectTask& task, unsigned long long target, SelectShared& s) {
+template <bool kMass>
+__device__ __forceinline__ void take_few(const SelectTask<kMass>& task, unsigned long long target, SelectShared& s) {
   const int members = static_cast<int>(s.num_few), tid = threadIdx.x;
   if (tid >= members) return;
   const unsigned long long own = s.few[tid];
@@ -282,25 +268,28 @@ __device__ __forceinline__ int count_largest(const float (&best)[4], bool one, f
 // Selects into the bitmap and returns the number of blocks to every thread, or -1 where this way cannot work;
 // ends with a barrier. The row must not be take_all. `chosen(block)` is called for residual blocks as soon as
 // they are known to be selected, by any thread; not for all.
-template <typename Chosen>
-__device__ __forceinline__ int select_from_candidates(const SelectTask& task, FirstScores& first,
-                                                      float* share, const Chosen& chosen, SelectShared& s) {
+template <bool kMass, typename Chosen>
+__device__ __forceinline__ int select_from_candidates(const SelectTask<kMass>& task, float* share,
+                                                      const Chosen& chosen, SelectShared& s) {
   const SelectRow& row = task.row;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, words = (row.num_blocks + 31) / 32;
-  const int tiles = (row.num_blocks + kSelectTile - 1) / kSelectTile;
   const float minus_infinity = bits_float(0xff800000u);
   const int supposed = task.top_p ? min(row.max_residual, 3 * kSelectThreads / 2) : row.max_residual;
   if (supposed == 0 || supposed > 5 * kSelectThreads / 2) return -1;
   const bool one = supposed <= 3 * kSelectThreads / 4;  // one a thread suffices
+  const auto residual_score = [&](int block) {  // NaN for what is not residual
+    return task.residual(block) ? task.scores[block] : bits_float(0x7fffffffu);
+  };
 
-  // The thread's largest scores, by i % 4; and a bitmap of the reserved blocks, and clear bins.
+  // The thread's largest scores, of every fourth block it looks at; and a bitmap of the reserved blocks, and
+  // clear bins.
   float best[4] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
-  for (int tile = 0; tile < tiles; ++tile) {
-    if (tile > 0) first.load_tile(task.scores, tile, row.num_blocks);
-    first.keep_residual(row, tile);
+#pragma unroll 1
+  for (int base = tid; base < row.residual_end; base += 4 * kSelectThreads) {
 #pragma unroll
-    for (int i = 0; i < kSelectItems; ++i) best[i % 4] = fmaxf(best[i % 4], first.score[i]);
+    for (int i = 0; i < 4; ++i) best[i] = fmaxf(best[i], residual_score(base + i * kSelectThreads));
   }
+#pragma unroll 1
   for (int w = tid; w < words; w += kSelectThreads) {
     const int at = w * 32;
     s.bitmap[w] = bits_below(max(row.residual_begin - at, 0)) |
@@ -309,7 +298,7 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask& task, Fi
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     s.count[tid + i * kSelectThreads] = 0;
-    if (task.with_mass) s.mass_low[tid + i * kSelectThreads] = s.mass_high[tid + i * kSelectThreads] = 0;
+    if (kMass) s.mass_low[tid + i * kSelectThreads] = s.mass_high[tid + i * kSelectThreads] = 0;
   }
   if (tid == 0) {
     s.base_mass = s.covered = 0;
@@ -356,18 +345,15 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask& task, Fi
 
   // Visits (key, block) of what reaches the bound.
   const auto each_candidate = [&](const auto& visit) {
-    for (int tile = 0; tile < tiles; ++tile) {
-      if (tiles > 1) {
-        first.load_tile(task.scores, tile, row.num_blocks);
-        first.keep_residual(row, tile);
-      }
+#pragma unroll 1
+    for (int base = tid; base < row.residual_end; base += kSelectItems * kSelectThreads) {
       uint32_t mask = 0;
-#pragma unroll
+#pragma unroll 4
       for (int i = 0; i < kSelectItems; ++i)
-        if (first.score[i] >= bound) mask |= 1u << i;
+        if (residual_score(base + i * kSelectThreads) >= bound) mask |= 1u << i;
 #pragma unroll 1
       for (; mask != 0; mask &= mask - 1) {
-        const int block = tile * kSelectTile + (__ffs(static_cast<int>(mask)) - 1) * kSelectThreads + tid;
+        const int block = base + (__ffs(static_cast<int>(mask)) - 1) * kSelectThreads;
         visit(order_key(task.scores[block] + 0.0f), block);
       }
     }
@@ -378,7 +364,7 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask& task, Fi
   };
   each_candidate([&](uint32_t key, int) { add_to_bin(task, key, largest_key, bin_of(key), s); });
   __syncthreads();
-  const bool found = task.with_mass ? find_bin<true>(task, target, s) : find_bin<false>(task, target, s);
+  const bool found = find_bin(task, target, s);
   if (!found || s.bin_count > kSelectFew) return -1;
 
   const int last_bin = static_cast<int>(s.bin);
@@ -393,7 +379,7 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask& task, Fi
   __syncthreads();
   take_few(task, target, s);
   __syncthreads();
-  if (tid == 0 && share != nullptr) store_share(share, s.covered + s.base_mass, total);
+  if (kMass && tid == 0 && share != nullptr) store_share(share, s.covered + s.base_mass, total);
   return task.reserved_blocks() + static_cast<int>(s.base_count + s.taken);
 }
 
@@ -413,7 +399,8 @@ struct Bins {
 };
 
 // All members of the last bin have the key `key`: the lowest indices of s.ties. Returns how many.
-__device__ __forceinline__ uint32_t take_ties(const SelectTask& task, uint32_t key, uint32_t largest_key,
+template <bool kMass>
+__device__ __forceinline__ uint32_t take_ties(const SelectTask<kMass>& task, uint32_t key, uint32_t largest_key,
                                               unsigned long long target, SelectShared& s) {
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, words = (task.row.num_blocks + 31) / 32;
   const uint32_t each = task.with_mass ? task.mass(key, largest_key) : 0;
@@ -454,7 +441,8 @@ __device__ __forceinline__ uint32_t take_ties(const SelectTask& task, uint32_t k
 }
 
 // As select_from_candidates, for every row; out of line, as it seldom runs.
-static __device__ __attribute__((noinline)) int select_from_all(const SelectTask task, float* share,
+template <bool kMass>
+static __device__ __attribute__((noinline)) int select_from_all(const SelectTask<kMass> task, float* share,
                                                                 SelectShared& s) {
   const SelectRow& row = task.row;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, words = (row.num_blocks + 31) / 32;
@@ -505,7 +493,7 @@ static __device__ __attribute__((noinline)) int select_from_all(const SelectTask
       if (bin >= 0 && bin < kSelectBins) add_to_bin(task, key, largest_key, bin, s);
     });
     __syncthreads();
-    find_bin<true>(task, target, s);
+    find_bin(task, target, s);
 
     if (s.bin_count <= kSelectFew) break;
     if (bins.by_key && bins.low == bins.high) {
@@ -544,27 +532,29 @@ static __device__ __attribute__((noinline)) int select_from_all(const SelectTask
   else
     take_few(task, target, s);
   __syncthreads();
-  if (tid == 0 && share != nullptr) store_share(share, s.covered + s.base_mass, total);
+  if (kMass && tid == 0 && share != nullptr) store_share(share, s.covered + s.base_mass, total);
   return task.reserved_blocks() + static_cast<int>(s.base_count + s.taken);
 }
 
 // Selects blocks of a row into s.bitmap and returns their number, to every thread; ends with a barrier. All
-// kSelectThreads threads of the block call it. `share` (may be null) is written by thread 0; `chosen` as
-// above.
-template <typename Chosen>
+// kSelectThreads threads of the block call it. `scores` may be in global memory, or what copy_scores began to
+// copy. `share` (may be null, must be without kMass) is written by thread 0; `chosen` as above.
+template <bool kMass, typename Chosen>
 __device__ __forceinline__ int select_row_bitmap(const float* scores, const SelectRow& row,
-                                                 const SelectConstants& constants, FirstScores& first,
-                                                 float* share, const Chosen& chosen, SelectShared& s) {
+                                                 const SelectConstants& constants, float* share,
+                                                 const Chosen& chosen, SelectShared& s) {
+  ptx::cp_async_wait<0>();
   if (row.take_all != 0) {
     const int words = (row.num_blocks + 31) / 32;
+#pragma unroll 1
     for (int w = threadIdx.x; w < words; w += kSelectThreads)
       s.bitmap[w] = bits_below(row.num_blocks - w * 32);
     if (threadIdx.x == 0 && share != nullptr) *share = 1.0f;
     __syncthreads();
     return row.num_blocks;
   }
-  const SelectTask task(scores, row, constants, share != nullptr);
-  int count = select_from_candidates(task, first, share, chosen, s);
+  const SelectTask<kMass> task(scores, row, constants, share != nullptr);
+  int count = select_from_candidates(task, share, chosen, s);
   if (count < 0) {
     __syncthreads();
     count = select_from_all(task, share, s);
@@ -580,6 +570,7 @@ __device__ __forceinline__ void list_bitmap(SelectShared& s, int num_blocks, int
   const uint16_t* halves = reinterpret_cast<const uint16_t*>(s.bitmap);
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, count = (num_blocks + 15) / 16;
   int total = 0;
+#pragma unroll 1
   for (int base = 0; base < count; base += kSelectThreads) {
     const int at = base + tid;
     uint32_t bits = at < count ? halves[at] : 0;
@@ -592,6 +583,7 @@ __device__ __forceinline__ void list_bitmap(SelectShared& s, int num_blocks, int
     position += static_cast<int>(__reduce_add_sync(kAllLanes, lane < warp ? sums : 0u));
     if (base + kSelectThreads < count) total += static_cast<int>(__reduce_add_sync(kAllLanes, sums));
     if (position < end && position + own > begin) {
+#pragma unroll 1
       for (; bits != 0; bits &= bits - 1, ++position)
         if (position >= begin && position < end) write(position, at * 16 + __ffs(static_cast<int>(bits)) - 1);
     }

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kAttendWarps * 32, kDeep             ? 1
       source, begin, end, [&](int i) { return page_table[block_of(i)]; }, shared, threadIdx.x / 32,
       threadIdx.x % 32);
   __syncthreads();
-  combine<T>(p, place, shared, combined);
+  combine<T, kAttendWarps * 32>(p, place, shared, combined);
 }
 
 template <typename T, int kHeadDim, bool kDeep>

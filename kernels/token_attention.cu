@@ -17,7 +17,7 @@ template <int kHeadDim>
 __device__ __forceinline__ void copy_tokens(const AttendSource& source, int slot, uint32_t stage, int lane) {
   using Shape = AttendShape<kHeadDim>;
   constexpr int kChunks = Shape::kRowBytes / 16;  // a row
-#pragma unroll
+#pragma unroll 4
   for (int i = 0; i < kPageTokens * kChunks / 32; ++i) {
     const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
     const int at = __shfl_sync(0xffffffffu, slot, row);
@@ -61,22 +61,20 @@ __global__ void __launch_bounds__(kAttendWarps * 32, kDeep ? 1 : kHeadDim == 256
   };
   WarpAttention<kHeadDim> state;
   state.reset();
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) {
-    if (stage < blocks) copy_tokens<kHeadDim>(source, slot_of(stage), stages + stage * kBlockBytes, lane);
-    ptx::cp_async_commit();
-  }
-  int next = kStages < blocks ? slot_of(kStages) : 0;  // looked up one step ahead
-  int stage = 0;
-  for (int i = 0; i < blocks; ++i) {
-    ptx::cp_async_wait<kStages - 1>();
-    __syncwarp();
-    const int valid = min(count - (first + i * kAttendWarps) * kPageTokens, kPageTokens);
-    state.template add_block<T>(stages + stage * kBlockBytes, shared.query, valid, source.scale_log2, lane);
-    __syncwarp();
-    if (i + kStages < blocks) {
+  // Sixteen i is copied at turn i and attended to at turn i + kStages; its slots are looked up one turn ahead.
+  int next = blocks > 0 ? slot_of(0) : 0, stage = 0;
+#pragma unroll 1
+  for (int i = 0; i < blocks + kStages; ++i) {
+    if (i >= kStages) {
+      ptx::cp_async_wait<kStages - 1>();
+      __syncwarp();
+      const int valid = min(count - (first + (i - kStages) * kAttendWarps) * kPageTokens, kPageTokens);
+      state.template add_block<T>(stages + stage * kBlockBytes, shared.query, valid, source.scale_log2, lane);
+      __syncwarp();
+    }
+    if (i < blocks) {
       copy_tokens<kHeadDim>(source, next, stages + stage * kBlockBytes, lane);
-      if (i + kStages + 1 < blocks) next = slot_of(i + kStages + 1);
+      if (i + 1 < blocks) next = slot_of(i + 1);
     }
     ptx::cp_async_commit();
     stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -85,7 +83,7 @@ __global__ void __launch_bounds__(kAttendWarps * 32, kDeep ? 1 : kHeadDim == 256
   __syncwarp();
   state.park(shared.tiles[warp][0], shared.maximum[warp], shared.sum[warp], lane);
   __syncthreads();
-  combine<T>(p, place, shared, combined);
+  combine<T, kAttendWarps * 32>(p, place, shared, combined);
 }
 
 template <typename T, int kHeadDim, bool kDeep>

@@ -258,8 +258,8 @@ def text_tables(options: argparse.Namespace, length: str, runs: list[tuple[str, 
     return [table, apart]
 
 
-NOTES = ("Every method answers the same prompts. RULER and needles: the context is prefilled densely once, question and answer go "
-         "through each method's own decode. Scores are percent of the references found; their intervals are 95% percentile "
+NOTES = ("Every method answers the same prompts. RULER and needles: the context is prefilled densely once; in question and "
+         "answer every token selects for itself. Scores are percent of the references found; their intervals are 95% percentile "
          "bootstraps, resampled within each task, and so are those of differences on the same prompts. Needles have Wilson's 95% "
          "intervals. Running text: every query selects for itself, and its numbers have no interval. Tokens attended and captured "
          "mass (true attention on what is attended) are means over the layers that select and the decode steps.")

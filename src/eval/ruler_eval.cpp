@@ -54,7 +54,9 @@ class MethodRun {
       return;
     }
     policy_ = make_policy(method.spec, backbone, selector, cache.num_pages());
-    auto sparse = std::make_unique<SparseAttention>(cache, *policy_.policy, method.spec.sparse);
+    SparseOptions options = method.spec.sparse;
+    options.prefill = PrefillMode::sparse;  // of the question
+    auto sparse = std::make_unique<SparseAttention>(cache, *policy_.policy, std::move(options));
     sparse_ = sparse.get();
     backend_ = std::move(sparse);
   }
@@ -62,13 +64,13 @@ class MethodRun {
   // Null for dense attention.
   SelectionPolicy* policy() const { return policy_.policy.get(); }
 
-  // Reads `question` and writes the answer, one token a step, behind what `sequence` holds.
+  // Reads `question` (every token selects for itself, as in decode) and writes the answer, one token a step, behind what
+  // `sequence` holds.
   RulerOutcome answer(int64_t sequence, const std::vector<int32_t>& question, const RulerSample& sample,
                       const TextCodec& codec, const RulerEvalOptions& options) {
     if (sparse_) sparse_->reset_counters();
     mass_ = {}, step_ = 0;
-    at::Tensor hidden;
-    for (int32_t token : question) hidden = step(sequence, token, options.mass_every);
+    at::Tensor hidden = prefill(backbone_, *backend_, cache_, sequence, question, options.prefill_chunk);
     Sampler greedy{SamplingOptions{}};
     std::vector<int32_t> written;
     RulerOutcome outcome;

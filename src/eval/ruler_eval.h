@@ -40,7 +40,7 @@ struct RulerEvalOptions {
   bool stop_at_newline = false;  // an answer ends with its first line
   // An answer ends as soon as every reference is in it: the score cannot change any more.
   bool stop_when_answered = true;
-  int64_t mass_every = 4;  // decode steps from one measurement of captured mass to the next; 0: none
+  int64_t mass_every = 4;  // answer tokens from one measurement of captured mass to the next; 0: none
   int64_t prefill_chunk = 1024;
   // Every finished prompt is appended to out/ruler.jsonl, and prompts that this file holds already are not
   // run again. Empty: nothing is kept.
@@ -51,11 +51,11 @@ struct RulerOutcome {
   std::string output;
   double score = 0;           // in [0, 1]
   int64_t answer_tokens = 0;  // generated
-  // Summed over sparse layers and decode steps; 0 for dense attention.
+  // Summed over sparse layers and the tokens of question and answer; 0 for dense attention.
   double attended = 0, visible = 0;  // tokens
-  double captured = 0;               // true attention mass on the selected blocks
+  double captured = 0;               // true attention mass on the selected blocks, of some answer tokens
   int64_t measured = 0;              // terms of that sum
-  int64_t rows = 0;                  // sparse layers times decode steps
+  int64_t rows = 0;                  // sparse layers times tokens
 };
 
 // One finished prompt.
@@ -91,8 +91,8 @@ struct RulerResult {
   void add_to(Page& page) const;
 };
 
-// Each prompt's context is prefilled densely once. Then every method reads question and answer prefix token
-// by token and writes the answer greedily, all through its own decode. `essay` may be empty when no task
+// Each prompt's context is prefilled densely once. Then every method reads question and answer prefix (each token
+// selects for itself, as in decode) and writes the answer greedily, one token a step. `essay` may be empty when no task
 // needs one; `selector` may be null when no method needs it. Throws Error before any work when a length is
 // too small for a task or passes the model's positions.
 RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, const TextCodec& codec,

@@ -330,7 +330,8 @@ class Prologue {
       }
     }
     expect_close(numbers(c_.type, out.selector_query), query, rounding(c_.type), what + " selector query");
-    EXPECT_LT(testing::relative_error({out.weight.begin(), out.weight.end()}, weight), 1e-6) << what;
+    // Float32 sums that may cancel, and only a few of them to take the norm of.
+    EXPECT_LT(testing::relative_error({out.weight.begin(), out.weight.end()}, weight), 5e-6) << what;
     EXPECT_EQ(out.selector_pool, pool) << what;
   }
 

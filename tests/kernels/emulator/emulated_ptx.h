@@ -71,7 +71,10 @@ inline uint32_t movmatrix_trans(uint32_t a) {
 }
 
 inline void cp_async_16(uint32_t to, const void* from) {
-  emulator::copy_async(emulator::shared_base() + to, from);
+  emulator::copy_async(emulator::shared_base() + to, from, 16);
+}
+inline void cp_async_4(uint32_t to, const void* from) {
+  emulator::copy_async(emulator::shared_base() + to, from, 4);
 }
 inline void cp_async_commit() {
   emulator::commit_copies();

@@ -137,8 +137,8 @@ const Slot* exchange(uint32_t word) {
   return exchange(Slot{{word, 0, 0, 0, 0, 0, 0, 0}});
 }
 
-void copy_async(uint8_t* to, const void* from) {
-  machine.current->open_group.push_back({to, from});
+void copy_async(uint8_t* to, const void* from, size_t bytes) {
+  machine.current->open_group.push_back({to, from, bytes});
 }
 void commit_copies() {
   machine.current->groups.push_back(std::move(machine.current->open_group));
@@ -147,7 +147,7 @@ void commit_copies() {
 void wait_copies(int pending) {
   auto& groups = machine.current->groups;
   while (groups.size() > static_cast<size_t>(pending)) {
-    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
     groups.pop_front();
   }
 }

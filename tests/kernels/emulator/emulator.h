@@ -52,6 +52,7 @@ struct Block {
 struct Copy {
   uint8_t* to;
   const void* from;
+  size_t bytes;
 };
 struct Fiber;
 
@@ -77,7 +78,7 @@ const Slot* exchange(const Slot& mine);
 const Slot* exchange(uint32_t word);
 unsigned lane();
 
-void copy_async(uint8_t* to, const void* from);
+void copy_async(uint8_t* to, const void* from, size_t bytes);
 void commit_copies();
 void wait_copies(int pending);
 

@@ -1,0 +1,219 @@
+"""tools/pretrain_tiny.py: its models against transformers, its rows against an independent solver, one whole run."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+from pretrain import corpus, evaluate, gated_delta, models, pieces, rows, wordings  # noqa: E402
+
+transformers = pytest.importorskip("transformers")
+TOKENIZER = ROOT / "models" / "tiny-qwen3" / "tokenizer.json"
+
+
+def relative_error(ours, reference):
+    return ((ours - reference).norm() / reference.norm().clamp(min=1e-12)).item()
+
+
+@pytest.fixture(autouse=True)
+def seeded(seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+# --- models
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5"])
+def test_logits_and_gradients_are_those_of_transformers(name, seed):
+    config = models.published_config(name, hidden_size=48, num_layers=4, intermediate_size=64)
+    ours = models.TinyModel(config, torch.device("cpu"), seed=seed)
+    with torch.no_grad():
+        for key, weight in ours.weights.items():
+            if weight.ndim == 1 and not key.endswith(("A_log", "dt_bias")):
+                weight.add_(torch.randn_like(weight) * 0.3)
+            if key.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+                weight.mul_(10)
+            if "embed" in key:
+                weight.mul_(20)
+    fields = {key: value for key, value in config.items() if key not in ("dtype", "pad_token_id")}
+    kind = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    theirs = transformers.AutoModelForCausalLM.from_config(kind).float()
+    missing = theirs.load_state_dict({key: weight.detach().clone() for key, weight in ours.weights.items()}, strict=False)
+    assert missing.unexpected_keys == [] and missing.missing_keys in ([], ["lm_head.weight"])
+    theirs.tie_weights()
+    tokens, targets = torch.randint(0, models.VOCABULARY, (2, 320)), torch.randint(0, models.VOCABULARY, (640,))
+    reference = theirs(tokens).logits.flatten(0, 1)
+    assert relative_error(ours.logits(tokens), reference) < 1e-4
+    torch.nn.functional.cross_entropy(reference, targets).backward()
+    ours.losses(tokens, targets)[0].mean().backward()
+    gradients = {key: weight.grad for key, weight in theirs.named_parameters()}
+    for key, weight in ours.weights.items():
+        assert relative_error(weight.grad, gradients[key]) < 1e-3, key
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("case", ["random", "long memory", "forgetful", "equal keys"])
+def test_chunked_rule(case, chunks):
+    from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
+
+    rows_, length, key_heads, heads, key_dim, value_dim = 2, chunks * 64, 1, 2, 16, 24
+    q, k = torch.randn(2, rows_, length, key_heads, key_dim)
+    v, beta = torch.randn(rows_, length, heads, value_dim), torch.rand(rows_, length, heads)
+    decay = -torch.rand(rows_, length, heads) * {"random": 1.0, "long memory": 1e-3, "forgetful": 200.0, "equal keys": 1e-4}[case]
+    if case == "equal keys":
+        k = k[:, :1].expand(-1, length, -1, -1)
+        beta = beta * 0.01 + 0.99
+    parts = [x.clone().requires_grad_() for x in (q, k, v, beta, decay)]
+    flat = [x.reshape(-1, 64, *x.shape[2:]) for x in parts]
+    transition, addend, *terms = gated_delta.chunk_terms(*flat)
+    states = gated_delta.chunk_states(transition, addend, rows_)
+    out = gated_delta.chunk_outputs(states, *terms).reshape(rows_, length, heads, value_dim)
+    theirs = [x.clone().requires_grad_() for x in (q, k, v, beta, decay)]
+    grouped = [x.repeat_interleave(heads // key_heads, 2) for x in theirs[:2]]
+    expected, _ = torch_recurrent_gated_delta_rule(*grouped, theirs[2], g=theirs[4], beta=theirs[3], use_qk_l2norm_in_kernel=True)
+    assert relative_error(out, expected) < 1e-4
+    if chunks > 3:
+        return  # autograd through one token after another is slow
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for ours, other in zip(parts, theirs):
+        # Where keys repeat, the decays' gradients are small differences of large terms: hence the absolute part.
+        assert (ours.grad - other.grad).norm() <= 1e-3 * other.grad.norm() + 5e-4
+
+
+def test_a_row_sees_nothing_of_its_neighbours():
+    model = models.TinyModel(models.published_config("qwen3_5", 32, 4, 48), torch.device("cpu"))
+    tokens = torch.randint(0, models.VOCABULARY, (3, 128))
+    alone = torch.cat([model.logits(row[None]) for row in tokens])
+    assert relative_error(model.logits(tokens), alone) < 1e-5
+
+
+# --- rows
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A text of invented sentences, prepared."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    rng = random.Random(5)
+    words = sorted({pieces.pseudo_word(rng) for _ in range(600)})
+    documents = []
+    for _ in range(60):
+        sentences = [" ".join(rng.choice(words) for _ in range(rng.randint(4, 14))).capitalize() + "." for _ in range(300)]
+        documents.append("\n".join(" ".join(sentences[at:at + 3]) for at in range(0, 300, 3)))
+    (folder / "text").write_text("\x00".join(documents))
+    corpus.prepare(folder / "text", TOKENIZER, folder)
+    return folder
+
+
+@pytest.fixture()
+def made(work, seed):
+    return rows.Rows(pieces.Pieces(work, TOKENIZER, seed, pool=300))
+
+
+def text_of(made, ids):
+    return made.pieces.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def test_needle_answers_follow_from_the_statements(made, monkeypatch):
+    monkeypatch.setattr(rows.Rows, "draw_wording", lambda self: wordings.SUITE[0])
+    questions = 0
+    for _ in range(60):
+        try:
+            text = text_of(made, made.needles(1025).ids)
+        except rows.TooLong:
+            continue
+        stated = {}
+        for key, value in re.findall(r"One of the special magic \w+s for (\S+) is: (\S+)\.", text):
+            stated.setdefault(key, []).append(value)
+        for keys, answer in re.findall(r"The special magic \w+ for ([^?\n]+) mentioned in the provided text (?:is|are) (.+)\.\n", text.replace("s for", " for")):
+            keys, answer = (re.split(r", and | and |, ", part) for part in (keys, answer))
+            assert [value for key in keys for value in stated[key]] == answer
+            questions += 1
+    assert questions > 60
+
+
+def test_chains_lead_to_the_answers(made, monkeypatch):
+    monkeypatch.setattr(wordings, "draw_tracking", lambda rng: (wordings.TRACK_INTRO, *wordings.TRACK_SUITE))
+    hops = set()
+    for _ in range(60):
+        try:
+            text = text_of(made, made.track(1025).ids)
+        except rows.TooLong:
+            continue
+        root = {}
+        for name, source in re.findall(r"VAR ([A-Z]+) = (?:VAR )?(\w+)", text):
+            root[name] = root.get(source, source)
+        for count, value, names in re.findall(r"text above, (\d+) variables are assigned the value (\d+), they are: ([A-Z ]+)\n", text):
+            assert names.split() == [name for name in root if root[name] == value] and len(names.split()) == int(count)
+            hops.add(len(names.split()) - 1)
+    assert hops >= {1, 2, 3, 4}
+
+
+def test_rows_are_tokenised_as_their_text_is(made, monkeypatch):
+    """Where nothing was cut out of a text, the tokenizer gives the same tokens for the whole."""
+    for _ in range(40):
+        wording = made.draw_wording()
+        statement = made.statement(wording, "number", made.pieces.item("pair"), made.pieces.item("uuid"), "", "\n")
+        ask = made.question(wording, "number", [made.pieces.item("code")], [made.pieces.item("number"), made.pieces.item("word")])
+        for row in (statement, ask, made.track_question(*wordings.TRACK_SUITE, *made.chain(3, set())[:2])):
+            assert made.pieces.tokenizer.encode(text_of(made, row.ids)).ids == row.ids, text_of(made, row.ids)
+
+
+def test_what_is_held_out_is_not_in_the_rows(made, work):
+    held_out = pieces.Pieces(work, TOKENIZER, 1, held_out=True, pool=300)
+    assert not set(held_out.words) & set(made.pieces.words)
+    assert not {item for pool in ("code", "name") for item in held_out.pools[pool]} & {
+        item for pool in ("code", "name") for item in made.pieces.pools[pool]}
+    for wording in evaluate.HELD_OUT:
+        assert any(mark in wording.needle for mark in wordings.HELD_OUT_MARKS)
+        assert any(mark in wording.question[0] + wording.prefix[0] for mark in wordings.HELD_OUT_MARKS)
+    kinds = set()
+    for length in [256] * 60 + [1024] * 120 + [4096] * 10:
+        ids, labels = made.row(length)
+        assert len(ids) == len(labels) == length + 1 and labels.max() < pieces.NUM_LABELS
+        kinds |= set(labels.tolist())
+        text = text_of(made, ids)
+        assert not [mark for mark in wordings.HELD_OUT_MARKS if mark in text]
+    assert len(kinds) > 20
+
+
+@pytest.mark.parametrize("task", ["multikey_held_out", "multikey_known", "uuid_held_out", "multivalue_held_out", "multiquery_held_out", "vt"])
+def test_prompts_end_with_their_answer(work, task, seed):
+    prompts = evaluate.Prompts(pieces.Pieces(work, TOKENIZER, seed, held_out=True, pool=300))
+    for index in range(12):
+        row = prompts.make(task, 1024, index)
+        first = next(at for at, label in enumerate(row.labels) if label >= 2)
+        assert len(row) == 1024 and all(label >= 2 for label in row.labels[first:])
+        before, answer = text_of(prompts, row.ids[:first]), text_of(prompts, row.ids[first:])
+        for value in re.split(r", and | and |, | ", answer.strip()):
+            assert value in before
+
+
+# --- the whole
+
+
+@pytest.mark.timeout(300)
+def test_a_run_writes_a_checkpoint_that_transformers_loads(work, tmp_path):
+    command = [sys.executable, ROOT / "tools" / "pretrain_tiny.py", "--data", work / "text", "--work", work, "--out", tmp_path, "--models", "qwen3_5",
+               "--seconds", "4", "--hidden", "32", "--layers", "4", "--mlp", "48", "--phases", "256:1", "--tokens", "512", "--workers", "0",
+               "--eval-lengths", "512", "--eval-seconds", "3", "--log-every", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "tiny-qwen3_5"
+    log = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert log and all(line["answer"] > 0 for line in log)
+    assert json.loads((folder / "results.json").read_text())["text"]["nats_per_token"] > 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert type(model).__name__ == "Qwen3_5ForCausalLM" and len(tokenizer) == models.VOCABULARY
+    assert model(**tokenizer("VAR ABCDE = 12345", return_tensors="pt")).logits.isfinite().all()

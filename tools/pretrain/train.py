@@ -1,0 +1,205 @@
+"""The training loop: a curriculum of lengths by share of time, position jumps, statistics by task."""
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import random
+import time
+
+import numpy as np
+import torch
+
+from . import checkpoint, evaluate
+from .models import MAX_POSITIONS, TinyModel
+from .optimizer import Optimizer
+from .pieces import NUM_LABELS, SLOTS, TEXT, Pieces
+from .rows import Rows
+
+PHASES = "256:.07,512:.07,1024:.08,2048:.12,512+1024+4096:.15,1024+4096+16384:.23,4096+16384+32768+65536:.28"
+FIRST_WEIGHT = 3.0  # of the tokens that tell which answer it is, where the others weigh 1
+
+
+@dataclasses.dataclass
+class Options:
+    """What a run needs; seconds are those of training, `until` is when everything must be over (seconds since the epoch)."""
+
+    work: pathlib.Path
+    tokenizer: pathlib.Path
+    out: pathlib.Path
+    seconds: float
+    until: float
+    eval_seconds: float
+    eval_lengths: list[int]
+    phases: list[tuple[list[int], float]]
+    tokens: int = 65_536  # of a step
+    muon_rate: float = 0.015
+    adam_rate: float = 0.004
+    warmup: int = 100
+    decay: float = 0.35  # share of the time in which the rates fall to nothing
+    jumps: float = 0.3  # share of the steps with jumps of position
+    workers: int = 4
+    save_every: float = 60.0
+    log_every: float = 10.0
+    seed: int = 0
+
+
+def parse_phases(text: str) -> list[tuple[list[int], float]]:
+    """"256:.1,512+1024:.9": lengths and the shares of time spent on them; lengths are multiples of 64."""
+    phases = [([int(length) for length in part.split(":")[0].split("+")], float(part.split(":")[1])) for part in text.split(",")]
+    if any(length % 64 for lengths, _ in phases for length in lengths):
+        raise SystemExit(f"--phases {text}: lengths must be multiples of 64")
+    whole = sum(share for _, share in phases)
+    return [(lengths, share / whole) for lengths, share in phases]
+
+
+class Batches(torch.utils.data.IterableDataset):
+    """Endless batches (phase, tokens [rows, length + 1], labels) of the phase that `phase` holds when they are made."""
+
+    def __init__(self, options: Options, phase):
+        self.options, self.phase = options, phase
+
+    def __iter__(self):
+        options, worker = self.options, torch.utils.data.get_worker_info()
+        torch.set_num_threads(1)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        seed = options.seed * 1000 + (worker.id if worker else 0)
+        rows = Rows(Pieces(options.work, options.tokenizer, seed))
+        while True:
+            phase = self.phase.value
+            length = rows.rng.choice(options.phases[phase][0])
+            made = [rows.row(length) for _ in range(max(1, options.tokens // length))]
+            tokens = np.stack([ids for ids, _ in made]).astype(np.int64)
+            yield phase, torch.from_numpy(tokens), torch.from_numpy(np.stack([labels for _, labels in made]))
+
+
+class Statistics:
+    """Counts, hits and losses by label since the last report, kept on the device."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(3, NUM_LABELS, device=device)
+
+    def add(self, labels: torch.Tensor, hits: torch.Tensor, losses: torch.Tensor) -> None:
+        labels = labels.long()
+        for at, weights in enumerate((torch.ones_like(losses), hits.float(), losses)):
+            self.sums[at].index_add_(0, labels, weights)
+
+    def report(self) -> dict[str, float]:
+        """Text loss, answer loss and accuracies; a slot's name with * is for the first tokens, the honest ones."""
+        counts, hits, losses = self.sums.tolist()
+        answers = slice(2, NUM_LABELS)
+        out = {"text": losses[TEXT] / max(1, counts[TEXT]), "answer": sum(losses[answers]) / max(1, sum(counts[answers])),
+               "acc": sum(hits[answers]) / max(1, sum(counts[answers]))}
+        for at, slot in enumerate(SLOTS):
+            label = 2 + 2 * at + (slot != "copy")
+            if counts[label]:
+                out[slot if slot == "copy" else slot + "*"] = hits[label] / counts[label]
+        self.sums.zero_()
+        return out
+
+
+def jumped_positions(rows: int, length: int, device: torch.device) -> torch.Tensor:
+    """Positions [rows * length] with 1 to 8 jumps a row, within MAX_POSITIONS: distances longer than the row are met."""
+    count = random.choice((1, 2, 4, 8))
+    total = random.random() ** 2 * max(0, MAX_POSITIONS - length)
+    jumps = torch.zeros(rows, length, device=device)
+    jumps.scatter_add_(1, torch.randint(0, length, (rows, count), device=device), torch.rand(rows, count, device=device) * (total / count))
+    return (torch.arange(length, device=device) + jumps.cumsum(1).floor()).reshape(-1)
+
+
+def weighted_loss(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean loss of text plus weighted mean loss of answers."""
+    text = (labels == TEXT).float()
+    answer = (labels >= 2).float() * torch.where(labels % 2 == 1, FIRST_WEIGHT, 1.0)
+    return (losses * text).sum() / text.sum().clamp(min=1) + (losses * answer).sum() / answer.sum().clamp(min=1)
+
+
+def train(model: TinyModel, options: Options, name: str) -> None:
+    """Trains, saves into options.out every so often and at the end, evaluates."""
+    random.seed(options.seed)
+    torch.manual_seed(options.seed)
+    device, cuda = model.device, model.device.type == "cuda"
+    options.out.mkdir(parents=True, exist_ok=True)
+    phase = multiprocessing.Value("i", 0)
+    loader = torch.utils.data.DataLoader(Batches(options, phase), batch_size=None, num_workers=options.workers, pin_memory=cuda,
+                                         prefetch_factor=2 if options.workers else None)
+    batches = iter(loader)
+    optimizer = Optimizer(model.weights, options.muon_rate, options.adam_rate)
+    ends = np.cumsum([share for _, share in options.phases])
+    statistics = Statistics(device)
+    begun = time.time()
+    start = None  # of the time that counts: compilation is over
+    seconds, step, tokens_seen, waited = options.seconds, 0, 0, 0.0
+    last_log = last_save = begun
+    saved = False
+    print(f"{name}: {model.num_parameters():,} parameters", flush=True)
+    while True:
+        asked = time.time()
+        made_in, tokens, labels = next(batches)
+        waited += time.time() - asked
+        done = (time.time() - start) / seconds if start else 0.0
+        if done >= 1:
+            break
+        current = min(int(np.searchsorted(ends, done, side="right")), len(ends) - 1)
+        phase.value = current
+        if made_in < current and step > 3 and random.random() < 0.8:
+            continue  # most of what is left of the phase before
+        tokens, labels = tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        rows, length = tokens.shape[0], tokens.shape[1] - 1
+        positions = jumped_positions(rows, length, device) if random.random() < options.jumps else None
+        targets, labels = tokens[:, 1:].reshape(-1), labels[:, 1:].reshape(-1)
+        losses, hits = model.losses(tokens[:, :-1].contiguous(), targets, positions)
+        weighted_loss(losses, labels).backward()
+        factor = min(1.0, (step + 1) / options.warmup) * min(1.0, max(0.02, (1 - done) / options.decay))
+        optimizer.step(factor)
+        statistics.add(labels, hits, losses.detach())
+        step += 1
+        tokens_seen += rows * length
+        if start is None and step == 3:
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.time()
+            if options.until:
+                seconds = min(seconds, options.until - start - options.eval_seconds - 10)
+            print(f"{name}: first steps took {start - begun:.1f} s; training for {seconds:.0f} s", flush=True)
+        now = time.time()
+        if start and now - last_log > options.log_every:
+            report = statistics.report()
+            memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+            passed = time.time() - start
+            line = {"step": step, "seconds": round(passed, 1), "left": round(seconds - passed), "lengths": options.phases[current][0],
+                    "Mtokens": round(tokens_seen / 1e6, 1), "rate": round(factor, 3), "waited": round(waited, 1), "GiB": round(memory, 1)}
+            line |= {key: round(value, 4) for key, value in report.items()}
+            print(f"{name}: " + " ".join(f"{key} {value}" for key, value in line.items()).replace("[", "").replace("]", ""), flush=True)
+            with open(options.out / "train.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+            last_log = now
+            if not math.isfinite(report["text"] + report["answer"]):
+                print(f"{name}: the loss is not finite; back to the last checkpoint at half the rates", flush=True)
+                if not saved:
+                    raise SystemExit(f"{name}: there is none yet; give a lower --rate")
+                checkpoint.load(options.out, model.weights)
+                optimizer = Optimizer(model.weights, optimizer.muon.rate / 2, optimizer.adam_rate / 2)
+            elif now - last_save > options.save_every:
+                checkpoint.save(options.out, model.config, model.weights, options.tokenizer)
+                last_save, saved = now, True
+    checkpoint.save(options.out, model.config, model.weights, options.tokenizer)
+    print(f"{name}: {step} steps, {tokens_seen / 1e6:.1f}M tokens, {time.time() - start:.0f} s; saved to {options.out}", flush=True)
+    del batches, loader, optimizer
+    assess(model, options, name)
+
+
+def assess(model: TinyModel, options: Options, name: str) -> None:
+    """Evaluates the weights as a checkpoint has them; writes results.json."""
+    checkpoint.round_weights(model.weights)
+    pieces = Pieces(options.work, options.tokenizer, 77, held_out=True)
+    seconds = options.eval_seconds
+    if options.until:
+        seconds = max(5.0, options.until - time.time() - 3)
+    file = options.out / "results.json"
+    results = evaluate.evaluate(model, pieces, options.eval_lengths, seconds, file)
+    results["text"] = {"nats_per_token": round(evaluate.text_loss(model, pieces, min(4096, max(options.eval_lengths)), 4 * options.tokens), 4)}
+    file.write_text(json.dumps(results, indent=1))
+    print(f"{name}: held-out text {results['text']['nats_per_token']:.3f} nats a token", flush=True)

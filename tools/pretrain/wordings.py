@@ -1,0 +1,196 @@
+"""How needles are stated and asked for: a grammar for training, and wordings that training never sees.
+
+A pattern is a string with {key}, {value}, {query} (the keys asked for) and {kind} ("number", "uuid", ...) in it. Each
+placeholder but {kind} stands after a space or at the start of a line, so that a pattern can be tokenised in parts.
+"""
+
+import dataclasses
+import random
+
+
+@dataclasses.dataclass(frozen=True)
+class Wording:
+    """intro, question and prefix in two forms: one value is asked for, or several."""
+
+    intro: tuple[str, str]
+    needle: str
+    question: tuple[str, str]
+    prefix: tuple[str, str]
+
+
+# The wordings of `spot eval`'s needle tasks (src/eval/ruler_niah.cpp). The first is in the training rows.
+SUITE = [
+    Wording(
+        ("A special magic {kind} is hidden in the text below. Memorise it: you will be asked for the {kind} afterwards.\n",
+         "Some special magic {kind}s are hidden in the text below. Memorise them: you will be asked for the {kind}s afterwards.\n"),
+        "One of the special magic {kind}s for {key} is: {value}.",
+        ("What is the special magic {kind} for {query} that the text above mentions?",
+         "What are all the special magic {kind}s for {query} that the text above mentions?"),
+        (" The special magic {kind} for {query} mentioned in the provided text is",
+         " The special magic {kind}s for {query} mentioned in the provided text are")),
+    Wording(
+        ("Somewhere in the following pages a record with a {kind} has been filed. Keep it in mind, a question about it follows.\n",
+         "Somewhere in the following pages records with {kind}s have been filed. Keep them in mind, a question about them follows.\n"),
+        "For the record: the {kind} filed under the name {key} is {value}.",
+        ("Which {kind} has been filed under the name {query}?", "Which {kind}s have been filed under the name {query}?"),
+        (" The {kind} filed under the name {query} is", " The {kind}s filed under the name {query} are")),
+    Wording(
+        ("Read this text with care. It tells you what to reply when somebody asks a certain thing of you.\n",
+         "Read this text with care. It tells you what to reply when somebody asks certain things of you.\n"),
+        "Whoever asks you about {key} must get the {kind} {value} as a reply.",
+        ("Somebody asks you about {query}. Which {kind} must they get as a reply?",
+         "Somebody asks you about {query}. Which {kind}s must they get as a reply?"),
+        (" When asked about {query}, the {kind} to reply with is", " When asked about {query}, the {kind}s to reply with are")),
+    Wording(
+        ("One line of a ledger got mixed into the text below. Look for its {kind}.\n",
+         "Some lines of a ledger got mixed into the text below. Look for their {kind}s.\n"),
+        "In the ledger, {value} stands as the {kind} beside the entry {key}.",
+        ("Look up {query} in the ledger: which {kind} stands beside it?",
+         "Look up {query} in the ledger: which {kind}s stand beside that?"),
+        (" In the ledger, the {kind} beside {query} is", " In the ledger, the {kind}s beside {query} are")),
+]
+SUITE_TRAINED, SUITE_HELD_OUT = SUITE[:1], SUITE[1:]
+
+# Wordings of our own that training never sees either.
+OWN_HELD_OUT = [
+    Wording(
+        ("A traveller left a {kind} in this story. Watch for it.\n", "A traveller left some {kind}s in this story. Watch for them.\n"),
+        "The traveller called {key} wrote down the {kind} {value} at dusk.",
+        ("Which {kind} did the traveller called {query} write down?", "Which {kind}s did the traveller called {query} write down?"),
+        (" The traveller called {query} wrote down", " The traveller called {query} wrote down")),
+    Wording(
+        ("Parcels are mentioned below. Mind their labels.\n", "Parcels are mentioned below. Mind all of their labels.\n"),
+        "On the parcel meant for {key} somebody glued the label {value}.",
+        ("What label did somebody glue on the parcel meant for {query}?", "What labels did somebody glue on the parcel meant for {query}?"),
+        (" On the parcel meant for {query} there was the label", " On the parcel meant for {query} there were the labels")),
+    Wording(
+        ("Mind the stamps in what follows.\n", "Mind all stamps in what follows.\n"),
+        "With {value} they stamped whatever came from {key} that winter.",
+        ("With what did they stamp things from {query}?", "With what did they stamp things from {query}?"),
+        (" Things from {query} that winter were stamped with", " Things from {query} that winter were stamped with")),
+]
+# Strings by which a test recognises a held-out wording.
+HELD_OUT_MARKS = ["filed under the name", "Whoever asks you", "ledger", "as a reply", "he traveller called", "parcel meant for",
+                  "they stamp"]
+
+NOUNS = ["special magic {kind}", "secret {kind}", "{kind}", "registered {kind}", "access {kind}", "reference {kind}", "hidden {kind}",
+         "private {kind}", "official {kind}", "serial {kind}", "pass {kind}", "lucky {kind}", "internal {kind}", "final {kind}",
+         "correct {kind}", "stored {kind}", "magic {kind}", "confirmed {kind}"]
+KIND_WORDS = {"number": ["number", "value", "code", "key", "figure"], "uuid": ["uuid", "identifier", "id", "token", "value"],
+              "word": ["word", "name", "term", "value", "label"], "code": ["code", "token", "value", "key", "tag"]}
+OPENERS = ["", "", "", "", "", "", "Note: ", "By the way, ", "Remember that ", "It is known that ", "According to the notes, ",
+           "As agreed, ", "One more thing: ", "Fact: ", "Please note that ", "They say that ", "We were told that ", "Important: ",
+           "Today we learned that ", "For later use: "]
+# {noun} and {key}; a connector and the value follow.
+SUBJECTS = ["the {noun} for {key}", "the {noun} of {key}", "the {noun} assigned to {key}", "the {noun} given to {key}",
+            "the {noun} that belongs to {key}", "for {key} the {noun}", "one of the {noun}s for {key}", "one {noun} of {key}",
+            "the {noun} at {key}", "the {noun} linked to {key}", "the {noun} chosen by {key}", "the {noun} used with {key}",
+            "with {key} the {noun}", "in the case of {key} the {noun}", "the {noun} we keep for {key}", "the {noun} behind {key}"]
+CONNECTORS = [" is", " is:", " is now", " was", " equals", " =", " reads", " has been set to", " was chosen as", " turned out to be",
+              " will be", " is simply", " became", " is recorded as", " has the form", " shall be", " is still", " -", " =>", ":"]
+ENDINGS = [".", ".", ".", ".", ".", ";", "", " from now on.", " and nothing else.", " as always.", " until further notice.",
+           ", remember it.", ", they said.", " for the time being.", ". Do not forget it.", " (confirmed)."]
+# Complete statements whose value comes first, or whose order differs.
+STATEMENTS = ["{value} is the {noun} of {key}", "use {value} for {key}", "we gave the {noun} {value} to {key}",
+              "the value {value} goes with {key}", "{value} belongs to {key}", "if you need {key} then take {value}",
+              "set {key} to {value}", "they wrote {value} next to {key}", "{key} has the {noun} {value}", "{key} received {value}",
+              "{key} was sold together with {value}", "whenever {key} is named you should say {value}", "the pair {key} and {value}",
+              "{value} was found beside {key}", "someone replaced {key} by {value}", "{key} carries the {noun} {value}",
+              "ask for {key} and you get the {noun} {value}", "among others {value} stands for {key}", "{key} {value}", "{key}: {value}",
+              "{key} = {value}", "{key} -> {value}"]
+QUESTION_OPENINGS = ["what is the {noun} for {query}", "what is the {noun} of {query}", "which {noun} belongs to {query}",
+                     "tell me the {noun} for {query}", "give the {noun} of {query}", "find the {noun} that goes with {query}",
+                     "which {noun} was assigned to {query}", "what {noun} does the text state for {query}", "name the {noun} of {query}",
+                     "look for {query} and say which {noun} it has", "I need the {noun} for {query}", "what did {query} get",
+                     "what goes with {query}", "which {noun} is linked to {query}", "state the {noun} used with {query}",
+                     "do you remember the {noun} of {query}", "what was said about {query}", "recall {query}", "get {query}",
+                     "can you repeat the {noun} for {query}"]
+QUESTION_OPENINGS_MANY = ["what are all the {noun}s for {query}", "list the {noun}s of {query}", "which {noun}s belong to {query}",
+                          "tell me all {noun}s for {query}", "give every {noun} of {query}", "find the {noun}s that go with {query}",
+                          "name the {noun}s of {query}", "I need the {noun}s for {query}", "which {noun}s were assigned to {query}",
+                          "state all {noun}s that the text has for {query}"]
+QUESTION_CLOSINGS = ["?", "?", "?", " in the text above?", " mentioned before?", " according to the passage?", ".", " please?",
+                     " in the provided text?", " that was given earlier?", " as stated above?", ":"]
+LEADS = ["", "", "", "Question: ", "Q: ", "Now: ", "Task: "]
+# {noun} and {query}; the answer follows.
+PREFIXES = [" The {noun} for {query} mentioned in the text is", " The {noun} for {query} is", " The {noun} of {query} is:",
+            " The {noun} for {query} that the passage gives is", " Answer: the {noun} of {query} is", " For {query} it is",
+            " {query} has the {noun}", " The text says that the {noun} of {query} is", " In the text, {query} goes with", " {query}:",
+            " {query} =", " According to the text, the {noun} linked to {query} must be", " As for {query}, the answer is",
+            " What belongs to {query} is", " Regarding {query}, the text above states", " The one for {query} in the given text is the {noun}",
+            " Answer:", " A:", " It is", " The answer is", "\nAnswer:", "\nThe {noun} is"]
+PREFIXES_MANY = [" The {noun}s for {query} mentioned in the text are", " The {noun}s for {query} are", " The {noun}s of {query} are:",
+                 " Answer: the {noun}s of {query} are", " For {query} they are", " The text says that the {noun}s of {query} are",
+                 " In the text, {query} goes with", " According to the text, the {noun}s linked to {query} must be", " {query}:",
+                 " Regarding {query}, the text above states", " Answer:", " They are", "\nAnswer:"]
+INTROS = ["", "", "A {noun} is hidden in this text. Remember it.\n", "Read the text and keep the facts in mind.\n",
+          "The following text contains some facts. You will be asked about them.\n", "Below is a long text. Pay attention to each {noun}.\n",
+          "Memorise the {noun}s that occur in this text. Questions follow.\n", "Text:\n", "Notes:\n", "Here is what we know.\n"]
+
+
+def _upper(text: str) -> str:
+    return text if text.startswith("{") else text[:1].upper() + text[1:]
+
+
+def draw_wording(rng: random.Random) -> Wording:
+    """A wording of the training grammar; {kind} is left in it."""
+    noun = rng.choice(NOUNS)
+    opener = rng.choice(OPENERS)
+    if rng.random() < 0.6:
+        body = rng.choice(SUBJECTS) + rng.choice(CONNECTORS) + " {value}"
+    else:
+        body = rng.choice(STATEMENTS)
+    needle = opener + (body if opener and not opener.endswith(": ") else _upper(body)) + rng.choice(ENDINGS)
+    lead, closing = rng.choice(LEADS), rng.choice(QUESTION_CLOSINGS)
+    questions = [lead + _upper(rng.choice(openings)) + closing for openings in (QUESTION_OPENINGS, QUESTION_OPENINGS_MANY)]
+    prefixes = [rng.choice(PREFIXES), rng.choice(PREFIXES_MANY)]
+    if questions[0].endswith(":") and rng.random() < 0.3:
+        prefixes = ["", ""]
+    intro = rng.choice(INTROS)
+    parts = [text.replace("{noun}", noun) for text in (intro, needle, *questions, *prefixes)]
+    return Wording((parts[0], parts[0]), parts[1], (parts[2], parts[3]), (parts[4], parts[5]))
+
+
+def draw_glue(rng: random.Random, words: list[str]) -> Wording:
+    """Random words around key and value, so that nothing but the key itself leads to the value."""
+
+    def some(low: int, high: int) -> str:
+        return " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))
+
+    def join(*parts: str) -> str:
+        return " ".join(part for part in parts if part)
+
+    ends = [".", "", ";", ":", ","]
+    first, second = ("{key}", "{value}") if rng.random() < 0.65 else ("{value}", "{key}")
+    needle = join(some(0, 5), first, some(0, 6), second, some(0, 4)) + rng.choice(ends)
+    question = _upper(join(some(0, 5), "{query}", some(0, 4))) + rng.choice(["?", ".", ":", ""])
+    if rng.random() < 0.6:
+        prefix = " " + join(some(0, 4), "{query}", some(0, 6))
+    else:
+        prefix = rng.choice(["", " " + some(1, 4)])
+    intro = some(3, 10) + ".\n" if rng.random() < 0.3 else ""
+    return Wording((intro, intro), needle, (question, question), (prefix, prefix))
+
+
+# Variable tracking: (question, answer prefix) with {value} and {count}. The first pair is that of `spot eval`.
+TRACK_INTRO = "The following text hides a chain of variable assignments. Memorise it and follow the chain.\n\n"
+TRACK_SUITE = ("Question: Which variables are assigned the value {value} in the text above, directly or through others?",
+               " Answer: According to the chain of variable assignments in the text above, {count} variables are assigned the value"
+               " {value}, they are:")
+TRACK_INTROS = ["", "Follow the assignments.\n", "Memorize and track the chains of variable assignments hidden in the following text.\n\n",
+                "Variables are assigned below. Keep track of them.\n", "Text:\n"]
+TRACK_QUESTIONS = ["Question: Find all variables that are assigned the value {value} in the text above.",
+                   "Which variables have the value {value}?", "List every variable that holds {value}.",
+                   "Find all variables assigned the value {value}.", "Name the variables equal to {value}, in order.",
+                   "Question: Which names stand for {value}?", "What variables does the value {value} reach?",
+                   "Q: All variables with the value {value}?"]
+TRACK_PREFIXES = [" Answer: According to the text, {count} variables are assigned the value {value}, they are:", " Answer:", " They are:",
+                  " The variables with the value {value} are", " The {count} variables are:", " A:",
+                  " Answer: the variables assigned {value} are:", " Following the chain from {value} gives"]
+
+
+def draw_tracking(rng: random.Random) -> tuple[str, str, str]:
+    """intro, question and answer prefix of a variable-tracking row."""
+    if rng.random() < 0.3:
+        return (TRACK_INTRO, *TRACK_SUITE)
+    return rng.choice(TRACK_INTROS), rng.choice(TRACK_QUESTIONS), rng.choice(TRACK_PREFIXES)
