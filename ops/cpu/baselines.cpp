@@ -18,11 +18,12 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// Rows of a batch, its page tables and its lists, as plain pointers; the tensors outlive it.
+// Rows of a batch with their page tables (undefined where no page is looked up) and lists.
 struct Rows {
   at::Tensor table, lengths, indices, counts;
   int64_t kv_heads = 0, width = 0;  // of the lists
-  Rows(const at::Tensor& page_table, const at::Tensor& lengths_) : table(page_table.contiguous()), lengths(lengths_.contiguous()) {}
+  Rows(const at::Tensor& page_table, const at::Tensor& lengths_)
+      : table(page_table.defined() ? page_table.contiguous() : page_table), lengths(lengths_.contiguous()) {}
   Rows(const at::Tensor& page_table, const at::Tensor& lengths_, const at::Tensor& indices_, const at::Tensor& counts_)
       : Rows(page_table, lengths_) {
     indices = indices_.contiguous();
@@ -182,7 +183,7 @@ at::Tensor estimate_logits(const at::Tensor& query, const at::Tensor& codes, con
 
 PrunedTokens prune_tokens(const at::Tensor& logits, const at::Tensor& indices, const at::Tensor& counts,
                           const at::Tensor& lengths, double p, int64_t floor) {
-  const Rows rows(lengths.unsqueeze(1), lengths, indices, counts);
+  const Rows rows({}, lengths, indices, counts);
   const int64_t width = rows.width * kPageTokens, group = logits.size(1) / rows.kv_heads;
   const at::Tensor values = logits.contiguous();
   PrunedTokens pruned{at::full({logits.size(0), rows.kv_heads, width}, -1, rows.counts.options()),
