@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # The whole GPU check: builds the CUDA code, tests kernels, operators, attention and backbones on this GPU, times the
 # kernels beside torch's own, and whole models of real shapes. Results also in ${OUT:-out/gpu}/.
-#   bench/run_gpu.sh [--quick] [--no-models] [--no-build]
+#   bench/run_gpu.sh [--quick] [--no-models] [--no-build] [--sanitize]
 #   --quick      fewer shapes of the kernel benchmarks
 #   --no-models  without bench/real_shapes.sh (which needs 20 to 110 GiB of GPU memory)
 #   --no-build   run what build/gpu already holds
+#   --sanitize   nothing but the kernels' tests, at small sizes, under compute-sanitizer: memcheck, initcheck, racecheck
 # PYTHON names an interpreter with a CUDA build of torch (default: python3).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-out/gpu}
 python=${PYTHON:-python3}
-models=yes build=yes quick=()
+models=yes build=yes sanitize=no quick=()
 for word in "$@"; do
   case $word in
     --quick) quick=(--quick) ;;
     --no-models) models=no ;;
     --no-build) build=no ;;
+    --sanitize) sanitize=yes ;;
     *) echo "error: $word is not an option of bench/run_gpu.sh" >&2; exit 2 ;;
   esac
 done
@@ -24,12 +26,31 @@ tests=(test_kernels_gpu test_layer_ops_gpu test_operators_gpu test_attention_gpu
 if [ $build = yes ]; then
   cmake --preset cuda -B build/gpu -DPython3_EXECUTABLE="$(command -v "$python")" >"$out/configure.log" ||
     { cat "$out/configure.log"; exit 1; }
-  ninja -C build/gpu spot decode_kernels "${tests[@]}" >"$out/build.log" || { tail -50 "$out/build.log"; exit 1; }
+  targets=(spot decode_kernels "${tests[@]}")
+  [ $sanitize = no ] || targets=(test_kernels_gpu)
+  ninja -C build/gpu "${targets[@]}" >"$out/build.log" || { tail -50 "$out/build.log"; exit 1; }
+fi
+if [ $sanitize = yes ]; then
+  sanitizer=$(command -v compute-sanitizer || echo "$(dirname "$(readlink -f "$(command -v nvcc)")")/compute-sanitizer")
+  [ -x "$sanitizer" ] || { echo "error: compute-sanitizer was not found: put the CUDA toolkit's bin folder on PATH" >&2; exit 1; }
+  failed=0
+  for tool in memcheck initcheck racecheck; do
+    # The kernels of linear attention are long under the two slower tools.
+    filter='*'
+    [ $tool = memcheck ] || filter='-GatedDelta*:*AMillionTokens'
+    echo "== $tool"
+    SPOT_SMALL_TESTS=1 timeout 240 "$sanitizer" --tool $tool --error-exitcode 1 \
+      "$(find build/gpu -type f -name test_kernels_gpu)" --gtest_brief=1 --gtest_filter="$filter" 2>&1 |
+      tee "$out/sanitize_$tool.txt" | tail -12 || { echo "$tool: FAILED or timed out"; failed=1; }
+  done
+  exit $failed
 fi
 for test in "${tests[@]}"; do
   "$(find build/gpu -type f -name "$test")" --gtest_brief=1
 done
 build/gpu/kernels/decode_kernels --json "$out/decode_kernels.json" "${quick[@]}" | tee "$out/decode_kernels.txt"
-"$python" bench/dense_sdpa.py --against "$out/decode_kernels.json" --json "$out/dense_sdpa.json" | tee "$out/ratios.txt"
+settings=()
+[ ${#quick[@]} = 0 ] || settings=(--shapes qwen3-8b,qwen3.5-9b --lengths 32768,131072 --batch 1,4)
+build/gpu/spot bench decode "${settings[@]}" --out "$out/decode.json" --page "$out/decode.html" | tee "$out/decode.txt"
 "$python" bench/gated_delta.py "${quick[@]}" --json "$out/gated_delta.json" | tee "$out/gated_delta.txt"
 [ $models = no ] || SPOT=build/gpu/spot OUT="$out" bench/real_shapes.sh

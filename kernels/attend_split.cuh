@@ -234,14 +234,11 @@ __device__ __forceinline__ void attend_warp(const AttendSource& source, int begi
 struct SplitWorkspace {
   int64_t pairs;
   int head_dim;
-  __host__ __device__ size_t counters_bytes() const {
-    return (static_cast<size_t>(pairs) * 4 + 255) / 256 * 256;
-  }
   __host__ __device__ size_t sums_bytes() const {
     return static_cast<size_t>(pairs) * kAttentionSplits * kHeadTile * sizeof(float2);
   }
   __host__ __device__ size_t bytes() const {
-    return counters_bytes() + sums_bytes() +
+    return kCounterBytes + sums_bytes() +
            static_cast<size_t>(pairs) * kAttentionSplits * kHeadTile * head_dim * sizeof(float);
   }
 };
@@ -304,9 +301,9 @@ __device__ __forceinline__ void combine(const SparseDecodeAttentionParams& p, co
   const float minus_infinity = __uint_as_float(0xff800000u);
   const SplitWorkspace layout = {static_cast<int64_t>(p.batch) * gridDim.y, kHeadDim};
   uint8_t* workspace = static_cast<uint8_t*>(p.workspace);
-  float2* sums = reinterpret_cast<float2*>(workspace + layout.counters_bytes()) +
+  float2* sums = reinterpret_cast<float2*>(workspace + kCounterBytes) +
                  place.pair * kAttentionSplits * kHeadTile;
-  float4* partial = reinterpret_cast<float4*>(workspace + layout.counters_bytes() + layout.sums_bytes()) +
+  float4* partial = reinterpret_cast<float4*>(workspace + kCounterBytes + layout.sums_bytes()) +
                     place.pair * kAttentionSplits * kHeadTile * (kHeadDim / 4);
   const int vectors = place.heads * (kHeadDim / 4), tid = threadIdx.x;
 #pragma unroll 1

@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 
 bool valid_rules(const SelectParams& rules) {
   return rules.block_size > 0 && rules.sink_tokens >= 0 && rules.recency_tokens >= 0 &&
-         rules.min_tokens >= 0 && rules.max_tokens >= 0 && rules.top_k_tokens >= 0 &&
+         rules.min_tokens >= 0 && rules.max_tokens >= 0 && rules.top_k_tokens >= 0 && rules.top_k_share >= 0.0 &&
+         rules.top_k_share <= 1.0 &&
          rules.top_p == rules.top_p && rules.temperature > 0.0f;
 }
 

@@ -8,7 +8,7 @@
 //   both
 //              clamped to [0, n]; the rest are residual.
 //   all        every block, when L <= min_tokens or no block is residual.
-//   top_k      ceil(top_k_tokens / block_size) blocks in all: the reserved, then residual ones by descending
+//   top_k      ceil(K / block_size) blocks in all, K = top_k_tokens or ceil(top_k_share L): the reserved, then residual ones by descending
 //   score. top_p      the reserved, and the shortest prefix of the residual blocks in descending score whose
 //   mass reaches p
 //              of the residual mass; lengthened along that order until min_tokens / block_size (rounded up)
@@ -39,6 +39,7 @@ struct SelectParams {
   int32_t min_tokens = 512;
   int32_t max_tokens = 0;       // 0: no cap (top_p only)
   int32_t top_k_tokens = 4096;  // top_k only
+  double top_k_share = 0.0;     // top_k: when positive, ceil(top_k_share * L) tokens instead
   float top_p = 0.9f;
   float temperature = 1.0f;  // > 0
 };
@@ -88,7 +89,10 @@ SPOT_HOST_DEVICE SelectRow select_row(const SelectParams& params, int32_t length
   const int32_t room = capacity > reserved ? capacity - reserved : 0;
   int32_t least, most;
   if (params.mode == SelectMode::kTopK) {
-    const int32_t wanted = (params.top_k_tokens + size - 1) / size - reserved;
+    const int32_t tokens = params.top_k_share > 0.0
+                               ? static_cast<int32_t>(ceil(params.top_k_share * static_cast<double>(length)))
+                               : params.top_k_tokens;
+    const int32_t wanted = (tokens + size - 1) / size - reserved;
     least = most = wanted > 0 ? wanted : 0;
   } else {
     const int32_t floor = (params.min_tokens + size - 1) / size - reserved;

@@ -93,6 +93,8 @@ cudaError_t check_attention(const SparseDecodeAttentionParams& p) {
       (p.type != DataType::kBf16 && p.type != DataType::kF16))
     return cudaErrorInvalidValue;
   if (p.batch == 0) return cudaSuccess;
+  if (int64_t{p.batch} * p.num_kv_heads * head_tiles(p.num_heads, p.num_kv_heads) > kCounterBytes / 4)
+    return cudaErrorInvalidValue;
   const auto aligned = [](const void* pointer) {
     return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   };

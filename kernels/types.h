@@ -21,4 +21,8 @@ enum class DataType : int32_t { kBf16 = 0, kF16 = 1, kF32 = 2 };
 //              must have been written by work that had finished before the predecessor started.
 enum class Overlap : int32_t { kNone = 0, kLaunch = 1, kHistory = 2 };
 
+// Workspaces begin with this many bytes of counters, which every launch leaves zeroed: so launches of any size may
+// share one, whatever lies behind the counters.
+inline constexpr int64_t kCounterBytes = 65536 * 4;
+
 }  // namespace spot::kernels

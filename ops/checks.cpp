@@ -3,7 +3,6 @@
 #include <cmath>
 
 namespace spot::ops {
-namespace {
 
 void check_rows(const char* op, const at::Tensor& page_table, const at::Tensor& lengths, int64_t rows) {
   TORCH_CHECK(page_table.dim() == 2 && page_table.size(0) == rows && page_table.scalar_type() == at::kInt, op,
@@ -19,6 +18,8 @@ void check_devices(const char* op, const at::Tensor& first, std::initializer_lis
     TORCH_CHECK(other->device() == first.device(), op, ": tensors are on ", first.device(), " and on ",
                 other->device(), "; they must share a device");
 }
+
+namespace {
 
 void check_pool(const char* op, const at::Tensor& pool, const std::string& format) {
   const int64_t bytes = page_head_bytes(format);

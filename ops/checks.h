@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <initializer_list>
 #include <string>
 
 #include "ops/ops.h"
@@ -13,6 +14,8 @@ namespace spot::ops {
 KeyPreparation::Norm parse_key_norm(const std::string& word);
 const char* key_norm_name(KeyPreparation::Norm norm);
 
+void check_rows(const char* op, const at::Tensor& page_table, const at::Tensor& lengths, int64_t rows);
+void check_devices(const char* op, const at::Tensor& first, std::initializer_list<const at::Tensor*> others);
 void check_append(const at::Tensor& pool, const at::Tensor& slots, const at::Tensor& keys,
                   const std::string& format);
 void check_preparation(const at::Tensor& keys, const KeyPreparation& preparation);

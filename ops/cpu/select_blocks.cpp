@@ -88,6 +88,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_blocks(const at::Tensor& s
   params.recency_tokens = static_cast<int32_t>(arguments.recency);
   params.min_tokens = static_cast<int32_t>(arguments.floor);
   params.max_tokens = static_cast<int32_t>(arguments.cap);
+  params.top_k_tokens = static_cast<int32_t>(std::min<int64_t>(arguments.budget, 2147483000));
+  params.top_k_share = arguments.budget_fraction;
   params.top_p = static_cast<float>(arguments.p);
   params.temperature = static_cast<float>(arguments.temperature);
   for (int64_t row = 0; row < rows; ++row)
@@ -103,14 +105,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_blocks(const at::Tensor& s
   int32_t* count_data = counts.mutable_data_ptr<int32_t>();
   float* mass_data = mass.mutable_data_ptr<float>();
   at::parallel_for(0, rows * groups, 1, [&](int64_t begin, int64_t end) {
-    kernels::SelectParams row_params = params;
     RowSelector selector;
     for (int64_t set = begin; set < end; ++set) {
       const int32_t length = length_data[set / groups];
-      const double budget = arguments.budget_fraction > 0 ? std::ceil(arguments.budget_fraction * length)
-                                                          : static_cast<double>(arguments.budget);
-      row_params.top_k_tokens = static_cast<int32_t>(std::min(budget, 2147483000.0));
-      mass_data[set] = selector.select(score_data + set * blocks, length, row_params, capacity, chosen[set]);
+      mass_data[set] = selector.select(score_data + set * blocks, length, params, capacity, chosen[set]);
       count_data[set] = static_cast<int32_t>(chosen[set].size());
     }
   });

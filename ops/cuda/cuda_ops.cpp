@@ -36,6 +36,7 @@ kernels::SelectParams rules_of(const SelectArguments& arguments) {
   rules.min_tokens = narrow(arguments.floor);
   rules.max_tokens = narrow(arguments.cap);
   rules.top_k_tokens = narrow(arguments.budget);
+  rules.top_k_share = arguments.budget_fraction;
   rules.top_p = static_cast<float>(arguments.p);
   rules.temperature = static_cast<float>(arguments.temperature);
   return rules;
@@ -51,7 +52,11 @@ int64_t selection_width(const SelectArguments& arguments, const kernels::SelectP
     return arguments.max_selected;
   }
   int64_t most = blocks;
-  if (!arguments.top_p && arguments.budget_fraction <= 0) most = (arguments.budget + 15) / 16;
+  if (!arguments.top_p) {
+    const double tokens = arguments.budget_fraction > 0 ? std::ceil(arguments.budget_fraction * static_cast<double>(16 * blocks))
+                                                        : static_cast<double>(arguments.budget);
+    most = (static_cast<int64_t>(tokens) + 15) / 16;
+  }
   if (arguments.top_p && arguments.cap > 0) most = arguments.cap / 16;
   return std::max(least, std::min(most, blocks));
 }
@@ -64,61 +69,54 @@ struct Chosen {
         mass(at::empty({scores.size(0), scores.size(1)}, scores.options())) {}
 };
 
-// Scratch of the attention kernels, one a device and stream, zeroed once: the kernels leave it zeroed. A
-// larger one is added beside a smaller one, which captured graphs may still point to.
-void* attention_workspace(const at::Tensor& query, int64_t num_kv_heads, size_t* bytes) {
+}  // namespace
+
+// A larger one is added beside a smaller one, which captured graphs may still point to.
+void* zeroed_workspace(const at::Tensor& like, size_t bytes) {
   static std::mutex mutex;
   static std::map<std::pair<c10::DeviceIndex, c10::StreamId>, std::vector<at::Tensor>> workspaces;
-  *bytes = kernels::sparse_decode_workspace_bytes(narrow(query.size(0)), narrow(query.size(1)),
-                                                  narrow(num_kv_heads), narrow(query.size(2)));
-  const c10::Stream stream = current_stream(query);
+  const c10::Stream stream = current_stream(like);
   const std::lock_guard<std::mutex> lock(mutex);
   std::vector<at::Tensor>& grown = workspaces[{stream.device_index(), stream.id()}];
-  if (grown.empty() || grown.back().nbytes() < *bytes)
-    grown.push_back(at::zeros({static_cast<int64_t>(*bytes * 2)}, query.options().dtype(at::kByte)));
+  if (grown.empty() || grown.back().nbytes() < bytes)
+    grown.push_back(at::zeros({static_cast<int64_t>(bytes * 2)}, like.options().dtype(at::kByte)));
   return grown.back().mutable_data_ptr();
 }
 
-// Keeps the contiguous forms alive until the launch.
-struct AttentionCall {
-  at::Tensor query, table, lengths, output;
-  kernels::SparseDecodeAttentionParams params;
-
-  AttentionCall(const at::Tensor& query_, const at::Tensor& key_pool, const at::Tensor& value_pool,
-                const at::Tensor& page_table, const at::Tensor& lengths_, int64_t groups, double scale)
-      : query(query_.contiguous()),
-        table(table_rows(page_table)),
-        lengths(lengths_.contiguous()),
-        output(at::empty_like(query)) {
-    TORCH_CHECK(
-        query.scalar_type() != at::kFloat,
-        "spot::sparse_decode_attention: float32 runs on the CPU only; load the model in bfloat16 or float16");
-    TORCH_CHECK(key_pool.stride(3) == 1 && key_pool.strides() == value_pool.strides(),
-                "spot::sparse_decode_attention: the pools' strides are ", key_pool.strides(), " and ",
-                value_pool.strides(), "; they must be equal, with contiguous dims");
-    params.type = data_type(query);
-    params.batch = narrow(query.size(0));
-    params.num_heads = narrow(query.size(1));
-    params.num_kv_heads = narrow(key_pool.size(0));
-    params.head_dim = narrow(query.size(2));
-    params.scale = static_cast<float>(scale);
-    params.queries = query.const_data_ptr();
-    params.keys = key_pool.const_data_ptr();
-    params.values = value_pool.const_data_ptr();
-    params.head_stride = key_pool.stride(0);
-    params.page_stride = key_pool.stride(1);
-    params.token_stride = key_pool.stride(2);
-    params.page_table = table.const_data_ptr<int32_t>();
-    params.page_table_stride = table.stride(0);
-    params.lengths = lengths.const_data_ptr<int32_t>();
-    params.rows_per_sequence = narrow(groups);
-    params.overlap = kernels::Overlap::kLaunch;
-    params.out = output.mutable_data_ptr();
-    params.workspace = attention_workspace(query, key_pool.size(0), &params.workspace_bytes);
-  }
-};
-
-}  // namespace
+AttentionCall::AttentionCall(const at::Tensor& query_, const at::Tensor& key_pool, const at::Tensor& value_pool,
+              const at::Tensor& page_table, const at::Tensor& lengths_, int64_t groups, double scale)
+    : query(query_.contiguous()),
+      table(table_rows(page_table)),
+      lengths(lengths_.contiguous()),
+      output(at::empty_like(query)) {
+  TORCH_CHECK(
+      query.scalar_type() != at::kFloat,
+      "spot::sparse_decode_attention: float32 runs on the CPU only; load the model in bfloat16 or float16");
+  TORCH_CHECK(key_pool.stride(3) == 1 && key_pool.strides() == value_pool.strides(),
+              "spot::sparse_decode_attention: the pools' strides are ", key_pool.strides(), " and ",
+              value_pool.strides(), "; they must be equal, with contiguous dims");
+  params.type = data_type(query);
+  params.batch = narrow(query.size(0));
+  params.num_heads = narrow(query.size(1));
+  params.num_kv_heads = narrow(key_pool.size(0));
+  params.head_dim = narrow(query.size(2));
+  params.scale = static_cast<float>(scale);
+  params.queries = query.const_data_ptr();
+  params.keys = key_pool.const_data_ptr();
+  params.values = value_pool.const_data_ptr();
+  params.head_stride = key_pool.stride(0);
+  params.page_stride = key_pool.stride(1);
+  params.token_stride = key_pool.stride(2);
+  params.page_table = table.const_data_ptr<int32_t>();
+  params.page_table_stride = table.stride(0);
+  params.lengths = lengths.const_data_ptr<int32_t>();
+  params.rows_per_sequence = narrow(groups);
+  params.overlap = kernels::Overlap::kLaunch;
+  params.out = output.mutable_data_ptr();
+  params.workspace_bytes = kernels::sparse_decode_workspace_bytes(params.batch, params.num_heads,
+                                                                params.num_kv_heads, params.head_dim);
+  params.workspace = zeroed_workspace(query, params.workspace_bytes);
+}
 
 kernels::SelectorKeyAppendParams append_params(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
                                                const KeyPreparation& preparation, const at::Tensor& positions,
@@ -215,33 +213,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_blocks(const at::Tensor& s
   params.score_stride = blocks;
   params.max_selected = narrow(width);
   params.overlap = kernels::Overlap::kLaunch;
-  auto run = [&](int64_t first, int64_t count) {
-    params.rows = narrow(count * groups);
-    params.scores = dense.const_data_ptr<float>() + first * groups * blocks;
-    params.lengths = visible.const_data_ptr<int32_t>() + first;
-    params.selected = chosen.indices.mutable_data_ptr<int32_t>() + first * groups * width;
-    params.counts = chosen.counts.mutable_data_ptr<int32_t>() + first * groups;
-    params.covered_share = chosen.mass.mutable_data_ptr<float>() + first * groups;
-    check(kernels::select_blocks(params, native_stream(scores)), "spot::select_blocks");
-  };
-  if (arguments.top_p || arguments.budget_fraction <= 0) {
-    run(0, rows);
-  } else {
-    // The kernel takes one K for all rows: a launch for each run of rows with the same share of their length.
-    // This waits for the lengths, so it cannot be captured.
-    const at::Tensor host = visible.cpu();
-    const int32_t* length = host.const_data_ptr<int32_t>();
-    auto budget = [&](int64_t row) {
-      return narrow((static_cast<int64_t>(std::ceil(arguments.budget_fraction * length[row])) + 15) / 16 *
-                    16);
-    };
-    for (int64_t first = 0, end; first < rows; first = end) {
-      end = first + 1;
-      while (end < rows && budget(end) == budget(first)) ++end;
-      params.rules.top_k_tokens = budget(first);
-      run(first, end - first);
-    }
-  }
+  params.rows = narrow(rows * groups);
+  params.scores = dense.const_data_ptr<float>();
+  params.lengths = visible.const_data_ptr<int32_t>();
+  params.selected = chosen.indices.mutable_data_ptr<int32_t>();
+  params.counts = chosen.counts.mutable_data_ptr<int32_t>();
+  params.covered_share = chosen.mass.mutable_data_ptr<float>();
+  check(kernels::select_blocks(params, native_stream(scores)), "spot::select_blocks");
   return {chosen.indices, chosen.counts, chosen.mass};
 }
 
@@ -270,11 +248,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend(
     const at::Tensor& scores, const at::Tensor& query, const at::Tensor& key_pool,
     const at::Tensor& value_pool, const at::Tensor& page_table, const at::Tensor& lengths, double scale,
     const SelectArguments& arguments) {
-  if (!arguments.top_p && arguments.budget_fraction > 0) {
-    const auto [indices, counts, mass] = cuda::select_blocks(scores, lengths, arguments);
-    return {sparse_decode_attention(query, key_pool, value_pool, page_table, lengths, indices, counts, scale),
-            indices, counts, mass};
-  }
   const c10::DeviceGuard guard(query.device());
   const at::Tensor dense = scores.contiguous();
   AttentionCall call(query, key_pool, value_pool, page_table, lengths, scores.size(1), scale);

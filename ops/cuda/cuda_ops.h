@@ -10,9 +10,23 @@
 #include <tuple>
 
 #include "kernels/selector_key_append.h"
+#include "kernels/sparse_decode_attention.h"
 #include "ops/ops.h"
 
 namespace spot::ops::cuda {
+
+// Scratch on `like`'s device, one a device and current stream, zeroed once. Kernels that use it keep their counters in its
+// first kCounterBytes (kernels/types.h) and leave those zeroed; the rest holds anything.
+void* zeroed_workspace(const at::Tensor& like, size_t bytes);
+
+// The arguments of an attention launch over all blocks, and the tensors they point to.
+struct AttentionCall {
+  at::Tensor query, table, lengths, output;
+  kernels::SparseDecodeAttentionParams params;
+  // `groups` is the number of lists a row.
+  AttentionCall(const at::Tensor& query, const at::Tensor& key_pool, const at::Tensor& value_pool,
+                const at::Tensor& page_table, const at::Tensor& lengths, int64_t groups, double scale);
+};
 
 void append_selector_keys(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
                           const std::string& format, double global_scale);

@@ -52,14 +52,22 @@ at::Tensor SelectionPolicy::score_decode(const AttentionInputs& inputs, const Kv
   return scores;
 }
 
+namespace {
+
+void add_tokens(Selection& selection, ops::PrunedTokens kept, bool flags) {
+  selection.token_positions = std::move(kept.positions);
+  selection.token_counts = std::move(kept.counts);
+  if (flags) selection.tokens = token_flags(selection);
+}
+
+}  // namespace
+
 Selection SelectionPolicy::select_decode(const AttentionInputs& inputs, const KvCache& cache,
-                                         const BatchView& view) {
+                                         const BatchView& view, bool flags) {
   Selection selection = select_blocks(score_decode(inputs, cache, view), view.lengths, rule(inputs.layer));
-  if (!prunes_tokens()) return selection;
-  std::vector<at::Tensor> tokens;
-  for (const QueryChunk& chunk : query_chunks(inputs.batch))
-    tokens.push_back(surviving_tokens(inputs, cache, chunk, selection.row(chunk.sequence)));
-  selection.tokens = at::cat(tokens);
+  if (prunes_tokens())
+    add_tokens(selection, surviving_tokens(inputs.layer, inputs.query, view.page_table, view.lengths, inputs.scale, selection),
+               flags);
   return selection;
 }
 
@@ -68,7 +76,13 @@ Selection SelectionPolicy::select_chunk(const AttentionInputs& inputs, const KvC
   const at::Tensor lengths = row_lengths(chunk, inputs.query.device());
   at::Tensor scores = score_chunk(inputs, cache, chunk);
   auto pruned = [&](Selection selection) {
-    if (prunes_tokens()) selection.tokens = surviving_tokens(inputs, cache, chunk, selection);
+    if (!prunes_tokens()) return selection;
+    const int64_t blocks = (chunk.start + chunk.count + kBlockSize - 1) / kBlockSize;
+    const at::Tensor table =
+        sequence_pages(cache, inputs.batch.sequences[chunk.sequence], blocks, inputs.query.device()).to(at::kInt);
+    add_tokens(selection, surviving_tokens(inputs.layer, rows_of(inputs.query, chunk),
+                                           table.unsqueeze(0).expand({chunk.count, -1}), lengths, inputs.scale, selection),
+               true);
     return selection;
   };
   if (query_tile == 1) return pruned(select_blocks(scores, lengths, rule(inputs.layer)));

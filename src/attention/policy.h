@@ -12,6 +12,7 @@
 #include "attention/mass.h"
 #include "model/attention.h"
 #include "model/kv_cache.h"
+#include "ops/baseline_ops.h"
 #include "selection/selection.h"
 #include "selector/cache.h"
 #include "selector/selector.h"
@@ -62,14 +63,16 @@ class SelectionPolicy {
 
   // Whether single tokens of the chosen blocks are dropped again, by surviving_tokens.
   virtual bool prunes_tokens() const { return false; }
-  // Selection::tokens of one chunk's queries, whose chosen blocks `blocks` holds, a row a query.
-  virtual at::Tensor surviving_tokens(const AttentionInputs& inputs, const KvCache& cache,
-                                      const QueryChunk& chunk, const Selection& blocks) const {
+  // Which tokens of the blocks chosen for some rows, each with its query, page table and length as the operators
+  // take them, are attended to.
+  virtual ops::PrunedTokens surviving_tokens(int64_t layer, const at::Tensor& query, const at::Tensor& page_table,
+                                             const at::Tensor& lengths, double scale, const Selection& blocks) const {
     return {};
   }
 
-  // One row per sequence.
-  Selection select_decode(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view);
+  // One row per sequence. Where tokens are pruned: their lists, and with `flags` Selection::tokens too.
+  Selection select_decode(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view,
+                          bool flags = true);
   // One row per query. With query_tile 16, queries whose positions share a multiple of 16 share one set: the
   // rule applied to the max of their scores at the last one's length. (A chunk that cuts a tile cuts its set
   // too.)
@@ -147,8 +150,9 @@ class OraclePolicy : public SelectionPolicy {
 // `layer` takes the mean over all heads and keeps one set.
 class QuestPolicy : public SelectionPolicy {
  public:
-  QuestPolicy(const ModelConfig& model, int64_t num_pages, at::Device device, const SelectionRule& rule,
-              SelectorScope scope = SelectorScope::kv_group);
+  // `dtype` is the cache's: a page's bounds are among its keys' numbers.
+  QuestPolicy(const ModelConfig& model, int64_t num_pages, at::ScalarType dtype, at::Device device,
+              const SelectionRule& rule, SelectorScope scope = SelectorScope::kv_group);
   std::string name() const override { return "quest"; }
   int64_t groups() const override { return scope_ == SelectorScope::layer ? 1 : num_kv_heads_; }
   void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
@@ -156,11 +160,17 @@ class QuestPolicy : public SelectionPolicy {
   void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) override;
   at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
                          const QueryChunk& chunk) override;
+  at::Tensor score_decode(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
+
+ protected:
+  // append(), and the 4-bit copy of the new keys where codes and ranges are defined.
+  void append_summaries(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view,
+                        const at::Tensor& codes, const at::Tensor& ranges);
 
  private:
   int64_t num_kv_heads_;
   SelectorScope scope_;
-  std::map<int64_t, at::Tensor> min_, max_;  // by layer, [num_kv_heads, num_pages, head_dim]
+  std::map<int64_t, at::Tensor> bounds_;  // by layer, [num_kv_heads, num_pages, 2, head_dim]: min, max
 };
 
 // Twilight (Lin et al. 2025) on Quest: Quest, under the rule, proposes blocks with a generous budget; a 4-bit
@@ -168,20 +178,21 @@ class QuestPolicy : public SelectionPolicy {
 // estimated weights reach p. With grouped queries, Quest keeps a set per KV head (as above), each query head
 // prunes that set by itself, and the KV head attends to the union, as in the paper. The copy holds, for each
 // token and KV head, head_dim codes of 0..15 and float16 scale and minimum. Choices of ours: reserved tokens
-// are pruned like any other; contexts up to the rule's floor are not pruned; the weight threshold is
-// bisected to float32 resolution, where the authors stop at 1e-5.
+// are pruned like any other; contexts up to the rule's floor are not pruned; the estimated weights are integers
+// relative to the largest one, exact and alike on every device (kernels/prune_tokens.h), where the authors
+// bisect a threshold until 1e-5.
 class TwilightPolicy : public QuestPolicy {
  public:
   // `rule` is Quest's, `p` the pruner's. Throws Error when p is not in (0, 1] or head_dim is odd.
-  TwilightPolicy(const ModelConfig& model, int64_t num_pages, at::Device device, const SelectionRule& rule,
-                 double p);
+  TwilightPolicy(const ModelConfig& model, int64_t num_pages, at::ScalarType dtype, at::Device device,
+                 const SelectionRule& rule, double p);
   std::string name() const override { return "twilight"; }
   void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
   PolicyState export_pages(const std::vector<int32_t>& pages) const override;
   void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) override;
   bool prunes_tokens() const override { return true; }
-  at::Tensor surviving_tokens(const AttentionInputs& inputs, const KvCache& cache, const QueryChunk& chunk,
-                              const Selection& blocks) const override;
+  ops::PrunedTokens surviving_tokens(int64_t layer, const at::Tensor& query, const at::Tensor& page_table,
+                                     const at::Tensor& lengths, double scale, const Selection& blocks) const override;
 
  private:
   double p_;

@@ -39,34 +39,6 @@ at::Tensor SparseAttention::forward(const AttentionInputs& inputs) {
                                                 : sparse_prefill(inputs);
 }
 
-namespace {
-
-// Attention of query [rows, num_heads, head_dim] over a selection's single tokens, one set a KV head. Gathers
-// these tokens and no other, by row and head: their numbers differ.
-at::Tensor attend_tokens(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
-                         const at::Tensor& page_table, const Selection& selection, double scale) {
-  const int64_t kv_heads = keys.size(0), group = query.size(1) / kv_heads, dim = query.size(2);
-  const at::Tensor offset = at::arange(kBlockSize, page_table.options().dtype(at::kLong));
-  at::Tensor output = at::empty_like(query);
-  for (int64_t row = 0; row < query.size(0); ++row)
-    for (int64_t head = 0; head < kv_heads; ++head) {
-      const at::Tensor block = selection.indices[row][head].clamp_min(0).to(at::kLong);
-      const at::Tensor page = page_table[row].to(at::kLong).index_select(0, block);
-      const at::Tensor slot = (page.unsqueeze(1) * kBlockSize + offset)
-                                  .flatten()
-                                  .masked_select(selection.tokens[row][head]);
-      const at::Tensor key = keys[head].view({-1, dim}).index_select(0, slot),
-                       value = values[head].view({-1, dim}).index_select(0, slot);
-      const at::Tensor heads = query[row].narrow(0, head * group, group);
-      const at::Tensor attended = at::scaled_dot_product_attention(
-          heads.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), {}, 0.0, false, scale);
-      output[row].narrow(0, head * group, group).copy_(attended[0]);
-    }
-  return output;
-}
-
-}  // namespace
-
 // Rows up to the floor keep every block in the operator that attend_dense uses too: no case apart.
 at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
   const SelectionRule rule = policy_.rule(inputs.layer);
@@ -77,10 +49,12 @@ at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
           {inputs.layer, inputs, cache_, view_, {-1, 0, inputs.batch.num_sequences(), 0}, rule, selection});
   };
   if (policy_.prunes_tokens()) {
-    const Selection selection = policy_.select_decode(inputs, cache_, view_);
+    const Selection selection =
+        policy_.select_decode(inputs, cache_, view_, options_.count || options_.observer != nullptr);
     report(selection);
-    return attend_tokens(inputs.query, cache_.keys(inputs.layer), cache_.values(inputs.layer),
-                         view_.page_table, selection, inputs.scale);
+    return ops::token_attention(inputs.query, cache_.keys(inputs.layer), cache_.values(inputs.layer),
+                                view_.page_table, view_.lengths, selection.token_positions,
+                                selection.token_counts, inputs.scale);
   }
   const ops::SelectedAttention attended = ops::select_and_attend(
       policy_.score_decode(inputs, cache_, view_), inputs.query, cache_.keys(inputs.layer),

@@ -46,11 +46,11 @@ Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Se
       break;
     case AttentionKind::oracle: made.policy = std::make_unique<OraclePolicy>(spec.rule); break;
     case AttentionKind::quest:
-      made.policy = std::make_unique<QuestPolicy>(backbone.config(), num_pages, backbone.device(), spec.rule);
+      made.policy = std::make_unique<QuestPolicy>(backbone.config(), num_pages, backbone.dtype(), backbone.device(), spec.rule);
       break;
     case AttentionKind::twilight:
       made.policy =
-          std::make_unique<TwilightPolicy>(backbone.config(), num_pages, backbone.device(), spec.rule, spec.rule.p);
+          std::make_unique<TwilightPolicy>(backbone.config(), num_pages, backbone.dtype(), backbone.device(), spec.rule, spec.rule.p);
       break;
   }
   return made;

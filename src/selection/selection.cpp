@@ -73,7 +73,24 @@ at::Tensor block_max(const at::Tensor& token_scores) {
 
 Selection Selection::row(int64_t index) const {
   return {indices.narrow(0, index, 1), counts.narrow(0, index, 1), predicted_mass.narrow(0, index, 1),
-          lengths.narrow(0, index, 1), tokens.defined() ? tokens.narrow(0, index, 1) : at::Tensor()};
+          lengths.narrow(0, index, 1), tokens.defined() ? tokens.narrow(0, index, 1) : at::Tensor(),
+          token_counts.defined() ? token_positions.narrow(0, index, 1) : at::Tensor(),
+          token_counts.defined() ? token_counts.narrow(0, index, 1) : at::Tensor()};
+}
+
+at::Tensor token_flags(const Selection& selection) {
+  const int64_t width = selection.indices.size(2) * kBlockSize, listed = selection.token_positions.size(2);
+  // Indices ascend, but for their padding.
+  const at::Tensor sorted =
+      selection.indices.masked_fill(selection.indices < 0, std::numeric_limits<int32_t>::max());
+  const at::Tensor missing =
+      at::arange(listed, selection.token_counts.options()) >= selection.token_counts.unsqueeze(2);
+  const at::Tensor token = selection.token_positions.masked_fill(missing, 0).to(at::kLong);
+  const at::Tensor block = at::div(token, kBlockSize, "floor").to(at::kInt);
+  const at::Tensor place = at::searchsorted(sorted, block) * kBlockSize + token.remainder(kBlockSize);
+  // One column more takes what is not there.
+  at::Tensor flags = at::zeros({selection.rows(), selection.groups(), width + 1}, token.options().dtype(at::kBool));
+  return flags.scatter_(2, place.masked_fill(missing, width), true).narrow(2, 0, width).contiguous();
 }
 
 at::Tensor block_mask(const Selection& selection, int64_t blocks) {

@@ -55,6 +55,8 @@ struct Selection {
   // [rows, groups, most * 16] bool: which tokens of the chosen blocks are attended, where a policy prunes
   // token by token. Undefined: all that are visible.
   at::Tensor tokens = {};
+  // The same as lists of positions: [rows, groups, any] and [rows, groups] int32, as ops::PrunedTokens.
+  at::Tensor token_positions = {}, token_counts = {};
 
   int64_t rows() const { return counts.size(0); }
   int64_t groups() const { return counts.size(1); }
@@ -72,6 +74,9 @@ ops::SelectArguments select_arguments(const SelectionRule& rule);
 // Block score = max of its token scores. token_scores [..., tokens] -> [..., ceil(tokens / 16)]; the missing
 // tokens of the last block count as -inf.
 at::Tensor block_max(const at::Tensor& token_scores);
+
+// Selection::tokens from token_positions and token_counts, without a wait for the device.
+at::Tensor token_flags(const Selection& selection);
 
 // A bool mask [rows, groups, blocks] of the chosen blocks.
 at::Tensor block_mask(const Selection& selection, int64_t blocks);

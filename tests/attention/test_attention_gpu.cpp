@@ -1,6 +1,8 @@
 // Dense and sparse attention on a GPU against the CPU. Needs a CUDA build of torch and a GPU.
 #include <gtest/gtest.h>
 
+#include <memory>
+
 #include "attention/sparse.h"
 #include "tests/selector/support.h"
 
@@ -122,7 +124,7 @@ TEST(GpuAttention, PoliciesScoreAsOnTheCpu) {
   rule.floor = 0;
   Side cpu(model, config, rule, {}, seed, at::kCPU),
       gpu(model, config, rule, {}, seed, at::Device(at::kCUDA, 0));
-  QuestPolicy cpu_quest(model, 200, cpu.device, rule), gpu_quest(model, 200, gpu.device, rule);
+  QuestPolicy cpu_quest(model, 200, at::kBFloat16, cpu.device, rule), gpu_quest(model, 200, at::kBFloat16, gpu.device, rule);
   OraclePolicy oracle(rule, 2);
   SparseAttention cpu_side(cpu.cache, cpu_quest), gpu_side(gpu.cache, gpu_quest);
   const Tokens prompt = random_tokens(model, {500, 90}), step = random_tokens(model, {1, 1});
@@ -144,6 +146,45 @@ TEST(GpuAttention, PoliciesScoreAsOnTheCpu) {
       const at::Tensor seen = at::isfinite(scores[0]);
       EXPECT_TRUE(at::equal(seen, at::isfinite(scores[1])));
       EXPECT_LT(largest_difference(scores[0].masked_select(seen), scores[1].masked_select(seen)), 1e-3);
+    }
+  }
+}
+
+// Both sides keep the same tokens but where rounding decides, and a captured step does what an eager one does.
+TEST(GpuAttention, QuestAndTwilightMatchTheCpu) {
+  const uint64_t seed = fresh_seed();
+  const ModelConfig model = small_model(64, 1, 8, 2, 64);
+  const SelectorConfig config;
+  SelectionRule rule;
+  rule.mode = SelectionMode::top_k;
+  rule.budget = 320;
+  rule.sinks = 16;
+  rule.recency = 64;
+  rule.floor = 128;
+  Side cpu(model, config, rule, {}, seed, at::kCPU), gpu(model, config, rule, {}, seed, at::Device(at::kCUDA, 0));
+  for (bool prune : {false, true}) {
+    auto policy = [&](const Side& side) -> std::unique_ptr<SelectionPolicy> {
+      if (prune) return std::make_unique<TwilightPolicy>(model, 200, at::kBFloat16, side.device, rule, 0.9);
+      return std::make_unique<QuestPolicy>(model, 200, at::kBFloat16, side.device, rule);
+    };
+    const auto on_cpu = policy(cpu), on_gpu = policy(gpu);
+    SparseAttention cpu_side(cpu.cache, *on_cpu), gpu_side(gpu.cache, *on_gpu);
+    for (const std::vector<int64_t>& counts : {std::vector<int64_t>{700, 90}, {1, 1}, {1, 1}, {37, 5}, {1, 1}}) {
+      const Tokens tokens = random_tokens(model, counts);
+      const PrefillMode mode = counts[0] == 37 ? PrefillMode::sparse : PrefillMode::dense;
+      cpu_side.set_prefill(mode);
+      gpu_side.set_prefill(mode);
+      const at::Tensor expected = forward(cpu, cpu_side, tokens, true);
+      EXPECT_LT(relative_difference(forward(gpu, gpu_side, tokens, true), expected), 0.03) << prune << " " << counts[0];
+    }
+    const auto cpu_counts = cpu_side.counters().at(0), gpu_counts = gpu_side.counters().at(0);
+    EXPECT_EQ(gpu_counts.rows, cpu_counts.rows);
+    EXPECT_NEAR(gpu_counts.tokens_attended / cpu_counts.tokens_attended, 1, 0.01);
+    for (Side* side : {&cpu, &gpu}) {
+      for (int64_t& id : side->ids) {
+        side->cache.close_sequence(id);
+        id = side->cache.open_sequence();
+      }
     }
   }
 }

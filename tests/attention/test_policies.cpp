@@ -124,10 +124,10 @@ TEST(Policies, SelectionsOfChunksAndDecodeAgree) {
   policies.push_back(std::make_unique<SpotPolicy>(selector, keys, rule));
   policies.push_back(std::make_unique<OraclePolicy>(rule, 2));
   policies.push_back(std::make_unique<OraclePolicy>(rule, 1, BlockReduction::max));
-  policies.push_back(std::make_unique<QuestPolicy>(model, 60, at::kCPU, rule, SelectorScope::layer));
-  policies.push_back(std::make_unique<QuestPolicy>(model, 60, at::kCPU, rule));
+  policies.push_back(std::make_unique<QuestPolicy>(model, 60, at::kFloat, at::kCPU, rule, SelectorScope::layer));
+  policies.push_back(std::make_unique<QuestPolicy>(model, 60, at::kFloat, at::kCPU, rule));
   policies.push_back(std::make_unique<StreamingPolicy>(96, 16));
-  policies.push_back(std::make_unique<TwilightPolicy>(model, 60, at::kCPU, rule, 0.8));
+  policies.push_back(std::make_unique<TwilightPolicy>(model, 60, at::kFloat, at::kCPU, rule, 0.8));
   for (auto& policy : policies) {
     SCOPED_TRACE(policy->name());
     LayerHistory history(model, 60, at::kFloat, 3);
@@ -180,7 +180,7 @@ TEST(OraclePolicy, CapturesTheMostMass) {
   rule.budget = 128;
   LayerHistory history(model, 40, at::kFloat, 1);
   OraclePolicy oracle(rule);
-  QuestPolicy quest(model, 40, at::kCPU, rule, SelectorScope::layer);
+  QuestPolicy quest(model, 40, at::kFloat, at::kCPU, rule, SelectorScope::layer);
   Feeder feeder{history, quest, {}};
   const Pass pass = history.next({500});
   feeder.feed(pass);
@@ -211,8 +211,8 @@ TEST(QuestPolicy, BoundsEveryKeyAndSurvivesReusedPages) {
   fresh_seed();
   const ModelConfig model = small_model(24, 1, 6, 2, 32);
   LayerHistory history(model, 12, at::kFloat, 3);
-  QuestPolicy group(model, 12, at::kCPU, small_rule()),
-      layer(model, 12, at::kCPU, small_rule(), SelectorScope::layer);
+  QuestPolicy group(model, 12, at::kFloat, at::kCPU, small_rule()),
+      layer(model, 12, at::kFloat, at::kCPU, small_rule(), SelectorScope::layer);
   Feeder feeder{history, group, {}};
   BatchView view;
   auto feed = [&](const std::vector<int64_t>& counts) {
@@ -287,7 +287,7 @@ TEST(Policies, PagesCanBeMoved) {
   const Selector selector(config, model, at::kCPU, at::kFloat, seed);
   SelectorCache keys(config, selector.layers(), 20, CacheFormat::int4, at::kCPU);
   SpotPolicy spot(selector, keys, small_rule());
-  QuestPolicy quest(model, 20, at::kCPU, small_rule());
+  QuestPolicy quest(model, 20, at::kFloat, at::kCPU, small_rule());
   for (SelectionPolicy* policy :
        {static_cast<SelectionPolicy*>(&spot), static_cast<SelectionPolicy*>(&quest)}) {
     LayerHistory history(model, 20, at::kFloat, 2);

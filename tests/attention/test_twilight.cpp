@@ -81,8 +81,8 @@ TEST(Twilight, EachHeadPrunesQuestsBlocksAndTheUnionIsAttended) {
   const ModelConfig model = small_model(24, 1, 6, 2, 32);
   for (double p : {0.5, 0.9}) {
     LayerHistory history(model, 80, at::kFloat, 3);
-    TwilightPolicy policy(model, 80, at::kCPU, quest_rule(), p);
-    QuestPolicy quest(model, 80, at::kCPU, quest_rule());
+    TwilightPolicy policy(model, 80, at::kFloat, at::kCPU, quest_rule(), p);
+    QuestPolicy quest(model, 80, at::kFloat, at::kCPU, quest_rule());
     SparseOptions options;
     options.prefill = PrefillMode::sparse;
     SparseAttention attention(history.cache(), policy, options);
@@ -141,7 +141,7 @@ TEST(Twilight, AttendsToTheSurvivorsAndNothingElse) {
   for (at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     const ModelConfig model = small_model(24, 1, 6, 2, 32);
     LayerHistory history(model, 60, dtype, 2);
-    TwilightPolicy policy(model, 60, at::kCPU, quest_rule(), 0.7);
+    TwilightPolicy policy(model, 60, dtype, at::kCPU, quest_rule(), 0.7);
     SparseOptions options;
     options.prefill = PrefillMode::sparse;
     SparseAttention attention(history.cache(), policy, options);
@@ -182,7 +182,7 @@ TEST(Twilight, CapturedMassCountsSurvivorsOnly) {
   fresh_seed();
   const ModelConfig model = small_model(24, 1, 6, 2, 32);
   LayerHistory history(model, 40, at::kFloat, 1);
-  TwilightPolicy policy(model, 40, at::kCPU, quest_rule(), 0.6);
+  TwilightPolicy policy(model, 40, at::kFloat, at::kCPU, quest_rule(), 0.6);
   SparseAttention attention(history.cache(), policy);
   attention.forward(history.next({400}).inputs(0, history.scale()));
   const Pass step = history.next({1});
@@ -221,7 +221,7 @@ TEST(Twilight, WholeMassOfAllBlocksIsDenseAttention) {
   SelectionRule rule = quest_rule();
   rule.budget = 1 << 20;
   LayerHistory history(model, 40, at::kFloat, 2);
-  TwilightPolicy policy(model, 40, at::kCPU, rule, 1.0);
+  TwilightPolicy policy(model, 40, at::kFloat, at::kCPU, rule, 1.0);
   SparseAttention sparse(history.cache(), policy);
   DenseAttention dense(history.cache());
   for (const auto& counts : {std::vector<int64_t>{random_int(200, 400), random_int(1, 20)}, {1, 1}}) {
@@ -239,7 +239,7 @@ TEST(Twilight, FlatAndEqualKeys) {
   LayerHistory history(model, 20, at::kFloat, 1);
   SelectionRule rule = quest_rule();
   rule.budget = 1 << 20;
-  TwilightPolicy policy(model, 20, at::kCPU, rule, 0.9);
+  TwilightPolicy policy(model, 20, at::kFloat, at::kCPU, rule, 0.9);
   SparseAttention attention(history.cache(), policy);
   Pass context = history.next({200});
   context.key.fill_(0.25);
@@ -258,7 +258,7 @@ TEST(Twilight, PagesCanBeMoved) {
   fresh_seed();
   const ModelConfig model = small_model(24, 1, 4, 2, 16);
   LayerHistory history(model, 40, at::kFloat, 2);
-  TwilightPolicy policy(model, 40, at::kCPU, quest_rule(), 0.8);
+  TwilightPolicy policy(model, 40, at::kFloat, at::kCPU, quest_rule(), 0.8);
   SparseAttention attention(history.cache(), policy);
   attention.forward(history.next({230, 0}).inputs(0, history.scale()));
   KvCache& cache = history.cache();
@@ -281,6 +281,6 @@ TEST(Twilight, PagesCanBeMoved) {
 
 TEST(Twilight, RefusesImpossibleMasses) {
   const ModelConfig model = small_model(24, 1, 4, 2, 16);
-  EXPECT_THROW(TwilightPolicy(model, 4, at::kCPU, quest_rule(), 0), Error);
-  EXPECT_THROW(TwilightPolicy(model, 4, at::kCPU, quest_rule(), 1.01), Error);
+  EXPECT_THROW(TwilightPolicy(model, 4, at::kFloat, at::kCPU, quest_rule(), 0), Error);
+  EXPECT_THROW(TwilightPolicy(model, 4, at::kFloat, at::kCPU, quest_rule(), 1.01), Error);
 }

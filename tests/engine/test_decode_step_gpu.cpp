@@ -80,4 +80,5 @@ TEST_P(GpuDecodeStep, CapturedAndFusedEqualsUnprepared) {
 
 INSTANTIATE_TEST_SUITE_P(, GpuDecodeStep,
                          ::testing::Combine(::testing::Bool(), ::testing::Values(64, 128, 256),
-                                            ::testing::Values(AttentionKind::dense, AttentionKind::spot)));
+                                            ::testing::Values(AttentionKind::dense, AttentionKind::spot, AttentionKind::quest,
+                                                              AttentionKind::twilight)));

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <stdexcept>
@@ -19,6 +20,7 @@ inline void check(cudaError_t error) {
     throw std::runtime_error(std::string("CUDA error ") + std::to_string(static_cast<int>(error)));
 }
 
+// kEmulated chooses the sizes for slow devices: the emulator, and a GPU under SPOT_SMALL_TESTS (compute-sanitizer).
 #if defined(SPOT_EMULATED)
 inline constexpr bool kEmulated = true;
 inline void* device_allocate(size_t bytes) {
@@ -35,7 +37,7 @@ inline void device_fill(void* p, int value, size_t bytes) {
 }
 inline void device_synchronize() {}
 #else
-inline constexpr bool kEmulated = false;
+inline const bool kEmulated = std::getenv("SPOT_SMALL_TESTS") != nullptr;
 inline void* device_allocate(size_t bytes) {
   void* p = nullptr;
   check(cudaMalloc(&p, bytes));

@@ -218,6 +218,15 @@ TEST(SparseDecodeAttention, MatchesFloat64AndIgnoresTheBatch) {
     }
 }
 
+// Counters of a large launch must not lie where a small one keeps its partial results.
+TEST(SparseDecodeAttention, LaunchesOfAnySizeShareAWorkspace) {
+  Random random(testing::fresh_seed());
+  const Scene scene(random, DataType::kBf16, 2, 2, 64, false, std::vector<int32_t>(70, 40));
+  const Output output = run_attention(scene.params());
+  run_attention(scene.params(3, 1));
+  EXPECT_TRUE(run_attention(scene.params()) == output);
+}
+
 TEST(SelectAndAttend, EveryPathGivesTheSameBits) {
   Random random(testing::fresh_seed());
   for (const Shape& shape : shapes()) {

@@ -258,6 +258,7 @@ TEST(SelectBlocks, EqualsTheHostOnEveryKindOfRow) {
     rules.mode = trial % 2 == 0 ? SelectMode::kTopP : SelectMode::kTopK;
     rules.top_p = trial % 10 == 8 ? 1.0f : static_cast<float>(random() % 1000) / 1000;
     rules.top_k_tokens = static_cast<int32_t>(random() % 8000);
+    if (random() % 2 == 0) rules.top_k_share = static_cast<double>(random() % 1000) / 1000;
     rules.temperature = 0.3f + static_cast<float>(random() % 300) / 100;
     if (trial % 3 == 1) rules.max_tokens = 700 + static_cast<int32_t>(random() % 5000);
     if (trial % 7 == 6) rules.sink_tokens = rules.recency_tokens = rules.min_tokens = 0;

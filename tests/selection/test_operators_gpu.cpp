@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "ops/baseline_ops.h"
 #include "ops/ops.h"
 #include "tests/selector/support.h"
 
@@ -194,4 +195,61 @@ TEST(GpuOperators, AttentionMatchesAndFusesExactly) {
   EXPECT_FALSE(ops::attends(at::zeros({1, 4, 64}).to(kGpu), at::zeros({2, 1, 16, 64}).to(kGpu)));
   EXPECT_FALSE(
       ops::attends(at::zeros({1, 4, 96}, at::kHalf).to(kGpu), at::zeros({2, 1, 16, 96}, at::kHalf).to(kGpu)));
+}
+
+// The stages of Quest and Twilight: the copies of keys bit for bit, the pruning exactly, sums to rounding.
+TEST(GpuOperators, BaselinesMatch) {
+  fresh_seed();
+  for (int64_t dim : {64, 128, 256})
+    for (at::ScalarType dtype : {at::kBFloat16, at::kHalf})
+      for (const auto& [heads, kv_heads] : {std::pair<int64_t, int64_t>{32, 8}, {6, 2}, {16, 1}}) {
+        const Table table = random_table(4, random_int(3, 120));
+        const at::Tensor keys = at::randn({kv_heads, table.num_pages, 16, dim}).to(dtype), values = at::randn_like(keys);
+        const at::Tensor query = at::randn({4, heads, dim}).to(dtype);
+        const double scale = 1 / std::sqrt(static_cast<double>(dim));
+        at::Tensor bounds = at::zeros({kv_heads, table.num_pages, 2, dim}, dtype),
+                   codes = at::zeros({kv_heads, table.num_pages * 16, dim / 2}, at::kByte),
+                   ranges = at::zeros({kv_heads, table.num_pages * 16, 2}, at::kHalf);
+        at::Tensor gpu_bounds = bounds.to(kGpu), gpu_codes = codes.to(kGpu), gpu_ranges = ranges.to(kGpu);
+        const at::Tensor slots = at::arange(table.num_pages * 16 - 5, at::kLong);
+        ops::append_key_summaries(bounds, codes, ranges, keys, slots);
+        ops::append_key_summaries(gpu_bounds, gpu_codes, gpu_ranges, keys.to(kGpu), slots.to(kGpu));
+        EXPECT_TRUE(at::equal(gpu_bounds.cpu(), bounds));
+        EXPECT_TRUE(at::equal(gpu_codes.cpu(), codes));
+        EXPECT_TRUE(at::equal(gpu_ranges.cpu(), ranges));
+
+        const at::Tensor pages = table.pages.to(kGpu), lengths = table.lengths.to(kGpu), gpu_query = query.to(kGpu);
+        for (bool per_kv_head : {true, false}) {
+          const at::Tensor expected = ops::quest_scores(query, bounds, table.pages, table.lengths, scale, per_kv_head);
+          const at::Tensor got = ops::quest_scores(gpu_query, gpu_bounds, pages, lengths, scale, per_kv_head).cpu();
+          ASSERT_EQ(got.sizes(), expected.sizes());
+          EXPECT_TRUE(at::equal(at::isinf(got), at::isinf(expected)));
+          const at::Tensor seen = at::isfinite(expected);
+          EXPECT_LT(relative_difference(got.masked_select(seen), expected.masked_select(seen)), 1e-4);
+        }
+        ops::SelectArguments rule;
+        rule.top_p = false;
+        rule.budget = 1024;
+        const at::Tensor scores = ops::quest_scores(query, bounds, table.pages, table.lengths, scale, true);
+        const auto [indices, counts, share] = ops::select_blocks(scores, table.lengths, rule);
+        const at::Tensor logits = ops::estimate_logits(query, codes, ranges, table.pages, table.lengths, indices, counts, scale);
+        const at::Tensor got = ops::estimate_logits(gpu_query, gpu_codes, gpu_ranges, pages, lengths, indices.to(kGpu),
+                                                    counts.to(kGpu), scale)
+                                   .cpu();
+        const at::Tensor seen = at::isfinite(logits);
+        EXPECT_LT(relative_difference(got.masked_select(seen), logits.masked_select(seen)), 1e-3);
+        for (double p : {0.5, 0.95}) {
+          const ops::PrunedTokens kept = ops::prune_tokens(logits, indices, counts, table.lengths, p, 100),
+                                  on_gpu = ops::prune_tokens(logits.to(kGpu), indices.to(kGpu), counts.to(kGpu), lengths, p, 100);
+          ASSERT_TRUE(at::equal(on_gpu.counts.cpu(), kept.counts));
+          const at::Tensor there = at::arange(kept.positions.size(2), kept.counts.options()) < kept.counts.unsqueeze(2);
+          EXPECT_TRUE(at::equal(on_gpu.positions.cpu().masked_select(there), kept.positions.masked_select(there)));
+          const at::Tensor expected =
+              ops::token_attention(query, keys, values, table.pages, table.lengths, kept.positions, kept.counts, scale);
+          EXPECT_LT(relative_difference(ops::token_attention(gpu_query, keys.to(kGpu), values.to(kGpu), pages, lengths,
+                                                             on_gpu.positions, on_gpu.counts, scale),
+                                        expected),
+                    dtype == at::kHalf ? 2e-3 : 1e-2);
+        }
+      }
 }

@@ -1,0 +1,256 @@
+#include "benchmark/decode_methods.h"
+
+#include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "core/error.h"
+#include "ops/baseline_ops.h"
+#include "selection/selection.h"
+
+namespace spot {
+namespace {
+
+// Sizes that bytes are counted with. Row-wise figures are of the whole batch.
+struct Sizes {
+  double batch, blocks, kv_heads, heads, dim, number;
+  explicit Sizes(const DecodeScene& s)
+      : batch(static_cast<double>(s.batch())),
+        blocks(static_cast<double>(s.length()) / 16),
+        kv_heads(static_cast<double>(s.shape().num_kv_heads)),
+        heads(static_cast<double>(s.shape().num_heads)),
+        dim(static_cast<double>(s.shape().head_dim)),
+        number(static_cast<double>(c10::elementSize(s.set(0).keys.scalar_type()))) {}
+  double kv(double tokens) const { return batch * tokens * kv_heads * dim * 2 * number; }
+  double bounds(double pages) const { return batch * pages * kv_heads * dim * 2 * number; }
+  double four_bits(double tokens) const { return batch * tokens * kv_heads * (dim / 2 + 4); }
+};
+
+template <typename Tensors>
+std::shared_ptr<std::vector<Tensors>> for_every_set(const DecodeScene& scene, const std::function<Tensors(int64_t)>& make) {
+  auto made = std::make_shared<std::vector<Tensors>>();
+  for (int64_t i = 0; i < scene.sets(); ++i) made->push_back(make(i));
+  return made;
+}
+
+// Tokens and mass of set 0's rows and first row.
+void describe(const DecodeScene& scene, DecodeMethod& method, const Selection& chosen) {
+  const at::Tensor counts = chosen.token_counts.defined() ? chosen.token_counts : chosen.counts * 16;
+  method.tokens = counts.to(at::kDouble).mean().item<double>();
+  Selection first = chosen.row(0);
+  if (first.token_counts.defined()) first.tokens = token_flags(first);
+  method.mass = scene.covered_mass(token_mask(first, scene.length())[0]);
+}
+
+std::string describe(const ops::SelectArguments& rule) {
+  return rule.top_p ? fmt::format("top-p {:.3f}", rule.p) : fmt::format("{} tokens", rule.budget);
+}
+
+// Select, attend and the whole step of a method whose blocks come from `score`.
+void add_block_stages(const DecodeScene& scene, DecodeMethod& method, const std::function<at::Tensor(int64_t)>& score,
+                      double score_bytes, const ops::SelectArguments& rule) {
+  const Sizes sizes(scene);
+  const auto scores = for_every_set<at::Tensor>(scene, score);
+  const auto chosen = for_every_set<Selection>(scene, [&](int64_t i) {
+    auto [indices, counts, share] = ops::select_blocks((*scores)[i], scene.set(i).lengths, rule);
+    return Selection{indices, counts, share, scene.set(i).lengths};
+  });
+  describe(scene, method, (*chosen)[0]);
+  const double attend_bytes = sizes.kv(method.tokens);
+  method.stages.push_back({"score", [=](int64_t i) { score(i); }, score_bytes});
+  method.stages.push_back({"select", [=, &scene](int64_t i) { ops::select_blocks((*scores)[i], scene.set(i).lengths, rule); },
+                           4.0 * static_cast<double>((*scores)[0].numel())});
+  method.stages.push_back({"attend",
+                           [=, &scene](int64_t i) {
+                             const DecodeSet& s = scene.set(i);
+                             ops::sparse_decode_attention(s.query, s.keys, s.values, s.page_table, s.lengths,
+                                                          (*chosen)[i].indices, (*chosen)[i].counts, scene.scale());
+                           },
+                           attend_bytes});
+  method.stages.push_back({"step",
+                           [=, &scene](int64_t i) {
+                             const DecodeSet& s = scene.set(i);
+                             ops::select_and_attend(score(i), s.query, s.keys, s.values, s.page_table, s.lengths,
+                                                    scene.scale(), rule);
+                           },
+                           score_bytes + attend_bytes});
+}
+
+at::Tensor quest_score(const DecodeScene& scene, int64_t i) {
+  const DecodeSet& s = scene.set(i);
+  return ops::quest_scores(s.query, s.bounds, s.page_table, s.lengths, scene.scale(), true);
+}
+
+// Bisects x of [low, high] for the least whose method covers the mass.
+std::optional<DecodeMethod> at_mass(double low, double high, double step, double mass, const std::function<DecodeMethod(double)>& make) {
+  DecodeMethod best = make(high);
+  if (best.mass < mass) return {};
+  while (high - low > step) {
+    const double middle = (low + high) / 2;
+    DecodeMethod tried = make(middle);
+    if (tried.mass >= mass) {
+      high = middle;
+      best = std::move(tried);
+    } else {
+      low = middle;
+    }
+  }
+  best.name += fmt::format(" @ mass {:g}", mass);
+  return best;
+}
+
+}  // namespace
+
+DecodeMethod dense_torch(const DecodeScene& scene, const std::string& backend) {
+  const int64_t heads = scene.shape().num_kv_heads, dim = scene.shape().head_dim, batch = scene.batch(), length = scene.length();
+  DecodeMethod method{"dense, torch " + backend, "all tokens", {}, static_cast<double>(length), 1};
+  // The pools' memory read as contiguous keys and values: other numbers than the pages', as many bytes.
+  auto step = [=, &scene](int64_t i) {
+    const DecodeSet& s = scene.set(i);
+    const at::Tensor query = s.query.unsqueeze(2), key = s.keys.view({batch, heads, length, dim}),
+                     value = s.values.view({batch, heads, length, dim});
+    if (backend == "flash")
+      at::_scaled_dot_product_flash_attention(query, key, value, 0.0, false, false, scene.scale());
+    else if (backend == "cudnn")
+      at::_scaled_dot_product_cudnn_attention(query, key, value, std::nullopt, false, 0.0, false, false, scene.scale());
+    else
+      at::scaled_dot_product_attention(query, key, value, std::nullopt, 0.0, false, scene.scale(), true);
+  };
+  method.stages.push_back({"step", step, Sizes(scene).kv(method.tokens)});
+  return method;
+}
+
+DecodeMethod dense_ours(const DecodeScene& scene) {
+  DecodeMethod method{"dense, our kernel", "all tokens", {}, static_cast<double>(scene.length()), 1};
+  method.stages.push_back({"step",
+                           [&scene](int64_t i) {
+                             const DecodeSet& s = scene.set(i);
+                             ops::sparse_decode_attention(s.query, s.keys, s.values, s.page_table, s.lengths, {}, {}, scene.scale());
+                           },
+                           Sizes(scene).kv(method.tokens)});
+  return method;
+}
+
+DecodeMethod spot_method(const DecodeScene& scene, int64_t key_heads, const ops::SelectArguments& rule) {
+  const int kind = key_heads == 1 ? 0 : 1;
+  DecodeMethod method{key_heads == 1 ? "spot, shared INT4" : "spot, per-head INT4", describe(rule), {}};
+  const double key_bytes = static_cast<double>(ops::page_head_bytes("int4")) / 16 * static_cast<double>(key_heads);
+  method.stages.push_back({"append",
+                           [=, &scene](int64_t i) {
+                             const DecodeSet& s = scene.set(i);
+                             ops::append_selector_keys(s.selector_keys[kind], s.slots, s.new_keys[kind], "int4", 1.0);
+                           },
+                           static_cast<double>(scene.batch()) * (key_bytes + 128.0 * static_cast<double>(key_heads) * Sizes(scene).number)});
+  auto score = [=, &scene](int64_t i) {
+    const DecodeSet& s = scene.set(i);
+    // As in a decode step, where the kernel before has written nothing but the newest key.
+    return ops::score_blocks(s.selector_query, s.selector_weight, s.selector_keys[kind], s.page_table, s.lengths, "int4", 1.0, 0, true);
+  };
+  add_block_stages(scene, method, score, static_cast<double>(scene.batch() * scene.length()) * key_bytes, rule);
+  return method;
+}
+
+DecodeMethod quest_method(const DecodeScene& scene, const ops::SelectArguments& rule) {
+  const Sizes sizes(scene);
+  DecodeMethod method{"Quest", describe(rule), {}};
+  method.stages.push_back({"append",
+                           [&scene](int64_t i) {
+                             const DecodeSet& s = scene.set(i);
+                             ops::append_key_summaries(s.bounds, {}, {}, s.keys, s.slots);
+                           },
+                           sizes.kv(8) + sizes.bounds(1)});
+  add_block_stages(scene, method, [&scene](int64_t i) { return quest_score(scene, i); }, sizes.bounds(sizes.blocks), rule);
+  return method;
+}
+
+DecodeMethod twilight_method(const DecodeScene& scene, const ops::SelectArguments& rule, double p) {
+  const Sizes sizes(scene);
+  DecodeMethod method{"Twilight on Quest", fmt::format("p {:.3f} of {}", p, describe(rule)), {}};
+  struct Made {
+    at::Tensor scores, indices, counts, logits;
+    ops::PrunedTokens kept;
+  };
+  auto select = [=, &scene](int64_t i, const at::Tensor& scores) { return ops::select_blocks(scores, scene.set(i).lengths, rule); };
+  auto estimate = [=, &scene](int64_t i, const at::Tensor& indices, const at::Tensor& counts) {
+    const DecodeSet& s = scene.set(i);
+    return ops::estimate_logits(s.query, s.codes, s.ranges, s.page_table, s.lengths, indices, counts, scene.scale());
+  };
+  auto prune = [=, &scene](int64_t i, const at::Tensor& logits, const at::Tensor& indices, const at::Tensor& counts) {
+    return ops::prune_tokens(logits, indices, counts, scene.set(i).lengths, p, rule.floor);
+  };
+  auto attend = [=, &scene](int64_t i, const ops::PrunedTokens& kept) {
+    const DecodeSet& s = scene.set(i);
+    return ops::token_attention(s.query, s.keys, s.values, s.page_table, s.lengths, kept.positions, kept.counts, scene.scale());
+  };
+  const auto made = for_every_set<Made>(scene, [&](int64_t i) {
+    const at::Tensor scores = quest_score(scene, i);
+    const auto [indices, counts, share] = select(i, scores);
+    const at::Tensor logits = estimate(i, indices, counts);
+    return Made{scores, indices, counts, logits, prune(i, logits, indices, counts)};
+  });
+  const Made& first = (*made)[0];
+  Selection chosen{first.indices, first.counts, {}, scene.set(0).lengths};
+  chosen.predicted_mass = at::ones_like(first.counts, at::kFloat);
+  chosen.token_positions = first.kept.positions;
+  chosen.token_counts = first.kept.counts;
+  describe(scene, method, chosen);
+  const double candidates = first.counts.to(at::kDouble).mean().item<double>() * 16;
+  const double logit_bytes = 4 * sizes.batch * sizes.heads * candidates;
+  const double score_bytes = sizes.bounds(sizes.blocks), estimate_bytes = sizes.four_bits(candidates), attend_bytes = sizes.kv(method.tokens);
+  method.stages = {
+      {"append",
+       [&scene](int64_t i) {
+         const DecodeSet& s = scene.set(i);
+         ops::append_key_summaries(s.bounds, s.codes, s.ranges, s.keys, s.slots);
+       },
+       sizes.kv(8) + sizes.bounds(1) + sizes.four_bits(1)},
+      {"score", [&scene](int64_t i) { quest_score(scene, i); }, score_bytes},
+      {"select", [=](int64_t i) { select(i, (*made)[i].scores); }, 4.0 * static_cast<double>(first.scores.numel())},
+      {"estimate", [=](int64_t i) { estimate(i, (*made)[i].indices, (*made)[i].counts); }, estimate_bytes + logit_bytes},
+      {"prune", [=](int64_t i) { prune(i, (*made)[i].logits, (*made)[i].indices, (*made)[i].counts); }, logit_bytes},
+      {"attend", [=](int64_t i) { attend(i, (*made)[i].kept); }, attend_bytes},
+      {"step",
+       [=, &scene](int64_t i) {
+         const auto [indices, counts, share] = select(i, quest_score(scene, i));
+         attend(i, prune(i, estimate(i, indices, counts), indices, counts));
+       },
+       score_bytes + estimate_bytes + attend_bytes}};
+  return method;
+}
+
+ops::SelectArguments top_k_rule(int64_t tokens) {
+  ops::SelectArguments rule;
+  rule.top_p = false;
+  rule.budget = tokens;
+  return rule;
+}
+
+ops::SelectArguments top_p_rule(double p) {
+  ops::SelectArguments rule;
+  rule.p = p;
+  return rule;
+}
+
+std::optional<DecodeMethod> spot_at_mass(const DecodeScene& scene, int64_t key_heads, double mass) {
+  return at_mass(0.0, 1.0, 1.0 / 512, mass, [&](double p) { return spot_method(scene, key_heads, top_p_rule(p)); });
+}
+
+std::optional<DecodeMethod> quest_at_mass(const DecodeScene& scene, double mass) {
+  return at_mass(0.0, static_cast<double>(scene.length()), 32, mass,
+                 [&](double tokens) { return quest_method(scene, top_k_rule(static_cast<int64_t>(tokens) / 16 * 16)); });
+}
+
+std::optional<DecodeMethod> twilight_at_mass(const DecodeScene& scene, double mass) {
+  std::optional<DecodeMethod> best;
+  for (int64_t part : {32, 16, 8, 4, 2, 1}) {
+    const ops::SelectArguments rule = top_k_rule(scene.length() / part);
+    auto found = at_mass(0.0, 1.0, 1.0 / 512, mass, [&](double p) { return twilight_method(scene, rule, p); });
+    if (found && (!best || found->stages.back().bytes < best->stages.back().bytes)) best = std::move(found);
+  }
+  return best;
+}
+
+}  // namespace spot
