@@ -1,5 +1,6 @@
 // Contract: selector_kl.h. Two kernels over the same tiles: `normalize` finds each row's log-sum-exp of scores,
-// chunk by chunk of keys; `diverge` computes the scores again, and with them everything else.
+// chunk by chunk of keys; `diverge` computes the scores again, and with them everything else. For the sparse loss
+// `normalize` stores the scores, and between the two top_members.h restricts the teacher and finds the log-sum-exp.
 //
 // A block takes 128 queries by a chunk of 512 keys: the queries of all four heads stay in shared memory, keys
 // pass in tiles of 64 (32 with a key per head), two buffers. A warpgroup holds the four products of 64 queries
@@ -13,6 +14,7 @@
 #include "kernels/selector_kl.h"
 
 #include "kernels/query_strip.cuh"
+#include "kernels/top_members.h"
 
 namespace spot::kernels {
 namespace {
@@ -191,6 +193,15 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
 #pragma unroll
         for (int n = 0; n < S::kKeys / 4; ++n) sum[i] += ptx::exp2_approx(scores[n] - base);
         largest[i] = peak;
+        if (p.scores != nullptr && rows.valid[i]) {
+          float* to = p.scores + static_cast<int64_t>(rows.row[i]) * strip.width;
+#pragma unroll
+          for (int n = 0; n < S::kKeys / 4; n += 4) {
+            const int column = tile_column + n / 8 * 32 + n % 8;
+            if (column < column_end)
+              *reinterpret_cast<float4*>(to + column) = make_float4(scores[n], scores[n + 1], scores[n + 2], scores[n + 3]);
+          }
+        }
       } else {
 #pragma unroll
         for (int block = 0; block < S::kKeys / 32; ++block) {
@@ -199,12 +210,12 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             const int element = 16 * block + j / 2 * 4 + 2 * i + j % 2;
-            const bool seen_here = sees(column + j);
-            const float t = seen_here ? teacher[i][block][j] : 0.0f;
+            const bool counts = sees(column + j) && !(teacher[i][block][j] < 0.0f);
+            const float t = counts ? teacher[i][block][j] : 0.0f;
             const float student_log = score2(element) - logsumexp2[i];
-            // NaN scores and teachers reach the sums: only keys that are not seen are left out.
-            const float difference = seen_here ? ptx::exp2_approx(student_log) - t : 0.0f;
-            cross[i] += seen_here ? t * student_log : 0.0f;
+            // NaN scores and teachers reach the sums: only keys that do not count are left out.
+            const float difference = counts ? ptx::exp2_approx(student_log) - t : 0.0f;
+            cross[i] += counts ? t * student_log : 0.0f;
             entropy[i] += t == 0.0f ? 0.0f : t * ptx::log2_approx(t);
             total[i] += t;
 #pragma unroll
@@ -258,7 +269,11 @@ cudaError_t start(const SelectorKlParams& p, cudaStream_t stream) {
 
 template <int kKeyHeads>
 cudaError_t start(const SelectorKlParams& p, cudaStream_t stream) {
-  const cudaError_t error = start<kKeyHeads, false>(p, stream);
+  cudaError_t error = start<kKeyHeads, false>(p, stream);
+  if (error == cudaSuccess && p.k_train > 0)
+    error = top_members({p.strip, p.k_train, p.scores, p.mass, p.chunk_logsumexp,
+                         static_cast<int32_t>(tiles(p.strip.width, kKlChunk)), p.entropy},
+                        stream);
   return error == cudaSuccess ? start<kKeyHeads, true>(p, stream) : error;
 }
 
@@ -270,6 +285,7 @@ cudaError_t selector_kl(const SelectorKlParams& p, cudaStream_t stream) {
       !aligned_rows(p.query, p.query_token_stride, p.query_head_stride) ||
       !aligned_rows(p.key, p.key_token_stride, p.key_head_stride) || p.weight == nullptr || !aligned(p.weight) ||
       p.mass == nullptr || !aligned(p.mass) || p.chunk_logsumexp == nullptr || p.sums == nullptr || !aligned(p.dots_grad) ||
+      (p.k_train > 0 && (p.scores == nullptr || p.entropy == nullptr)) || !aligned(p.scores) ||
       p.dots_grad_row_stride % 8 != 0 || p.dots_grad_head_stride % 8 != 0)
     return cudaErrorInvalidValue;
   return p.key_heads == 1 ? start<1>(p, stream) : start<kSelectorHeads>(p, stream);

@@ -2,6 +2,8 @@
 
 #include <torch/library.h>
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -48,8 +50,9 @@ void check_mass(const at::Tensor& query, const at::Tensor& key, const at::Tensor
 }
 
 void check_kl(const at::Tensor& mass, const at::Tensor& query, const at::Tensor& key, const at::Tensor& weight,
-              const QueryStrip& strip, const at::Tensor& grad_key) {
+              const QueryStrip& strip, int64_t k_train, const at::Tensor& grad_key) {
   const char* op = "spot::selector_kl";
+  TORCH_CHECK(k_train >= 0, op, ": k_train is ", k_train, "; it must not be negative");
   check_strip(op, strip, query, key);
   TORCH_CHECK(key.size(1) == 1 || key.size(1) == query.size(1), op, ": key has ", key.size(1),
               " heads; it must have 1, or the query's ", query.size(1));
@@ -97,25 +100,39 @@ at::Tensor mass_by_tensors(const at::Tensor& query, const at::Tensor& key, const
 }
 
 KlOutputs kl_by_tensors(const at::Tensor& mass, const at::Tensor& query, const at::Tensor& key, const at::Tensor& weight,
-                        const QueryStrip& s, at::Tensor grad_key) {
+                        const QueryStrip& s, int64_t k_train, at::Tensor grad_key) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const auto type = mass.scalar_type();
   const int64_t heads = query.size(1), real = real_columns(s, key);
-  const at::Tensor hidden = unseen(s).narrow(1, 0, real);
+  at::Tensor hidden = unseen(s).narrow(1, 0, real);
   const at::Tensor q = query.index_select(0, s.tokens).to(type).transpose(0, 1);                                // [heads, R, dim]
   const at::Tensor k = key.narrow(0, s.first_key, real).to(type).transpose(0, 1).expand({heads, real, key.size(2)});
   const at::Tensor w = weight.index_select(0, s.tokens);                                                        // [R, heads]
   const at::Tensor dots = at::bmm(q, k.transpose(1, 2)).relu_();                                                // [heads, R, real]
-  const at::Tensor scores = at::einsum("hrc,rh->rc", {dots, w}).masked_fill_(hidden, -std::numeric_limits<double>::infinity());
-  const at::Tensor student_log = at::log_softmax(scores, -1), teacher = mass.narrow(1, 0, real).masked_fill(hidden, 0.0);
-  const at::Tensor information = at::xlogy(teacher, teacher).sum(-1);
-  const at::Tensor loss = information - (teacher * student_log.masked_fill(hidden, 0.0)).sum(-1);
-  if (!grad_key.defined()) return {loss, information.neg(), at::empty({0}, w.options()), at::empty({0}, w.options())};
-  const at::Tensor difference = student_log.exp().sub_(teacher);
+  at::Tensor scores = at::einsum("hrc,rh->rc", {dots, w}).masked_fill_(hidden, -kInfinity);
+  at::Tensor teacher = mass.narrow(1, 0, real).masked_fill(hidden, 0.0);
+  at::Tensor total = teacher.sum(-1, true), empty;
+  at::Tensor entropy = -at::xlogy(teacher, teacher).sum(-1);
+  if (k_train > 0) {
+    entropy = (entropy + at::xlogy(total, total).squeeze(1)) / at::where(total == 0.0, 1.0, total).squeeze(1);
+    const at::Tensor order = std::get<1>(at::sort(scores, /*stable=*/true, /*dim=*/-1, /*descending=*/true));
+    hidden = hidden.logical_or_(at::ones_like(hidden).scatter_(-1, order.narrow(1, 0, std::min(k_train, real)), false));
+    scores = scores.masked_fill(hidden, -kInfinity);
+    teacher = teacher.masked_fill(hidden, 0.0);
+    total = teacher.sum(-1, true);
+    empty = total == 0.0;  // a row whose teacher says nothing about its members: no loss, no gradient
+    teacher = teacher / total.masked_fill(empty, 1.0);
+  }
+  const at::Tensor student_log = at::log_softmax(scores, -1);
+  const at::Tensor loss = (at::xlogy(teacher, teacher) - teacher * student_log.masked_fill(hidden, 0.0)).sum(-1);
+  if (!grad_key.defined()) return {loss, entropy, at::empty({0}, w.options()), at::empty({0}, w.options())};
+  at::Tensor difference = student_log.exp().sub_(teacher);
+  if (k_train > 0) difference.masked_fill_(empty, 0.0);
   const at::Tensor grad_weight = at::einsum("hrc,rc->rh", {dots, difference});
   const at::Tensor dots_grad = (w.t().unsqueeze(-1) * difference).mul_(dots > 0.0);  // [heads, R, real]
   const at::Tensor key_grad = at::bmm(dots_grad.transpose(1, 2), q);                 // [heads, real, dim]
   grad_key.narrow(1, s.first_key, real).add_(key.size(1) == 1 ? key_grad.sum(0, true) : key_grad);
-  return {loss, information.neg(), at::bmm(dots_grad, k).transpose(0, 1).contiguous(), grad_weight};
+  return {loss, entropy, at::bmm(dots_grad, k).transpose(0, 1).contiguous(), grad_weight};
 }
 
 template <bool kFused>
@@ -131,19 +148,20 @@ at::Tensor mass_op(const at::Tensor& query, const at::Tensor& key, const at::Ten
 }
 
 template <bool kFused>
-KlOutputs kl_op(const at::Tensor& mass, const at::Tensor& query, const at::Tensor& key, const at::Tensor& weight,
-                const at::Tensor& tokens, const at::Tensor& low, int64_t first_key, const MaybeTensor& grad_key) {
+KlOutputs kl_op(at::Tensor mass, const at::Tensor& query, const at::Tensor& key, const at::Tensor& weight,
+                const at::Tensor& tokens, const at::Tensor& low, int64_t first_key, int64_t k_train,
+                const MaybeTensor& grad_key) {
   const QueryStrip strip{tokens, low, first_key, mass.dim() == 2 ? mass.size(1) : 0};
   const at::Tensor grad = grad_key.value_or(at::Tensor());
-  check_kl(mass, query, key, weight, strip, grad);
+  check_kl(mass, query, key, weight, strip, k_train, grad);
 #ifdef SPOT_CUDA
   if constexpr (kFused)
     if (fuses_kl(query, key) && mass.scalar_type() == at::kFloat) {
-      const SelectorKl out = cuda::selector_kl(mass, query, key, weight, strip, grad);
+      const SelectorKl out = cuda::selector_kl(mass, query, key, weight, strip, k_train, grad);
       return {out.loss, out.entropy, out.grad_query, out.grad_weight};
     }
 #endif
-  return kl_by_tensors(mass, query, key, weight, strip, grad);
+  return kl_by_tensors(mass, query, key, weight, strip, k_train, grad);
 }
 
 template <auto Function>
@@ -185,8 +203,8 @@ TORCH_LIBRARY_FRAGMENT(spot, library) {
       "attention_mass(Tensor query, Tensor key, Tensor logsumexp, Tensor tokens, Tensor low, int first_key, int width, "
       "float scale, int groups=1) -> Tensor");
   library.def(
-      "selector_kl(Tensor mass, Tensor query, Tensor key, Tensor weight, Tensor tokens, Tensor low, int first_key, "
-      "Tensor(a!)? grad_key=None) -> (Tensor loss, Tensor entropy, Tensor grad_query, Tensor grad_weight)");
+      "selector_kl(Tensor(a!) mass, Tensor query, Tensor key, Tensor weight, Tensor tokens, Tensor low, int first_key, "
+      "int k_train=0, Tensor(b!)? grad_key=None) -> (Tensor loss, Tensor entropy, Tensor grad_query, Tensor grad_weight)");
 }
 
 TORCH_LIBRARY_IMPL(spot, CompositeExplicitAutograd, library) {
@@ -207,11 +225,11 @@ at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, const 
       .call(query, key, logsumexp, strip.tokens, strip.low, strip.first_key, strip.width, scale, groups);
 }
 
-SelectorKl selector_kl(const at::Tensor& mass, const at::Tensor& query, const at::Tensor& key, const at::Tensor& weight,
-                       const QueryStrip& strip, at::Tensor grad_key) {
+SelectorKl selector_kl(at::Tensor mass, const at::Tensor& query, const at::Tensor& key, const at::Tensor& weight,
+                       const QueryStrip& strip, int64_t k_train, at::Tensor grad_key) {
   auto [loss, entropy, grad_query, grad_weight] =
       handle<kl_op<false>>("spot::selector_kl")
-          .call(mass, query, key, weight, strip.tokens, strip.low, strip.first_key,
+          .call(mass, query, key, weight, strip.tokens, strip.low, strip.first_key, k_train,
                 grad_key.defined() ? MaybeTensor(grad_key) : std::nullopt);
   return {loss, entropy, grad_query, grad_weight};
 }

@@ -23,18 +23,19 @@ at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, const 
 bool fuses_mass(const at::Tensor& query, const at::Tensor& key);
 
 // KL(mass || student) of each row, where student is the softmax of sum_h weight[h] ReLU(query[h] . key[h]) over
-// the keys the row sees, and the gradients of the rows' sum.
+// the keys the row sees, and the gradients of the rows' sum. With k_train > 0 teacher and student are renormalised
+// on the k_train keys of highest score (ties to the lower), fewer where a row sees fewer.
 struct SelectorKl {
-  at::Tensor loss, entropy;  // [R]; entropy is the teacher's, in nats
+  at::Tensor loss, entropy;  // [R]; entropy is that of the teacher on all keys, in nats
   at::Tensor grad_query;     // [R, heads, dim]
   at::Tensor grad_weight;    // [R, heads]
 };
 // mass [R, width] as from attention_mass with one group; query [T, heads, dim]; key [T, heads or 1, dim]; weight
-// [T, heads] of mass's dtype. grad_key [heads or 1, T, dim] of mass's dtype: the gradient of keys is added to it;
+// [T, heads] of mass's dtype. k_train > 0 may overwrite mass. grad_key [heads or 1, T, dim] of mass's dtype: the gradient of keys is added to it;
 // undefined: no gradients. On CUDA the scores' gradients are rounded to bfloat16 once, before the products that
 // make the other two of them.
-SelectorKl selector_kl(const at::Tensor& mass, const at::Tensor& query, const at::Tensor& key, const at::Tensor& weight,
-                       const QueryStrip& strip, at::Tensor grad_key);
+SelectorKl selector_kl(at::Tensor mass, const at::Tensor& query, const at::Tensor& key, const at::Tensor& weight,
+                       const QueryStrip& strip, int64_t k_train, at::Tensor grad_key);
 bool fuses_kl(const at::Tensor& query, const at::Tensor& key);
 
 }  // namespace spot::ops

@@ -48,12 +48,12 @@ at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, const 
   return mass.narrow(2, 0, strip.width);
 }
 
-SelectorKl selector_kl(const at::Tensor& mass, const at::Tensor& query, const at::Tensor& key, const at::Tensor& weight,
-                       const QueryStrip& strip, at::Tensor grad_key) {
+SelectorKl selector_kl(at::Tensor mass, const at::Tensor& query, const at::Tensor& key, const at::Tensor& weight,
+                       const QueryStrip& strip, int64_t k_train, at::Tensor grad_key) {
   const c10::DeviceGuard guard(query.device());
   const int64_t rows = mass.size(0), width = padded(strip.width), heads = query.size(1), dim = query.size(2);
   const int64_t chunks = (width + kernels::kKlChunk - 1) / kernels::kKlChunk;
-  const at::Tensor teacher = width == strip.width ? mass : at::constant_pad_nd(mass, {0, width - strip.width});
+  at::Tensor teacher = width == strip.width ? mass : at::constant_pad_nd(mass, {0, width - strip.width});
   const at::Tensor weights = weight.contiguous();
   const at::Tensor partial = at::empty({rows, chunks}, mass.options());
   const at::Tensor sums = at::empty({rows, chunks, kernels::kKlSums}, mass.options());
@@ -72,7 +72,15 @@ SelectorKl selector_kl(const at::Tensor& mass, const at::Tensor& query, const at
   p.query_head_stride = query.stride(1);
   p.key_token_stride = key.stride(0);
   p.key_head_stride = key.stride(1);
-  p.mass = teacher.const_data_ptr<float>();
+  p.mass = teacher.mutable_data_ptr<float>();
+  at::Tensor scores, entropy;
+  if (k_train > 0) {
+    scores = at::empty({rows, width}, mass.options());
+    entropy = at::empty({rows}, mass.options());
+    p.k_train = narrow(std::min(k_train, width));
+    p.scores = scores.mutable_data_ptr<float>();
+    p.entropy = entropy.mutable_data_ptr<float>();
+  }
   p.chunk_logsumexp = partial.mutable_data_ptr<float>();
   p.sums = sums.mutable_data_ptr<float>();
   if (gradients) {
@@ -82,7 +90,7 @@ SelectorKl selector_kl(const at::Tensor& mass, const at::Tensor& query, const at
   }
   check(kernels::selector_kl(p, native_stream(query)), "spot::selector_kl");
   const at::Tensor total = sums.sum(1);  // [rows, kKlSums]
-  SelectorKl out{total.select(1, 0), total.select(1, 1).neg(), {}, {}};
+  SelectorKl out{total.select(1, 0), k_train > 0 ? entropy : total.select(1, 1).neg(), {}, {}};
   if (!gradients) {
     out.grad_query = out.grad_weight = at::empty({0}, mass.options());
     return out;

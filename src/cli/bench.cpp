@@ -159,6 +159,7 @@ void add_bench(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App& command = *app.add_subcommand("bench", "Measure prefill and decode of a whole model, medians of single steps");
   options->model.add(command);
+  command.get_option("--model")->required(false);  // of bench itself: its subcommands have their own
   options->rule.add(command);
   command.add_flag("--random", options->random, "Random weights of the shapes in MODEL/config.json");
   command.add_option("--attention", options->attentions, "Attentions to compare; the first is the reference")->delimiter(',')->capture_default_str();
@@ -170,7 +171,12 @@ void add_bench(CLI::App& app) {
   command.add_flag("--prefill", options->prefill, "Run and time the prefill instead of filling the cache with random numbers");
   command.add_flag("--eager", options->eager, "No CUDA graph");
   command.add_option("--out", options->out, "JSON file for the numbers");
-  command.callback([options] { run(*options); });
+  add_bench_distill(command);
+  command.callback([options, &command] {
+    if (!command.get_subcommands().empty()) return;
+    if (options->model.folder.empty()) throw CLI::RequiredError("--model");
+    run(*options);
+  });
 }
 
 }  // namespace spot::cli

@@ -107,7 +107,7 @@ class Distiller {
     if (starts.empty()) starts.push_back(0);
     starts.push_back(tokens);
 
-    std::vector<Query> queries, strips;
+    std::vector<Query> queries;
     size_t document = 0;
     for (int64_t token : chosen_rows(tokens)) {
       while (token >= starts[document + 1]) ++document;
@@ -124,14 +124,18 @@ class Distiller {
     }
     const bool measure_all = options_.measured_queries == 0 && !options_.budgets.empty();
     if (use_operators() && !measure_all) {
+      // Rows that see no more than k_train keys need no choice.
       const auto dense = [&](const Query& q) {
         return options_.loss == DistillLoss::dense || q.row.high - q.row.low <= options_.k_train;
       };
       const auto split = std::stable_partition(queries.begin(), queries.end(), dense);
-      strips.assign(queries.begin(), split);
+      run_strips(starts, {queries.begin(), split}, 0);
       queries.erase(queries.begin(), split);
+      if (!options_.rest_bucket) {
+        run_strips(starts, queries, options_.k_train);
+        queries.clear();
+      }
     }
-    run_strips(starts, strips);
     run_documents(starts, queries, measure_all ? Task::both : Task::loss);
 
     if (out_.queries > 0) {
@@ -161,7 +165,7 @@ class Distiller {
     return wide ? at::bmm(a, b, at::kFloat) : at::bmm(a, b);
   }
 
-  // Whether a query's dense loss goes to the operators.
+  // Whether losses that the operators know go to them.
   bool use_operators() const {
     using Operators = LayerLossOptions::Operators;
     if (options_.operators == Operators::never || !in_.logsumexp.defined() || options_.teacher != Teacher::token ||
@@ -188,7 +192,7 @@ class Distiller {
   }
 
   // Strips of consecutive queries, of whatever documents.
-  void run_strips(const std::vector<int64_t>& starts, const std::vector<Query>& queries) {
+  void run_strips(const std::vector<int64_t>& starts, const std::vector<Query>& queries, int64_t k_train) {
     at::Tensor grad_key = options_.gradients ? out_.grad_key.transpose(0, 1) : at::Tensor();
     const at::Tensor weight = weight_.select(1, 0);
     const auto count = static_cast<int64_t>(queries.size());
@@ -198,8 +202,8 @@ class Distiller {
         const Query& q = queries[static_cast<size_t>(i)];
         return starts[q.document] + q.row.position;
       };
-      // Per row and column: the teacher in float32, and four gradients of dots in bfloat16.
-      rows = strip_rows(12 * (query_.size(0) - first_key));
+      // Per row and column: teacher and scores in float32, and four gradients of dots in bfloat16.
+      rows = strip_rows(16 * (query_.size(0) - first_key));
       rows = std::min(rows, count - first);
       ops::QueryStrip strip{{}, {}, first_key, (token(first + rows - 1) + 1 - first_key + 7) / 8 * 8};
       at::Tensor lists = at::empty({2, rows}, at::kInt);
@@ -212,7 +216,7 @@ class Distiller {
       strip.tokens = lists[0];
       strip.low = lists[1];
       const at::Tensor mass = ops::attention_mass(in_.query, in_.key, in_.logsumexp, strip, in_.scale, 1).select(1, 0);
-      const ops::SelectorKl kl = ops::selector_kl(mass, in_.selector_query, in_.selector_key, weight, strip, grad_key);
+      const ops::SelectorKl kl = ops::selector_kl(mass, in_.selector_query, in_.selector_key, weight, strip, k_train, grad_key);
       out_.loss += kl.loss.sum(at::kDouble);
       out_.teacher_entropy += kl.entropy.sum(at::kDouble);
       if (!options_.gradients) continue;

@@ -327,7 +327,7 @@ TEST(LayerLoss, OperatorsMatchTheDefinition) {
     LayerLossOptions o;
     o.operators = LayerLossOptions::Operators::always;
     o.loss = trial % 2 ? DistillLoss::sparse : DistillLoss::dense;
-    o.k_train = 20;  // sparse: the first queries of a document are dense
+    o.k_train = 20;  // the first queries of a document see fewer keys
     o.rest_bucket = pick(0, 1);
     // What the operators do not cover takes the teacher alone from them.
     o.teacher = pick(0, 3) ? Teacher::token : Teacher::block_max;
@@ -456,7 +456,7 @@ TEST(LayerLoss, CudaKernelsMatchTheDefinition) {
       for (const auto loss : {DistillLoss::dense, DistillLoss::sparse}) {
         LayerLossOptions o;
         o.loss = loss;
-        o.k_train = 700;  // as long as the longest document: sparse is dense, for no top-k is compared
+        o.k_train = 300;
         o.tile_rows = 256;
         LayerLossInputs in = draw({.tokens = 811,
                                    .num_heads = 8,
@@ -474,11 +474,13 @@ TEST(LayerLoss, CudaKernelsMatchTheDefinition) {
         for (at::Tensor* t : {&in.query, &in.key, &in.logsumexp, &in.selector_query, &in.selector_key, &in.selector_weight})
           *t = t->cuda();
         const LayerLoss got = layer_loss(in, o);
-        EXPECT_NEAR(got.loss.item<double>(), want.loss, 1e-4 * want.loss);
+        EXPECT_NEAR(got.loss.item<double>(), want.loss, 1e-3 * want.loss);
         EXPECT_NEAR(got.teacher_entropy.item<double>(), want.entropy, 1e-4 * want.entropy);
-        EXPECT_LE(norm_error(got.grad_query, want.grad_query), 4e-3);
-        EXPECT_LE(norm_error(got.grad_key, want.grad_key), 4e-3);
-        EXPECT_LE(norm_error(got.grad_weight, want.grad_weight), 1e-4);
+        // A top-k set may differ from float64's in a key near its edge, here and there.
+        const double edge = loss == DistillLoss::sparse ? 5e-3 : 0.0;
+        EXPECT_LE(norm_error(got.grad_query, want.grad_query), 4e-3 + edge);
+        EXPECT_LE(norm_error(got.grad_key, want.grad_key), 4e-3 + edge);
+        EXPECT_LE(norm_error(got.grad_weight, want.grad_weight), 1e-4 + edge);
         const LayerLoss again = layer_loss(in, o);
         EXPECT_TRUE(at::equal(got.grad_key, again.grad_key)) << "not deterministic";
         ++trial;

@@ -1,10 +1,12 @@
-// kernels/teacher_mass.h and kernels/selector_kl.h, on the GPU or emulated, against their formulas in float64.
+// kernels/teacher_mass.h, selector_kl.h and top_members.h, on the GPU or emulated, against their formulas in float64.
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "kernels/selector_kl.h"
 #include "kernels/teacher_mass.h"
+#include "kernels/top_members.h"
 #include "tests/kernels/device.h"
 
 namespace spot::kernels {
@@ -118,9 +120,9 @@ class DistillKernels : public ::testing::Test {
           ASSERT_TRUE(s.sees(r, c) || got[(static_cast<size_t>(r) * groups + g) * s.width + c] == 0.0f) << r << " " << c;
   }
 
-  void expect_divergence(const Strip& s, int key_heads, bool gradient) {
+  void expect_divergence(const Strip& s, int key_heads, bool gradient, int k_train = 0) {
     SCOPED_TRACE("tokens " + std::to_string(s.num_tokens) + ", rows " + std::to_string(s.rows()) + ", width " +
-                 std::to_string(s.width) + ", key heads " + std::to_string(key_heads));
+                 std::to_string(s.width) + ", key heads " + std::to_string(key_heads) + ", k_train " + std::to_string(k_train));
     constexpr int H = kSelectorHeads, D = kKeyDim;
     const Typed query(DataType::kBf16, normals(static_cast<size_t>(s.num_tokens) * H * D));
     const Typed key(DataType::kBf16, normals(static_cast<size_t>(s.num_tokens) * key_heads * D));
@@ -137,43 +139,11 @@ class DistillKernels : public ::testing::Test {
           else m = static_cast<float>(m / sum);
         }
     }
-    std::vector<double> want_dots(area * H, 0.0), want_sums(static_cast<size_t>(s.rows()) * 8, 0.0), want_loss, got_loss;
-    for (int r = 0; r < s.rows(); ++r) {
-      std::vector<double> scores(s.width), relu(static_cast<size_t>(s.width) * H);
-      double sum = 0;
-      for (int c = 0; c < s.width; ++c) {
-        if (!s.sees(r, c)) continue;
-        for (int h = 0; h < H; ++h) {
-          double dot = 0;
-          for (int d = 0; d < D; ++d)
-            dot += static_cast<double>(query.values[(static_cast<size_t>(s.tokens[r]) * H + h) * D + d]) *
-                   key.values[(static_cast<size_t>(s.first_key + c) * key_heads + h % key_heads) * D + d];
-          relu[static_cast<size_t>(c) * H + h] = std::max(dot, 0.0);
-          scores[c] += weight[static_cast<size_t>(s.tokens[r]) * H + h] * std::max(dot, 0.0);
-        }
-        sum += std::exp(scores[c]);
-      }
-      double* w = &want_sums[static_cast<size_t>(r) * 8];
-      for (int c = 0; c < s.width; ++c) {
-        if (!s.sees(r, c)) continue;
-        const double student = std::exp(scores[c]) / sum, t = mass[static_cast<size_t>(r) * s.width + c];
-        w[0] += t * (std::log(t) - scores[c] + std::log(sum));
-        w[1] += t * std::log(t);
-        w[2] += t;
-        for (int h = 0; h < H; ++h) {
-          const double value = relu[static_cast<size_t>(c) * H + h];
-          w[4 + h] += (student - t) * value;
-          if (value > 0)
-            want_dots[(static_cast<size_t>(h) * s.rows() + r) * s.width + c] =
-                weight[static_cast<size_t>(s.tokens[r]) * H + h] * (student - t);
-        }
-      }
-    }
     const int chunks = (s.width + kKlChunk - 1) / kKlChunk;
     const Buffer<int32_t> tokens(s.tokens), low(s.low);
     const Buffer<uint8_t> q(query.bytes), k(key.bytes);
     const Buffer<float> w(weight), m(mass), partial(static_cast<size_t>(s.rows()) * chunks),
-        sums(static_cast<size_t>(s.rows()) * chunks * kKlSums);
+        sums(static_cast<size_t>(s.rows()) * chunks * kKlSums), scores_out(area), entropy(s.rows());
     const Buffer<uint16_t> dots(area * H);
     SelectorKlParams p;
     p.strip = on_device(s, tokens, low);
@@ -192,7 +162,60 @@ class DistillKernels : public ::testing::Test {
     p.dots_grad = gradient ? dots.data() : nullptr;
     p.dots_grad_row_stride = inside ? int64_t{H} * s.width : s.width;
     p.dots_grad_head_stride = inside ? s.width : static_cast<int64_t>(s.rows()) * s.width;
+    p.k_train = k_train;
+    p.scores = scores_out.data();
+    p.entropy = entropy.data();
     check(selector_kl(p, nullptr));
+    const std::vector<float> stored = scores_out.download();
+    std::vector<double> want_dots(area * H, 0.0), want_sums(static_cast<size_t>(s.rows()) * 8, 0.0);
+    for (int r = 0; r < s.rows(); ++r) {
+      std::vector<double> scores(s.width), relu(static_cast<size_t>(s.width) * H);
+      double sum = 0;
+      for (int c = 0; c < s.width; ++c) {
+        if (!s.sees(r, c)) continue;
+        for (int h = 0; h < H; ++h) {
+          double dot = 0;
+          for (int d = 0; d < D; ++d)
+            dot += static_cast<double>(query.values[(static_cast<size_t>(s.tokens[r]) * H + h) * D + d]) *
+                   key.values[(static_cast<size_t>(s.first_key + c) * key_heads + h % key_heads) * D + d];
+          relu[static_cast<size_t>(c) * H + h] = std::max(dot, 0.0);
+          scores[c] += weight[static_cast<size_t>(s.tokens[r]) * H + h] * std::max(dot, 0.0);
+        }
+      }
+      // Which keys count: by the scores as the device has them, which are near the true ones.
+      const float* own = &stored[static_cast<size_t>(r) * s.width];
+      std::vector<int> order;
+      for (int c = 0; c < s.width; ++c)
+        if (s.sees(r, c)) {
+          order.push_back(c);
+          ASSERT_NEAR(own[c], scores[c] / std::log(2.0), 1e-4);
+        }
+      std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return own[x] > own[y]; });
+      if (k_train > 0 && order.size() > static_cast<size_t>(k_train)) order.resize(k_train);
+      std::vector<bool> counts(s.width, false);
+      double kept = 0;
+      for (const int c : order) {
+        counts[c] = true;
+        sum += std::exp(scores[c]);
+        kept += mass[static_cast<size_t>(r) * s.width + c];
+      }
+      if (k_train == 0) kept = 1;
+      double* w = &want_sums[static_cast<size_t>(r) * 8];
+      for (int c = 0; c < s.width; ++c) {
+        if (!counts[c]) continue;
+        const double student = std::exp(scores[c]) / sum, t = mass[static_cast<size_t>(r) * s.width + c] / kept;
+        w[0] += t * (std::log(t) - scores[c] + std::log(sum));
+        w[1] += t * std::log(t);
+        w[2] += t;
+        for (int h = 0; h < H; ++h) {
+          const double value = relu[static_cast<size_t>(c) * H + h];
+          w[4 + h] += (student - t) * value;
+          if (value > 0)
+            want_dots[(static_cast<size_t>(h) * s.rows() + r) * s.width + c] =
+                weight[static_cast<size_t>(s.tokens[r]) * H + h] * (student - t);
+        }
+      }
+    }
     const std::vector<float> raw = sums.download();
     std::vector<double> got_sums(want_sums.size(), 0.0);
     for (int r = 0; r < s.rows(); ++r)
@@ -267,6 +290,57 @@ TEST_F(DistillKernels, DivergenceOverManyChunks) {
   }
 }
 
+TEST_F(DistillKernels, DivergenceOfTheStudentsOwnTopKeys) {
+  for (const int key_heads : {1, 4}) {
+    expect_divergence(Strip(301, {0, 90}, 70, 40), key_heads, true, 1);
+    expect_divergence(Strip(301, {0, 90}, 80, 20, 10), key_heads, true, 57);
+    expect_divergence(Strip(1300, {0}, 1280, 20), key_heads, true, 650);
+    expect_divergence(Strip(201, {0}, 5, 10), key_heads, true, 1000);  // all
+  }
+}
+
+TEST_F(DistillKernels, TopMembersAmongTies) {
+  for (int trial = 0; trial < (kEmulated ? 8 : 60); ++trial) {
+    const int num_tokens = draw(1, 700), first = draw(0, num_tokens - 1);
+    const Strip s(num_tokens, draw_starts(num_tokens, 300), first, std::min(num_tokens - first, 10));
+    const int k = draw(1, 200), levels = draw(1, 12), stride = draw(1, 3);
+    const size_t area = static_cast<size_t>(s.rows()) * s.width;
+    std::vector<float> scores(area), mass(area);
+    for (size_t i = 0; i < area; ++i) {
+      scores[i] = static_cast<float>(draw(-levels, levels)) / 4;
+      mass[i] = static_cast<float>(draw(0, 9)) / 64;
+    }
+    const Buffer<int32_t> tokens(s.tokens), low(s.low);
+    const Buffer<float> device_scores(scores), device_mass(mass), logsumexp(s.rows() * stride), entropy(s.rows());
+    check(top_members({on_device(s, tokens, low), k, device_scores.data(), device_mass.data(), logsumexp.data(), stride, entropy.data()},
+                      nullptr));
+    const std::vector<float> got = device_mass.download(), sums = logsumexp.download(), entropies = entropy.download();
+    for (int r = 0; r < s.rows(); ++r) {
+      const size_t row = static_cast<size_t>(r) * s.width;
+      std::vector<int> order;
+      double total = 0, information = 0, kept = 0, sum = 0;
+      for (int c = 0; c < s.width; ++c)
+        if (s.sees(r, c)) {
+          order.push_back(c);
+          total += mass[row + c];
+          if (mass[row + c] > 0) information += mass[row + c] * std::log(mass[row + c]);
+        }
+      std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return scores[row + x] > scores[row + y]; });
+      for (size_t i = 0; i < order.size() && i < static_cast<size_t>(k); ++i) {
+        kept += mass[row + order[i]];
+        sum += std::exp2(scores[row + order[i]]);
+      }
+      for (size_t i = 0; i < order.size(); ++i) {
+        const bool member = i < static_cast<size_t>(k) && kept > 0;
+        ASSERT_NEAR(got[row + order[i]], member ? mass[row + order[i]] / kept : -1.0, 1e-6) << "row " << r << ", place " << i;
+      }
+      EXPECT_NEAR(sums[r * stride], std::log2(sum), 1e-5);
+      for (int i = 1; i < stride; ++i) EXPECT_EQ(sums[r * stride + i], -std::numeric_limits<float>::infinity());
+      EXPECT_NEAR(entropies[r], total > 0 ? std::log(total) - information / total : 0.0, 1e-5);
+    }
+  }
+}
+
 TEST_F(DistillKernels, RefusesWhatItDoesNotTake) {
   TeacherMassParams teacher;
   EXPECT_EQ(teacher_mass(teacher, nullptr), cudaErrorInvalidValue);
@@ -283,7 +357,8 @@ TEST_F(DistillKernels, RefusesWhatItDoesNotTake) {
   SelectorKlParams student;
   student.strip = teacher.strip;
   student.key_heads = 2;
-  student.query = student.key = student.weight = student.mass = student.chunk_logsumexp = student.sums = storage.data();
+  student.query = student.key = student.weight = storage.data();
+  student.mass = student.chunk_logsumexp = student.sums = storage.data();
   EXPECT_EQ(selector_kl(student, nullptr), cudaErrorInvalidValue);
 }
 
