@@ -227,7 +227,7 @@ class Distiller {
 
   int64_t strip_rows(int64_t row_bytes) const {
     const int64_t bytes = options_.tile_bytes > 0 ? options_.tile_bytes : int64_t{512} << 20;
-    return options_.tile_rows > 0 ? options_.tile_rows : std::clamp<int64_t>(bytes / row_bytes / 128, 1, 8) * 128;
+    return options_.tile_rows > 0 ? options_.tile_rows : std::clamp<int64_t>(bytes / row_bytes / 128, 1, 16) * 128;
   }
 
   // Unpinned memory: the copy takes it up before it returns, without waiting for the device's work.
