@@ -115,13 +115,8 @@ class Distiller {
       if (row.high > row.low) queries.push_back({document, row});
     }
     out_.queries = static_cast<int64_t>(queries.size());
-    if (options_.measured_queries > 0 && !options_.budgets.empty()) {
-      std::vector<Query> measured;
-      const int64_t count = std::min(options_.measured_queries, out_.queries);
-      for (int64_t i = 0; i < count; ++i)
-        measured.push_back(queries[static_cast<size_t>((i + 1) * out_.queries / count - 1)]);
-      run_documents(starts, measured, Task::coverage);
-    }
+    const std::vector<Query> measured = measured_among(queries);
+    if (options_.measured_queries > 0 && !options_.budgets.empty()) run_documents(starts, measured, Task::coverage);
     const bool measure_all = options_.measured_queries == 0 && !options_.budgets.empty();
     if (use_operators() && !measure_all) {
       // Rows that see no more than k_train keys need no choice.
@@ -142,8 +137,8 @@ class Distiller {
       const double mean = 1.0 / static_cast<double>(out_.queries * groups_);
       for (at::Tensor* t : {&out_.loss, &out_.teacher_entropy, &out_.grad_query, &out_.grad_key, &out_.grad_weight})
         if (t->defined()) t->mul_(mean);
-      const int64_t measured = options_.measured_queries > 0 ? std::min(options_.measured_queries, out_.queries) : out_.queries;
-      for (at::Tensor* t : {&out_.covered, &out_.covered_oracle}) t->mul_(1.0 / static_cast<double>(measured * groups_));
+      const double measured_mean = 1.0 / (static_cast<double>(measured.size()) * static_cast<double>(groups_));
+      for (at::Tensor* t : {&out_.covered, &out_.covered_oracle}) t->mul_(measured_mean);
     }
     return out_;
   }
@@ -155,6 +150,17 @@ class Distiller {
     Row row;
   };
   enum class Task { loss, coverage, both };
+
+  // Runs of neighbours: with many documents single queries would make as many tiles.
+  std::vector<Query> measured_among(const std::vector<Query>& queries) const {
+    const int64_t total = out_.queries, wanted = options_.measured_queries;
+    if (wanted == 0 || wanted >= total) return queries;
+    const int64_t length = std::min<int64_t>(wanted, 16), runs = wanted / length;
+    std::vector<Query> measured;
+    for (int64_t r = 1; r <= runs; ++r)
+      measured.insert(measured.end(), queries.begin() + r * total / runs - length, queries.begin() + r * total / runs);
+    return measured;
+  }
 
   // Half-precision inputs whose products the device accumulates and returns in float32.
   static bool is_half(const at::Tensor& x) {

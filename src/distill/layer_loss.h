@@ -43,7 +43,8 @@ struct LayerLossOptions {
   // block score. A budget below 1 is a share of |A|, else a number of tokens; both are rounded up to whole
   // blocks.
   std::vector<double> budgets;
-  // That on so many evenly spaced counted queries; 0: on all, which keeps the fused kernels from being used.
+  // That on at most so many counted queries, in evenly spaced runs of 16; 0: on all, which keeps the fused kernels
+  // from being used.
   int64_t measured_queries = 0;
   bool gradients = true;  // false: the gradients stay undefined
   // Queries handled at once; 0 picks a number that keeps the working set near `tile_bytes`.
