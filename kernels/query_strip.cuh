@@ -27,8 +27,9 @@ __device__ __forceinline__ void copy_panels(uint32_t to, int thread, const Sourc
 #pragma unroll 4
   for (int i = thread; i < kRows * kPieces; i += kThreads) {
     const int row = i / kPieces, piece = i % kPieces;
-    ptx::cp_async_16(to + static_cast<uint32_t>(((piece / 8 * kRows + row) * 8 + (piece % 8 ^ (row & 7))) * 16),
-                     source(row) + 8 * piece);
+    ptx::cp_async_16(
+        to + static_cast<uint32_t>(((piece / 8 * kRows + row) * 8 + (piece % 8 ^ (row & 7))) * 16),
+        source(row) + 8 * piece);
   }
 }
 
@@ -36,9 +37,9 @@ __device__ __forceinline__ uint32_t aligned_shared() {
   return (ptx::shared_address(ptx::dynamic_shared()) + 1023u) & ~1023u;
 }
 
-// The rows of a thread's accumulators: index % 2 of 0 is row lane / 4 of its warp's 16, 1 the row 8 below.
+// The two rows of a thread's accumulators: row lane / 4 of its warp's 16, and the one 8 below.
 struct ThreadRows {
-  int row[2];             // of the strip; may lie past its end
+  int row[2];  // of the strip; may lie past its end
   int32_t low[2], token[2];
   bool valid[2];
 };
@@ -66,11 +67,12 @@ __device__ __forceinline__ SeenKeys seen_keys(const QueryStrip& strip) {
 }
 
 inline bool is_strip(const QueryStrip& s) {
-  return s.tokens != nullptr && s.low != nullptr && s.rows >= 1 && s.first_key >= 0 && s.width >= 8 && s.width % 8 == 0 &&
-         s.num_tokens >= 1;
+  return s.tokens != nullptr && s.low != nullptr && s.rows >= 1 && s.first_key >= 0 && s.width >= 8 &&
+         s.width % 8 == 0 && s.num_tokens >= 1;
 }
 inline bool aligned_rows(const void* p, int64_t token_stride, int64_t head_stride) {
-  return p != nullptr && reinterpret_cast<uintptr_t>(p) % 16 == 0 && token_stride % 8 == 0 && head_stride % 8 == 0;
+  return p != nullptr && reinterpret_cast<uintptr_t>(p) % 16 == 0 && token_stride % 8 == 0 &&
+         head_stride % 8 == 0;
 }
 inline unsigned tiles(int64_t count, int64_t size) {
   return static_cast<unsigned>((count + size - 1) / size);

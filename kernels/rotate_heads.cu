@@ -1,9 +1,9 @@
-// Contract: rotate_heads.h. A thread takes four pairs, or four numbers that pass. Floor: x once and y once; 16384
-// tokens of 4 heads of 128 in bf16 are 34 MB, 11 us at 3 TB/s. Grid: ceil(tokens * heads * groups / 256).
-#include "kernels/rotate_heads.h"
-
+// Contract: rotate_heads.h. A thread takes four pairs, or four numbers that pass. Floor: x once and y once;
+// 16384 tokens of 4 heads of 128 in bf16 are 34 MB, 11 us at 3 TB/s. Grid: ceil(tokens * heads * groups /
+// 256).
 #include "kernels/launch.h"
 #include "kernels/ptx.cuh"
+#include "kernels/rotate_heads.h"
 #include "kernels/vector.cuh"
 
 namespace spot::kernels {
@@ -47,8 +47,9 @@ __global__ void __launch_bounds__(kThreads) rotate_heads_kernel(const RotateHead
 template <typename T>
 cudaError_t start(const RotateHeadsParams& p, cudaStream_t stream) {
   const int64_t threads = p.num_tokens * p.num_heads * ((p.dim - p.half) / kGroup);
-  return launch(rotate_heads_kernel<T>, {dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads)), dim3(kThreads)},
-                stream, p);
+  return launch(rotate_heads_kernel<T>,
+                {dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads)), dim3(kThreads)}, stream,
+                p);
 }
 
 }  // namespace

@@ -14,10 +14,10 @@ struct RotateHeadsParams {
   // Pointers and strides (in elements) in whole groups of four numbers; dims contiguous.
   const void* x = nullptr;  // [num_tokens, num_heads, dim]
   int64_t x_token_stride = 0, x_head_stride = 0;
-  const int64_t* positions = nullptr;           // [num_tokens], rows of the tables
-  const float *cos = nullptr, *sin = nullptr;   // [positions, half], contiguous
-  bool backwards = false;                       // by the negative angles: the inverse, and the gradient
-  void* y = nullptr;                            // [num_tokens, num_heads, dim], contiguous
+  const int64_t* positions = nullptr;          // [num_tokens], rows of the tables
+  const float *cos = nullptr, *sin = nullptr;  // [positions, half], contiguous
+  bool backwards = false;                      // by the negative angles: the inverse, and the gradient
+  void* y = nullptr;                           // [num_tokens, num_heads, dim], contiguous
 };
 
 // In float32, rounded once.

@@ -1,19 +1,19 @@
-// Contract: selector_kl.h. Two kernels over the same tiles: `normalize` finds each row's log-sum-exp of scores,
-// chunk by chunk of keys; `diverge` computes the scores again, and with them everything else. For the sparse loss
-// `normalize` stores the scores, and between the two top_members.h restricts the teacher and finds the log-sum-exp.
+// Contract: selector_kl.h. Two kernels over the same tiles: `normalize` finds each row's log-sum-exp of
+// scores, chunk by chunk of keys; `diverge` computes the scores again, and with them everything else. For the
+// sparse loss `normalize` stores the scores, and between the two top_members.h restricts the teacher and
+// finds the log-sum-exp.
 //
 // A block takes 128 queries by a chunk of 512 keys: the queries of all four heads stay in shared memory, keys
-// pass in tiles of 64 (32 with a key per head), two buffers. A warpgroup holds the four products of 64 queries
-// by a tile at once, since a score needs all four and its gradient all four again.
+// pass in tiles of 64 (32 with a key per head), two buffers. A warpgroup holds the four products of 64
+// queries by a tile at once, since a score needs all four and its gradient all four again.
 //
-// Floor at L tokens, one layer: L^2 / 2 * 2 * 4 * 128 FLOP a kernel, at 16384 tokens 0.14 TFLOP: 0.14 ms at the
-// 989 TFLOP/s of the data sheet, twice that as the small operands come out of shared memory. `diverge` reads
-// L^2 / 2 * 4 bytes of teacher and writes twice as many: 1.6 GB, 0.5 ms at 3 TB/s. Not measured yet.
+// Floor at L tokens, one layer: L^2 / 2 * 2 * 4 * 128 FLOP a kernel, at 16384 tokens 0.14 TFLOP: 0.14 ms at
+// the 989 TFLOP/s of the data sheet, twice that as the small operands come out of shared memory. `diverge`
+// reads L^2 / 2 * 4 bytes of teacher and writes twice as many: 1.6 GB, 0.5 ms at 3 TB/s. Not measured yet.
 //
 // Grid: [width / 512, rows / 128], one block of 256 threads an SM (161 or 193 KB of shared memory).
-#include "kernels/selector_kl.h"
-
 #include "kernels/query_strip.cuh"
+#include "kernels/selector_kl.h"
 #include "kernels/top_members.h"
 
 namespace spot::kernels {
@@ -60,19 +60,22 @@ template <int kKeyHeads, bool kDiverge>
 __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const SelectorKlParams p) {
   using S = Tile<kKeyHeads>;
   const QueryStrip& strip = p.strip;
-  const int column0 = static_cast<int>(blockIdx.x) * kKlChunk, column_end = min(column0 + kKlChunk, strip.width);
+  const int column0 = static_cast<int>(blockIdx.x) * kKlChunk,
+            column_end = min(column0 + kKlChunk, strip.width);
   const int num_chunks = static_cast<int>(gridDim.x);
   const ThreadRows rows = thread_rows(strip);
   const int quad = static_cast<int>(threadIdx.x) % 4;
 
   // The chunk's tiles that some query of the block sees.
   const SeenKeys seen = seen_keys(strip);
-  const int begin = max(seen.begin - strip.first_key, column0), end = min(seen.end - strip.first_key, column_end);
+  const int begin = max(seen.begin - strip.first_key, column0),
+            end = min(seen.end - strip.first_key, column_end);
   const int first_tile = begin < end ? (begin - column0) / S::kKeys : 0;
   const int end_tile = begin < end ? (end - column0 + S::kKeys - 1) / S::kKeys : 0;
 
   const int warpgroup = static_cast<int>(threadIdx.x) / kGroupThreads;
-  const uint32_t queries = aligned_shared() + static_cast<uint32_t>(warpgroup) * kSelectorHeads * kQueryHeadBytes;
+  const uint32_t queries =
+      aligned_shared() + static_cast<uint32_t>(warpgroup) * kSelectorHeads * kQueryHeadBytes;
   const uint32_t keys = aligned_shared() + 2 * kSelectorHeads * kQueryHeadBytes;
   const auto load_keys = [&](int tile) {
     const int32_t first = strip.first_key + column0 + tile * S::kKeys;
@@ -89,7 +92,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
     const int first_row = static_cast<int>(blockIdx.y) * kTileRows + warpgroup * kGroupRows;
     for (int head = 0; head < kSelectorHeads; ++head)
       copy_panels<kGroupRows, kPanels, kGroupThreads>(
-          queries + static_cast<uint32_t>(head) * kQueryHeadBytes, static_cast<int>(threadIdx.x) % kGroupThreads, [&](int row) {
+          queries + static_cast<uint32_t>(head) * kQueryHeadBytes,
+          static_cast<int>(threadIdx.x) % kGroupThreads, [&](int row) {
             return static_cast<const Bf16*>(p.query) + head * p.query_head_stride +
                    strip.tokens[min(first_row + row, strip.rows - 1)] * p.query_token_stride;
           });
@@ -99,15 +103,19 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
   float weight[2][kSelectorHeads];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float4 w = *reinterpret_cast<const float4*>(p.weight + static_cast<int64_t>(rows.token[i]) * kSelectorHeads);
+    const float4 w =
+        *reinterpret_cast<const float4*>(p.weight + static_cast<int64_t>(rows.token[i]) * kSelectorHeads);
     weight[i][0] = w.x, weight[i][1] = w.y, weight[i][2] = w.z, weight[i][3] = w.w;
   }
-  float largest[2] = {kMinusInfinity, kMinusInfinity}, sum[2] = {};                      // normalize
-  float logsumexp2[2] = {}, cross[2] = {}, entropy[2] = {}, total[2] = {}, weight_grad[2][kSelectorHeads] = {};  // diverge
+  float largest[2] = {kMinusInfinity, kMinusInfinity}, sum[2] = {};  // normalize
+  float logsumexp2[2] = {}, cross[2] = {}, entropy[2] = {}, total[2] = {},
+        weight_grad[2][kSelectorHeads] = {};  // diverge
   if constexpr (kDiverge)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      logsumexp2[i] = combine_chunks(p.chunk_logsumexp + static_cast<int64_t>(min(rows.row[i], strip.rows - 1)) * num_chunks, num_chunks);
+      logsumexp2[i] = combine_chunks(
+          p.chunk_logsumexp + static_cast<int64_t>(min(rows.row[i], strip.rows - 1)) * num_chunks,
+          num_chunks);
 
   Bf16* const grad = static_cast<Bf16*>(p.dots_grad);
   if (kDiverge && grad != nullptr) {  // columns that no query of the block sees
@@ -116,8 +124,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
       for (int head = 0; head < kSelectorHeads; ++head)
         for (int column = column0 + 8 * quad; column < column_end; column += 32)
           if (const int tile = (column - column0) / S::kKeys; tile < first_tile || tile >= end_tile)
-            *reinterpret_cast<uint4*>(grad + rows.row[i] * p.dots_grad_row_stride + head * p.dots_grad_head_stride + column) =
-                make_uint4(0u, 0u, 0u, 0u);
+            *reinterpret_cast<uint4*>(grad + rows.row[i] * p.dots_grad_row_stride +
+                                      head * p.dots_grad_head_stride + column) = make_uint4(0u, 0u, 0u, 0u);
     }
   }
 
@@ -136,10 +144,13 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
 #pragma unroll
       for (int step = 0; step < kKeyDim / 16; ++step) {
         const uint32_t panel = static_cast<uint32_t>(step / 4);
-        const uint64_t a = ptx::wgmma_operand(queries + static_cast<uint32_t>(head) * kQueryHeadBytes + panel * kGroupRows * kPanelRowBytes);
+        const uint64_t a = ptx::wgmma_operand(queries + static_cast<uint32_t>(head) * kQueryHeadBytes +
+                                              panel * kGroupRows * kPanelRowBytes);
         const uint64_t b = ptx::wgmma_operand(keys + static_cast<uint32_t>(tile % 2) * S::kKeyBytes +
-                                              static_cast<uint32_t>(head % kKeyHeads) * S::kHeadBytes + panel * S::kKeys * kPanelRowBytes);
-        ptx::wgmma_k16<Bf16>(dots[head], ptx::wgmma_advance(a, step % 4), ptx::wgmma_advance(b, step % 4), step > 0);
+                                              static_cast<uint32_t>(head % kKeyHeads) * S::kHeadBytes +
+                                              panel * S::kKeys * kPanelRowBytes);
+        ptx::wgmma_k16<Bf16>(dots[head], ptx::wgmma_advance(a, step % 4), ptx::wgmma_advance(b, step % 4),
+                             step > 0);
       }
     ptx::wgmma_commit();
 
@@ -153,7 +164,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
           const int column = tile_column + 32 * block;
           float4 low = {}, high = {};
           if (column < column_end) {
-            const float* from = p.mass + static_cast<int64_t>(min(rows.row[i], strip.rows - 1)) * strip.width + column;
+            const float* from =
+                p.mass + static_cast<int64_t>(min(rows.row[i], strip.rows - 1)) * strip.width + column;
             low = *reinterpret_cast<const float4*>(from);
             high = *reinterpret_cast<const float4*>(from + 4);
           }
@@ -172,7 +184,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
       const auto score2 = [&](int element) {
         float score = 0.0f;
 #pragma unroll
-        for (int head = 0; head < kSelectorHeads; ++head) score += weight[i][head] * relu(dots[head][element]);
+        for (int head = 0; head < kSelectorHeads; ++head)
+          score += weight[i][head] * relu(dots[head][element]);
         return score * kLog2E;
       };
       const auto sees = [&](int column) {
@@ -185,7 +198,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
 #pragma unroll
         for (int n = 0; n < S::kKeys / 4; ++n) {
           const int block = n / 8, j = n % 8;
-          scores[n] = sees(tile_column + 32 * block + j) ? score2(16 * block + j / 2 * 4 + 2 * i + j % 2) : kMinusInfinity;
+          scores[n] = sees(tile_column + 32 * block + j) ? score2(16 * block + j / 2 * 4 + 2 * i + j % 2)
+                                                         : kMinusInfinity;
           peak = fmaxf(peak, scores[n]);
         }
         const float base = peak == kMinusInfinity ? 0.0f : peak;
@@ -199,7 +213,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
           for (int n = 0; n < S::kKeys / 4; n += 4) {
             const int column = tile_column + n / 8 * 32 + n % 8;
             if (column < column_end)
-              *reinterpret_cast<float4*>(to + column) = make_float4(scores[n], scores[n + 1], scores[n + 2], scores[n + 3]);
+              *reinterpret_cast<float4*>(to + column) =
+                  make_float4(scores[n], scores[n + 1], scores[n + 2], scores[n + 3]);
           }
         }
       } else {
@@ -228,9 +243,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
 #pragma unroll
           for (int head = 0; head < kSelectorHeads; ++head) {
             const float(&g)[8] = dots_grad[head];
-            *reinterpret_cast<uint4*>(grad + rows.row[i] * p.dots_grad_row_stride + head * p.dots_grad_head_stride + column) =
-                make_uint4(ptx::pack2<Bf16>(g[0], g[1]), ptx::pack2<Bf16>(g[2], g[3]), ptx::pack2<Bf16>(g[4], g[5]),
-                           ptx::pack2<Bf16>(g[6], g[7]));
+            *reinterpret_cast<uint4*>(grad + rows.row[i] * p.dots_grad_row_stride +
+                                      head * p.dots_grad_head_stride + column) =
+                make_uint4(ptx::pack2<Bf16>(g[0], g[1]), ptx::pack2<Bf16>(g[2], g[3]),
+                           ptx::pack2<Bf16>(g[4], g[5]), ptx::pack2<Bf16>(g[6], g[7]));
           }
         }
       }
@@ -263,7 +279,9 @@ cudaError_t start(const SelectorKlParams& p, cudaStream_t stream) {
   constexpr size_t kSharedBytes = Tile<kKeyHeads>::kSharedBytes;
   const cudaError_t error = allow_shared_bytes(kernel, kSharedBytes);
   if (error != cudaSuccess) return error;
-  return launch(kernel, {dim3(tiles(p.strip.width, kKlChunk), tiles(p.strip.rows, kTileRows)), dim3(kTileThreads), kSharedBytes},
+  return launch(kernel,
+                {dim3(tiles(p.strip.width, kKlChunk), tiles(p.strip.rows, kTileRows)), dim3(kTileThreads),
+                 kSharedBytes},
                 stream, p);
 }
 
@@ -283,8 +301,9 @@ cudaError_t selector_kl(const SelectorKlParams& p, cudaStream_t stream) {
   const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
   if (!is_strip(p.strip) || (p.key_heads != 1 && p.key_heads != kSelectorHeads) ||
       !aligned_rows(p.query, p.query_token_stride, p.query_head_stride) ||
-      !aligned_rows(p.key, p.key_token_stride, p.key_head_stride) || p.weight == nullptr || !aligned(p.weight) ||
-      p.mass == nullptr || !aligned(p.mass) || p.chunk_logsumexp == nullptr || p.sums == nullptr || !aligned(p.dots_grad) ||
+      !aligned_rows(p.key, p.key_token_stride, p.key_head_stride) || p.weight == nullptr ||
+      !aligned(p.weight) || p.mass == nullptr || !aligned(p.mass) || p.chunk_logsumexp == nullptr ||
+      p.sums == nullptr || !aligned(p.dots_grad) ||
       (p.k_train > 0 && (p.scores == nullptr || p.entropy == nullptr)) || !aligned(p.scores) ||
       p.dots_grad_row_stride % 8 != 0 || p.dots_grad_head_stride % 8 != 0)
     return cudaErrorInvalidValue;

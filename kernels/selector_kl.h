@@ -20,9 +20,10 @@ struct SelectorKlParams {
   const float* weight = nullptr;  // [num_tokens, 4], contiguous, aligned to 16 bytes
   int64_t query_token_stride = 0, query_head_stride = 0, key_token_stride = 0, key_head_stride = 0;
   float* mass = nullptr;  // [rows, width], contiguous: the teacher's distribution
-  // Positive: the sparse loss. Of each row only the k_train keys with the highest scores count, ties to the lower
-  // column; teacher and student are renormalised over them. `mass` is then overwritten (see top_members.h), and
-  // these two are needed: [rows, width] and, in nats, [rows], the teacher's entropy over all keys seen.
+  // Positive: the sparse loss. Of each row only the k_train keys with the highest scores count, ties to the
+  // lower column; teacher and student are renormalised over them. `mass` is then overwritten (see
+  // top_members.h), and these two are needed: [rows, width] and, in nats, [rows], the teacher's entropy over
+  // all keys seen.
   int32_t k_train = 0;
   float* scores = nullptr;
   float* entropy = nullptr;
@@ -30,10 +31,11 @@ struct SelectorKlParams {
   float* chunk_logsumexp = nullptr;
   // [rows, chunks, kKlSums], over the chunk's keys that count; t is the teacher, log natural:
   //   0 sum t (log t - log student)   1 sum t log t   2 sum t   3 unused (0)
-  //   4 + h: sum (student - t) ReLU(query_h . key_h), the gradient of the row's loss with respect to weight h.
+  //   4 + h: sum (student - t) ReLU(query_h . key_h), the gradient of the row's loss with respect to weight
+  //   h.
   float* sums = nullptr;
-  // bf16: the gradient of the row's loss with respect to query_h . key_h, 0 where a key does not count. Element
-  // (r, h, c) at r * row_stride + h * head_stride + c, strides multiples of 8. Null: not wanted.
+  // bf16: the gradient of the row's loss with respect to query_h . key_h, 0 where a key does not count.
+  // Element (r, h, c) at r * row_stride + h * head_stride + c, strides multiples of 8. Null: not wanted.
   void* dots_grad = nullptr;
   int64_t dots_grad_row_stride = 0, dots_grad_head_stride = 0;
 };

@@ -1,11 +1,11 @@
 // mass[r, g, c] = mean over the query heads h of group g of e^(scale q_rh . k_c - logsumexp_rh); contract:
 // teacher_mass.h.
 //
-// A block takes 128 queries by 256 keys (128 keys where a head has 256 dims), adds up all heads' probabilities
-// in registers, and writes each number once. Its two warpgroups share the keys of a KV head (two buffers: the
-// next head's load meanwhile) and have 64 queries each, of which two buffers again; they meet once a KV head,
-// so that between one's products and the other's exponentials the units are all in use. One head at a time, a
-// warpgroup multiplies 64 x 128, then adds 64 x 128 exponentials.
+// A block takes 128 queries by 256 keys (128 keys where a head has 256 dims), adds up all heads'
+// probabilities in registers, and writes each number once. Its two warpgroups share the keys of a KV head
+// (two buffers: the next head's load meanwhile) and have 64 queries each, of which two buffers again; they
+// meet once a KV head, so that between one's products and the other's exponentials the units are all in use.
+// One head at a time, a warpgroup multiplies 64 x 128, then adds 64 x 128 exponentials.
 //
 // Floor at L tokens, one layer: L^2 / 2 * 2 * num_heads * head_dim FLOP, the same as a causal QK^T, and
 // L^2 / 2 * num_heads exponentials, 16 a clock and SM: at 16384 tokens and 32 heads of 128 dims 1.1 TFLOP
@@ -13,9 +13,8 @@
 // from L2: 192 KB for 33.5 MFLOP. kernels/NOTES.md has the whole step. Not measured yet.
 //
 // Grid: [width / 256, rows / 128], one block of 256 threads an SM (193 KB of shared memory).
-#include "kernels/teacher_mass.h"
-
 #include "kernels/query_strip.cuh"
+#include "kernels/teacher_mass.h"
 
 namespace spot::kernels {
 namespace {
@@ -36,8 +35,8 @@ struct Tile {
 
 // A thread's share of the tile: 8 columns of each of its two rows in every 32.
 template <int kKeys>
-__device__ __forceinline__ void store_mass(const TeacherMassParams& p, const ThreadRows& rows, int group, int column0,
-                                           const float (&mass)[kKeys / 2]) {
+__device__ __forceinline__ void store_mass(const TeacherMassParams& p, const ThreadRows& rows, int group,
+                                           int column0, const float (&mass)[kKeys / 2]) {
   const float share = static_cast<float>(p.groups) / static_cast<float>(p.num_heads);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -52,7 +51,9 @@ __device__ __forceinline__ void store_mass(const TeacherMassParams& p, const Thr
       for (int j = 0; j < 8; ++j) {
         const int32_t token = p.strip.first_key + column + j;
         // Keys that a row does not see were added up as well, to anything.
-        values[j] = token >= rows.low[i] && token <= rows.token[i] ? share * mass[16 * block + j / 2 * 4 + 2 * i + j % 2] : 0.0f;
+        values[j] = token >= rows.low[i] && token <= rows.token[i]
+                        ? share * mass[16 * block + j / 2 * 4 + 2 * i + j % 2]
+                        : 0.0f;
       }
       *reinterpret_cast<float4*>(to + column) = make_float4(values[0], values[1], values[2], values[3]);
       *reinterpret_cast<float4*>(to + column + 4) = make_float4(values[4], values[5], values[6], values[7]);
@@ -76,13 +77,15 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
     return;
   }
 
-  const int warpgroup = static_cast<int>(threadIdx.x) / kGroupThreads, thread = static_cast<int>(threadIdx.x) % kGroupThreads;
+  const int warpgroup = static_cast<int>(threadIdx.x) / kGroupThreads,
+            thread = static_cast<int>(threadIdx.x) % kGroupThreads;
   const uint32_t keys = aligned_shared();
   const uint32_t queries = keys + 2 * S::kKeyBytes + static_cast<uint32_t>(warpgroup) * 2 * S::kQueryBytes;
   const auto load_keys = [&](int kv_head) {
     const T* head = static_cast<const T*>(p.key) + kv_head * p.key_head_stride;
     copy_panels<S::kKeys, kHeadDim / kPanelDims, kTileThreads>(
-        keys + static_cast<uint32_t>(kv_head % 2) * S::kKeyBytes, static_cast<int>(threadIdx.x), [&](int row) {
+        keys + static_cast<uint32_t>(kv_head % 2) * S::kKeyBytes, static_cast<int>(threadIdx.x),
+        [&](int row) {
           return head + min(first_token + key_of_row(row), strip.num_tokens - 1) * p.key_token_stride;
         });
   };
@@ -91,7 +94,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
   const int first_row = static_cast<int>(blockIdx.y) * kTileRows + warpgroup * kGroupRows;
   const auto load_query = [&](int stage) {
     if (stage < stages) {
-      const T* head = static_cast<const T*>(p.query) + stage / S::kParts * p.query_head_stride + stage % S::kParts * S::kQueryDims;
+      const T* head = static_cast<const T*>(p.query) + stage / S::kParts * p.query_head_stride +
+                      stage % S::kParts * S::kQueryDims;
       copy_panels<kGroupRows, S::kQueryDims / kPanelDims, kGroupThreads>(
           queries + static_cast<uint32_t>(stage % 2) * S::kQueryBytes, thread, [&](int row) {
             return head + strip.tokens[min(first_row + row, strip.rows - 1)] * p.query_token_stride;
@@ -140,10 +144,13 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
 #pragma unroll
         for (int step = 0; step < S::kQueryDims / 16; ++step) {
           const int panel = step / 4;
-          const uint64_t a = ptx::wgmma_operand(query + static_cast<uint32_t>(panel * kGroupRows * kPanelRowBytes));
-          const uint64_t b = ptx::wgmma_operand(keys + static_cast<uint32_t>(kv_head % 2) * S::kKeyBytes +
-                                                static_cast<uint32_t>(((part * (S::kQueryDims / kPanelDims) + panel) * S::kKeys +
-                                                                       chunk * kChunkKeys) * kPanelRowBytes));
+          const uint64_t a =
+              ptx::wgmma_operand(query + static_cast<uint32_t>(panel * kGroupRows * kPanelRowBytes));
+          const uint64_t b = ptx::wgmma_operand(
+              keys + static_cast<uint32_t>(kv_head % 2) * S::kKeyBytes +
+              static_cast<uint32_t>(
+                  ((part * (S::kQueryDims / kPanelDims) + panel) * S::kKeys + chunk * kChunkKeys) *
+                  kPanelRowBytes));
           ptx::wgmma_k16<T>(products, ptx::wgmma_advance(a, step % 4), ptx::wgmma_advance(b, step % 4),
                             part > 0 || step > 0);
         }
@@ -172,7 +179,8 @@ cudaError_t start(const TeacherMassParams& p, cudaStream_t stream) {
   const cudaError_t error = allow_shared_bytes(kernel, S::kSharedBytes);
   if (error != cudaSuccess) return error;
   return launch(kernel,
-                {dim3(tiles(p.strip.width, S::kKeys), tiles(p.strip.rows, kTileRows)), dim3(kTileThreads), S::kSharedBytes},
+                {dim3(tiles(p.strip.width, S::kKeys), tiles(p.strip.rows, kTileRows)), dim3(kTileThreads),
+                 S::kSharedBytes},
                 stream, p);
 }
 
@@ -193,10 +201,11 @@ cudaError_t start(const TeacherMassParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t teacher_mass(const TeacherMassParams& p, cudaStream_t stream) {
-  if (!is_strip(p.strip) || p.num_heads < 1 || p.num_kv_heads < 1 || p.num_heads % p.num_kv_heads != 0 || p.groups < 1 ||
-      p.num_kv_heads % p.groups != 0 || !aligned_rows(p.query, p.query_token_stride, p.query_head_stride) ||
-      !aligned_rows(p.key, p.key_token_stride, p.key_head_stride) || p.logsumexp == nullptr || p.mass == nullptr ||
-      reinterpret_cast<uintptr_t>(p.mass) % 16 != 0)
+  if (!is_strip(p.strip) || p.num_heads < 1 || p.num_kv_heads < 1 || p.num_heads % p.num_kv_heads != 0 ||
+      p.groups < 1 || p.num_kv_heads % p.groups != 0 ||
+      !aligned_rows(p.query, p.query_token_stride, p.query_head_stride) ||
+      !aligned_rows(p.key, p.key_token_stride, p.key_head_stride) || p.logsumexp == nullptr ||
+      p.mass == nullptr || reinterpret_cast<uintptr_t>(p.mass) % 16 != 0)
     return cudaErrorInvalidValue;
   switch (p.data_type) {
     case DataType::kBf16:

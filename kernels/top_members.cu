@@ -1,14 +1,14 @@
-// Contract: top_members.h. A block takes a row. Scores become integers in the same order, kept in shared memory
-// where they fit; 16 rounds of counting find the k-th largest, two bits a round: counts do not depend on the order
-// of addition. Where more keys tie with it than there is room for, the last one admitted is found by counting too.
+// Contract: top_members.h. A block takes a row. Scores become integers in the same order, kept in shared
+// memory where they fit; 16 rounds of counting find the k-th largest, two bits a round: counts do not depend
+// on the order of addition. Where more keys tie with it than there is room for, the last one admitted is
+// found by counting too.
 //
-// Bound by the rounds: 16 * 4 bytes of shared memory a key, at 16384 keys 8200 clocks a row, two or three rows an
-// SM at a time. Not measured yet.
+// Bound by the rounds: 16 * 4 bytes of shared memory a key, at 16384 keys 8200 clocks a row, two or three
+// rows an SM at a time. Not measured yet.
 //
 // Grid: rows, blocks of 512 threads, up to 192 KB of shared memory.
-#include "kernels/top_members.h"
-
 #include "kernels/query_strip.cuh"
+#include "kernels/top_members.h"
 #include "kernels/vector.cuh"
 
 namespace spot::kernels {
@@ -18,13 +18,15 @@ constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kSharedKeys = 48 * 1024;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Larger floats give larger integers; a number with its sign bit set (a negative NaN apart) less than any without.
+// Larger floats give larger integers; a number with its sign bit set (a negative NaN apart) less than any
+// without.
 __device__ __forceinline__ uint32_t ordered(float x) {
   const uint32_t bits = __float_as_uint(x);
   return bits ^ (bits >> 31 != 0 ? 0xffffffffu : 0x80000000u);
 }
 
-// Sums over the block, the same in every thread. `partial` alternates between calls, so that one barrier is enough.
+// Sums over the block, the same in every thread. `partial` alternates between calls, so that one barrier is
+// enough.
 template <int kCount>
 __device__ __forceinline__ void count_in_block(int (&counts)[kCount], int (*partial)[kCount]) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -35,7 +37,8 @@ __device__ __forceinline__ void count_in_block(int (&counts)[kCount], int (*part
   }
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) counts[i] = __reduce_add_sync(0xffffffffu, lane < kWarps ? partial[lane][i] : 0);
+  for (int i = 0; i < kCount; ++i)
+    counts[i] = __reduce_add_sync(0xffffffffu, lane < kWarps ? partial[lane][i] : 0);
 }
 
 __global__ void __launch_bounds__(kThreads) top_members_kernel(const TopMembersParams p) {
@@ -58,15 +61,17 @@ __global__ void __launch_bounds__(kThreads) top_members_kernel(const TopMembersP
     total += t;
     information += t == 0.0f ? 0.0f : t * ptx::log2_approx(t);
   }
-  for (int offset = 16; offset > 0; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+  for (int offset = 16; offset > 0; offset /= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
   if (thread % 32 == 0) partial_sums[0][thread / 32] = largest;
   total = sum_of_block(total, partial_sums[1]);  // its barrier serves `shared` and the first sums too
   information = sum_of_block(information, partial_sums[2]);
   largest = thread % 32 < kWarps ? partial_sums[0][thread % 32] : -INFINITY;
-  for (int offset = 16; offset > 0; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+  for (int offset = 16; offset > 0; offset /= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
 
   const auto key = [&](int i) { return cached ? shared[i] : ordered(scores[i]); };
-  uint32_t threshold = 0;    // members: keys above it, and those equal to it up to index last_equal
+  uint32_t threshold = 0;  // members: keys above it, and those equal to it up to index last_equal
   int last_equal = count;
   if (count > p.k) {
     int round = 0;
@@ -78,7 +83,8 @@ __global__ void __launch_bounds__(kThreads) top_members_kernel(const TopMembersP
         for (uint32_t j = 0; j < 3; ++j) counts[j] += value >= threshold + ((j + 1) << shift) ? 1 : 0;
       }
       count_in_block(counts, partial_counts[round % 2]);
-      threshold += static_cast<uint32_t>((counts[0] >= p.k) + (counts[1] >= p.k) + (counts[2] >= p.k)) << shift;
+      threshold += static_cast<uint32_t>((counts[0] >= p.k) + (counts[1] >= p.k) + (counts[2] >= p.k))
+                   << shift;
     }
     int counts[3] = {};  // above, equal
     for (int i = thread; i < count; i += kThreads) {
@@ -88,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) top_members_kernel(const TopMembersP
     }
     count_in_block(counts, partial_counts[round++ % 2]);
     const int wanted = p.k - counts[0];
-    if (counts[1] > wanted) {  // the same in every thread
+    if (counts[1] > wanted) {         // the same in every thread
       int low = 0, high = count - 1;  // the first index with `wanted` equal keys up to it
       while (low < high) {
         const int middle = (low + high) / 2;
@@ -128,10 +134,12 @@ cudaError_t top_members(const TopMembersParams& p, cudaStream_t stream) {
   if (!is_strip(p.strip) || p.k < 1 || p.scores == nullptr || p.mass == nullptr || p.logsumexp == nullptr ||
       p.logsumexp_stride < 1 || p.entropy == nullptr)
     return cudaErrorInvalidValue;
-  const size_t bytes = p.strip.width <= kSharedKeys ? static_cast<size_t>(p.strip.width) * sizeof(uint32_t) : 0;
+  const size_t bytes =
+      p.strip.width <= kSharedKeys ? static_cast<size_t>(p.strip.width) * sizeof(uint32_t) : 0;
   const cudaError_t error = allow_shared_bytes(top_members_kernel, bytes);
   if (error != cudaSuccess) return error;
-  return launch(top_members_kernel, {dim3(static_cast<unsigned>(p.strip.rows)), dim3(kThreads), bytes}, stream, p);
+  return launch(top_members_kernel, {dim3(static_cast<unsigned>(p.strip.rows)), dim3(kThreads), bytes},
+                stream, p);
 }
 
 }  // namespace spot::kernels

@@ -10,8 +10,12 @@ namespace spot::ops::cuda {
 namespace {
 
 kernels::QueryStrip strip_of(const QueryStrip& s, int64_t width, const at::Tensor& query) {
-  return {s.tokens.const_data_ptr<int32_t>(), s.low.const_data_ptr<int32_t>(), narrow(s.tokens.size(0)),
-          narrow(s.first_key),                narrow(width),                   narrow(query.size(0))};
+  return {s.tokens.const_data_ptr<int32_t>(),
+          s.low.const_data_ptr<int32_t>(),
+          narrow(s.tokens.size(0)),
+          narrow(s.first_key),
+          narrow(width),
+          narrow(query.size(0))};
 }
 
 // Rows in memory are whole 16-byte pieces.
@@ -48,8 +52,9 @@ at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, const 
   return mass.narrow(2, 0, strip.width);
 }
 
-SelectorKl selector_kl(at::Tensor mass, const at::Tensor& query, const at::Tensor& key, const at::Tensor& weight,
-                       const QueryStrip& strip, int64_t k_train, at::Tensor grad_key) {
+SelectorKl selector_kl(at::Tensor mass, const at::Tensor& query, const at::Tensor& key,
+                       const at::Tensor& weight, const QueryStrip& strip, int64_t k_train,
+                       at::Tensor grad_key) {
   const c10::DeviceGuard guard(query.device());
   const int64_t rows = mass.size(0), width = padded(strip.width), heads = query.size(1), dim = query.size(2);
   const int64_t chunks = (width + kernels::kKlChunk - 1) / kernels::kKlChunk;
@@ -61,7 +66,8 @@ SelectorKl selector_kl(at::Tensor mass, const at::Tensor& query, const at::Tenso
   // With a shared key the heads are rows of one product; with a key per head they are a batch.
   at::Tensor dots_grad;
   if (gradients)
-    dots_grad = at::empty(shared ? at::IntArrayRef{rows, heads, width} : at::IntArrayRef{heads, rows, width}, query.options());
+    dots_grad = at::empty(shared ? at::IntArrayRef{rows, heads, width} : at::IntArrayRef{heads, rows, width},
+                          query.options());
   kernels::SelectorKlParams p;
   p.strip = strip_of(strip, width, query);
   p.key_heads = narrow(key.size(1));

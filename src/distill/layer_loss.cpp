@@ -52,12 +52,15 @@ void check(const LayerLossInputs& in, const LayerLossOptions& o) {
         "layer_loss: selector_weight {} needs {} heads and a number of groups that divides the {} key-value "
         "heads",
         shape(in.selector_weight), heads, in.key.size(1));
-  if (in.logsumexp.defined() &&
-      (in.logsumexp.dim() != 2 || in.logsumexp.size(0) != in.query.size(1) || in.logsumexp.size(1) != in.query.size(0)))
-    fail("layer_loss: logsumexp {} must be [{}, {}]", shape(in.logsumexp), in.query.size(1), in.query.size(0));
-  if (o.block_size < 1 || o.measured_queries < 0 || o.sinks < 0 || o.recency < 0 || o.tile_rows < 0 || o.tile_bytes < 0)
+  if (in.logsumexp.defined() && (in.logsumexp.dim() != 2 || in.logsumexp.size(0) != in.query.size(1) ||
+                                 in.logsumexp.size(1) != in.query.size(0)))
+    fail("layer_loss: logsumexp {} must be [{}, {}]", shape(in.logsumexp), in.query.size(1),
+         in.query.size(0));
+  if (o.block_size < 1 || o.measured_queries < 0 || o.sinks < 0 || o.recency < 0 || o.tile_rows < 0 ||
+      o.tile_bytes < 0)
     fail(
-        "layer_loss: block_size must be positive; sinks, recency, measured_queries, tile_rows and tile_bytes must not "
+        "layer_loss: block_size must be positive; sinks, recency, measured_queries, tile_rows and tile_bytes "
+        "must not "
         "be negative");
   if (o.loss == DistillLoss::sparse && o.k_train < o.block_size)
     fail("layer_loss: k_train is {}, it must be at least a block of {} tokens", o.k_train, o.block_size);
@@ -96,7 +99,8 @@ class Distiller {
     if (options.gradients) {
       out_.grad_query = at::zeros(selector_query_.sizes(), wide);
       // Heads outside, as products by head want it.
-      out_.grad_key = at::zeros({selector_key_.size(1), selector_key_.size(0), selector_key_.size(2)}, wide).transpose(0, 1);
+      out_.grad_key = at::zeros({selector_key_.size(1), selector_key_.size(0), selector_key_.size(2)}, wide)
+                          .transpose(0, 1);
       out_.grad_weight = at::zeros_like(weight_);
     }
   }
@@ -116,7 +120,8 @@ class Distiller {
     }
     out_.queries = static_cast<int64_t>(queries.size());
     const std::vector<Query> measured = measured_among(queries);
-    if (options_.measured_queries > 0 && !options_.budgets.empty()) run_documents(starts, measured, Task::coverage);
+    if (options_.measured_queries > 0 && !options_.budgets.empty())
+      run_documents(starts, measured, Task::coverage);
     const bool measure_all = options_.measured_queries == 0 && !options_.budgets.empty();
     if (use_operators() && !measure_all) {
       // Rows that see no more than k_train keys need no choice.
@@ -135,9 +140,11 @@ class Distiller {
 
     if (out_.queries > 0) {
       const double mean = 1.0 / static_cast<double>(out_.queries * groups_);
-      for (at::Tensor* t : {&out_.loss, &out_.teacher_entropy, &out_.grad_query, &out_.grad_key, &out_.grad_weight})
+      for (at::Tensor* t :
+           {&out_.loss, &out_.teacher_entropy, &out_.grad_query, &out_.grad_key, &out_.grad_weight})
         if (t->defined()) t->mul_(mean);
-      const double measured_mean = 1.0 / (static_cast<double>(measured.size()) * static_cast<double>(groups_));
+      const double measured_mean =
+          1.0 / (static_cast<double>(measured.size()) * static_cast<double>(groups_));
       for (at::Tensor* t : {&out_.covered, &out_.covered_oracle}) t->mul_(measured_mean);
     }
     return out_;
@@ -158,7 +165,8 @@ class Distiller {
     const int64_t length = std::min<int64_t>(wanted, 16), runs = wanted / length;
     std::vector<Query> measured;
     for (int64_t r = 1; r <= runs; ++r)
-      measured.insert(measured.end(), queries.begin() + r * total / runs - length, queries.begin() + r * total / runs);
+      measured.insert(measured.end(), queries.begin() + r * total / runs - length,
+                      queries.begin() + r * total / runs);
     return measured;
   }
 
@@ -174,8 +182,9 @@ class Distiller {
   // Whether losses that the operators know go to them.
   bool use_operators() const {
     using Operators = LayerLossOptions::Operators;
-    if (options_.operators == Operators::never || !in_.logsumexp.defined() || options_.teacher != Teacher::token ||
-        options_.scope != TeacherScope::all || groups_ != 1 || in_.query.scalar_type() != in_.key.scalar_type() ||
+    if (options_.operators == Operators::never || !in_.logsumexp.defined() ||
+        options_.teacher != Teacher::token || options_.scope != TeacherScope::all || groups_ != 1 ||
+        in_.query.scalar_type() != in_.key.scalar_type() ||
         in_.selector_query.scalar_type() != in_.selector_key.scalar_type())
       return false;
     return options_.operators == Operators::always ||
@@ -221,8 +230,10 @@ class Distiller {
       lists = on_device(lists);
       strip.tokens = lists[0];
       strip.low = lists[1];
-      const at::Tensor mass = ops::attention_mass(in_.query, in_.key, in_.logsumexp, strip, in_.scale, 1).select(1, 0);
-      const ops::SelectorKl kl = ops::selector_kl(mass, in_.selector_query, in_.selector_key, weight, strip, k_train, grad_key);
+      const at::Tensor mass =
+          ops::attention_mass(in_.query, in_.key, in_.logsumexp, strip, in_.scale, 1).select(1, 0);
+      const ops::SelectorKl kl =
+          ops::selector_kl(mass, in_.selector_query, in_.selector_key, weight, strip, k_train, grad_key);
       out_.loss += kl.loss.sum(at::kDouble);
       out_.teacher_entropy += kl.entropy.sum(at::kDouble);
       if (!options_.gradients) continue;
@@ -233,11 +244,14 @@ class Distiller {
 
   int64_t strip_rows(int64_t row_bytes) const {
     const int64_t bytes = options_.tile_bytes > 0 ? options_.tile_bytes : int64_t{512} << 20;
-    return options_.tile_rows > 0 ? options_.tile_rows : std::clamp<int64_t>(bytes / row_bytes / 128, 1, 16) * 128;
+    return options_.tile_rows > 0 ? options_.tile_rows
+                                  : std::clamp<int64_t>(bytes / row_bytes / 128, 1, 16) * 128;
   }
 
   // Unpinned memory: the copy takes it up before it returns, without waiting for the device's work.
-  at::Tensor on_device(const at::Tensor& small) const { return small.to(query_.device(), /*non_blocking=*/true); }
+  at::Tensor on_device(const at::Tensor& small) const {
+    return small.to(query_.device(), /*non_blocking=*/true);
+  }
 
   void run_documents(const std::vector<int64_t>& starts, const std::vector<Query>& queries, Task task) {
     std::vector<Row> rows;
@@ -275,8 +289,8 @@ class Distiller {
     if (in_.logsumexp.defined() && options_.operators != LayerLossOptions::Operators::never &&
         (options_.operators == LayerLossOptions::Operators::always || ops::fuses_mass(in_.query, in_.key))) {
       const at::Tensor tokens = index.to(at::kInt);
-      return ops::attention_mass(in_.query, in_.key, in_.logsumexp, {tokens, at::full_like(tokens, start), start, padded},
-                                 in_.scale, groups_);
+      return ops::attention_mass(in_.query, in_.key, in_.logsumexp,
+                                 {tokens, at::full_like(tokens, start), start, padded}, in_.scale, groups_);
     }
     const int64_t kv_heads = key_.size(1), group_heads = query_.size(1) / kv_heads, rows = index.size(0);
     const int64_t keys = last_position + 1;
@@ -331,9 +345,10 @@ class Distiller {
     const at::Tensor w = weight_.index_select(0, index);          // [R, G, heads]
     at::Tensor k = selector_key_.narrow(0, start, real).transpose(0, 1);
     if (padded > length) k = at::constant_pad_nd(k, {0, 0, 0, padded - length});  // [key heads, padded, dim]
-    const at::Tensor dots = (shared ? product(q.view({-1, dim}), k[0].t(), selector_wide_).view({count, heads_, padded})
-                                    : product(q.transpose(0, 1), k.transpose(1, 2), selector_wide_).transpose(0, 1))
-                                .relu_();  // [R, heads, padded]
+    const at::Tensor dots =
+        (shared ? product(q.view({-1, dim}), k[0].t(), selector_wide_).view({count, heads_, padded})
+                : product(q.transpose(0, 1), k.transpose(1, 2), selector_wide_).transpose(0, 1))
+            .relu_();                      // [R, heads, padded]
     at::Tensor scores = at::bmm(w, dots);  // [R, G, padded]
     // Comparisons drop NaN silently; this does not.
     const at::Tensor top = dots.amax();
@@ -345,7 +360,8 @@ class Distiller {
     const at::Tensor sum = mass.sum(-1, true);  // [R, G, 1]
     // Entropy of mass / sum, without another map.
     out_.teacher_entropy +=
-        ((at::xlogy(sum, sum) - at::xlogy(mass, mass).sum(-1, true)) / sum.clamp_min(tiny())).sum(at::kDouble);
+        ((at::xlogy(sum, sum) - at::xlogy(mass, mass).sum(-1, true)) / sum.clamp_min(tiny()))
+            .sum(at::kDouble);
     at::Tensor grad;  // of the sum over rows with respect to scores
     const int64_t k_train = options_.loss == DistillLoss::dense ? padded : options_.k_train;
     if (options_.teacher == Teacher::token) {
@@ -366,7 +382,7 @@ class Distiller {
     const bool wide = selector_wide_ && q.scalar_type() == at::kBFloat16;
     if (wide) dots_grad = dots_grad.to(at::kBFloat16);
     const at::Tensor q_factor = wide ? q : q.to(type_), k_factor = wide ? k : k.to(type_);
-    at::Tensor key_grad = out_.grad_key.narrow(0, start, real);                      // [real, key heads, dim]
+    at::Tensor key_grad = out_.grad_key.narrow(0, start, real);  // [real, key heads, dim]
     if (shared) {
       const at::Tensor flat = dots_grad.view({count * heads_, padded});
       out_.grad_query.index_copy_(0, index, product(flat, k_factor[0], wide).view({count, heads_, dim}));
@@ -374,7 +390,9 @@ class Distiller {
     } else {
       const at::Tensor by_head = dots_grad.transpose(0, 1);
       out_.grad_query.index_copy_(0, index, product(by_head, k_factor, wide).transpose(0, 1));
-      key_grad.add_(product(by_head.transpose(1, 2), q_factor.transpose(0, 1), wide).narrow(1, 0, real).transpose(0, 1));
+      key_grad.add_(product(by_head.transpose(1, 2), q_factor.transpose(0, 1), wide)
+                        .narrow(1, 0, real)
+                        .transpose(0, 1));
     }
   }
 
@@ -410,7 +428,7 @@ class Distiller {
 
   const LayerLossOptions& options_;
   const LayerLossInputs& in_;
-  at::ScalarType type_;  // of accumulation
+  at::ScalarType type_;               // of accumulation
   bool matmul_wide_, selector_wide_;  // see is_half
   int64_t groups_, heads_;
   at::Tensor query_, key_, selector_query_, selector_key_, weight_;

@@ -1,4 +1,5 @@
-// kernels/teacher_mass.h, selector_kl.h and top_members.h, on the GPU or emulated, against their formulas in float64.
+// kernels/teacher_mass.h, selector_kl.h and top_members.h, on the GPU or emulated, against their formulas in
+// float64.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -33,7 +34,8 @@ struct Strip {
   std::vector<int32_t> tokens, low;
   int32_t first_key, width, num_tokens;
 
-  Strip(int num_tokens_, const std::vector<int>& starts, int first, int rows, int every = 1) : num_tokens(num_tokens_) {
+  Strip(int num_tokens_, const std::vector<int>& starts, int first, int rows, int every = 1)
+      : num_tokens(num_tokens_) {
     for (int r = 0; r < rows; ++r) {
       const int token = first + r * every;
       tokens.push_back(token);
@@ -67,9 +69,10 @@ class DistillKernels : public ::testing::Test {
   }
 
   void expect_teacher(const Strip& s, DataType type, int num_heads, int num_kv_heads, int dim, int groups) {
-    SCOPED_TRACE(std::string(type == DataType::kBf16 ? "bf16" : "f16") + ", tokens " + std::to_string(s.num_tokens) +
-                 ", rows " + std::to_string(s.rows()) + ", heads " + std::to_string(num_heads) + "/" +
-                 std::to_string(num_kv_heads) + " of " + std::to_string(dim) + ", groups " + std::to_string(groups));
+    SCOPED_TRACE(std::string(type == DataType::kBf16 ? "bf16" : "f16") + ", tokens " +
+                 std::to_string(s.num_tokens) + ", rows " + std::to_string(s.rows()) + ", heads " +
+                 std::to_string(num_heads) + "/" + std::to_string(num_kv_heads) + " of " +
+                 std::to_string(dim) + ", groups " + std::to_string(groups));
     const Typed query(type, normals(static_cast<size_t>(s.num_tokens) * num_heads * dim));
     const Typed key(type, normals(static_cast<size_t>(s.num_tokens) * num_kv_heads * dim));
     const float scale = static_cast<float>(1.5 / std::sqrt(dim));
@@ -82,15 +85,17 @@ class DistillKernels : public ::testing::Test {
         for (int t = s.low[r]; t <= s.tokens[r]; ++t) {
           double dot = 0;
           for (int d = 0; d < dim; ++d)
-            dot += static_cast<double>(query.values[(static_cast<size_t>(s.tokens[r]) * num_heads + h) * dim + d]) *
-                   key.values[(static_cast<size_t>(t) * num_kv_heads + h / (num_heads / num_kv_heads)) * dim + d];
+            dot += static_cast<double>(
+                       query.values[(static_cast<size_t>(s.tokens[r]) * num_heads + h) * dim + d]) *
+                   key.values[(static_cast<size_t>(t) * num_kv_heads + h / (num_heads / num_kv_heads)) * dim +
+                              d];
           logits.push_back(scale * dot);
           sum += std::exp(logits.back());
         }
         logsumexp[static_cast<size_t>(h) * s.num_tokens + s.tokens[r]] = static_cast<float>(std::log(sum));
         for (size_t i = 0; i < logits.size(); ++i)
-          want[(static_cast<size_t>(r) * groups + h * groups / num_heads) * s.width + s.low[r] - s.first_key + i] +=
-              std::exp(logits[i]) / sum * groups / num_heads;
+          want[(static_cast<size_t>(r) * groups + h * groups / num_heads) * s.width + s.low[r] - s.first_key +
+               i] += std::exp(logits[i]) / sum * groups / num_heads;
       }
     const Buffer<int32_t> tokens(s.tokens), low(s.low);
     const Buffer<uint8_t> q(query.bytes), k(key.bytes);
@@ -117,12 +122,14 @@ class DistillKernels : public ::testing::Test {
     for (int r = 0; r < s.rows(); ++r)
       for (int g = 0; g < groups; ++g)
         for (int c = 0; c < s.width; ++c)
-          ASSERT_TRUE(s.sees(r, c) || got[(static_cast<size_t>(r) * groups + g) * s.width + c] == 0.0f) << r << " " << c;
+          ASSERT_TRUE(s.sees(r, c) || got[(static_cast<size_t>(r) * groups + g) * s.width + c] == 0.0f)
+              << r << " " << c;
   }
 
   void expect_divergence(const Strip& s, int key_heads, bool gradient, int k_train = 0) {
-    SCOPED_TRACE("tokens " + std::to_string(s.num_tokens) + ", rows " + std::to_string(s.rows()) + ", width " +
-                 std::to_string(s.width) + ", key heads " + std::to_string(key_heads) + ", k_train " + std::to_string(k_train));
+    SCOPED_TRACE("tokens " + std::to_string(s.num_tokens) + ", rows " + std::to_string(s.rows()) +
+                 ", width " + std::to_string(s.width) + ", key heads " + std::to_string(key_heads) +
+                 ", k_train " + std::to_string(k_train));
     constexpr int H = kSelectorHeads, D = kKeyDim;
     const Typed query(DataType::kBf16, normals(static_cast<size_t>(s.num_tokens) * H * D));
     const Typed key(DataType::kBf16, normals(static_cast<size_t>(s.num_tokens) * key_heads * D));
@@ -135,8 +142,10 @@ class DistillKernels : public ::testing::Test {
         for (int c = 0; c < s.width; ++c) {
           if (!s.sees(r, c)) continue;
           float& m = mass[static_cast<size_t>(r) * s.width + c];
-          if (!write) sum += m = static_cast<float>(std::exp(2 * std::normal_distribution<double>()(random_)));
-          else m = static_cast<float>(m / sum);
+          if (!write)
+            sum += m = static_cast<float>(std::exp(2 * std::normal_distribution<double>()(random_)));
+          else
+            m = static_cast<float>(m / sum);
         }
     }
     const int chunks = (s.width + kKlChunk - 1) / kKlChunk;
@@ -203,7 +212,8 @@ class DistillKernels : public ::testing::Test {
       double* w = &want_sums[static_cast<size_t>(r) * 8];
       for (int c = 0; c < s.width; ++c) {
         if (!counts[c]) continue;
-        const double student = std::exp(scores[c]) / sum, t = mass[static_cast<size_t>(r) * s.width + c] / kept;
+        const double student = std::exp(scores[c]) / sum,
+                     t = mass[static_cast<size_t>(r) * s.width + c] / kept;
         w[0] += t * (std::log(t) - scores[c] + std::log(sum));
         w[1] += t * std::log(t);
         w[2] += t;
@@ -221,7 +231,8 @@ class DistillKernels : public ::testing::Test {
     for (int r = 0; r < s.rows(); ++r)
       for (int c = 0; c < chunks; ++c)
         for (int i = 0; i < kKlSums; ++i)
-          got_sums[static_cast<size_t>(r) * 8 + i] += raw[(static_cast<size_t>(r) * chunks + c) * kKlSums + i];
+          got_sums[static_cast<size_t>(r) * 8 + i] +=
+              raw[(static_cast<size_t>(r) * chunks + c) * kKlSums + i];
     for (int i = 0; i < kKlSums; ++i) {
       std::vector<double> got, want;
       for (int r = 0; r < s.rows(); ++r) {
@@ -237,7 +248,8 @@ class DistillKernels : public ::testing::Test {
     for (int h = 0; h < H; ++h)
       for (int r = 0; r < s.rows(); ++r)
         for (int c = 0; c < s.width; ++c) {
-          const double value = bits[static_cast<size_t>(r * p.dots_grad_row_stride + h * p.dots_grad_head_stride + c)];
+          const double value =
+              bits[static_cast<size_t>(r * p.dots_grad_row_stride + h * p.dots_grad_head_stride + c)];
           got_dots[(static_cast<size_t>(h) * s.rows() + r) * s.width + c] = value;
           ASSERT_TRUE(s.sees(r, c) || value == 0.0) << h << " " << r << " " << c;
         }
@@ -255,18 +267,20 @@ TEST_F(DistillKernels, TeacherOfEveryHeadDimAndType) {
 
 TEST_F(DistillKernels, TeacherOfGroupsAndSharedHeads) {
   for (const int heads_per_key : {1, 2, 3, 5, 8})
-    for (const int groups : {1, 2}) expect_teacher(Strip(97, {0}, 8, 70), DataType::kBf16, 2 * heads_per_key, 2, 64, groups);
+    for (const int groups : {1, 2})
+      expect_teacher(Strip(97, {0}, 8, 70), DataType::kBf16, 2 * heads_per_key, 2, 64, groups);
   expect_teacher(Strip(70, {0}, 0, 70), DataType::kBf16, 4, 4, 128, 4);
   expect_teacher(Strip(70, {0}, 0, 70), DataType::kBf16, 3, 1, 256, 1);
 }
 
 TEST_F(DistillKernels, TeacherOfManyTilesAndDocuments) {
-  expect_teacher(Strip(700, {0}, 530, 170), DataType::kBf16, 2, 1, 64, 1);    // tiles left of the diagonal
+  expect_teacher(Strip(700, {0}, 530, 170), DataType::kBf16, 2, 1, 64, 1);  // tiles left of the diagonal
   expect_teacher(Strip(700, {0, 600}, 500, 200), DataType::kBf16, 2, 1, 256, 1);
   expect_teacher(Strip(900, {0}, 3, 20, 40), DataType::kBf16, 2, 2, 128, 1);  // a sample of the queries
   for (int trial = 0; trial < 4; ++trial) {
     const int tokens = draw(1, 400), first = draw(0, tokens - 1);
-    expect_teacher(Strip(tokens, draw_starts(tokens, 90), first, draw(1, tokens - first)), DataType::kBf16, 2, 1, 64, 1);
+    expect_teacher(Strip(tokens, draw_starts(tokens, 90), first, draw(1, tokens - first)), DataType::kBf16, 2,
+                   1, 64, 1);
   }
 }
 
@@ -277,7 +291,8 @@ TEST_F(DistillKernels, DivergenceOfPackedDocuments) {
     expect_divergence(Strip(201, {0}, 5, 150), key_heads, false);
     for (int trial = 0; trial < 4; ++trial) {
       const int tokens = draw(1, 400), first = draw(0, tokens - 1);
-      expect_divergence(Strip(tokens, draw_starts(tokens, 120), first, draw(1, tokens - first)), key_heads, true);
+      expect_divergence(Strip(tokens, draw_starts(tokens, 120), first, draw(1, tokens - first)), key_heads,
+                        true);
     }
   }
 }
@@ -311,10 +326,13 @@ TEST_F(DistillKernels, TopMembersAmongTies) {
       mass[i] = static_cast<float>(draw(0, 9)) / 64;
     }
     const Buffer<int32_t> tokens(s.tokens), low(s.low);
-    const Buffer<float> device_scores(scores), device_mass(mass), logsumexp(s.rows() * stride), entropy(s.rows());
-    check(top_members({on_device(s, tokens, low), k, device_scores.data(), device_mass.data(), logsumexp.data(), stride, entropy.data()},
+    const Buffer<float> device_scores(scores), device_mass(mass), logsumexp(s.rows() * stride),
+        entropy(s.rows());
+    check(top_members({on_device(s, tokens, low), k, device_scores.data(), device_mass.data(),
+                       logsumexp.data(), stride, entropy.data()},
                       nullptr));
-    const std::vector<float> got = device_mass.download(), sums = logsumexp.download(), entropies = entropy.download();
+    const std::vector<float> got = device_mass.download(), sums = logsumexp.download(),
+                             entropies = entropy.download();
     for (int r = 0; r < s.rows(); ++r) {
       const size_t row = static_cast<size_t>(r) * s.width;
       std::vector<int> order;
@@ -325,17 +343,20 @@ TEST_F(DistillKernels, TopMembersAmongTies) {
           total += mass[row + c];
           if (mass[row + c] > 0) information += mass[row + c] * std::log(mass[row + c]);
         }
-      std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return scores[row + x] > scores[row + y]; });
+      std::stable_sort(order.begin(), order.end(),
+                       [&](int x, int y) { return scores[row + x] > scores[row + y]; });
       for (size_t i = 0; i < order.size() && i < static_cast<size_t>(k); ++i) {
         kept += mass[row + order[i]];
         sum += std::exp2(scores[row + order[i]]);
       }
       for (size_t i = 0; i < order.size(); ++i) {
         const bool member = i < static_cast<size_t>(k) && kept > 0;
-        ASSERT_NEAR(got[row + order[i]], member ? mass[row + order[i]] / kept : -1.0, 1e-6) << "row " << r << ", place " << i;
+        ASSERT_NEAR(got[row + order[i]], member ? mass[row + order[i]] / kept : -1.0, 1e-6)
+            << "row " << r << ", place " << i;
       }
       EXPECT_NEAR(sums[r * stride], std::log2(sum), 1e-5);
-      for (int i = 1; i < stride; ++i) EXPECT_EQ(sums[r * stride + i], -std::numeric_limits<float>::infinity());
+      for (int i = 1; i < stride; ++i)
+        EXPECT_EQ(sums[r * stride + i], -std::numeric_limits<float>::infinity());
       EXPECT_NEAR(entropies[r], total > 0 ? std::log(total) - information / total : 0.0, 1e-5);
     }
   }
@@ -351,7 +372,8 @@ TEST_F(DistillKernels, RefusesWhatItDoesNotTake) {
   teacher.num_heads = teacher.num_kv_heads = 1;
   teacher.head_dim = 96;
   teacher.query = teacher.key = storage.data();
-  teacher.query_token_stride = teacher.key_token_stride = teacher.query_head_stride = teacher.key_head_stride = 96;
+  teacher.query_token_stride = teacher.key_token_stride = teacher.query_head_stride =
+      teacher.key_head_stride = 96;
   teacher.logsumexp = teacher.mass = storage.data();
   EXPECT_EQ(teacher_mass(teacher, nullptr), cudaErrorInvalidValue);
   SelectorKlParams student;
