@@ -6,13 +6,41 @@
 
 #include "ops/checks.h"
 #ifdef SPOT_CUDA
+#include <torch/csrc/autograd/custom_function.h>
+
 #include "ops/cuda/layer_ops.h"
 #endif
 
 namespace spot::ops {
 
+#ifdef SPOT_CUDA
+namespace {
+
+// By ATen a rotation and its gradient are two dozen passes over memory.
+struct RotateHeads : torch::autograd::Function<RotateHeads> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& positions,
+                            const at::Tensor& cos, const at::Tensor& sin) {
+    context->save_for_backward({positions, cos, sin});
+    return cuda::rotate_heads(x, positions, cos, sin, false);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list grads) {
+    const auto saved = context->get_saved_variables();
+    return {cuda::rotate_heads(grads[0].contiguous(), saved[0], saved[1], saved[2], true), {}, {}, {}};
+  }
+};
+
+}  // namespace
+#endif
+
 at::Tensor rotate_heads(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos,
                         const at::Tensor& sin) {
+#ifdef SPOT_CUDA
+  if (x.is_cuda() && cuda::rotation_fits(x, positions, cos, sin)) {
+    if (at::GradMode::is_enabled() && x.requires_grad()) return RotateHeads::apply(x, positions, cos, sin);
+    return cuda::rotate_heads(x, positions, cos, sin, false);
+  }
+#endif
   const int64_t half = cos.size(1), rest = x.size(2) - 2 * half;
   const at::Tensor c = cos.index_select(0, positions).unsqueeze(1).unsqueeze(1);  // [T, 1, 1, half]
   const at::Tensor s = sin.index_select(0, positions);

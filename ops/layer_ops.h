@@ -56,7 +56,8 @@ PrologueOutputs attention_prologue(const AttentionPrologue& attention,
                                    const std::optional<SelectorPrologue>& selector = {});
 
 // Turns dims i and i + half of x [T, heads, dim] by row positions[t] of cos and sin [positions, half]; the
-// rest passes. In float32; contiguous, in x's dtype. ATen on every device, differentiable.
+// rest passes. In float32; contiguous, in x's dtype. Differentiable. On CUDA a kernel with a gradient of its own,
+// for the shapes and dtypes that it takes.
 at::Tensor rotate_heads(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos,
                         const at::Tensor& sin);
 

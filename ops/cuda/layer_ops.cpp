@@ -5,6 +5,7 @@
 #include "kernels/attention_prologue.h"
 #include "kernels/gated_product.h"
 #include "kernels/rms_norm.h"
+#include "kernels/rotate_heads.h"
 #include "ops/cpu/key_pages.h"
 #include "ops/cuda/call.h"
 #include "ops/cuda/cuda_ops.h"
@@ -28,6 +29,40 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& factor, double epsilo
   params.y = y.mutable_data_ptr();
   params.overlap = kernels::Overlap::kLaunch;
   check(kernels::rms_norm(params, native_stream(x)), "spot::rms_norm");
+  return y;
+}
+
+bool rotation_fits(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos, const at::Tensor& sin) {
+  const auto in_fours = [](const at::Tensor& t) {
+    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (4 * t.element_size()) == 0;
+  };
+  const bool dtype = x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+  return dtype && x.stride(2) == 1 && x.stride(0) % 4 == 0 && x.stride(1) % 4 == 0 && x.size(1) >= 1 && x.size(2) % 4 == 0 &&
+         cos.size(1) % 4 == 0 && cos.size(1) >= 4 && 2 * cos.size(1) <= x.size(2) && in_fours(x) && in_fours(cos) && in_fours(sin) &&
+         cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat && cos.is_contiguous() && sin.is_contiguous() &&
+         cos.device() == x.device() && sin.device() == x.device() && positions.device() == x.device() &&
+         positions.scalar_type() == at::kLong && positions.is_contiguous() && positions.numel() == x.size(0);
+}
+
+at::Tensor rotate_heads(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos, const at::Tensor& sin,
+                        bool backwards) {
+  const c10::DeviceGuard guard(x.device());
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  kernels::RotateHeadsParams params;
+  params.type = data_type(x);
+  params.num_tokens = x.size(0);
+  params.num_heads = narrow(x.size(1));
+  params.dim = narrow(x.size(2));
+  params.half = narrow(cos.size(1));
+  params.x = x.const_data_ptr();
+  params.x_token_stride = x.stride(0);
+  params.x_head_stride = x.stride(1);
+  params.positions = positions.const_data_ptr<int64_t>();
+  params.cos = cos.const_data_ptr<float>();
+  params.sin = sin.const_data_ptr<float>();
+  params.backwards = backwards;
+  params.y = y.mutable_data_ptr();
+  check(kernels::rotate_heads(params, native_stream(x)), "rotate_heads");
   return y;
 }
 

@@ -29,7 +29,7 @@ Partial flash(const at::Tensor& query, const at::Tensor& key, const at::Tensor& 
 // The flash kernel aligns its causal mask to the first key, so a chunk that begins at `start` is attended in
 // two parts: the keys before it, all visible, and its own, causal. A mask tensor would be four times slower.
 at::Tensor causal_attention_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                int64_t start, double scale) {
+                                int64_t start, double scale, at::Tensor* logsumexp) {
   const int64_t tokens = query.size(0), heads = query.size(1), dim = query.size(2), kv_heads = key.size(0);
   const int64_t group = heads / kv_heads;
   const at::Tensor grouped =
@@ -48,6 +48,7 @@ at::Tensor causal_attention_cpu(const at::Tensor& query, const at::Tensor& key, 
     output.select(1, member).copy_(own.output);
     own_sum.select(1, member).copy_(own.logsumexp);
   }
+  if (logsumexp && start == 0) *logsumexp = own_sum.view({heads, tokens});
   if (start > 0) {
     const Partial past = flash(grouped.reshape({kv_heads, group * tokens, dim}), key.narrow(1, 0, start),
                                value.narrow(1, 0, start), false, scale);
@@ -62,12 +63,13 @@ at::Tensor causal_attention_cpu(const at::Tensor& query, const at::Tensor& key, 
 // torch's flash kernel aligns the causal mask to the last key, as chunked prefill needs it, and reads grouped KV
 // heads in place; scaled_dot_product_attention would not choose it for a chunk.
 at::Tensor causal_attention_flash(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                  int64_t start, double scale) {
+                                  int64_t start, double scale, at::Tensor* logsumexp) {
   const int64_t length = start + query.size(0);
-  return std::get<0>(at::_scaled_dot_product_flash_attention(
-             query.transpose(0, 1).unsqueeze(0), key.narrow(1, 0, length).unsqueeze(0),
-             value.narrow(1, 0, length).unsqueeze(0), 0.0, /*is_causal=*/true, false, scale))[0]
-      .transpose(0, 1);
+  const auto result = at::_scaled_dot_product_flash_attention(
+      query.transpose(0, 1).unsqueeze(0), key.narrow(1, 0, length).unsqueeze(0),
+      value.narrow(1, 0, length).unsqueeze(0), 0.0, /*is_causal=*/true, false, scale);
+  if (logsumexp) *logsumexp = std::get<1>(result)[0].narrow(1, 0, query.size(0));
+  return std::get<0>(result)[0].transpose(0, 1);
 }
 
 at::Tensor causal_attention_masked(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -120,14 +122,15 @@ void BatchView::update(const KvCache& cache, const Batch& batch, int64_t layer) 
 }
 
 at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                            int64_t start, double scale) {
+                            int64_t start, double scale, at::Tensor* logsumexp) {
   if (query.size(1) % key.size(0) != 0 || key.size(1) < start + query.size(0))
     fail("causal attention: {} query heads at positions {} to {} do not fit keys {}", query.size(1), start,
          start + query.size(0) - 1, fmt::join(key.sizes(), "x"));
-  if (query.is_cpu()) return causal_attention_cpu(query, key, value, start, scale);
+  if (query.is_cpu()) return causal_attention_cpu(query, key, value, start, scale, logsumexp);
   const bool flash = (query.scalar_type() == at::kBFloat16 || query.scalar_type() == at::kHalf) &&
                      query.size(2) % 8 == 0 && query.size(2) <= 256;
-  return (flash ? causal_attention_flash : causal_attention_masked)(query, key, value, start, scale);
+  return flash ? causal_attention_flash(query, key, value, start, scale, logsumexp)
+               : causal_attention_masked(query, key, value, start, scale);
 }
 
 at::Tensor sequence_pages(const KvCache& cache, int64_t sequence, int64_t blocks, at::Device device) {

@@ -159,6 +159,7 @@ void add_bench(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App& command = *app.add_subcommand("bench", "Measure prefill and decode of a whole model, medians of single steps");
   add_bench_decode(command);
+  add_bench_distill(command);
   options->model.add(command);
   command.get_option("--model")->required(false);  // the subcommands have none
   options->rule.add(command);

@@ -21,7 +21,11 @@ void DistillAttention::begin(double gradient_weight, at::Tensor query_rows) {
 at::Tensor DistillAttention::forward(const AttentionInputs& inputs) {
   const at::NoGradGuard no_grad;
   const Batch& batch = inputs.batch;
+  const bool distilled = selector_.has_layer(inputs.layer);
   at::Tensor output = at::empty_like(inputs.query);
+  // The loss needs attention's normalisers again; without them it finds them for itself.
+  at::Tensor logsumexp;
+  bool have_logsumexp = distilled;
   std::vector<int64_t> starts;
   int64_t first = 0;
   for (size_t i = 0; i < batch.query_lengths.size(); ++i) {
@@ -29,13 +33,19 @@ at::Tensor DistillAttention::forward(const AttentionInputs& inputs) {
     if (batch.starts[i] != 0)
       fail("distillation: a sequence continues at position {}, it must begin at 0", batch.starts[i]);
     const auto part = [&](const at::Tensor& t) { return t.narrow(0, first, count).transpose(0, 1); };
+    at::Tensor sums;
     output.narrow(0, first, count)
         .copy_(causal_attention(inputs.query.narrow(0, first, count), part(inputs.key), part(inputs.value), 0,
-                                inputs.scale));
+                                inputs.scale, distilled ? &sums : nullptr));
+    have_logsumexp = have_logsumexp && sums.defined();
+    if (have_logsumexp) {
+      if (!logsumexp.defined()) logsumexp = at::empty({inputs.query.size(1), inputs.query.size(0)}, sums.options());
+      logsumexp.narrow(1, first, count).copy_(sums);
+    }
     starts.push_back(first);
     first += count;
   }
-  if (!selector_.has_layer(inputs.layer)) return output;
+  if (!distilled) return output;
 
   SelectorProjection projection;
   {
@@ -45,6 +55,7 @@ at::Tensor DistillAttention::forward(const AttentionInputs& inputs) {
   LayerLossInputs loss_inputs{.query = inputs.query,
                               .key = inputs.key,
                               .scale = inputs.scale,
+                              .logsumexp = have_logsumexp ? logsumexp : at::Tensor(),
                               .selector_query = projection.query.detach(),
                               .selector_key = projection.key.detach(),
                               .selector_weight = projection.weight.detach(),

@@ -7,6 +7,8 @@
 #include <limits>
 
 #include "core/error.h"
+#include "distill/divergence.h"
+#include "ops/distill_ops.h"
 
 namespace spot {
 namespace {
@@ -50,10 +52,16 @@ void check(const LayerLossInputs& in, const LayerLossOptions& o) {
         "layer_loss: selector_weight {} needs {} heads and a number of groups that divides the {} key-value "
         "heads",
         shape(in.selector_weight), heads, in.key.size(1));
-  if (o.block_size < 1 || o.sinks < 0 || o.recency < 0 || o.tile_rows < 0 || o.tile_bytes < 0)
+  if (in.logsumexp.defined() && (in.logsumexp.dim() != 2 || in.logsumexp.size(0) != in.query.size(1) ||
+                                 in.logsumexp.size(1) != in.query.size(0)))
+    fail("layer_loss: logsumexp {} must be [{}, {}]", shape(in.logsumexp), in.query.size(1),
+         in.query.size(0));
+  if (o.block_size < 1 || o.measured_queries < 0 || o.sinks < 0 || o.recency < 0 || o.tile_rows < 0 ||
+      o.tile_bytes < 0)
     fail(
-        "layer_loss: block_size must be positive; sinks, recency, tile_rows and tile_bytes must not be "
-        "negative");
+        "layer_loss: block_size must be positive; sinks, recency, measured_queries, tile_rows and tile_bytes "
+        "must not "
+        "be negative");
   if (o.loss == DistillLoss::sparse && o.k_train < o.block_size)
     fail("layer_loss: k_train is {}, it must be at least a block of {} tokens", o.k_train, o.block_size);
   for (double budget : o.budgets)
@@ -67,80 +75,32 @@ void check(const LayerLossInputs& in, const LayerLossOptions& o) {
   }
 }
 
-// The k largest of each row of scores [.., entries], ties to the lower index; -inf entries are never members.
-at::Tensor top_members(const at::Tensor& scores, int64_t k) {
-  const int64_t entries = scores.size(-1);
-  const at::Tensor valid = scores > -kInfinity;
-  if (k >= entries) return valid;
-  const at::Tensor threshold = std::get<0>(at::kthvalue(scores, entries - k + 1, -1, true));
-  at::Tensor members = scores > threshold;
-  const at::Tensor ties = (scores == threshold).logical_and_(valid);
-  const at::Tensor wanted = k - members.sum(-1, true, at::kInt);
-  return members.logical_or_(ties.logical_and(at::cumsum(ties, -1, at::kInt) <= wanted));
-}
-
-// KL over the entries of one tile. scores [R, G, E] with -inf outside the active set, mass [R, G, E] >= 0
-// with 0 there. Adds each row's KL to `loss` and returns its derivative with respect to scores, before any
-// mean.
-at::Tensor divergence(const at::Tensor& scores, const at::Tensor& mass, int64_t k, bool rest_bucket,
-                      at::Tensor& loss) {
-  const double tiny = mass.scalar_type() == at::kDouble ? 1e-300 : 1e-37;
-  const bool restricted = k < scores.size(-1);
-  const at::Tensor members = restricted ? top_members(scores, k) : scores > -kInfinity;
-  const at::Tensor others = members.logical_not();
-
-  if (restricted && rest_bucket) {
-    const at::Tensor rest_scores = scores.masked_fill(members, -kInfinity);
-    const at::Tensor rest_log_sum = at::logsumexp(rest_scores, {-1}, true);  // -inf where S is all of A
-    const at::Tensor student_log = at::log_softmax(scores, -1);
-    const at::Tensor total = mass.sum(-1, true).clamp_min_(tiny);
-    const at::Tensor teacher = mass / total;
-    const at::Tensor inside = teacher.masked_fill(others, 0.0);
-    const at::Tensor outside = teacher.masked_fill(members, 0.0).sum(-1, true);
-    const at::Tensor rest_log = rest_log_sum - at::logsumexp(scores, {-1}, true);
-    loss +=
-        (at::xlogy(inside, inside) - inside * student_log.masked_fill(others, 0.0)).sum(at::kDouble) +
-        (at::xlogy(outside, outside) - outside * rest_log.masked_fill(outside == 0.0, 0.0)).sum(at::kDouble);
-    // Outside S the target is the bucket's teacher mass, spread as the student spreads its own.
-    const at::Tensor spread =
-        at::exp(rest_scores - rest_log_sum.masked_fill(rest_log_sum == -kInfinity, 0.0)).mul_(outside);
-    const at::Tensor has_mass = (inside.sum(-1, true) + outside) > 0.0;
-    return student_log.exp_().mul_(has_mass).sub_(inside).sub_(spread);
-  }
-
-  at::Tensor student_log = at::log_softmax(restricted ? scores.masked_fill(others, -kInfinity) : scores, -1);
-  at::Tensor teacher = restricted ? mass.masked_fill(others, 0.0) : mass;
-  const at::Tensor total = teacher.sum(-1, true);
-  teacher = teacher / total.clamp_min(tiny);
-  loss += (at::xlogy(teacher, teacher) - teacher * student_log.masked_fill(others, 0.0)).sum(at::kDouble);
-  // A row whose teacher mass underflows to nothing says nothing: no loss, no gradient.
-  return student_log.exp_().mul_(total > 0.0).sub_(teacher);
-}
-
 class Distiller {
  public:
   Distiller(const LayerLossInputs& in, const LayerLossOptions& options)
       : options_(options),
         in_(in),
         type_(in.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
-        matmul_wide_(in.query.is_cuda() && in.query.scalar_type() != at::kDouble &&
-                     in.query.scalar_type() != at::kFloat),
+        matmul_wide_(is_half(in.query) && is_half(in.key)),
+        selector_wide_(is_half(in.selector_query) && is_half(in.selector_key)),
         groups_(in.selector_weight.size(1)),
         heads_(in.selector_query.size(1)),
         query_(matmul_wide_ ? in.query : in.query.to(type_)),
         key_(matmul_wide_ ? in.key : in.key.to(type_)),
-        selector_query_(in.selector_query.to(type_)),
-        selector_key_(in.selector_key.to(type_)),
+        selector_query_(selector_wide_ ? in.selector_query : in.selector_query.to(type_)),
+        selector_key_(selector_wide_ ? in.selector_key : in.selector_key.to(type_)),
         weight_(in.selector_weight.to(type_)) {
-    const auto sums = query_.options().dtype(at::kDouble);
+    const auto sums = query_.options().dtype(at::kDouble), wide = query_.options().dtype(type_);
     const auto count = static_cast<int64_t>(options.budgets.size());
     out_.loss = at::zeros({}, sums);
     out_.teacher_entropy = at::zeros({}, sums);
     out_.covered = at::zeros({count}, sums);
     out_.covered_oracle = at::zeros({count}, sums);
     if (options.gradients) {
-      out_.grad_query = at::zeros_like(selector_query_);
-      out_.grad_key = at::zeros_like(selector_key_);
+      out_.grad_query = at::zeros(selector_query_.sizes(), wide);
+      // Heads outside, as products by head want it.
+      out_.grad_key = at::zeros({selector_key_.size(1), selector_key_.size(0), selector_key_.size(2)}, wide)
+                          .transpose(0, 1);
       out_.grad_weight = at::zeros_like(weight_);
     }
   }
@@ -151,27 +111,86 @@ class Distiller {
     if (starts.empty()) starts.push_back(0);
     starts.push_back(tokens);
 
-    std::vector<int64_t> chosen = chosen_rows(tokens);
-    std::vector<std::vector<Row>> rows(starts.size() - 1);
+    std::vector<Query> queries;
     size_t document = 0;
-    for (int64_t row : chosen) {
-      while (row >= starts[document + 1]) ++document;
-      const Row r = make_row(row - starts[document], options_);
-      if (r.high > r.low) rows[document].push_back(r);
+    for (int64_t token : chosen_rows(tokens)) {
+      while (token >= starts[document + 1]) ++document;
+      const Row row = make_row(token - starts[document], options_);
+      if (row.high > row.low) queries.push_back({document, row});
     }
-    for (const auto& document_rows : rows) out_.queries += static_cast<int64_t>(document_rows.size());
-    for (size_t i = 0; i < rows.size(); ++i) run_document(starts[i], starts[i + 1] - starts[i], rows[i]);
+    out_.queries = static_cast<int64_t>(queries.size());
+    const std::vector<Query> measured = measured_among(queries);
+    if (options_.measured_queries > 0 && !options_.budgets.empty())
+      run_documents(starts, measured, Task::coverage);
+    const bool measure_all = options_.measured_queries == 0 && !options_.budgets.empty();
+    if (use_operators() && !measure_all) {
+      // Rows that see no more than k_train keys need no choice.
+      const auto dense = [&](const Query& q) {
+        return options_.loss == DistillLoss::dense || q.row.high - q.row.low <= options_.k_train;
+      };
+      const auto split = std::stable_partition(queries.begin(), queries.end(), dense);
+      run_strips(starts, {queries.begin(), split}, 0);
+      queries.erase(queries.begin(), split);
+      if (!options_.rest_bucket) {
+        run_strips(starts, queries, options_.k_train);
+        queries.clear();
+      }
+    }
+    run_documents(starts, queries, measure_all ? Task::both : Task::loss);
 
     if (out_.queries > 0) {
       const double mean = 1.0 / static_cast<double>(out_.queries * groups_);
-      for (at::Tensor* t : {&out_.loss, &out_.teacher_entropy, &out_.covered, &out_.covered_oracle,
-                            &out_.grad_query, &out_.grad_key, &out_.grad_weight})
+      for (at::Tensor* t :
+           {&out_.loss, &out_.teacher_entropy, &out_.grad_query, &out_.grad_key, &out_.grad_weight})
         if (t->defined()) t->mul_(mean);
+      const double measured_mean =
+          1.0 / (static_cast<double>(measured.size()) * static_cast<double>(groups_));
+      for (at::Tensor* t : {&out_.covered, &out_.covered_oracle}) t->mul_(measured_mean);
     }
     return out_;
   }
 
  private:
+  // A counted query and what is taken of it in a tile.
+  struct Query {
+    size_t document;
+    Row row;
+  };
+  enum class Task { loss, coverage, both };
+
+  // Runs of neighbours: with many documents single queries would make as many tiles.
+  std::vector<Query> measured_among(const std::vector<Query>& queries) const {
+    const int64_t total = out_.queries, wanted = options_.measured_queries;
+    if (wanted == 0 || wanted >= total) return queries;
+    const int64_t length = std::min<int64_t>(wanted, 16), runs = wanted / length;
+    std::vector<Query> measured;
+    for (int64_t r = 1; r <= runs; ++r)
+      measured.insert(measured.end(), queries.begin() + r * total / runs - length,
+                      queries.begin() + r * total / runs);
+    return measured;
+  }
+
+  // Half-precision inputs whose products the device accumulates and returns in float32.
+  static bool is_half(const at::Tensor& x) {
+    return x.is_cuda() && (x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf);
+  }
+  static at::Tensor product(const at::Tensor& a, const at::Tensor& b, bool wide) {
+    if (a.dim() == 2) return wide ? at::mm(a, b, at::kFloat) : at::mm(a, b);
+    return wide ? at::bmm(a, b, at::kFloat) : at::bmm(a, b);
+  }
+
+  // Whether losses that the operators know go to them.
+  bool use_operators() const {
+    using Operators = LayerLossOptions::Operators;
+    if (options_.operators == Operators::never || !in_.logsumexp.defined() ||
+        options_.teacher != Teacher::token || options_.scope != TeacherScope::all || groups_ != 1 ||
+        in_.query.scalar_type() != in_.key.scalar_type() ||
+        in_.selector_query.scalar_type() != in_.selector_key.scalar_type())
+      return false;
+    return options_.operators == Operators::always ||
+           (ops::fuses_mass(in_.query, in_.key) && ops::fuses_kl(in_.selector_query, in_.selector_key));
+  }
+
   std::vector<int64_t> chosen_rows(int64_t tokens) const {
     std::vector<int64_t> rows;
     if (!in_.query_rows.defined()) {
@@ -187,7 +206,65 @@ class Distiller {
     return rows;
   }
 
-  void run_document(int64_t start, int64_t length, const std::vector<Row>& rows) {
+  // Strips of consecutive queries, of whatever documents.
+  void run_strips(const std::vector<int64_t>& starts, const std::vector<Query>& queries, int64_t k_train) {
+    at::Tensor grad_key = options_.gradients ? out_.grad_key.transpose(0, 1) : at::Tensor();
+    const at::Tensor weight = weight_.select(1, 0);
+    const auto count = static_cast<int64_t>(queries.size());
+    for (int64_t first = 0, rows = 0; first < count; first += rows) {
+      const int64_t first_key = starts[queries[static_cast<size_t>(first)].document];
+      const auto token = [&](int64_t i) {
+        const Query& q = queries[static_cast<size_t>(i)];
+        return starts[q.document] + q.row.position;
+      };
+      // Per row and column: teacher and scores in float32, and four gradients of dots in bfloat16.
+      rows = strip_rows(16 * (query_.size(0) - first_key));
+      rows = std::min(rows, count - first);
+      ops::QueryStrip strip{{}, {}, first_key, (token(first + rows - 1) + 1 - first_key + 7) / 8 * 8};
+      at::Tensor lists = at::empty({2, rows}, at::kInt);
+      auto* list = lists.data_ptr<int32_t>();
+      for (int64_t i = 0; i < rows; ++i) {
+        list[i] = static_cast<int32_t>(token(first + i));
+        list[rows + i] = static_cast<int32_t>(starts[queries[static_cast<size_t>(first + i)].document]);
+      }
+      lists = on_device(lists);
+      strip.tokens = lists[0];
+      strip.low = lists[1];
+      const at::Tensor mass =
+          ops::attention_mass(in_.query, in_.key, in_.logsumexp, strip, in_.scale, 1).select(1, 0);
+      const ops::SelectorKl kl =
+          ops::selector_kl(mass, in_.selector_query, in_.selector_key, weight, strip, k_train, grad_key);
+      out_.loss += kl.loss.sum(at::kDouble);
+      out_.teacher_entropy += kl.entropy.sum(at::kDouble);
+      if (!options_.gradients) continue;
+      out_.grad_query.index_copy_(0, strip.tokens.to(at::kLong), kl.grad_query);
+      out_.grad_weight.select(1, 0).index_copy_(0, strip.tokens.to(at::kLong), kl.grad_weight);
+    }
+  }
+
+  int64_t strip_rows(int64_t row_bytes) const {
+    const int64_t bytes = options_.tile_bytes > 0 ? options_.tile_bytes : int64_t{512} << 20;
+    return options_.tile_rows > 0 ? options_.tile_rows
+                                  : std::clamp<int64_t>(bytes / row_bytes / 128, 1, 16) * 128;
+  }
+
+  // Unpinned memory: the copy takes it up before it returns, without waiting for the device's work.
+  at::Tensor on_device(const at::Tensor& small) const {
+    return small.to(query_.device(), /*non_blocking=*/true);
+  }
+
+  void run_documents(const std::vector<int64_t>& starts, const std::vector<Query>& queries, Task task) {
+    std::vector<Row> rows;
+    for (size_t i = 0; i < queries.size(); ++i) {
+      const size_t document = queries[i].document;
+      rows.push_back(queries[i].row);
+      if (i + 1 < queries.size() && queries[i + 1].document == document) continue;
+      run_document(starts[document], starts[document + 1] - starts[document], rows, task);
+      rows.clear();
+    }
+  }
+
+  void run_document(int64_t start, int64_t length, const std::vector<Row>& rows, Task task) {
     const int64_t group_heads = query_.size(1) / key_.size(1);
     // Per row and key: the logits and softmax of one key-value head, the selector's dots and their gradient,
     // and about ten maps of scores, masses and masks for each group.
@@ -200,7 +277,7 @@ class Distiller {
                              : std::clamp<int64_t>(bytes / std::max<int64_t>(row_bytes, 1), 16, 1024);
     const auto count = static_cast<int64_t>(rows.size());
     for (int64_t first = 0; first < count; first += tile)
-      run_tile(start, length, rows.data() + first, std::min(tile, count - first));
+      run_tile(start, length, rows.data() + first, std::min(tile, count - first), task);
   }
 
   // Mean over each group's query heads of the softmax over all earlier positions: [R, G, padded], the first
@@ -209,6 +286,12 @@ class Distiller {
   at::Tensor teacher_mass(int64_t start, const at::Tensor& index, const at::Tensor& positions,
                           int64_t first_position, int64_t last_position, int64_t width,
                           int64_t padded) const {
+    if (in_.logsumexp.defined() && options_.operators != LayerLossOptions::Operators::never &&
+        (options_.operators == LayerLossOptions::Operators::always || ops::fuses_mass(in_.query, in_.key))) {
+      const at::Tensor tokens = index.to(at::kInt);
+      return ops::attention_mass(in_.query, in_.key, in_.logsumexp,
+                                 {tokens, at::full_like(tokens, start), start, padded}, in_.scale, groups_);
+    }
     const int64_t kv_heads = key_.size(1), group_heads = query_.size(1) / kv_heads, rows = index.size(0);
     const int64_t keys = last_position + 1;
     const at::Tensor query = query_.index_select(0, index);
@@ -234,7 +317,7 @@ class Distiller {
     return mass.mul_(static_cast<double>(groups_) / static_cast<double>(query_.size(1)));
   }
 
-  void run_tile(int64_t start, int64_t length, const Row* rows, int64_t count) {
+  void run_tile(int64_t start, int64_t length, const Row* rows, int64_t count, Task task) {
     const int64_t block = options_.block_size;
     int64_t width = 0;  // the tile's active keys end here
     at::Tensor bounds = at::empty({3, count, 1}, at::kLong);
@@ -245,7 +328,7 @@ class Distiller {
       b[2 * count + i] = rows[i].high;
       width = std::max(width, rows[i].high);
     }
-    bounds = bounds.to(query_.device());
+    bounds = on_device(bounds);
     const at::Tensor index = bounds[0].squeeze(1) + start;
     const int64_t padded = (width + block - 1) / block * block;
     const at::Tensor column = at::arange(padded, index.options()).unsqueeze(0);
@@ -262,16 +345,23 @@ class Distiller {
     const at::Tensor w = weight_.index_select(0, index);          // [R, G, heads]
     at::Tensor k = selector_key_.narrow(0, start, real).transpose(0, 1);
     if (padded > length) k = at::constant_pad_nd(k, {0, 0, 0, padded - length});  // [key heads, padded, dim]
-    const at::Tensor dots = (shared ? at::mm(q.view({-1, dim}), k[0].t()).view({count, heads_, padded})
-                                    : at::bmm(q.transpose(0, 1), k.transpose(1, 2)).transpose(0, 1))
-                                .relu_();  // [R, heads, padded]
+    const at::Tensor dots =
+        (shared ? product(q.view({-1, dim}), k[0].t(), selector_wide_).view({count, heads_, padded})
+                : product(q.transpose(0, 1), k.transpose(1, 2), selector_wide_).transpose(0, 1))
+            .relu_();                      // [R, heads, padded]
     at::Tensor scores = at::bmm(w, dots);  // [R, G, padded]
     // Comparisons drop NaN silently; this does not.
     const at::Tensor top = dots.amax();
     out_.loss += top - top;
     scores.masked_fill_(inactive, -kInfinity);
 
-    measure(mass, scores, bounds);
+    if (task != Task::loss) measure_coverage(mass, scores, bounds);
+    if (task == Task::coverage) return;
+    const at::Tensor sum = mass.sum(-1, true);  // [R, G, 1]
+    // Entropy of mass / sum, without another map.
+    out_.teacher_entropy +=
+        ((at::xlogy(sum, sum) - at::xlogy(mass, mass).sum(-1, true)) / sum.clamp_min(tiny()))
+            .sum(at::kDouble);
     at::Tensor grad;  // of the sum over rows with respect to scores
     const int64_t k_train = options_.loss == DistillLoss::dense ? padded : options_.k_train;
     if (options_.teacher == Teacher::token) {
@@ -287,26 +377,29 @@ class Distiller {
 
     if (!options_.gradients) return;
     out_.grad_weight.index_copy_(0, index, at::bmm(grad, dots.transpose(1, 2)));
-    const at::Tensor dots_grad = at::bmm(w.transpose(1, 2), grad).mul_(dots > 0.0);  // [R, heads, padded]
-    at::Tensor key_grad = out_.grad_key.narrow(0, start, real);                      // [real, key heads, dim]
+    at::Tensor dots_grad = at::bmm(w.transpose(1, 2), grad).mul_(dots > 0.0);  // [R, heads, padded]
+    // Half-precision products are many times faster; float16 has too few exponents for these numbers.
+    const bool wide = selector_wide_ && q.scalar_type() == at::kBFloat16;
+    if (wide) dots_grad = dots_grad.to(at::kBFloat16);
+    const at::Tensor q_factor = wide ? q : q.to(type_), k_factor = wide ? k : k.to(type_);
+    at::Tensor key_grad = out_.grad_key.narrow(0, start, real);  // [real, key heads, dim]
     if (shared) {
       const at::Tensor flat = dots_grad.view({count * heads_, padded});
-      out_.grad_query.index_copy_(0, index, at::mm(flat, k[0]).view({count, heads_, dim}));
-      key_grad.select(1, 0).add_(at::mm(flat.t(), q.view({-1, dim})).narrow(0, 0, real));
+      out_.grad_query.index_copy_(0, index, product(flat, k_factor[0], wide).view({count, heads_, dim}));
+      key_grad.select(1, 0).add_(product(flat.t(), q_factor.view({-1, dim}), wide).narrow(0, 0, real));
     } else {
       const at::Tensor by_head = dots_grad.transpose(0, 1);
-      out_.grad_query.index_copy_(0, index, at::bmm(by_head, k).transpose(0, 1));
-      key_grad.add_(at::bmm(by_head.transpose(1, 2), q.transpose(0, 1)).narrow(1, 0, real).transpose(0, 1));
+      out_.grad_query.index_copy_(0, index, product(by_head, k_factor, wide).transpose(0, 1));
+      key_grad.add_(product(by_head.transpose(1, 2), q_factor.transpose(0, 1), wide)
+                        .narrow(1, 0, real)
+                        .transpose(0, 1));
     }
   }
 
-  void measure(const at::Tensor& mass, const at::Tensor& scores, const at::Tensor& bounds) {
-    const double tiny = type_ == at::kDouble ? 1e-300 : 1e-37;
-    const at::Tensor sum = mass.sum(-1, true), total = sum.clamp_min(tiny);  // [R, G, 1]
-    // Entropy of mass / total, without another map.
-    out_.teacher_entropy +=
-        ((at::xlogy(sum, sum) - at::xlogy(mass, mass).sum(-1, true)) / total).sum(at::kDouble);
-    if (options_.budgets.empty()) return;
+  double tiny() const { return type_ == at::kDouble ? 1e-300 : 1e-37; }
+
+  void measure_coverage(const at::Tensor& mass, const at::Tensor& scores, const at::Tensor& bounds) {
+    const at::Tensor total = mass.sum(-1, true).clamp_min(tiny());  // [R, G, 1]
     const int64_t block = options_.block_size, blocks = mass.size(2) / block;
     const at::Tensor block_mass = mass.view({mass.size(0), groups_, blocks, block}).sum(-1) / total;
     const at::Tensor block_score = scores.view({mass.size(0), groups_, blocks, block}).amax(-1);
@@ -335,8 +428,8 @@ class Distiller {
 
   const LayerLossOptions& options_;
   const LayerLossInputs& in_;
-  at::ScalarType type_;  // of accumulation
-  bool matmul_wide_;     // half-precision inputs whose products the device accumulates and returns in float32
+  at::ScalarType type_;               // of accumulation
+  bool matmul_wide_, selector_wide_;  // see is_half
   int64_t groups_, heads_;
   at::Tensor query_, key_, selector_query_, selector_key_, weight_;
   LayerLoss out_;

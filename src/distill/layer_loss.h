@@ -43,10 +43,16 @@ struct LayerLossOptions {
   // block score. A budget below 1 is a share of |A|, else a number of tokens; both are rounded up to whole
   // blocks.
   std::vector<double> budgets;
+  // That on at most so many counted queries, in evenly spaced runs of 16; 0: on all, which keeps the fused kernels
+  // from being used.
+  int64_t measured_queries = 0;
   bool gradients = true;  // false: the gradients stay undefined
   // Queries handled at once; 0 picks a number that keeps the working set near `tile_bytes`.
   int64_t tile_rows = 0;
   int64_t tile_bytes = 0;  // 0: 24 MiB on the CPU, 512 MiB elsewhere
+  // The operators of ops/distill_ops.h, which strips of queries from several documents run through: on GPUs that
+  // have them fused, never, or wherever they cover the loss (for tests: their ATen form is no faster).
+  enum class Operators { fused, never, always } operators = Operators::fused;
 };
 
 struct LayerLossInputs {
@@ -54,6 +60,9 @@ struct LayerLossInputs {
                      // float16
   at::Tensor key;    // [T, num_kv_heads, head_dim]
   double scale = 1.0;
+  // [num_heads, T] float32 (or float64): log of the sum of e^(scale q . k) over the keys a query sees; what
+  // attention over the same query and key found. Undefined: found again, and no operators are used.
+  at::Tensor logsumexp;
   at::Tensor selector_query;   // [T, heads, dim]
   at::Tensor selector_key;     // [T, heads or 1, dim]
   at::Tensor selector_weight;  // [T, G, heads]; score = sum_h weight_h ReLU(query_h . key_h)
@@ -65,16 +74,19 @@ struct LayerLossInputs {
   at::Tensor query_rows;
 };
 
-// All tensors lie on the inputs' device. Accumulation is float32, or float64 for float64 inputs.
+// All tensors lie on the inputs' device. Accumulation is float32, or float64 for float64 inputs. On GPUs the
+// gradients of bfloat16 inputs pass one rounding to bfloat16, of their scores' gradients.
 struct LayerLoss {
   at::Tensor loss;                               // 0-dim float64: the mean; 0 when nothing is counted
   at::Tensor grad_query, grad_key, grad_weight;  // of the mean; shapes of the selector inputs
   int64_t queries = 0;                           // counted
-  at::Tensor covered;                            // [budgets] float64, mean over counted queries and groups
+  at::Tensor covered;                            // [budgets] float64, mean over measured queries and groups
   at::Tensor covered_oracle;   // the same for blocks ranked by their true mass: what no selector can exceed
   at::Tensor teacher_entropy;  // 0-dim float64, nats, of p on A
 };
 
+// Dense and sparse losses with a token teacher of all keys and one group go to the operators; other losses (rest
+// bucket, block_max, residual, several groups) take from them the teacher alone.
 // Memory: O(tile_rows x longest document) beyond inputs and gradients. Deterministic for a given device and
 // thread count. Throws Error on shapes that do not fit and on impossible options.
 LayerLoss layer_loss(const LayerLossInputs& inputs, const LayerLossOptions& options);

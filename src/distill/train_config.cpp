@@ -171,6 +171,7 @@ LayerLossOptions loss_options(const SelectorConfig& selector, const TrainConfig&
   options.recency = selector.selection.recency;
   options.block_size = selector.block_size;
   options.budgets = config.budgets;
+  options.measured_queries = 128;  // of each sequence: ranking blocks costs more than the loss of a query
   return options;
 }
 

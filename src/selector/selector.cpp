@@ -142,10 +142,16 @@ at::Tensor Selector::project_key(int64_t layer, const at::Tensor& hidden, const 
                        .view({hidden.size(0), config_.key_heads, config_.head_dim});
   if (config_.key_norm != KeyNorm::none) {
     at::Tensor x = accumulation(key);
-    if (config_.key_norm == KeyNorm::layernorm) x = x - x.mean(-1, true);
-    x = x * at::rsqrt(x.square().mean(-1, true) + config_.norm_eps);
-    x = x * weights.norm_weight.to(x.scalar_type());
-    if (weights.norm_bias.defined()) x = x + weights.norm_bias.to(x.scalar_type());
+    const at::Tensor weight = weights.norm_weight.to(x.scalar_type());
+    if (x.is_cuda() && config_.key_norm == KeyNorm::layernorm) {
+      // The same, with its gradient, in a few passes over memory instead of thirty.
+      x = at::layer_norm(x, {config_.head_dim}, weight, weights.norm_bias.to(x.scalar_type()), config_.norm_eps);
+    } else {
+      if (config_.key_norm == KeyNorm::layernorm) x = x - x.mean(-1, true);
+      x = x * at::rsqrt(x.square().mean(-1, true) + config_.norm_eps);
+      x = x * weight;
+      if (weights.norm_bias.defined()) x = x + weights.norm_bias.to(x.scalar_type());
+    }
     key = x.to(hidden.scalar_type());
   }
   return config_.rope_dims > 0 ? apply_rope(key, positions, rope_) : key;

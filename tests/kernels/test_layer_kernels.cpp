@@ -1,7 +1,8 @@
-// rms_norm, gated_product and attention_prologue against float64 on the host, on the GPU or emulated.
+// rms_norm, gated_product, rotate_heads and attention_prologue against float64 on the host, on the GPU or emulated.
 #include "kernels/attention_prologue.h"
 #include "kernels/gated_product.h"
 #include "kernels/rms_norm.h"
+#include "kernels/rotate_heads.h"
 #include "tests/kernels/device.h"
 #include "tests/kernels/reference.h"
 
@@ -398,6 +399,58 @@ TEST(AttentionPrologue, SameBitsAgainAndWithoutCompany) {
   EXPECT_EQ(alone.weight, part(all.weight));
 }
 
+TEST(RotateHeads, TurnsPairsAndBackAgain) {
+  Random random(testing::fresh_seed());
+  std::normal_distribution<double> normal;
+  for (const DataType type : kTypes)
+    for (const bool backwards : {false, true}) {
+      const int tokens = 19, heads = 3, dim = 24, half = backwards ? 12 : 8, positions = 40, stride = heads * dim + 4;
+      std::vector<float> drawn(static_cast<size_t>(tokens) * stride), cos(positions * half), sin(positions * half);
+      for (float& v : drawn) v = static_cast<float>(normal(random));
+      for (size_t i = 0; i < cos.size(); ++i) {
+        const double angle = 3 * normal(random);
+        cos[i] = static_cast<float>(std::cos(angle));
+        sin[i] = static_cast<float>(std::sin(angle));
+      }
+      std::vector<int64_t> chosen(tokens);
+      for (int64_t& p : chosen) p = static_cast<int64_t>(std::abs(normal(random)) * 1000) % positions;
+      const Typed x(type, drawn);
+      const Buffer<uint8_t> input(x.bytes), output(static_cast<size_t>(tokens) * heads * dim * bytes_of(type));
+      const Buffer<float> cos_table(cos), sin_table(sin);
+      const Buffer<int64_t> position_list(chosen);
+      RotateHeadsParams p;
+      p.type = type;
+      p.num_tokens = tokens;
+      p.num_heads = heads;
+      p.dim = dim;
+      p.half = half;
+      p.x = input.data();
+      p.x_token_stride = stride;
+      p.x_head_stride = dim;
+      p.positions = position_list.data();
+      p.cos = cos_table.data();
+      p.sin = sin_table.data();
+      p.backwards = backwards;
+      p.y = output.data();
+      check(rotate_heads(p, nullptr));
+      std::vector<double> want;
+      for (int t = 0; t < tokens; ++t)
+        for (int h = 0; h < heads; ++h) {
+          const float* from = &x.values[static_cast<size_t>(t) * stride + h * dim];
+          for (int d = 0; d < dim; ++d) {
+            if (d >= 2 * half) {
+              want.push_back(from[d]);
+              continue;
+            }
+            const int64_t angle = chosen[t] * half + d % half;
+            const double s = (d < half) == backwards ? sin[angle] : -sin[angle];
+            want.push_back(static_cast<double>(from[d]) * cos[angle] + from[d < half ? d + half : d - half] * s);
+          }
+        }
+      expect_close(numbers(type, output.download()), want, rounding(type), backwards ? "backwards" : "forwards");
+    }
+}
+
 TEST(LayerKernels, RejectWhatTheyCannotDo) {
   RmsNormParams norm;
   norm.num_rows = 1;
@@ -409,6 +462,11 @@ TEST(LayerKernels, RejectWhatTheyCannotDo) {
   product.num_rows = 1;
   product.width = 8;
   EXPECT_EQ(gated_product(product, nullptr), cudaErrorInvalidValue);
+  RotateHeadsParams rotation;
+  rotation.num_tokens = rotation.num_heads = 1;
+  rotation.dim = 8;
+  rotation.half = 6;
+  EXPECT_EQ(rotate_heads(rotation, nullptr), cudaErrorInvalidValue);
   AttentionPrologueParams prologue;
   prologue.num_tokens = 1;
   prologue.num_heads = prologue.num_kv_heads = 1;

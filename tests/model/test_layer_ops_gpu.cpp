@@ -42,6 +42,25 @@ at::Tensor there(const at::Tensor& x) {
 
 }  // namespace
 
+TEST(GpuLayerOps, RotateHeadsAndItsGradient) {
+  fresh_seed();
+  for (at::ScalarType dtype : kTypes)
+    for (int64_t half : {4, 32, 64, 6}) {  // 6: by ATen
+      const at::Tensor angles = at::randn({50, half}) * 3, cos = at::cos(angles), sin = at::sin(angles);
+      const at::Tensor positions = at::randint(50, {37}, at::kLong);
+      at::Tensor x = at::randn({37, 3, 128}).to(dtype), on_gpu = there(x);
+      const at::Tensor grad = at::randn({37, 3, 128}).to(dtype);
+      x.requires_grad_();
+      on_gpu.requires_grad_();
+      const at::Tensor want = ops::rotate_heads(x, positions, cos, sin),
+                       got = ops::rotate_heads(on_gpu, there(positions), there(cos), there(sin));
+      expect_close(got.detach(), want.detach(), "half " + std::to_string(half));
+      want.backward(grad);
+      got.backward(there(grad));
+      expect_close(on_gpu.grad(), x.grad(), "gradient, half " + std::to_string(half));
+    }
+}
+
 TEST(GpuLayerOps, RmsNorm) {
   fresh_seed();
   for (at::ScalarType dtype : kTypes)

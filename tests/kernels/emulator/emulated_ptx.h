@@ -83,6 +83,49 @@ template <int kPending>
 void cp_async_wait() {
   emulator::wait_copies(kPending);
 }
+
+// Operands as the descriptor says: addresses swizzled by their own bits. Products are done at once.
+inline uint64_t wgmma_operand(uint32_t address) {
+  return address;
+}
+inline uint64_t wgmma_advance(uint64_t operand, int steps) {
+  return operand + static_cast<uint64_t>(32 * steps);
+}
+inline void wgmma_arrive() {}
+inline void wgmma_commit() {}
+inline void wgmma_wait_all() {}
+template <int kCount>
+void wgmma_hold(float (&)[kCount]) {}
+inline void fence_for_wgmma() {}
+inline void named_barrier(int id, int threads) {
+  emulator::named_barrier(id, static_cast<unsigned>(threads));
+}
+template <typename T>
+void wgmma_row(float (&row)[16], uint64_t operand, int index) {
+  const uint32_t begin = static_cast<uint32_t>(operand) + static_cast<uint32_t>(index) * 128;
+  for (uint32_t k = 0; k < 16; ++k) {
+    const uint32_t address = begin + 2 * k;
+    uint16_t bits;
+    std::memcpy(&bits, emulator::shared_base() + (address ^ (address >> 3 & 0x70)), 2);
+    row[k] = half_bits_to_float<T>(bits);
+  }
+}
+template <typename T, int kCount>
+void wgmma_k16(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
+  const int lane = static_cast<int>(emulator::lane()), warp = static_cast<int>(threadIdx.x / 32 % 4);
+  float rows[2][16], column[16];
+  for (int half = 0; half < 2; ++half) wgmma_row<T>(rows[half], a, 16 * warp + lane / 4 + 8 * half);
+  for (int i = 0; i < kCount; i += i % 4 == 0 ? 1 : 3) {  // elements i and i + 2 share a column
+    wgmma_row<T>(column, b, i / 4 * 8 + lane % 4 * 2 + i % 4);
+    for (int half = 0; half < 2; ++half) {
+      float& element = d[i + 2 * half];
+      double sum = accumulate ? element : 0.0;
+      for (int k = 0; k < 16; ++k) sum += static_cast<double>(rows[half][k]) * static_cast<double>(column[k]);
+      element = static_cast<float>(sum);
+    }
+  }
+}
+
 inline void prefetch_l2(const void*, uint32_t) {}
 inline void touch(const void*) {}
 
@@ -113,6 +156,9 @@ inline uint32_t reduce_min(uint32_t v) {
 }
 inline float exp2_approx(float x) {
   return std::exp2(x);
+}
+inline float log2_approx(float x) {
+  return std::log2(x);
 }
 inline float2 e4m3x2_to_float2(uint32_t two) {
   return make_float2(e4m3_to_float(two & 0xff), e4m3_to_float(two >> 8 & 0xff));

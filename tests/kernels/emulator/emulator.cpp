@@ -114,6 +114,11 @@ void block_barrier() {
   Barrier& barrier = machine.current->block->barrier;
   wait(barrier, arrive(barrier));
 }
+void named_barrier(int id, unsigned threads) {
+  Barrier& barrier = machine.current->block->named[id];
+  barrier.expected = threads;
+  wait(barrier, arrive(barrier));
+}
 void warp_barrier() {
   Barrier& barrier = machine.current->warp->barrier;
   wait(barrier, arrive(barrier));

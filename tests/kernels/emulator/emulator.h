@@ -46,7 +46,7 @@ struct Block {
   Index index;
   unsigned rank;
   std::vector<uint8_t> shared;
-  Barrier barrier;
+  Barrier barrier, named[16];
   std::vector<Warp> warps;
 };
 struct Copy {
@@ -67,6 +67,7 @@ unsigned cluster_size();
 void run(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, const std::function<void()>& kernel);
 
 void block_barrier();
+void named_barrier(int id, unsigned threads);
 void warp_barrier();
 uint64_t cluster_arrive_barrier();
 void cluster_wait_barrier();

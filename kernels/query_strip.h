@@ -1,0 +1,20 @@
+// A run of queries handled together by the distillation kernels, and the keys they see: what is quadratic in
+// the length exists for one strip at a time.
+#pragma once
+
+#include "kernels/types.h"
+
+namespace spot::kernels {
+
+// Maps of a strip have `width` columns, column c for the key of token first_key + c. Row r sees the keys of
+// tokens low[r] .. tokens[r]. Both lists ascend, and width reaches past every token seen.
+struct QueryStrip {
+  const int32_t* tokens = nullptr;  // [rows], each query's own token
+  const int32_t* low = nullptr;     // [rows], the first token of its document, at least first_key
+  int32_t rows = 0;
+  int32_t first_key = 0;
+  int32_t width = 0;       // a multiple of 8
+  int32_t num_tokens = 0;  // of queries and keys in memory
+};
+
+}  // namespace spot::kernels

@@ -1,0 +1,3 @@
+#include "tests/kernels/emulator/emulator.h"
+
+#include "kernels/selector_kl.cu"
