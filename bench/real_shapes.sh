@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Whole models of real shapes on one GPU: loading, prefill of 131,072 tokens in chunks, decode dense and sparse, peak memory.
+# Whole models of real shapes on one GPU: loading, prefill of 131,072 tokens in chunks, decode dense and sparse, a
+# distillation step at 16,384 tokens, peak memory.
 # Qwen3-8B and Qwen3.5-9B are loaded from a checkpoint generated for it (bench/make_checkpoint.py; under CHECKPOINTS, default a
 # temporary folder), Qwen3-32B has random weights in memory and is left out below 120 GiB of GPU memory.
 #   SPOT=build/gpu/spot OUT=out/gpu bench/real_shapes.sh
@@ -19,6 +20,11 @@ for name in qwen3.5-9b qwen3-8b; do
   "$python" bench/make_checkpoint.py bench/configs/$name "$checkpoints/$name"
   measure $name --model "$checkpoints/$name"
   rm -r "${checkpoints:?}/$name"
+done
+for name in qwen3.5-9b qwen3-8b; do
+  for loss in sparse dense; do
+    "$spot" bench distill --model bench/configs/$name --random --loss $loss --out "$out/$name-distill-$loss.json"
+  done
 done
 memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)
 if [ "$memory" -ge 122880 ]; then

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/error.h"
+#include "distill/coverage.h"
 #include "distill/divergence.h"
 #include "ops/distill_ops.h"
 
@@ -355,7 +356,9 @@ class Distiller {
     out_.loss += top - top;
     scores.masked_fill_(inactive, -kInfinity);
 
-    if (task != Task::loss) measure_coverage(mass, scores, bounds);
+    if (task != Task::loss)
+      add_coverage(mass, scores, bounds[2] - bounds[1], options_.block_size, options_.budgets, out_.covered,
+                   out_.covered_oracle);
     if (task == Task::coverage) return;
     const at::Tensor sum = mass.sum(-1, true);  // [R, G, 1]
     // Entropy of mass / sum, without another map.
@@ -397,34 +400,6 @@ class Distiller {
   }
 
   double tiny() const { return type_ == at::kDouble ? 1e-300 : 1e-37; }
-
-  void measure_coverage(const at::Tensor& mass, const at::Tensor& scores, const at::Tensor& bounds) {
-    const at::Tensor total = mass.sum(-1, true).clamp_min(tiny());  // [R, G, 1]
-    const int64_t block = options_.block_size, blocks = mass.size(2) / block;
-    const at::Tensor block_mass = mass.view({mass.size(0), groups_, blocks, block}).sum(-1) / total;
-    const at::Tensor block_score = scores.view({mass.size(0), groups_, blocks, block}).amax(-1);
-    const at::Tensor active = (bounds[2] - bounds[1]).to(at::kDouble);  // [R, 1]
-    const auto cumulative = [&](const at::Tensor& rank_by) {
-      const at::Tensor order =
-          std::get<1>(at::sort(rank_by, /*stable=*/true, /*dim=*/-1, /*descending=*/true));
-      return at::cumsum(block_mass.gather(-1, order), -1);
-    };
-    const at::Tensor student = cumulative(block_score), oracle = cumulative(block_mass);
-    for (size_t i = 0; i < options_.budgets.size(); ++i) {
-      const double budget = options_.budgets[i];
-      const at::Tensor wanted = budget < 1.0 ? active * budget : at::full_like(active, budget);
-      const at::Tensor last = (wanted / static_cast<double>(block))
-                                  .ceil_()
-                                  .clamp_(1.0, static_cast<double>(blocks))
-                                  .sub_(1.0)
-                                  .to(at::kLong)
-                                  .unsqueeze(1)
-                                  .expand({-1, groups_, -1});
-      const auto slot = static_cast<int64_t>(i);
-      out_.covered[slot] += student.gather(-1, last).sum(at::kDouble);
-      out_.covered_oracle[slot] += oracle.gather(-1, last).sum(at::kDouble);
-    }
-  }
 
   const LayerLossOptions& options_;
   const LayerLossInputs& in_;
