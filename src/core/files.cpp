@@ -76,4 +76,16 @@ void make_folder(const fs::path& path) {
   if (code || !fs::is_directory(path)) fail("{}: cannot be created as a folder: {}", path.string(), code.message());
 }
 
+void remove_folder(const fs::path& path) {
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator(path, ignored)) {
+    if (entry.is_directory(ignored) && !entry.is_symlink(ignored)) {
+      remove_folder(entry.path());
+    } else {
+      fs::remove(entry.path(), ignored);
+    }
+  }
+  fs::remove(path, ignored);
+}
+
 }  // namespace spot

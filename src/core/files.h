@@ -24,4 +24,8 @@ void write_file_atomically(const std::filesystem::path& path, const std::functio
 // Creates a folder and its parents; throws Error if that fails.
 void make_folder(const std::filesystem::path& path);
 
+// Removes a folder with all it holds, as far as that can be done; links are removed, not followed. Stands in for
+// std::filesystem::remove_all: torch 2.11 exports one of its own, which crashes.
+void remove_folder(const std::filesystem::path& path);
+
 }  // namespace spot

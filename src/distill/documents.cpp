@@ -143,6 +143,27 @@ bool begins_as_text(const fs::path& path) {
                       [](char c) { return (c > 0 && c < '\t') || (c > '\r' && c < '\x1b'); });
 }
 
+// Regular files in a folder and the folders below it; hidden ones, links and folders that may not be read are left out.
+// (torch 2.11 exports parts of std::filesystem's recursive iterator that do not fit others.)
+std::vector<fs::path> files_below(const fs::path& folder) {
+  std::vector<fs::path> files;
+  std::error_code code;
+  for (fs::directory_iterator entry(folder, fs::directory_options::skip_permission_denied, code), end; !code && entry != end;
+       entry.increment(code)) {
+    const fs::path& path = entry->path();
+    std::error_code unknown;
+    if (path.filename().string().starts_with(".") || entry->is_symlink(unknown)) continue;
+    if (entry->is_directory(unknown)) {
+      const std::vector<fs::path> below = files_below(path);
+      files.insert(files.end(), below.begin(), below.end());
+    } else if (entry->is_regular_file(unknown)) {
+      files.push_back(path);
+    }
+  }
+  if (code) fail("{}: cannot be searched: {}", folder.string(), code.message());
+  return files;
+}
+
 }  // namespace
 
 std::vector<fs::path> list_text_files(const std::vector<fs::path>& paths) {
@@ -157,22 +178,13 @@ std::vector<fs::path> list_text_files(const std::vector<fs::path>& paths) {
       continue;
     }
     std::vector<fs::path> inside;
-    const auto options = fs::directory_options::skip_permission_denied;
-    for (auto entry = fs::recursive_directory_iterator(path, options, code);
-         entry != fs::recursive_directory_iterator(); entry.increment(code)) {
-      const fs::path& file = entry->path();
-      if (file.filename().string().starts_with(".")) {
-        if (entry->is_directory(code)) entry.disable_recursion_pending();
-        continue;
-      }
-      if (entry->is_symlink(code) || !entry->is_regular_file(code)) continue;
+    for (const fs::path& file : files_below(path)) {
       if (inner_name(file).extension() != ".tar" && file.extension() != ".tgz" && begins_as_text(file)) {
         inside.push_back(file);
       } else {
         ++left_out;
       }
     }
-    if (code) fail("{}: cannot be searched: {}", path.string(), code.message());
     std::sort(inside.begin(), inside.end());
     files.insert(files.end(), inside.begin(), inside.end());
   }

@@ -315,18 +315,18 @@ class Run {
     const fs::path old = newest_checkpoint(config_.output);
     const fs::path final_path = config_.output / checkpoint_name(step_);
     const fs::path unfinished = config_.output / "unfinished-checkpoint";
-    std::error_code code;
-    fs::remove_all(unfinished, code);
+    remove_folder(unfinished);
     try {
       write_checkpoint(unfinished);
     } catch (const Error&) {
-      fs::remove_all(unfinished, code);
+      remove_folder(unfinished);
       throw;
     }
-    if (old == final_path) fs::remove_all(old, code);
+    if (old == final_path) remove_folder(old);
+    std::error_code code;
     fs::rename(unfinished, final_path, code);
     if (code) fail("{}: cannot be created: {}", final_path.string(), code.message());
-    if (!old.empty() && old != final_path) fs::remove_all(old, code);
+    if (!old.empty() && old != final_path) remove_folder(old);
     write_loss_page(config_.output / "loss.html", log_->entries());
   }
 

@@ -11,6 +11,7 @@
 #include <random>
 #include <string>
 
+#include "core/files.h"
 #include "core/error.h"
 
 namespace spot::testing {
@@ -30,26 +31,13 @@ class TemporaryFolder {
     if (::mkdtemp(pattern.data()) == nullptr) throw std::runtime_error("no temporary folder");
     path_ = pattern;
   }
-  ~TemporaryFolder() { remove_tree(path_); }
+  ~TemporaryFolder() { remove_folder(path_); }
   TemporaryFolder(const TemporaryFolder&) = delete;
   TemporaryFolder& operator=(const TemporaryFolder&) = delete;
   std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
   const std::filesystem::path& path() const { return path_; }
 
  private:
-  // Not std::filesystem::remove_all: torch 2.11 exports one of its own, which crashes.
-  static void remove_tree(const std::filesystem::path& folder) {
-    std::error_code ignored;
-    for (const auto& entry : std::filesystem::directory_iterator(folder, ignored)) {
-      if (entry.is_directory() && !entry.is_symlink()) {
-        remove_tree(entry.path());
-      } else {
-        std::filesystem::remove(entry.path(), ignored);
-      }
-    }
-    std::filesystem::remove(folder, ignored);
-  }
-
   std::filesystem::path path_;
 };
 

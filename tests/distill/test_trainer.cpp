@@ -46,7 +46,7 @@ class Folder {
     std::string name = (fs::temp_directory_path() / "spot_train_XXXXXX").string();
     path = ::mkdtemp(name.data());
   }
-  ~Folder() { fs::remove_all(path); }
+  ~Folder() { remove_folder(path); }
   fs::path path;
 };
 

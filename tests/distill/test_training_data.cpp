@@ -9,6 +9,7 @@
 #include <random>
 #include <set>
 
+#include "core/files.h"
 #include "core/error.h"
 #include "distill/data.h"
 #include "distill/documents.h"
@@ -24,7 +25,7 @@ class Folder {
     std::string name = (fs::temp_directory_path() / "spot_data_XXXXXX").string();
     path = ::mkdtemp(name.data());
   }
-  ~Folder() { fs::remove_all(path); }
+  ~Folder() { remove_folder(path); }
   fs::path write(const std::string& name, const std::string& bytes) const {
     fs::create_directories((path / name).parent_path());
     std::ofstream(path / name, std::ios::binary) << bytes;

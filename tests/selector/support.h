@@ -10,6 +10,7 @@
 #include <random>
 #include <string>
 
+#include "core/files.h"
 #include "checkpoint/config.h"
 #include "core/error.h"
 
@@ -57,7 +58,7 @@ class TemporaryFolder {
     if (!mkdtemp(pattern.data())) throw std::runtime_error("cannot make a temporary folder");
     path_ = pattern;
   }
-  ~TemporaryFolder() { std::filesystem::remove_all(path_); }
+  ~TemporaryFolder() { remove_folder(path_); }
   const std::filesystem::path& path() const { return path_; }
 
  private:

@@ -63,10 +63,7 @@ class TemporaryFolder {
               ("spot_text_" + std::to_string(::getpid()) + "_" + std::to_string(std::random_device{}()))) {
     std::filesystem::create_directories(path_);
   }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
+  ~TemporaryFolder() { remove_folder(path_); }
   TemporaryFolder(const TemporaryFolder&) = delete;
   TemporaryFolder& operator=(const TemporaryFolder&) = delete;
 
