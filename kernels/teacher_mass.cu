@@ -10,7 +10,7 @@
 // Floor at L tokens, one layer: L^2 / 2 * 2 * num_heads * head_dim FLOP, the same as a causal QK^T, and
 // L^2 / 2 * num_heads exponentials, 16 a clock and SM: at 16384 tokens and 32 heads of 128 dims 1.1 TFLOP
 // (1.1 ms at the 989 TFLOP/s of the data sheet) and 4.3 G (1.2 ms at 1.7 GHz), in different units. Tiles come
-// from L2: 192 KB for 33.5 MFLOP. kernels/NOTES.md has the whole step. Not measured yet.
+// from L2: 192 KB for 33.5 MFLOP. kernels/NOTES.md has the whole step.
 //
 // Grid: [width / 256, rows / 128], one block of 256 threads an SM (193 KB of shared memory).
 #include "kernels/query_strip.cuh"

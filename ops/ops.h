@@ -54,6 +54,10 @@ at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const
                         double global_scale, int64_t max_blocks = 0, bool history_settled = false);
 
 // The arguments of select_blocks: SelectionRule without torch types.
+// Attention kernels count finished parts in a workspace of this many counters, one a row, KV head and tile of 8 query heads:
+// more than that in one call throws on CUDA.
+inline constexpr int64_t kMaxAttentionParts = 65536;
+
 struct SelectArguments {
   bool top_p = true;
   double p = 0.9;

@@ -174,23 +174,33 @@ def run_ahead(options: argparse.Namespace, steps: list[Step]) -> None:
             (folder / "command.json").write_text(step.record())
         return code
 
-    def whole_lines(log: pathlib.Path) -> list[str]:
-        return log.read_text().split("\n")[:-1]
-
     parts.sort(key=lambda part: -part[0])
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        runs = {pool.submit(run, *part[1:]): part[-1] for part in parts}
+    pool = concurrent.futures.ThreadPoolExecutor(options.jobs)
+    runs = {pool.submit(run, *part[1:]): part[-1] for part in parts}
+    try:
         for number, finished in enumerate(concurrent.futures.as_completed(runs), 1):
             folder = runs[finished]
             print(f"{number}/{len(runs)} {folder.relative_to(options.out)}"
                   + (f" failed with status {finished.result()}, see {folder}/run.log" if finished.result() else ""), flush=True)
+    finally:  # an interrupt ends the running ones; no further one may start
+        pool.shutdown(cancel_futures=True)
     for step in steps:
-        if step.kind != "ruler" or step.done():
-            continue
-        logs = [lines for log in sorted((step.folder / "parts").glob("*/ruler.jsonl")) if (lines := whole_lines(log))]
-        if logs:  # a log's first line holds the settings, which are the same in all
-            lines = logs[0][:1] + [line for log in logs for line in log[1:]]
-            (step.folder / "ruler.jsonl").write_text("\n".join(lines) + "\n")
+        own = [folder / "ruler.jsonl" for _, of, _, folder in parts if of is step]
+        if step.kind == "ruler" and own:
+            merge_logs(step.folder / "ruler.jsonl", [log for log in [step.folder / "ruler.jsonl", *own] if log.exists()])
+
+
+def merge_logs(target: pathlib.Path, logs: list[pathlib.Path]) -> None:
+    """Puts RULER logs of equal settings (their first lines) together, a prompt that is in several once."""
+    lines: dict[str, None] = {}
+    for log in logs:
+        whole = log.read_text().split("\n")[:-1]  # an interrupted run's last line may be cut
+        if whole and lines and whole[0] != next(iter(lines)):
+            sys.exit(f"error: {log} holds results of other settings than {logs[0]}; delete the one that is out of date and run again")
+        lines |= dict.fromkeys(whole)
+    partial = target.with_suffix(".part")
+    partial.write_text("".join(line + "\n" for line in lines))
+    partial.replace(target)
 
 
 def run_all(options: argparse.Namespace) -> tuple[dict[str, list[tuple[str, dict]]], list[str]]:

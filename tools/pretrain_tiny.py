@@ -48,6 +48,8 @@ def arguments() -> argparse.Namespace:
     unknown = set(options.models.split(",")) - set(MODELS)
     if unknown:
         parser.error(f"--models {options.models}: {', '.join(sorted(unknown))} is not known; {' and '.join(MODELS)} are")
+    if options.evaluate_only and not options.init:
+        parser.error("--evaluate-only needs --init: the weights to evaluate")
     for file in (options.data, options.tokenizer):
         if not file.is_file():
             parser.error(f"{file} does not exist")

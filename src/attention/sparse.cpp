@@ -133,9 +133,16 @@ at::Tensor SparseAttention::attend_chunk(const AttentionInputs& inputs, const Qu
     return masked_attention(query, cache_.gather(keys, sequence, length),
                             cache_.gather(values, sequence, length), mask.transpose(0, 1), inputs.scale);
   }
-  const at::Tensor table = view_.page_table.narrow(0, chunk.sequence, 1).expand({chunk.count, -1});
-  return ops::sparse_decode_attention(query, keys, values, table, lengths, selection.indices,
-                                      selection.counts, inputs.scale);
+  const at::Tensor table = view_.page_table.narrow(0, chunk.sequence, 1);
+  const int64_t step = ops::kMaxAttentionParts / (2 * keys.size(0));  // a group has at most two tiles
+  std::vector<at::Tensor> parts;
+  for (int64_t done = 0; done < chunk.count; done += step) {
+    const int64_t count = std::min(step, chunk.count - done);
+    auto part = [&](const at::Tensor& x) { return x.narrow(0, done, count); };
+    parts.push_back(ops::sparse_decode_attention(part(query), keys, values, table.expand({count, -1}), part(lengths),
+                                                 part(selection.indices), part(selection.counts), inputs.scale));
+  }
+  return parts.size() == 1 ? parts[0] : at::cat(parts);
 }
 
 void SparseAttention::count(int64_t layer, const Selection& selection, const at::Tensor& lengths) {

@@ -56,7 +56,8 @@ ops::PrunedTokens TwilightPolicy::surviving_tokens(int64_t layer, const at::Tens
                                                    double scale, const Selection& blocks) const {
   const int64_t rows = query.size(0), width = blocks.indices.size(2) * kBlockSize, floor = rule(layer).floor;
   // In parts, so that the logits of a chunk's queries stay small; a decode step is one.
-  const int64_t step = std::max<int64_t>(1, (int64_t{1} << 26) / std::max<int64_t>(1, query.size(1) * width));
+  const int64_t step = std::min(std::max<int64_t>(1, (int64_t{1} << 26) / std::max<int64_t>(1, query.size(1) * width)),
+                                ops::kMaxAttentionParts / query.size(1));
   std::vector<at::Tensor> positions, counts;
   for (int64_t done = 0; done < rows; done += step) {
     auto part = [&](const at::Tensor& x) { return x.narrow(0, done, std::min(step, rows - done)); };

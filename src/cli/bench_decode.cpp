@@ -73,6 +73,8 @@ std::vector<Run> measure(const Options& options, const DecodeScene& scene, at::D
     try {
       for (const DecodeStage& stage : method.stages) timer.add(method.name + "/" + stage.name, stage.work);
       runs.push_back({std::move(method), {}});
+    } catch (const c10::OutOfMemoryError&) {
+      throw;
     } catch (const c10::Error& e) {
       fmt::print("{}: not here ({})\n", method.name, std::string(e.what_without_backtrace()).substr(0, 160));
     }
@@ -203,11 +205,11 @@ void run(const Options& options) {
           json["settings"].push_back(to_json(setting, scene, runs));
           for (Run& run : runs) run.method.stages.clear();  // they hold the scene
           all.emplace_back(setting, std::move(runs));
+          if (!options.out.empty()) write_file_atomically(options.out, json.dump(1) + "\n");  // what a later fault must not take
         } catch (const c10::OutOfMemoryError&) {
           fmt::print("\n{}: left out, memory was not enough\n", title);
         }
       }
-  if (!options.out.empty()) write_file_atomically(options.out, json.dump(1) + "\n");
   if (!options.page.empty()) {
     add_charts(page, all);
     for (const auto& [heading, table] : tables) {
@@ -242,7 +244,11 @@ void add_bench_decode(CLI::App& parent) {
   command.add_option("--device", options->device, "auto, cpu, cuda or cuda:N")->capture_default_str();
   command.add_option("--out", options->out, "JSON file for the numbers");
   command.add_option("--page", options->page, "HTML file with tables and charts");
-  command.callback([options] { run(*options); });
+  command.callback([options] {
+    for (int64_t length : options->lengths)
+      if (length % 16 != 0) throw CLI::ValidationError("--lengths", fmt::format("{} is not a multiple of 16", length));
+    run(*options);
+  });
 }
 
 }  // namespace spot::cli

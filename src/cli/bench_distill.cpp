@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "attention/dense.h"
+#include "benchmark/stage_timer.h"
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "core/error.h"
@@ -178,12 +179,12 @@ void run(const Options& options) {
       "{} on {}, {}, {} sequences of {} tokens ({} documents each), preset {}, {} loss, matmul peak {:.1f} "
       "TFLOP/s ({}), peak memory {:.2f} GiB, "
       "loss {:.4f}\n{}",
-      model.architecture, device.str(), c10::toString(backbone.dtype()), options.sequences, options.length,
+      model.architecture, describe_device(device), c10::toString(backbone.dtype()), options.sequences, options.length,
       options.documents, options.preset, shape["distillation"]["loss"].get<std::string>(), peak,
       options.peak_tflops > 0 ? "given" : "measured", gib, loss, table.to_text());
   if (options.out.empty()) return;
   const nlohmann::json json = {{"architecture", model.architecture},
-                               {"device", device.str()},
+                               {"device", describe_device(device)},
                                {"dtype", std::string(c10::toString(backbone.dtype()))},
                                {"random_weights", options.random},
                                {"length", options.length},

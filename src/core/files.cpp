@@ -77,12 +77,14 @@ void make_folder(const fs::path& path) {
 }
 
 void remove_folder(const fs::path& path) {
-  std::error_code ignored;
-  for (const auto& entry : fs::directory_iterator(path, ignored)) {
-    if (entry.is_directory(ignored) && !entry.is_symlink(ignored)) {
-      remove_folder(entry.path());
-    } else {
-      fs::remove(entry.path(), ignored);
+  std::error_code code, ignored;
+  if (!fs::is_symlink(path, ignored)) {
+    for (fs::directory_iterator entry(path, code), end; !code && entry != end; entry.increment(code)) {
+      if (entry->is_directory(ignored) && !entry->is_symlink(ignored)) {
+        remove_folder(entry->path());
+      } else {
+        fs::remove(entry->path(), ignored);
+      }
     }
   }
   fs::remove(path, ignored);

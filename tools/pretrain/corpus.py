@@ -67,11 +67,12 @@ def _encode(tokenizer: tokenizers.Tokenizer, documents: list[str]) -> np.ndarray
 
 def prepare(data: pathlib.Path, tokenizer_file: pathlib.Path, folder: pathlib.Path, held_out: float = 0.015) -> None:
     """Writes STREAM.npy, STREAM_held_out.npy (uint16) and words.json into `folder`; does nothing where they are already."""
-    source = json.dumps({"data": str(data.resolve()), "bytes": data.stat().st_size, "tokenizer": hashlib.md5(tokenizer_file.read_bytes()).hexdigest()})
+    source = json.dumps({"data": str(data.resolve()), "bytes": data.stat().st_size, "changed": data.stat().st_mtime_ns, "tokenizer": hashlib.md5(tokenizer_file.read_bytes()).hexdigest()})
     done = folder / "source.json"  # written last
     if done.is_file() and done.read_text() == source:
         return
     folder.mkdir(parents=True, exist_ok=True)
+    done.unlink(missing_ok=True)
     start = time.time()
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     documents = without_repeats(read_documents(data))

@@ -163,6 +163,8 @@ def train(model: TinyModel, options: Options, name: str) -> None:
             start = time.time()
             if options.until:
                 seconds = min(seconds, options.until - start - options.eval_seconds - 10)
+            if seconds <= 0:
+                raise SystemExit(f"{name}: no time is left to train in; give a longer --wall or fewer --eval-seconds")
             print(f"{name}: first steps took {start - begun:.1f} s; training for {seconds:.0f} s", flush=True)
         now = time.time()
         if start and now - last_log > options.log_every:
@@ -185,6 +187,8 @@ def train(model: TinyModel, options: Options, name: str) -> None:
             elif now - last_save > options.save_every:
                 checkpoint.save(options.out, model.config, model.weights, options.tokenizer)
                 last_save, saved = now, True
+    if not all(bool(weight.isfinite().all()) for weight in model.weights.values()):
+        raise SystemExit(f"{name}: the last weights are not finite; {options.out} keeps the checkpoint before them, if there is one")
     checkpoint.save(options.out, model.config, model.weights, options.tokenizer)
     print(f"{name}: {step} steps, {tokens_seen / 1e6:.1f}M tokens, {time.time() - start:.0f} s; saved to {options.out}", flush=True)
     del batches, loader, optimizer
