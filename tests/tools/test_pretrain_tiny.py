@@ -133,7 +133,7 @@ def test_needle_answers_follow_from_the_statements(made, monkeypatch):
         except rows.TooLong:
             continue
         stated = {}
-        for key, value in re.findall(r"One of the special magic \w+s for (\S+) is: (\S+)\.", text):
+        for key, value in re.findall(r"One of the special magic \w+s for (\S+) is: ([^\s.]+)\.", text):
             stated.setdefault(key, []).append(value)
         for keys, answer in re.findall(r"The special magic \w+ for ([^?\n]+) mentioned in the provided text (?:is|are) (.+)\.\n", text.replace("s for", " for")):
             keys, answer = (re.split(r", and | and |, ", part) for part in (keys, answer))
