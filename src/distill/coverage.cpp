@@ -1,13 +1,14 @@
 #include "distill/coverage.h"
 
+#include "distill/divergence.h"
+
 namespace spot {
 
 void add_coverage(const at::Tensor& mass, const at::Tensor& scores, const at::Tensor& active,
                   int64_t block_size, const std::vector<double>& budgets, at::Tensor& covered,
                   at::Tensor& oracle) {
-  const double tiny = mass.scalar_type() == at::kDouble ? 1e-300 : 1e-37;
   const int64_t rows = mass.size(0), groups = mass.size(1), blocks = mass.size(2) / block_size;
-  const at::Tensor total = mass.sum(-1, true).clamp_min(tiny);  // [R, G, 1]
+  const at::Tensor total = mass.sum(-1, true).clamp_min(smallest_mass(mass.scalar_type()));  // [R, G, 1]
   const at::Tensor block_mass = mass.view({rows, groups, blocks, block_size}).sum(-1) / total;
   const at::Tensor block_score = scores.view({rows, groups, blocks, block_size}).amax(-1);
   const auto cumulative = [&](const at::Tensor& rank_by) {

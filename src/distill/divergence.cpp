@@ -23,7 +23,7 @@ at::Tensor top_members(const at::Tensor& scores, int64_t k) {
 
 at::Tensor divergence(const at::Tensor& scores, const at::Tensor& mass, int64_t k, bool rest_bucket,
                       at::Tensor& loss) {
-  const double tiny = mass.scalar_type() == at::kDouble ? 1e-300 : 1e-37;
+  const double tiny = smallest_mass(mass.scalar_type());
   const bool restricted = k < scores.size(-1);
   const at::Tensor members = restricted ? top_members(scores, k) : scores > -kInfinity;
   const at::Tensor others = members.logical_not();

@@ -363,7 +363,7 @@ class Distiller {
     const at::Tensor sum = mass.sum(-1, true);  // [R, G, 1]
     // Entropy of mass / sum, without another map.
     out_.teacher_entropy +=
-        ((at::xlogy(sum, sum) - at::xlogy(mass, mass).sum(-1, true)) / sum.clamp_min(tiny()))
+        ((at::xlogy(sum, sum) - at::xlogy(mass, mass).sum(-1, true)) / sum.clamp_min(smallest_mass(type_)))
             .sum(at::kDouble);
     at::Tensor grad;  // of the sum over rows with respect to scores
     const int64_t k_train = options_.loss == DistillLoss::dense ? padded : options_.k_train;
@@ -398,8 +398,6 @@ class Distiller {
                         .transpose(0, 1));
     }
   }
-
-  double tiny() const { return type_ == at::kDouble ? 1e-300 : 1e-37; }
 
   const LayerLossOptions& options_;
   const LayerLossInputs& in_;

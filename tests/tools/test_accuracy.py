@@ -1,5 +1,7 @@
-"""tools/accuracy.py on the shipped model: what it writes adds up, and a finished run is not run again."""
+"""tools/accuracy.py on the shipped model: what it writes adds up, a finished run is not run again, and logs of runs side by side
+are put together only when they fit."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -50,3 +52,36 @@ def test_tables_add_up_and_finished_steps_are_kept(build_folder, tiny_qwen3, tmp
     again = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert again.count("$ ") == 0
     assert json.loads((tmp_path / "out" / "accuracy.json").read_text()) == data
+
+
+@pytest.fixture(scope="module")
+def accuracy():
+    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "tools" / "accuracy.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tasks_are_those_of_the_program(accuracy, build_folder, tiny_qwen3):
+    run = subprocess.run([build_folder / "spot", "eval", "ruler", "--model", tiny_qwen3, "--tasks", "no_such_task"], capture_output=True, text=True)
+    assert run.returncode != 0
+    assert run.stderr.strip().endswith("choose among " + ", ".join(accuracy.RULER_TASKS))
+
+
+def test_logs_are_merged(accuracy, tmp_path):
+    logs = [tmp_path / name for name in ("whole", "first", "second")]
+    logs[0].write_text("settings\none\n")
+    logs[1].write_text("settings\none\ntwo\n")
+    logs[2].write_text("settings\nthree\nhalf of a li")  # interrupted
+    accuracy.merge_logs(logs[0], logs)
+    assert logs[0].read_text() == "settings\none\ntwo\nthree\n"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["first", "second", "whole"]
+
+
+def test_logs_of_other_settings_are_refused(accuracy, tmp_path):
+    logs = [tmp_path / "whole", tmp_path / "other"]
+    logs[0].write_text("settings\none\n")
+    logs[1].write_text("other settings\ntwo\n")
+    with pytest.raises(SystemExit, match="other.*delete the one that is out of date"):
+        accuracy.merge_logs(logs[0], logs)
+    assert logs[0].read_text() == "settings\none\n"
