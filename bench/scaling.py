@@ -78,6 +78,10 @@ def main() -> None:
         if not (model / "tokenizer.json").exists():
             subprocess.run([sys.executable, ROOT / "bench" / "make_checkpoint.py", options.config, model], check=True)
             shutil.copy(options.tokenizer / "tokenizer.json", model)
+            # The config's ids for the end of a text are those of another tokenizer.
+            config = json.loads((model / "config.json").read_text()) | {"bos_token_id": 0, "eos_token_id": 0}
+            (model / "config.json").write_text(json.dumps(config))
+            (model / "generation_config.json").unlink(missing_ok=True)
     base = ["--model", model, "--data", options.data, "--length", options.length, "--steps", options.steps, "--sequences-per-step",
             options.sequences_per_step, "--warmup-steps", 2, "--start", "random", "--held-out-sequences", 1, "--held-out-interval",
             options.steps, "--checkpoint-interval", 2, "--no-calibrate"]

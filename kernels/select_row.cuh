@@ -6,7 +6,8 @@
 // 1. A budget of k blocks can only fall on scores >= the k-th largest of any subset's scores; the subset is
 // each
 //    thread's largest scores, one or four a thread. A few halvings of their range find a bound that a little
-//    more than k of them reach. What reaches it are the candidates: some 500 of 8192 blocks for k = 232.
+//    more than k of them reach. What reaches it are the candidates, some 350 of 8192 blocks for k = 232; they
+//    are listed.
 // 2. They fall into 1024 bins, linear in the score. Counts, and for top_p the integer masses, are summed per
 // bin; a
 //    scan from the top finds the bin in which the budget ends. Bins above it are selected whole.
@@ -44,11 +45,16 @@ constexpr int kSelectCached = 24 * 1024;  // scores of a row that are kept in sh
 
 constexpr int kSelectFew = 256;  // members of a bin that are ranked
 constexpr int kMassSplit = 12;   // bins sum the low 12 bits of masses and the rest apart: neither overflows
+constexpr int kSelectCandidates = kMaxSelectBlocks / 16;  // more: select_from_all
+static_assert(kMaxSelectBlocks <= 65536);  // candidates are 16 bits
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 struct SelectShared {
   uint32_t bitmap[kMaxSelectBlocks / 32];  // the selected blocks
-  uint32_t ties[kMaxSelectBlocks / 32];    // select_from_all
+  union {
+    uint32_t ties[kMaxSelectBlocks / 32];   // select_from_all
+    uint16_t candidates[kSelectCandidates];  // select_from_candidates: blocks, in any order
+  };
   uint32_t count[kSelectBins];
   uint32_t mass_low[kSelectBins];
   uint32_t mass_high[kSelectBins];
@@ -57,7 +63,7 @@ struct SelectShared {
   uint32_t warp_a[4][32], warp_b[32];
   unsigned long long warp_mass[32];
   unsigned long long base_mass, covered;
-  uint32_t base_count, bin, bin_count, num_few, taken;
+  uint32_t base_count, bin, bin_count, num_candidates, num_few, taken;
 };
 
 // What both ways need of a row. kMass: whether masses can be asked for at all.
@@ -137,11 +143,13 @@ __device__ __forceinline__ void copy_scores(const float* scores, int count, floa
 template <bool kMass>
 __device__ __forceinline__ unsigned long long total_mass(const SelectTask<kMass>& task, uint32_t largest_key,
                                                          SelectShared& s) {
+  const float largest = score_of_key(largest_key);
   unsigned long long sum = 0;
 #pragma unroll 4
   for (int block = task.row.residual_begin + static_cast<int>(threadIdx.x); block < task.row.residual_end;
        block += kSelectThreads)
-    sum += task.mass(order_key(canonical_score(task.scores[block])), largest_key);
+    sum += mass_of(canonical_score(task.scores[block]), largest, task.scale);
+  if (largest == bits_float(0xff800000u)) sum = 0;
   sum = warp_sum(sum);
   const int lane = threadIdx.x % 32;
   if (lane == 0) s.warp_mass[threadIdx.x / 32] = sum;
@@ -302,7 +310,7 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask<kMass>& t
   }
   if (tid == 0) {
     s.base_mass = s.covered = 0;
-    s.base_count = s.num_few = s.taken = 0;
+    s.base_count = s.num_candidates = s.num_few = s.taken = 0;
   }
   const float top = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3])) + 0.0f;
   if (one) best[0] = top;
@@ -343,19 +351,31 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask<kMass>& t
   const unsigned long long total = task.with_mass ? total_mass(task, largest_key, s) : 0;
   const unsigned long long target = task.top_p ? mass_target(task.probability, total) : 0;
 
-  // Visits (key, block) of what reaches the bound.
+  // What reaches the bound is listed first: then a thread has one candidate or two, where a warp's most would
+  // hold up the others.
+#pragma unroll 1
+  for (int first = warp * 32; first < row.residual_end; first += kSelectItems * kSelectThreads) {
+    const int base = first + lane;
+    uint32_t mask = 0;
+#pragma unroll 4
+    for (int i = 0; i < kSelectItems; ++i)
+      if (residual_score(base + i * kSelectThreads) >= bound) mask |= 1u << i;
+    const uint32_t own = __popc(mask), up_to = warp_inclusive_sum(own, lane);
+    uint32_t at = lane == 31 ? atomicAdd(&s.num_candidates, up_to) : 0;
+    at = __shfl_sync(kAllLanes, at, 31) + up_to - own;
+#pragma unroll 1
+    for (; mask != 0; mask &= mask - 1, ++at)
+      if (at < kSelectCandidates)
+        s.candidates[at] = static_cast<uint16_t>(base + (__ffs(static_cast<int>(mask)) - 1) * kSelectThreads);
+  }
+  __syncthreads();
+  const int candidates = static_cast<int>(s.num_candidates);
+  if (candidates > kSelectCandidates) return -1;
   const auto each_candidate = [&](const auto& visit) {
 #pragma unroll 1
-    for (int base = tid; base < row.residual_end; base += kSelectItems * kSelectThreads) {
-      uint32_t mask = 0;
-#pragma unroll 4
-      for (int i = 0; i < kSelectItems; ++i)
-        if (residual_score(base + i * kSelectThreads) >= bound) mask |= 1u << i;
-#pragma unroll 1
-      for (; mask != 0; mask &= mask - 1) {
-        const int block = base + (__ffs(static_cast<int>(mask)) - 1) * kSelectThreads;
-        visit(order_key(task.scores[block] + 0.0f), block);
-      }
+    for (int i = tid; i < candidates; i += kSelectThreads) {
+      const int block = s.candidates[i];
+      visit(order_key(task.scores[block] + 0.0f), block);
     }
   };
   const float factor = static_cast<float>(kSelectBins - 1) / (score_of_key(largest_key) - bound);

@@ -99,24 +99,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend_bou
     const at::Tensor& scores, const at::Tensor& query, const at::Tensor& key_pool,
     const at::Tensor& value_pool, const at::Tensor& page_table, const at::Tensor& lengths, double scale,
     std::string mode, double p, int64_t budget, double budget_fraction, int64_t sinks, int64_t recency,
-    int64_t floor, int64_t cap, double temperature, int64_t max_selected) {
+    int64_t floor, int64_t cap, double temperature, int64_t max_selected, bool with_mass, bool history_settled) {
   const SelectArguments arguments = select_arguments(scores, lengths, mode, p, budget, budget_fraction, sinks,
                                                      recency, floor, cap, temperature, max_selected);
   check_attention(query, key_pool, value_pool, page_table, lengths, at::Tensor(), at::Tensor());
   TORCH_CHECK(scores.size(1) == 1 || scores.size(1) == key_pool.size(0),
               "spot::select_and_attend: scores have ", scores.size(1), " groups; they must have 1 or ",
               key_pool.size(0));
-  return Run(scores, query, key_pool, value_pool, page_table, lengths, scale, arguments);
+  return Run(scores, query, key_pool, value_pool, page_table, lengths, scale, arguments, with_mass, history_settled);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend_cpu(
     const at::Tensor& scores, const at::Tensor& query, const at::Tensor& key_pool,
     const at::Tensor& value_pool, const at::Tensor& page_table, const at::Tensor& lengths, double scale,
-    const SelectArguments& arguments) {
+    const SelectArguments& arguments, bool with_mass, bool) {
   const auto [indices, counts, mass] = cpu::select_blocks(scores, lengths, arguments);
   return {
       cpu::sparse_decode_attention(query, key_pool, value_pool, page_table, lengths, indices, counts, scale),
-      indices, counts, mass};
+      indices, counts, with_mass ? mass : mass.new_empty({0})};
 }
 
 }  // namespace
@@ -147,7 +147,7 @@ TORCH_LIBRARY(spot, library) {
                ", Tensor? indices, Tensor? counts, float scale) -> Tensor")
                   .c_str());
   library.def(("select_and_attend(Tensor scores, Tensor query, " + pools + ", float scale, " + rule +
-               ") -> (Tensor output, Tensor indices, Tensor counts, Tensor predicted_mass)")
+               ", bool with_mass=True, bool history_settled=False) -> (Tensor output, Tensor indices, Tensor counts, Tensor predicted_mass)")
                   .c_str());
 }
 
@@ -254,14 +254,15 @@ at::Tensor sparse_decode_attention(const at::Tensor& query, const at::Tensor& ke
 SelectedAttention select_and_attend(const at::Tensor& scores, const at::Tensor& query,
                                     const at::Tensor& key_pool, const at::Tensor& value_pool,
                                     const at::Tensor& page_table, const at::Tensor& lengths, double scale,
-                                    const SelectArguments& a) {
+                                    const SelectArguments& a, bool with_mass, bool history_settled) {
   static const auto op = handle<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
       const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
       const at::Tensor&, double, std::string, double, int64_t, double, int64_t, int64_t, int64_t, int64_t,
-      double, int64_t)>("spot::select_and_attend");
+      double, int64_t, bool, bool)>("spot::select_and_attend");
   auto [output, indices, counts, mass] = op.call(
       scores, query, key_pool, value_pool, page_table, lengths, scale, a.top_p ? "top_p" : "top_k", a.p,
-      a.budget, a.budget_fraction, a.sinks, a.recency, a.floor, a.cap, a.temperature, a.max_selected);
+      a.budget, a.budget_fraction, a.sinks, a.recency, a.floor, a.cap, a.temperature, a.max_selected, with_mass,
+      history_settled);
   return {output, indices, counts, mass};
 }
 

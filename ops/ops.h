@@ -90,13 +90,16 @@ at::Tensor sparse_decode_attention(const at::Tensor& query, const at::Tensor& ke
 bool attends(const at::Tensor& query, const at::Tensor& key_pool);
 
 // select_blocks, then sparse_decode_attention over its choice, the same bits, in one launch where the GPU has
-// room.
+// room. predicted_mass is empty without with_mass, which saves time under top_k. history_settled promises that the
+// launch just before this one wrote nothing that this one reads but the scores: on CUDA the rest is then read while
+// that launch drains.
 struct SelectedAttention {
   at::Tensor output, indices, counts, predicted_mass;
 };
 SelectedAttention select_and_attend(const at::Tensor& scores, const at::Tensor& query,
                                     const at::Tensor& key_pool, const at::Tensor& value_pool,
                                     const at::Tensor& page_table, const at::Tensor& lengths, double scale,
-                                    const SelectArguments& arguments);
+                                    const SelectArguments& arguments, bool with_mass = true,
+                                    bool history_settled = false);
 
 }  // namespace spot::ops

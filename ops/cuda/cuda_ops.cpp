@@ -247,7 +247,7 @@ at::Tensor sparse_decode_attention(const at::Tensor& query, const at::Tensor& ke
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend(
     const at::Tensor& scores, const at::Tensor& query, const at::Tensor& key_pool,
     const at::Tensor& value_pool, const at::Tensor& page_table, const at::Tensor& lengths, double scale,
-    const SelectArguments& arguments) {
+    const SelectArguments& arguments, bool with_mass, bool history_settled) {
   const c10::DeviceGuard guard(query.device());
   const at::Tensor dense = scores.contiguous();
   AttentionCall call(query, key_pool, value_pool, page_table, lengths, scores.size(1), scale);
@@ -261,9 +261,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend(
   params.selected = chosen.indices.mutable_data_ptr<int32_t>();
   params.max_selected = narrow(width);
   params.counts = chosen.counts.mutable_data_ptr<int32_t>();
-  params.covered_share = chosen.mass.mutable_data_ptr<float>();
+  if (!with_mass) chosen.mass = chosen.mass.new_empty({0});
+  params.covered_share = with_mass ? chosen.mass.mutable_data_ptr<float>() : nullptr;
   params.attention = call.params;
-  params.overlap = kernels::Overlap::kLaunch;
+  // A copy made here is no history.
+  const bool in_place = call.query.is_same(query) && call.table.is_same(page_table) && call.lengths.is_same(lengths);
+  params.overlap = history_settled && in_place ? kernels::Overlap::kHistory : kernels::Overlap::kLaunch;
   if (call.output.numel() != 0)
     check(kernels::select_and_attend(params, native_stream(query)), "spot::select_and_attend");
   return {call.output, chosen.indices, chosen.counts, chosen.mass};

@@ -50,6 +50,6 @@ at::Tensor sparse_decode_attention(const at::Tensor& query, const at::Tensor& ke
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend(
     const at::Tensor& scores, const at::Tensor& query, const at::Tensor& key_pool,
     const at::Tensor& value_pool, const at::Tensor& page_table, const at::Tensor& lengths, double scale,
-    const SelectArguments& arguments);
+    const SelectArguments& arguments, bool with_mass, bool history_settled);
 
 }  // namespace spot::ops::cuda

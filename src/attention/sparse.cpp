@@ -42,6 +42,7 @@ at::Tensor SparseAttention::forward(const AttentionInputs& inputs) {
 // Rows up to the floor keep every block in the operator that attend_dense uses too: no case apart.
 at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
   const SelectionRule rule = policy_.rule(inputs.layer);
+  const bool observed = options_.count || options_.observer != nullptr;
   auto report = [&](const Selection& selection) {
     if (options_.count) count(inputs.layer, selection, view_.lengths);
     if (options_.observer)
@@ -49,16 +50,17 @@ at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
           {inputs.layer, inputs, cache_, view_, {-1, 0, inputs.batch.num_sequences(), 0}, rule, selection});
   };
   if (policy_.prunes_tokens()) {
-    const Selection selection =
-        policy_.select_decode(inputs, cache_, view_, options_.count || options_.observer != nullptr);
+    const Selection selection = policy_.select_decode(inputs, cache_, view_, observed);
     report(selection);
     return ops::token_attention(inputs.query, cache_.keys(inputs.layer), cache_.values(inputs.layer),
                                 view_.page_table, view_.lengths, selection.token_positions,
                                 selection.token_counts, inputs.scale);
   }
+  // Scoring is a launch of its own in every policy: what this step wrote before it is settled.
   const ops::SelectedAttention attended = ops::select_and_attend(
       policy_.score_decode(inputs, cache_, view_), inputs.query, cache_.keys(inputs.layer),
-      cache_.values(inputs.layer), view_.page_table, view_.lengths, inputs.scale, select_arguments(rule));
+      cache_.values(inputs.layer), view_.page_table, view_.lengths, inputs.scale, select_arguments(rule),
+      /*with_mass=*/observed, /*history_settled=*/true);
   report({attended.indices, attended.counts, attended.predicted_mass, view_.lengths});
   return attended.output;
 }

@@ -74,7 +74,7 @@ void add_block_stages(const DecodeScene& scene, DecodeMethod& method, const std:
                            [=, &scene](int64_t i) {
                              const DecodeSet& s = scene.set(i);
                              ops::select_and_attend(score(i), s.query, s.keys, s.values, s.page_table, s.lengths,
-                                                    scene.scale(), rule);
+                                                    scene.scale(), rule, false, true);
                            },
                            score_bytes + attend_bytes});
 }

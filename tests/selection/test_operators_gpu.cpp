@@ -181,6 +181,15 @@ TEST(GpuOperators, AttentionMatchesAndFusesExactly) {
                 query.to(kGpu), keys.to(kGpu), values.to(kGpu), table.pages.to(kGpu), table.lengths.to(kGpu),
                 got.indices, got.counts, scale);
             EXPECT_TRUE(at::equal(halves, got.output));
+            // Without masses other code selects; and what may be read early is read early.
+            const at::Tensor device_scores = scores.to(kGpu), device_query = query.to(kGpu), device_keys = keys.to(kGpu),
+                             device_values = values.to(kGpu), device_pages = table.pages.to(kGpu),
+                             device_lengths = table.lengths.to(kGpu);
+            const auto early = ops::select_and_attend(device_scores + 0, device_query, device_keys, device_values, device_pages,
+                                                      device_lengths, scale, arguments, false, true);
+            EXPECT_TRUE(at::equal(early.output, got.output));
+            EXPECT_TRUE(at::equal(early.indices, got.indices) && at::equal(early.counts, got.counts));
+            EXPECT_EQ(early.predicted_mass.numel(), 0);
           }
           const at::Tensor all =
               ops::sparse_decode_attention(query, keys, values, table.pages, table.lengths, {}, {}, scale);
