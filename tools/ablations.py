@@ -55,7 +55,7 @@ VARIANTS = {
     "start random, lr 1e-3": ["--start", "random", "--lr", "1e-3"],
     "teacher block max, residual": ["--teacher", "block_max", "--teacher-scope", "residual"],
 }
-ORACLE = "oracle"  # the exact attention under the same rules: no selector can hold more mass
+ORACLE = "oracle"  # the exact attention under the same rules
 P = 0.7
 
 
