@@ -10,7 +10,7 @@ accuracy.html into --out. Losses are told apart, each as a difference on the sam
 
 The first selector's run holds the baselines too; further selectors run by themselves. What is finished is not run again: a
 RULER run that was interrupted goes on at the next prompt, the other steps at the next step. --jobs N runs N processes at a time
-(RULER by task and length; their logs are then put together): small models leave a GPU, and many cores, idle otherwise.
+(RULER by task, length and a few prompts; their logs are then put together): small models leave a GPU, and many cores, idle otherwise.
 
 usage: accuracy.py --model MODEL --text FILE --out DIR [--selector NAME]... [options] [-- options of every spot eval]
 """
@@ -34,6 +34,7 @@ SPOT = pathlib.Path(os.environ.get("SPOT_BUILD", ROOT / "build" / "cpu")) / "spo
 
 RULER_TASKS = ["niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
                "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"]
+PART_SAMPLES = 5  # prompts that one process of several answers: enough to be worth its start
 
 
 def comma_list(text: str) -> list[str]:
@@ -58,6 +59,9 @@ def parse_arguments() -> argparse.Namespace:
                         help="budgets of selector, oracle, Quest and window; those that hold every length are left out")
     parser.add_argument("--twilight", type=lambda text: text.split(";"), default=["p=0.95,k=25%", "p=0.95,k=50%", "p=0.95,k=75%"],
                         help="Twilight's settings, separated by semicolons")
+    parser.add_argument("--more", type=lambda text: text.split(";"), default=[],
+                        help="further methods of RULER, in `spot eval`'s words, separated by semicolons: "
+                             "spot:k=10%%,cache=mxfp4;spot:k=10%%,prefill=sparse. Those of spot are run with every selector")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--formats", type=comma_list, default=["bf16", "int4"], help="selector keys; the first is taken as exact")
     for step in ("ruler", "needle", "text"):
@@ -132,6 +136,8 @@ def list_steps(options: argparse.Namespace) -> list[Step]:
                                      if folder.is_dir()), None)
         base = ["--model", options.model, *(["--selector", selector] if selector else []), "--text", *options.text, *options.extra]
 
+        further = [method for method in options.more if (selector if method.startswith("spot") else index == 0)]
+
         def add(kind: str, table: str, part: str, methods: list[str], *more: str) -> None:
             out = options.out / table / (name or "baselines") / part
             command = [str(SPOT), "eval", kind, *base, "--methods", ",".join(methods), *more, "--out", str(out)]
@@ -139,7 +145,7 @@ def list_steps(options: argparse.Namespace) -> list[Step]:
 
         for kind in options.steps:
             if kind != "text":
-                add(kind, kind, "", methods, *step_options[kind])
+                add(kind, kind, "", methods + (further if kind == "ruler" else []), *step_options[kind])
                 continue
             for length in options.lengths:
                 for first in range(0, len(methods), options.text_methods):
@@ -149,34 +155,52 @@ def list_steps(options: argparse.Namespace) -> list[Step]:
     return steps
 
 
-def run_ahead(options: argparse.Namespace, steps: list[Step]) -> None:
-    """Runs parts of the steps side by side, each with a log file: RULER by task and length, the longest first."""
+@dataclasses.dataclass
+class Part:
+    """What one process runs of a step, into `folder`."""
+
+    length: int
+    step: Step
+    command: list[str]
+    folder: pathlib.Path
+
+
+def list_parts(options: argparse.Namespace, steps: list[Step]) -> list[Part]:
+    """What is left of the steps, in parts that can run side by side, the longest first: RULER by task, length and PART_SAMPLES prompts."""
     tasks = RULER_TASKS if options.tasks == "all" else comma_list(options.tasks)
-    parts: list[tuple[int, Step, list[str], pathlib.Path]] = []
+    parts: list[Part] = []
     for step in steps:
         if step.done():
             continue
         if step.kind != "ruler":
-            parts.append((2 * max(map(int, options.lengths)), step, step.command, step.folder))
+            parts.append(Part(2 * max(map(int, options.lengths)), step, step.command, step.folder))
             continue
-        for task in tasks:
-            for length in options.lengths:
-                folder = step.folder / "parts" / f"{task}-{length}"
-                command = step.command[:-1] + [str(folder)]
-                command[command.index("--lengths") + 1], command[command.index("--tasks") + 1] = length, task
-                parts.append((int(length), step, command, folder))
+        for first in range(0, options.samples, PART_SAMPLES):
+            for task in tasks:
+                for length in options.lengths:
+                    folder = step.folder / "parts" / f"{task}-{length}-{first}"
+                    command = step.command[:-1] + [str(folder), "--first-sample", str(first)]
+                    for option, value in (("--lengths", length), ("--tasks", task),
+                                          ("--samples", str(min(PART_SAMPLES, options.samples - first)))):
+                        command[command.index(option) + 1] = value
+                    parts.append(Part(int(length), step, command, folder))
+    return sorted(parts, key=lambda part: -part.length)
 
-    def run(step: Step, command: list[str], folder: pathlib.Path) -> int:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "run.log", "w") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-        if code == 0 and step.kind != "ruler":
-            (folder / "command.json").write_text(step.record())
-        return code
 
-    parts.sort(key=lambda part: -part[0])
+def run_part(part: Part) -> int:
+    part.folder.mkdir(parents=True, exist_ok=True)
+    with open(part.folder / "run.log", "w") as log:
+        code = subprocess.run(part.command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code == 0 and part.step.kind != "ruler":
+        (part.folder / "command.json").write_text(part.step.record())
+    return code
+
+
+def run_ahead(options: argparse.Namespace, steps: list[Step]) -> None:
+    """Runs the steps' parts side by side, each with a log file."""
+    parts = list_parts(options, steps)
     pool = concurrent.futures.ThreadPoolExecutor(options.jobs)
-    runs = {pool.submit(run, *part[1:]): part[-1] for part in parts}
+    runs = {pool.submit(run_part, part): part.folder for part in parts}
     try:
         for number, finished in enumerate(concurrent.futures.as_completed(runs), 1):
             folder = runs[finished]
@@ -185,7 +209,7 @@ def run_ahead(options: argparse.Namespace, steps: list[Step]) -> None:
     finally:  # an interrupt ends the running ones; no further one may start
         pool.shutdown(cancel_futures=True)
     for step in steps:
-        own = [folder / "ruler.jsonl" for _, of, _, folder in parts if of is step]
+        own = [part.folder / "ruler.jsonl" for part in parts if part.step is step]
         if step.kind == "ruler" and own:
             merge_logs(step.folder / "ruler.jsonl", [log for log in [step.folder / "ruler.jsonl", *own] if log.exists()])
 

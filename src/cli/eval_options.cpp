@@ -44,6 +44,7 @@ bool set_option(RuleOptions& rule, const std::string& key, const std::string& va
 EvalMethod parse_method(const std::string& word, const RuleOptions& base, const Selector* selector) {
   const size_t colon = word.find(':');
   RuleOptions rule = base;
+  bool sparse_prefill = false;
   std::string rest = colon == std::string::npos ? "" : word.substr(colon + 1);
   // A method with a rule of its own has that alone.
   if (rest.find("p=") != std::string::npos || rest.find("k=") != std::string::npos)
@@ -52,14 +53,21 @@ EvalMethod parse_method(const std::string& word, const RuleOptions& base, const 
     const std::string option = rest.substr(0, rest.find(','));
     rest.erase(0, option.size() + 1);
     const size_t equals = option.find('=');
+    if (option == "prefill=sparse") {
+      sparse_prefill = true;
+      continue;
+    }
     if (equals == std::string::npos || equals + 1 == option.size() ||
         !set_option(rule, option.substr(0, equals), option.substr(equals + 1)))
-      fail("method '{}': '{}' is not p=SHARE, k=TOKENS, k=PERCENT%, dense=LAYERS or cache=FORMAT", word, option);
+      fail("method '{}': '{}' is not p=SHARE, k=TOKENS, k=PERCENT%, dense=LAYERS, cache=FORMAT or prefill=sparse", word, option);
   }
   const AttentionKind kind = attention_kind_from_string(word.substr(0, colon));
   if (kind != AttentionKind::spot && rule.cache_format != base.cache_format)
     fail("method '{}': only spot has a cache of selector keys; leave out cache=", word);
-  return {word, rule.spec(kind, selector)};
+  EvalMethod method{word, rule.spec(kind, selector)};
+  // As `spot generate --sparse-prefill` does it.
+  if (sparse_prefill) method.spec.sparse.prefill = PrefillMode::sparse, method.spec.sparse.query_tile = kBlockSize;
+  return method;
 }
 
 // Commas separate methods and the options of one: what has no name of an attention goes on with the one before.
@@ -84,14 +92,15 @@ CLI::Option* EvalOptions::add(CLI::App& command) {
       .add_option("--methods", methods,
                   "Comma-separated attentions, each with an optional rule, format of selector keys and number of "
                   "dense first layers: spot:p=0.9, spot:k=1024,cache=mxfp4, streaming:k=1024, oracle:p=0.8, "
-                  "quest:k=10%,dense=2, twilight:p=0.95,k=25% (Quest proposes k, p is kept of it). Default: "
+                  "quest:k=10%,dense=2, twilight:p=0.95,k=25% (Quest proposes k, p is kept of it); in eval ruler "
+                  "spot:k=10%,prefill=sparse reads the context sparsely too, one block set per 16 queries. Default: "
                   "spot as its selector says, streaming and oracle at 1024 tokens")
       ->delimiter(',');
   command.add_option("--out", out, "Folder for report.html and report.json");
   return command.add_option("--text", text_files, "Text files");
 }
 
-std::vector<EvalMethod> EvalOptions::parse_methods(const Selector* selector, bool with_dense) const {
+std::vector<EvalMethod> EvalOptions::parse_methods(const Selector* selector, bool with_dense, bool may_prefill) const {
   std::vector<std::string> words = join_options(methods);
   if (words.empty()) {
     words = {"streaming:k=1024", "oracle:k=1024"};
@@ -100,7 +109,11 @@ std::vector<EvalMethod> EvalOptions::parse_methods(const Selector* selector, boo
   std::vector<EvalMethod> parsed;
   if (with_dense) parsed.push_back({"dense", AttentionSpec{}});
   for (const std::string& word : words) {
-    if (word != "dense") parsed.push_back(parse_method(word, rule, selector));
+    if (word == "dense") continue;
+    parsed.push_back(parse_method(word, rule, selector));
+    const AttentionSpec& spec = parsed.back().spec;
+    if (spec.sparse.prefill == PrefillMode::sparse && (!may_prefill || spec.kind == AttentionKind::dense))
+      fail("method '{}': only the sparse methods of `spot eval ruler` have prefill=sparse; leave it out", word);
   }
   return parsed;
 }

@@ -24,8 +24,9 @@ struct EvalOptions {
 
   // Returns the option --text.
   CLI::Option* add(CLI::App& command);
-  // The methods named on the command line (or the default ones), dense first if asked for.
-  std::vector<EvalMethod> parse_methods(const Selector* selector, bool with_dense) const;
+  // The methods named on the command line (or the default ones), dense first if asked for. Those with prefill=sparse are
+  // refused unless `may_prefill`.
+  std::vector<EvalMethod> parse_methods(const Selector* selector, bool with_dense, bool may_prefill = false) const;
   // The text files, one after the other.
   std::string read_text() const;
 };

@@ -77,7 +77,7 @@ void write_prompts(const Options& options, const TextCodec& codec, const std::st
     for (RulerTask task : options.eval.tasks)
       for (int64_t length : options.eval.lengths)
         for (double depth : depths)
-          for (int64_t i = 0; i < options.eval.samples; ++i)
+          for (int64_t i = options.eval.first_sample; i < options.eval.first_sample + options.eval.samples; ++i)
             out << prompt_json(generator.make(task, length, i, depth), length, i).dump() << "\n";
   });
   fmt::print("prompts: {}\n", options.prompts_file);
@@ -97,7 +97,7 @@ void run(Options options) {
   const std::optional<Selector> selector = options.selector.load(options.model, backbone);
   const Selector* chosen = selector ? &*selector : nullptr;
   const RulerResult result =
-      evaluate_ruler(backbone, chosen, codec, essay, options.parse_methods(chosen, true), options.eval);
+      evaluate_ruler(backbone, chosen, codec, essay, options.parse_methods(chosen, true, true), options.eval);
   if (result.reused > 0)
     fmt::print("{} of {} prompts were finished before\n", result.reused, result.records.size());
   fmt::print("{}\n", result.measures().to_text());
@@ -110,7 +110,8 @@ void add_eval_ruler(CLI::App& parent) {
   auto options = std::make_shared<Options>();
   CLI::App& command =
       *parent.add_subcommand("ruler",
-                             "The RULER tasks at any length, every method after the same dense prefill; "
+                             "The RULER tasks at any length, every method after the same dense prefill (or its own sparse "
+                             "one: METHOD:RULE,prefill=sparse); "
                              "with --out, a run that was interrupted goes on where it stopped");
   options->add(command)->description(
       "Text files that the essay tasks hide their needles in (niah_single_2 and _3, "
@@ -128,6 +129,11 @@ void add_eval_ruler(CLI::App& parent) {
       ->capture_default_str();
   command.add_option("--samples", eval.samples, "Prompts for each task, length and depth")
       ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      .add_option("--first-sample", eval.first_sample,
+                  "Number of the first prompt, to share out a longer list among several runs")
+      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command
       .add_option("--depths", eval.depths,

@@ -39,31 +39,57 @@ std::vector<Job> list_jobs(const RulerEvalOptions& options) {
   for (RulerTask task : options.tasks)
     for (int64_t length : options.lengths)
       for (double depth : depths)
-        for (int64_t sample = 0; sample < options.samples; ++sample)
+        for (int64_t sample = options.first_sample; sample < options.first_sample + options.samples; ++sample)
           jobs.push_back({task, length, sample, depth});
   return jobs;
 }
 
-// One method's attention over the shared cache.
+// One method's attention, over the shared cache or, where it reads the context by itself, over one of its own.
 class MethodRun {
  public:
-  MethodRun(const EvalMethod& method, const Backbone& backbone, const Selector* selector, KvCache& cache)
-      : backbone_(backbone), cache_(cache) {
+  MethodRun(const EvalMethod& method, const Backbone& backbone, const Selector* selector, KvCache& shared)
+      : backbone_(backbone),
+        own_cache_(method.spec.sparse.prefill == PrefillMode::sparse
+                       ? std::make_unique<KvCache>(backbone.config(), shared.num_pages(), backbone.dtype(), backbone.device())
+                       : nullptr),
+        cache_(own_cache_ ? *own_cache_ : shared) {
     if (method.spec.kind == AttentionKind::dense) {
-      backend_ = std::make_unique<DenseAttention>(cache);
+      backend_ = std::make_unique<DenseAttention>(cache_);
       return;
     }
-    policy_ = make_policy(method.spec, backbone, selector, cache.num_pages());
+    policy_ = make_policy(method.spec, backbone, selector, cache_.num_pages());
     SparseOptions options = method.spec.sparse;
-    options.prefill = PrefillMode::sparse;  // of the question
-    auto sparse = std::make_unique<SparseAttention>(cache, *policy_.policy, std::move(options));
+    if (own_cache_) {
+      options.count = false;
+      reader_ = std::make_unique<SparseAttention>(cache_, *policy_.policy, options);
+    }
+    options = method.spec.sparse;
+    options.prefill = PrefillMode::sparse, options.query_tile = 1;  // of the question
+    auto sparse = std::make_unique<SparseAttention>(cache_, *policy_.policy, std::move(options));
     sparse_ = sparse.get();
     backend_ = std::move(sparse);
   }
 
-  // Null for dense attention.
-  SelectionPolicy* policy() const { return policy_.policy.get(); }
+  // Feeds on the dense prefill that methods share; null for dense attention and where the method has its own prefill.
+  SelectionPolicy* shared_policy() const { return own_cache_ ? nullptr : policy_.policy.get(); }
 
+  // The answer after the context that `shared_sequence` holds, which stays as it was.
+  RulerOutcome answer_after(const std::vector<int32_t>& context, int64_t shared_sequence, const std::vector<int32_t>& question,
+                            const RulerSample& sample, const TextCodec& codec, const RulerEvalOptions& options) {
+    if (!own_cache_) {
+      const KvCache::Mark after_context = cache_.mark(shared_sequence);
+      RulerOutcome outcome = answer(shared_sequence, question, sample, codec, options);
+      cache_.rollback(shared_sequence, after_context);
+      return outcome;
+    }
+    const int64_t sequence = cache_.open_sequence();
+    prefill(backbone_, *reader_, cache_, sequence, context, options.prefill_chunk);
+    RulerOutcome outcome = answer(sequence, question, sample, codec, options);
+    cache_.close_sequence(sequence);
+    return outcome;
+  }
+
+ private:
   // Reads `question` (every token selects for itself, as in decode) and writes the answer, one token a step, behind what
   // `sequence` holds.
   RulerOutcome answer(int64_t sequence, const std::vector<int32_t>& question, const RulerSample& sample,
@@ -100,7 +126,6 @@ class MethodRun {
     return outcome;
   }
 
- private:
   at::Tensor step(int64_t sequence, int32_t token, int64_t mass_every) {
     const bool measure = sparse_ && mass_every > 0 && step_++ % mass_every == 0;
     if (measure) sparse_->set_observer([this](const SelectionEvent& event) { mass_(event); });
@@ -110,8 +135,10 @@ class MethodRun {
   }
 
   const Backbone& backbone_;
+  std::unique_ptr<KvCache> own_cache_;
   KvCache& cache_;
   Policy policy_;
+  std::unique_ptr<SparseAttention> reader_;  // of the context, into its own cache
   std::unique_ptr<AttentionBackend> backend_;
   SparseAttention* sparse_ = nullptr;
   DecodeMass mass_;
@@ -132,6 +159,8 @@ nlohmann::json method_settings(const EvalMethod& method) {
                   {"cap", rule.cap},
                   {"temperature", rule.temperature}};
   json["dense_layers"] = method.spec.sparse.dense_layers;
+  if (method.spec.sparse.prefill == PrefillMode::sparse)
+    json["sparse_prefill"] = {{"query_tile", method.spec.sparse.query_tile}};
   if (method.spec.cache_format) json["cache_format"] = to_string(*method.spec.cache_format);
   return json;
 }
@@ -183,6 +212,7 @@ void check(const RulerGenerator& generator, const Backbone& backbone, const std:
   if (options.tasks.empty() || options.lengths.empty() || options.samples < 1)
     fail("RULER evaluation: {} tasks, {} lengths and {} samples; give at least one of each",
          options.tasks.size(), options.lengths.size(), options.samples);
+  if (options.first_sample < 0) fail("RULER evaluation: first sample {} is negative", options.first_sample);
   if (options.prefill_chunk < 1 || options.mass_every < 0)
     fail(
         "RULER evaluation: prefill chunk {} and mass_every {}; the first must be positive, the second not "
@@ -240,7 +270,7 @@ RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, c
   std::vector<SelectionPolicy*> policies;
   for (const EvalMethod& method : methods) {
     runs.push_back(std::make_unique<MethodRun>(method, backbone, selector, cache));
-    if (runs.back()->policy()) policies.push_back(runs.back()->policy());
+    if (runs.back()->shared_policy()) policies.push_back(runs.back()->shared_policy());
   }
   SharedPrefill shared(cache, policies);
 
@@ -261,7 +291,7 @@ RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, c
       continue;
     }
     const std::string note = fmt::format("{} at {}, prompt {} of {}", to_string(job.task), job.length,
-                                         job.sample + 1, options.samples);
+                                         job.sample - options.first_sample + 1, options.samples);
     const RulerSample sample = generator.make(job.task, job.length, job.sample, job.depth);
     const std::vector<int32_t> context = codec.encode(sample.context, true);
     const std::vector<int32_t> question = codec.encode(sample.question + sample.answer_prefix, false);
@@ -273,12 +303,10 @@ RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, c
               options.prefill_chunk);
       progress.update(done + job.length * end / tokens, note);
     }
-    const KvCache::Mark after_context = cache.mark(sequence);
     RulerRecord record{job.task,     job.length,           job.sample,        job.depth,
                        sample.depth, sample.prompt_tokens, sample.references, {}};
     for (size_t m = 0; m < runs.size(); ++m) {
-      record.outcomes.push_back(runs[m]->answer(sequence, question, sample, codec, options));
-      cache.rollback(sequence, after_context);
+      record.outcomes.push_back(runs[m]->answer_after(context, sequence, question, sample, codec, options));
       progress.update(
           done + job.length + job.length * static_cast<int64_t>(m + 1) / static_cast<int64_t>(runs.size()),
           note + ", " + methods[m].name);

@@ -1,4 +1,5 @@
-// RULER under sparse attention: every method answers the same prompts after one dense prefill of each.
+// RULER under sparse attention: every method answers the same prompts, after one dense prefill of each unless it has
+// sparse prefill.
 #pragma once
 
 #include <cstdint>
@@ -34,6 +35,7 @@ struct RulerEvalOptions {
   std::vector<RulerTask> tasks = all_ruler_tasks();
   std::vector<int64_t> lengths = {4096};  // tokens, prompt and answer together
   int64_t samples = 20;                   // prompts for each task, length and depth
+  int64_t first_sample = 0;               // number of the first of them: runs may share out a longer list
   // When given, a depth sweep: the one needle of every prompt lies at each of these shares of the haystack.
   std::vector<double> depths;
   RulerOptions prompts;
@@ -92,7 +94,8 @@ struct RulerResult {
 };
 
 // Each prompt's context is prefilled densely once. Then every method reads question and answer prefix (each token
-// selects for itself, as in decode) and writes the answer greedily, one token a step. `essay` may be empty when no task
+// selects for itself, as in decode) and writes the answer greedily, one token a step. A method whose spec has sparse
+// prefill reads the context by itself instead, into a cache of its own. `essay` may be empty when no task
 // needs one; `selector` may be null when no method needs it. Throws Error before any work when a length is
 // too small for a task or passes the model's positions.
 RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, const TextCodec& codec,

@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "core/files.h"
+#include "engine/generator.h"
 #include "eval/ruler_eval.h"
 #include "eval/ruler_log.h"
 #include "eval/ruler_random.h"
@@ -209,6 +210,60 @@ TEST_F(RulerEval, MethodsDoNotDisturbOneAnother) {
   const RulerOutcome &quest = together.records[0].outcomes[2], &oracle = together.records[0].outcomes[3];
   EXPECT_GE(oracle.captured / static_cast<double>(oracle.measured),
             quest.captured / static_cast<double>(quest.measured) - 1e-6);
+}
+
+TEST_F(RulerEval, SparsePrefillReadsTheContextByItself) {
+  options.samples = 1, options.mass_every = 0, options.stop_when_answered = false;
+  EvalMethod sparse = method("sparse prefill", AttentionKind::oracle, 96);
+  sparse.spec.sparse.prefill = PrefillMode::sparse;
+  const std::vector<EvalMethod> neighbours = {method("dense", AttentionKind::dense, 64), sparse,
+                                              method("quest", AttentionKind::quest, 160)};
+  methods = neighbours;
+  const RulerResult together = run();
+  methods = {sparse};
+  const RulerResult alone = run();
+  methods = {neighbours[0], neighbours[2]};
+  const RulerResult without = run();
+  methods = {method("dense prefill", AttentionKind::oracle, 96)};
+  const RulerResult dense_prefill = run();
+  bool differs = false;
+  for (size_t r = 0; r < alone.records.size(); ++r) {
+    // The reference: the whole prompt through the same attention by the generator.
+    const RulerGenerator generator(options.prompts, "", [&](const std::string& text, bool first) {
+      return static_cast<int64_t>(codec.encode(text, first).size());
+    });
+    const RulerSample sample = generator.make(options.tasks[r], 701, 0);
+    std::vector<int32_t> prompt = codec.encode(sample.context, true);
+    for (int32_t id : codec.encode(sample.question + sample.answer_prefix, false)) prompt.push_back(id);
+    AttentionRun reference(sparse.spec, backbone, nullptr, 701);
+    GenerateOptions asked;
+    asked.max_new_tokens = sample.max_new_tokens, asked.prefill_chunk = options.prefill_chunk;
+    const GenerateResult generated = generate(backbone, reference.backend(), reference.cache(), {prompt}, asked);
+    EXPECT_EQ(alone.records[r].outcomes[0].output, codec.decode(generated.sequences[0].tokens));
+    EXPECT_EQ(together.records[r].outcomes[1].output, alone.records[r].outcomes[0].output);
+    EXPECT_EQ(together.records[r].outcomes[0].output, without.records[r].outcomes[0].output);
+    EXPECT_EQ(together.records[r].outcomes[2].output, without.records[r].outcomes[1].output);
+    differs |= dense_prefill.records[r].outcomes[0].output != alone.records[r].outcomes[0].output;
+  }
+  EXPECT_TRUE(differs);
+  EXPECT_NE(alone.settings["methods"], dense_prefill.settings["methods"]);
+}
+
+TEST_F(RulerEval, RunsShareOutTheSamePrompts) {
+  options.samples = 3;
+  const std::vector<RulerRecord> whole = run().records;
+  const TemporaryFolder folder;
+  options.out = folder.path();
+  options.samples = 2, options.first_sample = 1;
+  const std::vector<RulerRecord> part = run().records;
+  ASSERT_EQ(part.size(), 4u);
+  for (size_t r = 0; r < 4; ++r) EXPECT_EQ(text_of({part[r]}), text_of({whole[r / 2 * 3 + r % 2 + 1]}));
+  options.samples = 3, options.first_sample = 0;
+  const RulerResult completed = run();
+  EXPECT_EQ(completed.reused, 4);
+  EXPECT_EQ(text_of(completed.records), text_of(whole));
+  options.first_sample = -1;
+  expect_error([&] { run(); }, {"first sample -1"});
 }
 
 TEST_F(RulerEval, AnswersEndWhereTheyShould) {

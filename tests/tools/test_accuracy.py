@@ -68,6 +68,29 @@ def test_tasks_are_those_of_the_program(accuracy, build_folder, tiny_qwen3):
     assert run.stderr.strip().endswith("choose among " + ", ".join(accuracy.RULER_TASKS))
 
 
+def test_parts_hold_every_prompt_once(accuracy, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--model", "m", "--text", "t", "--out", str(tmp_path), "--selector", "one", "--selector", "two",
+                                      "--lengths", "4096,8192", "--tasks", "vt,qa_1", "--samples", "12", "--rules", "k=10%", "--steps", "ruler,text",
+                                      "--more", "spot:k=10%,cache=mxfp4;oracle:k=5%", "--", "--threads", "1"])
+    options = accuracy.parse_arguments()
+    steps = accuracy.list_steps(options)
+    parts = accuracy.list_parts(options, steps)
+    assert parts[0].length >= parts[-1].length and len({part.folder for part in parts}) == len(parts)
+    prompts = []
+    for part in parts:
+        value = {option: part.command[part.command.index(option) + 1] for option in ("--methods", "--out")}
+        assert value["--out"] == str(part.folder) and part.command[-4:-2] == ["--out", str(part.folder)] or part.step.kind == "text"
+        if part.step.kind == "ruler":
+            value |= {option: part.command[part.command.index(option) + 1] for option in ("--tasks", "--lengths", "--samples", "--first-sample")}
+            prompts += [(part.step.name, value["--tasks"], value["--lengths"], int(value["--first-sample"]) + i)
+                        for i in range(int(value["--samples"]))]
+        # Selectors have the further methods of spot, the first run the others too; running text has neither.
+        assert ("cache=mxfp4" in value["--methods"]) == (part.step.kind == "ruler")
+        assert ("oracle:k=5%" in value["--methods"]) == (part.step.kind == "ruler" and part.step.name == "one")
+    assert sorted(prompts) == [(name, task, length, sample) for name in ("one", "two") for task in ("qa_1", "vt") for length in ("4096", "8192")
+                               for sample in range(12)]
+
+
 def test_logs_are_merged(accuracy, tmp_path):
     logs = [tmp_path / name for name in ("whole", "first", "second")]
     logs[0].write_text("settings\none\n")
