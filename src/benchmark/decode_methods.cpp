@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 
 #include "core/error.h"
 #include "ops/baseline_ops.h"
@@ -36,13 +37,19 @@ std::shared_ptr<std::vector<Tensors>> for_every_set(const DecodeScene& scene, co
   return made;
 }
 
-// Tokens and mass of set 0's rows and first row.
-void describe(const DecodeScene& scene, DecodeMethod& method, const Selection& chosen) {
-  const at::Tensor counts = chosen.token_counts.defined() ? chosen.token_counts : chosen.counts * 16;
-  method.tokens = counts.to(at::kDouble).mean().item<double>();
-  Selection first = chosen.row(0);
-  if (first.token_counts.defined()) first.tokens = token_flags(first);
-  method.mass = scene.covered_mass(token_mask(first, scene.length())[0]);
+double mean(const std::vector<double>& values) { return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size()); }
+
+// Tokens and mass of every set's selection.
+void describe(const DecodeScene& scene, DecodeMethod& method, const std::function<Selection(int64_t)>& chosen) {
+  for (int64_t i = 0; i < scene.sets(); ++i) {
+    Selection of_set = chosen(i);
+    const at::Tensor counts = of_set.token_counts.defined() ? of_set.token_counts : of_set.counts * 16;
+    method.set_tokens.push_back(counts.to(at::kDouble).mean().item<double>());
+    if (of_set.token_counts.defined()) of_set.tokens = token_flags(of_set);
+    method.set_mass.push_back(scene.covered_mass(token_mask(of_set, scene.length()), i));
+  }
+  method.tokens = mean(method.set_tokens);
+  method.mass = mean(method.set_mass);
 }
 
 std::string describe(const ops::SelectArguments& rule) {
@@ -51,17 +58,17 @@ std::string describe(const ops::SelectArguments& rule) {
 
 // Select, attend and the whole step of a method whose blocks come from `score`.
 void add_block_stages(const DecodeScene& scene, DecodeMethod& method, const std::function<at::Tensor(int64_t)>& score,
-                      double score_bytes, const ops::SelectArguments& rule) {
+                      double score_bytes, const std::function<ops::SelectArguments(int64_t)>& rule) {
   const Sizes sizes(scene);
   const auto scores = for_every_set<at::Tensor>(scene, score);
   const auto chosen = for_every_set<Selection>(scene, [&](int64_t i) {
-    auto [indices, counts, share] = ops::select_blocks((*scores)[i], scene.set(i).lengths, rule);
+    auto [indices, counts, share] = ops::select_blocks((*scores)[i], scene.set(i).lengths, rule(i));
     return Selection{indices, counts, share, scene.set(i).lengths};
   });
-  describe(scene, method, (*chosen)[0]);
+  describe(scene, method, [&](int64_t i) { return (*chosen)[i]; });
   const double attend_bytes = sizes.kv(method.tokens);
   method.stages.push_back({"score", [=](int64_t i) { score(i); }, score_bytes});
-  method.stages.push_back({"select", [=, &scene](int64_t i) { ops::select_blocks((*scores)[i], scene.set(i).lengths, rule); },
+  method.stages.push_back({"select", [=, &scene](int64_t i) { ops::select_blocks((*scores)[i], scene.set(i).lengths, rule(i)); },
                            4.0 * static_cast<double>((*scores)[0].numel())});
   method.stages.push_back({"attend",
                            [=, &scene](int64_t i) {
@@ -74,7 +81,7 @@ void add_block_stages(const DecodeScene& scene, DecodeMethod& method, const std:
                            [=, &scene](int64_t i) {
                              const DecodeSet& s = scene.set(i);
                              ops::select_and_attend(score(i), s.query, s.keys, s.values, s.page_table, s.lengths,
-                                                    scene.scale(), rule, false, true);
+                                                    scene.scale(), rule(i), false, true);
                            },
                            score_bytes + attend_bytes});
 }
@@ -106,7 +113,7 @@ std::optional<DecodeMethod> at_mass(double low, double high, double step, double
 
 DecodeMethod dense_torch(const DecodeScene& scene, const std::string& backend) {
   const int64_t heads = scene.shape().num_kv_heads, dim = scene.shape().head_dim, batch = scene.batch(), length = scene.length();
-  DecodeMethod method{"dense, torch " + backend, "all tokens", {}, static_cast<double>(length), 1};
+  DecodeMethod method{"dense, torch " + backend, "all tokens", {}, {}, {}, static_cast<double>(length), 1};
   // The pools' memory read as contiguous keys and values: other numbers than the pages', as many bytes.
   auto step = [=, &scene](int64_t i) {
     const DecodeSet& s = scene.set(i);
@@ -124,7 +131,7 @@ DecodeMethod dense_torch(const DecodeScene& scene, const std::string& backend) {
 }
 
 DecodeMethod dense_ours(const DecodeScene& scene) {
-  DecodeMethod method{"dense, our kernel", "all tokens", {}, static_cast<double>(scene.length()), 1};
+  DecodeMethod method{"dense, our kernel", "all tokens", {}, {}, {}, static_cast<double>(scene.length()), 1};
   method.stages.push_back({"step",
                            [&scene](int64_t i) {
                              const DecodeSet& s = scene.set(i);
@@ -149,7 +156,12 @@ DecodeMethod spot_method(const DecodeScene& scene, int64_t key_heads, const ops:
     // As in a decode step, where the kernel before has written nothing but the newest key.
     return ops::score_blocks(s.selector_query, s.selector_weight, s.selector_keys[kind], s.page_table, s.lengths, "int4", 1.0, 0, true);
   };
-  add_block_stages(scene, method, score, static_cast<double>(scene.batch() * scene.length()) * key_bytes, rule);
+  auto of_set = [=, &scene](int64_t i) {
+    ops::SelectArguments its = rule;
+    its.temperature *= scene.set(i).temperature;
+    return its;
+  };
+  add_block_stages(scene, method, score, static_cast<double>(scene.batch() * scene.length()) * key_bytes, of_set);
   return method;
 }
 
@@ -162,7 +174,7 @@ DecodeMethod quest_method(const DecodeScene& scene, const ops::SelectArguments& 
                              ops::append_key_summaries(s.bounds, {}, {}, s.keys, s.slots);
                            },
                            sizes.kv(8) + sizes.bounds(1)});
-  add_block_stages(scene, method, [&scene](int64_t i) { return quest_score(scene, i); }, sizes.bounds(sizes.blocks), rule);
+  add_block_stages(scene, method, [&scene](int64_t i) { return quest_score(scene, i); }, sizes.bounds(sizes.blocks), [=](int64_t) { return rule; });
   return method;
 }
 
@@ -192,11 +204,10 @@ DecodeMethod twilight_method(const DecodeScene& scene, const ops::SelectArgument
     return Made{scores, indices, counts, logits, prune(i, logits, indices, counts)};
   });
   const Made& first = (*made)[0];
-  Selection chosen{first.indices, first.counts, {}, scene.set(0).lengths};
-  chosen.predicted_mass = at::ones_like(first.counts, at::kFloat);
-  chosen.token_positions = first.kept.positions;
-  chosen.token_counts = first.kept.counts;
-  describe(scene, method, chosen);
+  describe(scene, method, [&](int64_t i) {
+    const Made& m = (*made)[i];
+    return Selection{m.indices, m.counts, {}, scene.set(i).lengths, {}, m.kept.positions, m.kept.counts};
+  });
   const double candidates = first.counts.to(at::kDouble).mean().item<double>() * 16;
   const double logit_bytes = 4 * sizes.batch * sizes.heads * candidates;
   const double score_bytes = sizes.bounds(sizes.blocks), estimate_bytes = sizes.four_bits(candidates), attend_bytes = sizes.kv(method.tokens);
@@ -221,32 +232,33 @@ DecodeMethod twilight_method(const DecodeScene& scene, const ops::SelectArgument
   return method;
 }
 
-ops::SelectArguments top_k_rule(int64_t tokens) {
-  ops::SelectArguments rule;
+ops::SelectArguments top_k_rule(int64_t tokens, const ops::SelectArguments& tiers) {
+  ops::SelectArguments rule = tiers;
   rule.top_p = false;
   rule.budget = tokens;
   return rule;
 }
 
-ops::SelectArguments top_p_rule(double p) {
-  ops::SelectArguments rule;
+ops::SelectArguments top_p_rule(double p, const ops::SelectArguments& tiers) {
+  ops::SelectArguments rule = tiers;
+  rule.top_p = true;
   rule.p = p;
   return rule;
 }
 
 std::optional<DecodeMethod> spot_at_mass(const DecodeScene& scene, int64_t key_heads, double mass) {
-  return at_mass(0.0, 1.0, 1.0 / 512, mass, [&](double p) { return spot_method(scene, key_heads, top_p_rule(p)); });
+  return at_mass(0.0, 1.0, 1.0 / 512, mass, [&](double p) { return spot_method(scene, key_heads, top_p_rule(p, scene.tiers())); });
 }
 
 std::optional<DecodeMethod> quest_at_mass(const DecodeScene& scene, double mass) {
   return at_mass(0.0, static_cast<double>(scene.length()), 32, mass,
-                 [&](double tokens) { return quest_method(scene, top_k_rule(static_cast<int64_t>(tokens) / 16 * 16)); });
+                 [&](double tokens) { return quest_method(scene, top_k_rule(static_cast<int64_t>(tokens) / 16 * 16, scene.tiers())); });
 }
 
 std::optional<DecodeMethod> twilight_at_mass(const DecodeScene& scene, double mass) {
   std::optional<DecodeMethod> best;
   for (int64_t part : {32, 16, 8, 4, 2, 1}) {
-    const ops::SelectArguments rule = top_k_rule(scene.length() / part);
+    const ops::SelectArguments rule = top_k_rule(scene.length() / part, scene.tiers());
     auto found = at_mass(0.0, 1.0, 1.0 / 512, mass, [&](double p) { return twilight_method(scene, rule, p); });
     if (found && (!best || found->stages.back().bytes < best->stages.back().bytes)) best = std::move(found);
   }

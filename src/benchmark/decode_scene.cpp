@@ -5,7 +5,6 @@
 
 #include "core/error.h"
 #include "ops/baseline_ops.h"
-#include "ops/ops.h"
 
 namespace spot {
 namespace {
@@ -61,11 +60,17 @@ DecodeSet make_set(const DecodeShape& shape, int64_t length, int64_t batch, cons
     }
     set.new_keys[kind] = ((seen.index_select(0, set.slots) + 4).view({batch, 1, 1}) * v).expand({batch, key_heads, kSelectorDim}).to(dtype).contiguous();
   }
-  set.bounds = at::zeros({shape.num_kv_heads, pages, 2, dim}, here);
-  set.codes = at::zeros({shape.num_kv_heads, pages * kPage, dim / 2}, real.dtype(at::kByte));
-  set.ranges = at::zeros({shape.num_kv_heads, pages * kPage, 2}, real.dtype(at::kHalf));
-  ops::append_key_summaries(set.bounds, set.codes, set.ranges, set.keys, at::arange(pages * kPage, real.dtype(at::kLong)));
+  set.summarize_keys();
   return set;
+}
+
+std::vector<DecodeSet> make_sets(const DecodeShape& shape, int64_t length, int64_t batch, int64_t count, const AttentionStatistics& statistics,
+                                 at::ScalarType dtype, at::Device device, uint64_t seed) {
+  if (length < kPage || length % kPage != 0) fail("a length of {} tokens: give a positive multiple of {}", length, kPage);
+  at::manual_seed(seed);
+  std::vector<DecodeSet> sets;
+  for (int64_t i = 0; i < count; ++i) sets.push_back(make_set(shape, length, batch, statistics, dtype, device));
+  return sets;
 }
 
 }  // namespace
@@ -76,34 +81,51 @@ const std::vector<DecodeShape>& decode_shapes() {
   return shapes;
 }
 
+void DecodeSet::summarize_keys() {
+  const int64_t heads = keys.size(0), slots_held = keys.size(1) * kPage, dim = keys.size(3);
+  bounds = at::zeros({heads, keys.size(1), 2, dim}, keys.options());
+  codes = at::zeros({heads, slots_held, dim / 2}, keys.options().dtype(at::kByte));
+  ranges = at::zeros({heads, slots_held, 2}, keys.options().dtype(at::kHalf));
+  ops::append_key_summaries(bounds, codes, ranges, keys, at::arange(slots_held, keys.options().dtype(at::kLong)));
+}
+
 DecodeScene::DecodeScene(const DecodeShape& shape, int64_t length, int64_t batch, int64_t sets, const AttentionStatistics& statistics,
                          at::ScalarType dtype, at::Device device, uint64_t seed)
-    : shape_(shape), length_(length), batch_(batch) {
-  if (length < kPage || length % kPage != 0) fail("a length of {} tokens: give a positive multiple of {}", length, kPage);
-  at::manual_seed(seed);
-  for (int64_t i = 0; i < sets; ++i) sets_.push_back(make_set(shape, length, batch, statistics, dtype, device));
-  const DecodeSet& first = sets_.front();
-  const at::Tensor keys = first.keys.index_select(1, first.page_table[0].to(at::kLong)).flatten(1, 2);  // [Hkv, L, d]
-  const at::Tensor query = first.query[0].view({shape.num_kv_heads, -1, shape.head_dim});
-  probabilities_ = at::softmax(at::matmul(query, keys.transpose(1, 2)).to(at::kFloat) * scale(), -1).flatten(0, 1);
+    : DecodeScene(shape, length, batch, make_sets(shape, length, batch, sets, statistics, dtype, device, seed)) {}
+
+DecodeScene::DecodeScene(const DecodeShape& shape, int64_t length, int64_t batch, std::vector<DecodeSet> sets, const ops::SelectArguments& tiers)
+    : shape_(shape), length_(length), batch_(batch), sets_(std::move(sets)), tiers_(tiers) {
+  for (const DecodeSet& s : sets_) {
+    at::Tensor& of_set = probabilities_.emplace_back(at::empty({batch, shape.num_heads, length}, s.keys.options().dtype(at::kFloat)));
+    for (int64_t row = 0; row < batch; ++row) {
+      const at::Tensor keys = s.keys.index_select(1, s.page_table[row].to(at::kLong)).flatten(1, 2);  // [Hkv, L, d]
+      const at::Tensor query = s.query[row].view({shape.num_kv_heads, -1, shape.head_dim});
+      of_set[row].copy_(at::softmax(at::matmul(query, keys.transpose(1, 2)).to(at::kFloat) * scale(), -1).flatten(0, 1));
+    }
+  }
 }
 
 int64_t DecodeScene::set_bytes(const DecodeShape& shape, int64_t length, int64_t batch, at::ScalarType dtype) {
   const int64_t number = static_cast<int64_t>(c10::elementSize(dtype)), heads = shape.num_kv_heads, dim = shape.head_dim;
-  const int64_t token = 2 * heads * dim * number + 2 * heads * dim * number / kPage + heads * (dim / 2 + 4) + 5 * 72 + 4;
+  const int64_t token = 2 * heads * dim * number + 2 * heads * dim * number / kPage + heads * (dim / 2 + 4) + 5 * 72 + 4 + 4 * shape.num_heads;
   return token * length * batch;
 }
 
 double DecodeScene::scale() const { return 1 / std::sqrt(static_cast<double>(shape_.head_dim)); }
 
-double DecodeScene::covered_mass(const at::Tensor& tokens) const {
-  const at::Tensor grouped = probabilities_.view({tokens.size(0), -1, length_});
-  return (grouped * tokens.unsqueeze(1)).sum(2).mean().item<double>();
+double DecodeScene::covered_mass(const at::Tensor& tokens, int64_t set) const {
+  const int64_t groups = tokens.size(-2);
+  const at::Tensor chosen = tokens.expand({batch_, groups, length_}).to(at::kFloat).unsqueeze(3);
+  return at::matmul(probabilities_[static_cast<size_t>(set)].view({batch_, groups, -1, length_}), chosen).mean().item<double>();
 }
 
-double DecodeScene::tokens_holding(double mass) const {
-  const at::Tensor best = std::get<0>(probabilities_.sort(-1, true)).cumsum(-1);
-  return (best < mass).sum(-1).add(1).to(at::kDouble).mean().item<double>() / static_cast<double>(length_);
+double DecodeScene::tokens_holding(double mass, int64_t set) const {
+  double sum = 0;
+  for (int64_t row = 0; row < batch_; ++row) {
+    const at::Tensor best = std::get<0>(probabilities_[static_cast<size_t>(set)][row].sort(-1, true)).cumsum(-1);
+    sum += (best < mass).sum(-1).add(1).to(at::kDouble).mean().item<double>();
+  }
+  return sum / static_cast<double>(batch_ * length_);
 }
 
 }  // namespace spot

@@ -1,4 +1,5 @@
-// One layer's caches full of keys and values whose attention is as concentrated as asked, for timing decode attention.
+// What one decode step of a layer reads, for timing decode attention: keys and values whose attention is as concentrated as
+// asked, or a model's own (benchmark/decode_record.h).
 #pragma once
 
 #include <ATen/ATen.h>
@@ -6,6 +7,8 @@
 #include <cstdint>
 #include <string>
 #include <vector>
+
+#include "ops/ops.h"
 
 namespace spot {
 
@@ -30,9 +33,14 @@ struct DecodeSet {
   at::Tensor query;                         // [B, num_heads, head_dim]
   at::Tensor page_table, lengths, slots;    // [B, blocks] int32, [B] int32, [B] int64 (each sequence's last token)
   at::Tensor selector_query;                // [B, 4, 128]
-  at::Tensor selector_weight;               // [B, 1, 4] float32
-  at::Tensor selector_keys[2], new_keys[2];  // INT4 pools and the last token's keys [B, key_heads, 128]; key_heads 1 and 4
+  at::Tensor selector_weight;               // [B, 1 or Hkv, 4] float32
+  // INT4 pools and the last token's keys [B, key_heads, 128]; key_heads 1 and 4. Undefined: the selector has the other kind.
+  at::Tensor selector_keys[2], new_keys[2];
   at::Tensor bounds, codes, ranges;         // Quest's and Twilight's (ops/baseline_ops.h)
+  double temperature = 1;                   // of the selector's scores under top-p
+
+  // Fills bounds, codes and ranges from the keys, whose pages are all full.
+  void summarize_keys();
 };
 
 class DecodeScene {
@@ -40,8 +48,10 @@ class DecodeScene {
   // `sets` independent sets (layers, as it were).
   DecodeScene(const DecodeShape& shape, int64_t length, int64_t batch, int64_t sets, const AttentionStatistics& statistics,
               at::ScalarType dtype, at::Device device, uint64_t seed);
+  // Sets of that shape from elsewhere; `tiers` has the reserved tokens, floor and cap of the selector's rules.
+  DecodeScene(const DecodeShape& shape, int64_t length, int64_t batch, std::vector<DecodeSet> sets, const ops::SelectArguments& tiers = {});
 
-  // Device bytes of one set.
+  // Device bytes of one set and its probabilities.
   static int64_t set_bytes(const DecodeShape& shape, int64_t length, int64_t batch, at::ScalarType dtype);
 
   const DecodeSet& set(int64_t index) const { return sets_[static_cast<size_t>(index)]; }
@@ -50,19 +60,20 @@ class DecodeScene {
   int64_t length() const { return length_; }
   int64_t batch() const { return batch_; }
   double scale() const;  // of the softmax
+  bool has_selector(int64_t key_heads) const { return sets_.front().selector_keys[key_heads == 1 ? 0 : 1].defined(); }
+  const ops::SelectArguments& tiers() const { return tiers_; }
 
-  // Attention probabilities of set 0's first row, [num_heads, length] float32.
-  const at::Tensor& probabilities() const { return probabilities_; }
-  // The mass that tokens [1 or Hkv, length] bool hold, the mean over query heads.
-  double covered_mass(const at::Tensor& tokens) const;
-  // The share of tokens that hold `mass` of a head's attention when the best are taken, the mean over heads.
-  double tokens_holding(double mass) const;
+  // Of a set's exact attention, means over its rows and query heads: the mass that tokens [B or none, 1 or Hkv, length] bool hold;
+  double covered_mass(const at::Tensor& tokens, int64_t set = 0) const;
+  // the share of tokens that hold `mass` of a head when the best are taken.
+  double tokens_holding(double mass, int64_t set = 0) const;
 
  private:
   DecodeShape shape_;
   int64_t length_, batch_;
   std::vector<DecodeSet> sets_;
-  at::Tensor probabilities_;
+  ops::SelectArguments tiers_;
+  std::vector<at::Tensor> probabilities_;  // by set, [B, num_heads, length] float32
 };
 
 }  // namespace spot
