@@ -178,6 +178,41 @@ TEST(DecodeRecord, StagesRunAndLeaveTheSceneAsItWas) {
   EXPECT_DOUBLE_EQ(before[0].tokens, std::accumulate(tokens.begin(), tokens.end(), 0.0) / static_cast<double>(tokens.size()));
 }
 
+// The other kinds of selector: a key a head, a block set a KV head; heads in groups of three; a hybrid's few attention layers.
+TEST(DecodeRecord, TakesAnySelectorAndHeads) {
+  ModelConfig model = ModelConfig::load("models/tiny-qwen3.5");
+  model.num_heads = 9;
+  model.num_kv_heads = 3;
+  const Backbone backbone = Backbone::random(model, at::kCPU, at::kFloat, 5);
+  SelectorConfig config = SelectorConfig::from_preset("paper");
+  config.scope = SelectorScope::kv_group;
+  config.selection.sinks = 64;
+  config.selection.floor = 400;
+  const Selector selector(config, model, at::kCPU);
+  const DecodeScene scene = record_decode(backbone, selector, recorded().text, 768, 1);
+  ASSERT_EQ(scene.sets(), static_cast<int64_t>(selector.layers().size()));
+  EXPECT_TRUE(scene.has_selector(4));
+  EXPECT_FALSE(scene.has_selector(1));
+  EXPECT_EQ(scene.tiers().sinks, 64);
+  EXPECT_EQ(scene.tiers().floor, 400);
+  const DecodeMethod method = spot_method(scene, 4, top_k_rule(512, scene.tiers()));
+  for (int64_t i = 0; i < scene.sets(); ++i) {
+    const DecodeSet& s = scene.set(i);
+    EXPECT_EQ(s.selector_weight.sizes(), (std::vector<int64_t>{1, 3, 4}));
+    EXPECT_EQ(method.set_tokens[i], 512);
+    // Each KV head's heads are held by its own set.
+    const at::Tensor scores = ops::score_blocks(s.selector_query, s.selector_weight, s.selector_keys[1], s.page_table, s.lengths, "int4", 1.0);
+    SelectionRule rule = top_k(512);
+    rule.sinks = 64;
+    rule.floor = 400;
+    const Selection chosen = select_blocks(scores, s.lengths, rule);
+    const at::Tensor keys = s.keys.index_select(1, s.page_table[0].to(at::kLong)).flatten(1, 2);
+    const at::Tensor mass = attention_mass(s.query, keys, scene.scale(), 767, 3);
+    EXPECT_NEAR(captured_mass(mass, chosen, rule).total.mean().item<double>(), method.set_mass[i], 1e-5);
+    for (const DecodeStage& stage : method.stages) stage.work(i);
+  }
+}
+
 TEST(DecodeRecord, RefusesWhatTheTextOrTheModelCannotGive) {
   const Recorded& r = recorded();
   const auto refuses = [&](int64_t length, int64_t batch, const std::string& words) {
