@@ -5,7 +5,7 @@
 #   --quick      fewer shapes of the kernel benchmarks
 #   --no-models  without bench/real_shapes.sh (which needs 20 to 110 GiB of GPU memory)
 #   --no-build   run what build/gpu already holds
-#   --sanitize   nothing but the kernels' tests, at small sizes, under compute-sanitizer: memcheck, initcheck, racecheck
+#   --sanitize   nothing but the kernels' and operators' tests, at small sizes, under compute-sanitizer: memcheck, initcheck, racecheck
 # PYTHON names an interpreter with a CUDA build of torch (default: python3).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,21 +27,37 @@ if [ $build = yes ]; then
   cmake --preset cuda -B build/gpu -DPython3_EXECUTABLE="$(command -v "$python")" >"$out/configure.log" ||
     { cat "$out/configure.log"; exit 1; }
   targets=(spot decode_kernels "${tests[@]}")
-  [ $sanitize = no ] || targets=(test_kernels_gpu)
+  [ $sanitize = no ] || targets=(test_kernels_gpu test_operators_gpu test_distill_operators_gpu)
   ninja -C build/gpu "${targets[@]}" >"$out/build.log" || { tail -50 "$out/build.log"; exit 1; }
 fi
 if [ $sanitize = yes ]; then
   sanitizer=$(command -v compute-sanitizer || echo "$(dirname "$(readlink -f "$(command -v nvcc)")")/compute-sanitizer")
   [ -x "$sanitizer" ] || { echo "error: compute-sanitizer was not found: put the CUDA toolkit's bin folder on PATH" >&2; exit 1; }
+  # Side by side, in shards: instrumented programs wait for one CPU core most of the time. The kernels of linear attention are long
+  # under the two slower tools; initcheck knows nothing of what torch's own kernels and copies initialise.
+  pids=()
+  check() {  # TOOL TEST SHARDS FILTER
+    local shard
+    for ((shard = 0; shard < $3; ++shard)); do
+      SPOT_SMALL_TESTS=1 GTEST_TOTAL_SHARDS=$3 GTEST_SHARD_INDEX=$shard timeout ${SANITIZE_SECONDS:-540} "$sanitizer" --tool "$1" \
+        --error-exitcode 1 "$(find build/gpu -type f -name "$2")" --gtest_brief=1 --gtest_filter="$4" >"$out/$1_$2_$shard.txt" 2>&1 &
+      pids+=($!) names+=("$1_$2_$shard")
+    done
+  }
+  names=()
+  check memcheck test_kernels_gpu 2 '*'
+  check initcheck test_kernels_gpu 2 '-GatedDelta*:*AMillionTokens'
+  check racecheck test_kernels_gpu 6 '-GatedDelta*:*AMillionTokens'
+  for tool in memcheck racecheck; do
+    check $tool test_operators_gpu 1 '*'
+    check $tool test_distill_operators_gpu 1 '*'
+  done
   failed=0
-  for tool in memcheck initcheck racecheck; do
-    # The kernels of linear attention are long under the two slower tools.
-    filter='*'
-    [ $tool = memcheck ] || filter='-GatedDelta*:*AMillionTokens'
-    echo "== $tool"
-    SPOT_SMALL_TESTS=1 timeout 240 "$sanitizer" --tool $tool --error-exitcode 1 \
-      "$(find build/gpu -type f -name test_kernels_gpu)" --gtest_brief=1 --gtest_filter="$filter" 2>&1 |
-      tee "$out/sanitize_$tool.txt" | tail -12 || { echo "$tool: FAILED or timed out"; failed=1; }
+  for i in "${!pids[@]}"; do
+    status=0
+    wait "${pids[$i]}" || status=$?
+    [ $status = 0 ] || failed=1
+    echo "${names[$i]}: status $status; $(grep -hE 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/${names[$i]}.txt" | tail -1 | sed 's/=* *//')"
   done
   exit $failed
 fi
