@@ -282,7 +282,8 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask<kMass>& t
   const SelectRow& row = task.row;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, words = (row.num_blocks + 31) / 32;
   const float minus_infinity = bits_float(0xff800000u);
-  const int supposed = task.top_p ? min(row.max_residual, 3 * kSelectThreads / 2) : row.max_residual;
+  // A nucleus longer than supposed costs select_from_all; one shorter, some candidates too many.
+  const int supposed = task.top_p ? min(row.max_residual, 5 * kSelectThreads / 2) : row.max_residual;
   if (supposed == 0 || supposed > 5 * kSelectThreads / 2) return -1;
   const bool one = supposed <= 3 * kSelectThreads / 4;  // one a thread suffices
   const auto residual_score = [&](int block) {  // NaN for what is not residual

@@ -253,7 +253,8 @@ TEST(BaselineKernels, EstimatesMatch) {
               expected.push_back(dot * 0.1);
             }
           }
-        EXPECT_LT(testing::relative_error(seen, expected), 2e-5) << dim << " group " << group;
+        // Float32 sums of up to 256 products that nearly cancel.
+        EXPECT_LT(testing::relative_error(seen, expected), 5e-5) << dim << " group " << group;
       }
 }
 

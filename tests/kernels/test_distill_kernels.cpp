@@ -240,6 +240,10 @@ class DistillKernels : public ::testing::Test {
         want.push_back(want_sums[static_cast<size_t>(r) * 8 + i]);
       }
       SCOPED_TRACE("sum " + std::to_string(i));
+      if (k_train == 1 && i != 2) {  // one key: student and teacher are both 1, and what is left of their difference is rounding
+        for (const double x : got) ASSERT_NEAR(x, 0.0, 1e-4);
+        continue;
+      }
       EXPECT_LE(relative_error(got, want), 2e-5);
     }
     if (!gradient) return;
@@ -253,6 +257,10 @@ class DistillKernels : public ::testing::Test {
           got_dots[(static_cast<size_t>(h) * s.rows() + r) * s.width + c] = value;
           ASSERT_TRUE(s.sees(r, c) || value == 0.0) << h << " " << r << " " << c;
         }
+    if (k_train == 1) {
+      for (const double x : got_dots) ASSERT_NEAR(x, 0.0, 1e-5);
+      return;
+    }
     EXPECT_LE(relative_error(got_dots, want_dots), 3e-3);  // bf16 keeps 8 bits: 2^-9 at most, each
   }
 
