@@ -41,6 +41,10 @@ def comma_list(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
+def methods_list(text: str) -> list[str]:
+    return [method for method in text.split(";") if method]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -57,11 +61,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rules", type=comma_list,
                         default=["k=512", "k=1024", "k=2048", "k=4096", "k=25%", "k=50%", "k=75%", "p=0.7", "p=0.8", "p=0.9"],
                         help="budgets of selector, oracle, Quest and window; those that hold every length are left out")
-    parser.add_argument("--twilight", type=lambda text: text.split(";"), default=["p=0.95,k=25%", "p=0.95,k=50%", "p=0.95,k=75%"],
+    parser.add_argument("--twilight", type=methods_list, default=["p=0.95,k=25%", "p=0.95,k=50%", "p=0.95,k=75%"],
                         help="Twilight's settings, separated by semicolons")
-    parser.add_argument("--more", type=lambda text: text.split(";"), default=[],
+    parser.add_argument("--more", type=methods_list, default=[],
                         help="further methods of RULER, in `spot eval`'s words, separated by semicolons: "
                              "spot:k=10%%,cache=mxfp4;spot:k=10%%,prefill=sparse. Those of spot are run with every selector")
+    parser.add_argument("--no-baselines", action="store_true", help="selectors and dense attention alone")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--formats", type=comma_list, default=["bf16", "int4"], help="selector keys; the first is taken as exact")
     for step in ("ruler", "needle", "text"):
@@ -69,6 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options = parser.parse_args(sys.argv[1:split])
     options.extra = sys.argv[split + 1:]
+    if options.no_baselines and not options.selector:
+        parser.error("--no-baselines without --selector leaves nothing to run")
     longest = max(map(int, options.lengths))
     options.rules = [rule for rule in options.rules
                      if not rule.startswith("k=") or rule.endswith("%") or int(rule[2:]) < longest]
@@ -131,7 +138,7 @@ def list_steps(options: argparse.Namespace) -> list[Step]:
     steps = []
     for index, selector in enumerate(options.selector or [None]):
         name = pathlib.Path(selector).name if selector else ""
-        methods = (selector_methods(options) if selector else []) + (baseline_methods(options) if index == 0 else [])
+        methods = (selector_methods(options) if selector else []) + (baseline_methods(options) if index == 0 and not options.no_baselines else [])
         located = selector and next((folder for folder in (pathlib.Path(selector), pathlib.Path(options.model) / "selectors" / selector)
                                      if folder.is_dir()), None)
         base = ["--model", options.model, *(["--selector", selector] if selector else []), "--text", *options.text, *options.extra]
@@ -275,10 +282,11 @@ def losses(options: argparse.Namespace, names: list[str]) -> list[tuple[str, str
     rows = []
     for selector in dict.fromkeys(names):
         for rule in options.rules:
-            steps = [("dense → oracle", "dense", f"oracle:{rule}")]
             exact = label(selector, f"spot:{rule},cache={options.formats[0]}")
+            steps = [("dense → selector", "dense", exact)] if options.no_baselines else [("dense → oracle", "dense", f"oracle:{rule}")]
             if selector:
-                steps.append(("oracle → selector", f"oracle:{rule}", exact))
+                if not options.no_baselines:
+                    steps.append(("oracle → selector", f"oracle:{rule}", exact))
                 steps += [(f"selector → {form}", exact, label(selector, f"spot:{rule},cache={form}"))
                           for form in options.formats[1:]]
             rows.append((selector, rule, f"{selector or 'oracle'}:{rule}", steps))

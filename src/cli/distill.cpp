@@ -114,6 +114,8 @@ void add_distill(CLI::App& app, const ProcessGroup* group) {
   TrainConfig& train = options->train;
   command.add_option("--data", train.data.paths, "Text files, .jsonl, .gz, .zst, or folders of them")->required();
   command.add_option("--out", train.output, "Folder for the selector, metrics and checkpoints")->required();
+  command.add_option("--store", train.store, "Type of the finished selector's projections on disk: float32 or bfloat16 (half the size)")
+      ->capture_default_str();
   command.add_flag("--resume", options->resume, "Continue the newest checkpoint in --out");
   command.add_flag("--shard-backbone", options->shard_backbone,
                    "Several processes: each holds a part of every layer's weights, for models larger than one GPU");

@@ -40,6 +40,7 @@ void each_field(Config& c, const Visit& visit) {
   visit("checkpoint_interval", c.checkpoint_interval);
   visit("budgets", c.budgets);
   visit("calibrate", c.calibrate);
+  visit("store", c.store);
 }
 
 nlohmann::json write(const std::filesystem::path& path) {
@@ -116,6 +117,7 @@ void TrainConfig::validate() const {
   require(held_out_sequences >= 0, "held_out_sequences", held_out_sequences, "0 or more");
   require(held_out_interval >= 1, "held_out_interval", held_out_interval, "at least 1");
   require(checkpoint_interval >= 1, "checkpoint_interval", checkpoint_interval, "at least 1");
+  require(store == "float32" || store == "bfloat16", "store", store, "float32 or bfloat16");
   for (const double budget : budgets)
     require(budget > 0.0 && std::isfinite(budget), "a budget", budget, "positive");
 }

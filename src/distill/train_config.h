@@ -38,6 +38,8 @@ struct TrainConfig {
   int64_t checkpoint_interval = 100;
   std::vector<double> budgets = {0.05, 0.1, 0.25};  // captured mass is measured there, see LayerLossOptions
   bool calibrate = true;                            // fit temperatures at the end, see calibrate.h
+  // Type of the finished selector's projections on disk, float32 or bfloat16; checkpoints are float32.
+  std::string store = "float32";
 
   // Throws Error naming the first impossible value.
   void validate() const;

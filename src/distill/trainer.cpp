@@ -349,7 +349,7 @@ class Run {
     try {
       nlohmann::json stored = state.at("config"), ours = config_.to_json();
       for (const char* free : {"output", "data_paths", "held_out_sequences", "held_out_interval",
-                               "checkpoint_interval", "calibrate"}) {
+                               "checkpoint_interval", "calibrate", "store"}) {
         stored.erase(free);
         ours.erase(free);
       }
@@ -400,7 +400,7 @@ class Run {
       calibration_ = fitted.to_json();
     }
     if (!is_writer()) return;
-    selector_.save(config_.output, fingerprint_, notes());
+    selector_.save(config_.output, fingerprint_, notes(), config_.store == "bfloat16" ? at::kBFloat16 : at::kFloat);
     write_loss_page(config_.output / "loss.html", log_->entries());
   }
 

@@ -54,10 +54,11 @@ class Selector {
   static std::filesystem::path resolve(const std::string& selector,
                                        const std::filesystem::path& model_folder);
 
-  // Writes folder/selector.safetensors (float32) and folder/selector.json, each atomically, weights first.
-  // `notes` (an object: steps, tokens, losses, ...) is kept under "notes".
+  // Writes folder/selector.safetensors (float32, query and key projections in the type of `matrices`) and
+  // folder/selector.json, each atomically, weights first. `notes` (an object: steps, tokens, losses, ...) is kept under
+  // "notes".
   void save(const std::filesystem::path& folder, const std::string& fingerprint,
-            const nlohmann::json& notes = nlohmann::json::object()) const;
+            const nlohmann::json& notes = nlohmann::json::object(), at::ScalarType matrices = at::kFloat) const;
 
   const SelectorConfig& config() const { return config_; }
   // Temperatures may be fitted after training; save() keeps what is set here.

@@ -72,12 +72,15 @@ fs::path Selector::resolve(const std::string& selector, const fs::path& model_fo
   fail("the selector folder {} does not exist", selector);
 }
 
-void Selector::save(const fs::path& folder, const std::string& fingerprint, const json& notes) const {
+void Selector::save(const fs::path& folder, const std::string& fingerprint, const json& notes, at::ScalarType matrices) const {
   make_folder(folder);
-  std::vector<std::pair<std::string, at::Tensor>> tensors;
-  for (const auto& [name, tensor] : named_parameters())
-    tensors.emplace_back(name, tensor.detach().to(at::kCPU, at::kFloat).contiguous());
-  const std::string id = weights_id(tensors);
+  std::vector<std::pair<std::string, at::Tensor>> tensors, values;
+  for (const auto& [name, tensor] : named_parameters()) {
+    const bool large = name.ends_with("query.weight") || name.ends_with("key.weight");
+    tensors.emplace_back(name, tensor.detach().to(at::kCPU, large ? matrices : at::kFloat).contiguous());
+    values.emplace_back(name, tensors.back().second.to(at::kFloat));
+  }
+  const std::string id = weights_id(values);
   write_safetensors(folder / "selector.safetensors", tensors,
                     {{"format", kFormat}, {"weights_id", id}, {"preset", config_.preset}});
   const json document = {{"format", kFormat},
@@ -120,13 +123,14 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
   for (int64_t layer : selector.layers_) {
     auto take = [&](const char* part, std::vector<int64_t> shape, at::ScalarType target) {
       const std::string tensor_name = fmt::format("layers.{}.{}", layer, part);
-      const at::Tensor tensor = file.tensor(tensor_name);
+      at::Tensor tensor = file.tensor(tensor_name);
       if (tensor.sizes() != at::IntArrayRef(shape))
         fail("{}: tensor {} is {}; config and backbone make it {}", file.path().string(), tensor_name,
              fmt::join(tensor.sizes(), "x"), fmt::join(shape, "x"));
-      if (tensor.scalar_type() != at::kFloat)
-        fail("{}: tensor {} is of {}, selectors are stored in float32", file.path().string(), tensor_name,
+      if (tensor.scalar_type() != at::kFloat && tensor.scalar_type() != at::kBFloat16)
+        fail("{}: tensor {} is of {}, selectors are stored in float32 or bfloat16", file.path().string(), tensor_name,
              c10::toString(tensor.scalar_type()));
+      tensor = tensor.to(at::kFloat);
       if (!at::isfinite(tensor).all().item<bool>())
         fail("{}: tensor {} holds values that are not finite; train the selector again", file.path().string(),
              tensor_name);

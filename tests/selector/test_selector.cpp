@@ -295,6 +295,20 @@ TEST(Selector, SaveAndLoad) {
   EXPECT_EQ(
       Selector::load(path, "elsewhere", model, "", at::kCPU, at::kBFloat16).parameters()[0].scalar_type(),
       at::kBFloat16);
+  // Projections in half the bytes, the rest as it was; what a bfloat16 model reads is the same.
+  const std::string half = (folder.path() / "half").string();
+  selector.save(half, "abc", {}, at::kBFloat16);
+  EXPECT_LT(std::filesystem::file_size(half + "/selector.safetensors"),
+            0.6 * std::filesystem::file_size(path + "/selector.safetensors"));
+  const auto rounded = Selector::load(half, "", model, "abc", at::kCPU).named_parameters();
+  for (size_t i = 0; i < saved.size(); ++i) {
+    const bool large = saved[i].first.ends_with("query.weight") || saved[i].first.ends_with("key.weight");
+    EXPECT_TRUE(at::equal(rounded[i].second, large ? saved[i].second.to(at::kBFloat16).to(at::kFloat) : saved[i].second))
+        << saved[i].first;
+  }
+  const auto run = Selector::load(path, "", model, "abc", at::kCPU, at::kBFloat16).named_parameters();
+  const auto run_half = Selector::load(half, "", model, "abc", at::kCPU, at::kBFloat16).named_parameters();
+  for (size_t i = 0; i < run.size(); ++i) EXPECT_TRUE(at::equal(run[i].second, run_half[i].second)) << run[i].first;
   // Saving again over it replaces it whole.
   Selector(config, model, at::kCPU, at::kFloat, seed + 1).save(path, "abc");
   EXPECT_FALSE(at::equal(Selector::load(path, "", model, "abc", at::kCPU).parameters()[0], saved[0].second));

@@ -68,11 +68,23 @@ def test_tasks_are_those_of_the_program(accuracy, build_folder, tiny_qwen3):
     assert run.stderr.strip().endswith("choose among " + ", ".join(accuracy.RULER_TASKS))
 
 
+def options_of(accuracy, monkeypatch, out, *words):
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--model", "m", "--text", "t", "--out", str(out), *words, "--", "--threads", "1"])
+    return accuracy.parse_arguments()
+
+
+def test_without_baselines_selectors_are_run_alone(accuracy, tmp_path, monkeypatch):
+    words = ["--rules", "k=10%,p=0.7", "--steps", "ruler", "--no-baselines"]
+    steps = accuracy.list_steps(options_of(accuracy, monkeypatch, tmp_path, "--selector", "one", *words))
+    assert steps[0].command[steps[0].command.index("--methods") + 1] == ",".join(
+        f"spot:{rule},cache={form}" for rule in ("k=10%", "p=0.7") for form in ("bf16", "int4"))
+    with pytest.raises(SystemExit):
+        options_of(accuracy, monkeypatch, tmp_path, *words)
+
+
 def test_parts_hold_every_prompt_once(accuracy, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--model", "m", "--text", "t", "--out", str(tmp_path), "--selector", "one", "--selector", "two",
-                                      "--lengths", "4096,8192", "--tasks", "vt,qa_1", "--samples", "12", "--rules", "k=10%", "--steps", "ruler,text",
-                                      "--more", "spot:k=10%,cache=mxfp4;oracle:k=5%", "--", "--threads", "1"])
-    options = accuracy.parse_arguments()
+    options = options_of(accuracy, monkeypatch, tmp_path, "--selector", "one", "--selector", "two", "--lengths", "4096,8192", "--tasks", "vt,qa_1",
+                         "--samples", "12", "--rules", "k=10%", "--steps", "ruler,text", "--more", "spot:k=10%,cache=mxfp4;oracle:k=5%")
     steps = accuracy.list_steps(options)
     parts = accuracy.list_parts(options, steps)
     assert parts[0].length >= parts[-1].length and len({part.folder for part in parts}) == len(parts)
