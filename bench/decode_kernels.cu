@@ -66,6 +66,7 @@ __global__ void fill_kernel(__nv_bfloat16* out, size_t n, uint32_t seed, float d
 void fill(Device<__nv_bfloat16>& buffer, uint32_t seed, float deviation = 1.0f) {
   fill_kernel<<<2048, 256>>>(buffer.data, buffer.count, seed, deviation);
   CHECK(cudaGetLastError());
+  CHECK(cudaDeviceSynchronize());  // `stream` does not wait for this one
 }
 
 cudaStream_t stream;

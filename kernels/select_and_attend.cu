@@ -73,15 +73,15 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
     ptx::prefetch_l2(source.keys + at, AttendShape<kHeadDim>::kTileBytes);
     ptx::prefetch_l2(source.values + at, AttendShape<kHeadDim>::kTileBytes);
   };
-  const int reserved = row.num_blocks - (row.residual_end - row.residual_begin);
-#pragma unroll 1
-  for (int i = tid; i < reserved; i += kSelectThreads)
-    fetch(i < row.residual_begin ? i : i - row.residual_begin + row.residual_end);
   if (p.overlap == Overlap::kHistory) {
     ptx::griddepcontrol_wait();
     if (cached) copy_scores(global_scores, p.max_blocks, cached_scores);
   }
   ptx::griddepcontrol_launch_dependents();
+  const int reserved = row.num_blocks - (row.residual_end - row.residual_begin);
+#pragma unroll 1
+  for (int i = tid; i < reserved; i += kSelectThreads)
+    fetch(i < row.residual_begin ? i : i - row.residual_begin + row.residual_end);
 
   // The blocks that share a row report it together: each its own split.
   const bool reports = place.tile == 0 && (per_head || place.kv_head == 0);

@@ -54,6 +54,7 @@ struct SelectShared {
   union {
     uint32_t ties[kMaxSelectBlocks / 32];   // select_from_all
     uint16_t candidates[kSelectCandidates];  // select_from_candidates: blocks, in any order
+    uint32_t first_position[kMaxSelectBlocks / 32];  // list_bitmap: of a word's blocks
   };
   uint32_t count[kSelectBins];
   uint32_t mass_low[kSelectBins];
@@ -583,33 +584,53 @@ __device__ __forceinline__ int select_row_bitmap(const float* scores, const Sele
   return count;
 }
 
-// Lists the bitmap's blocks in ascending order: `write(position, block)` for positions [begin, end), called
-// by whichever thread holds the block's bits. Ends with a barrier.
+// Lists the bitmap's blocks in ascending order: `write(position, block)` for positions [begin, end), a thread a
+// position: it finds the position's word among the words' first positions, then the bit. (Threads that write the
+// bits of their own word leave most others idle: reserved blocks fill whole words.) Ends with a barrier.
 template <typename Write>
 __device__ __forceinline__ void list_bitmap(SelectShared& s, int num_blocks, int begin, int end,
                                             const Write& write) {
-  const uint16_t* halves = reinterpret_cast<const uint16_t*>(s.bitmap);
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, count = (num_blocks + 15) / 16;
-  int total = 0;
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, words = (num_blocks + 31) / 32;
+  uint32_t total = 0;
 #pragma unroll 1
-  for (int base = 0; base < count; base += kSelectThreads) {
+  for (int base = 0; base < words; base += kSelectThreads) {
     const int at = base + tid;
-    uint32_t bits = at < count ? halves[at] : 0;
-    const int own = __popc(bits);
-    int position = static_cast<int>(warp_inclusive_sum(static_cast<uint32_t>(own), lane));
-    if (lane == 31) s.warp_a[0][warp] = static_cast<uint32_t>(position);
-    position += total - own;
+    const uint32_t own = at < words ? __popc(s.bitmap[at]) : 0;
+    const uint32_t up_to = warp_inclusive_sum(own, lane);
+    if (lane == 31) s.warp_a[0][warp] = up_to;
     __syncthreads();
     const uint32_t sums = lane < kSelectWarps ? s.warp_a[0][lane] : 0u;
-    position += static_cast<int>(__reduce_add_sync(kAllLanes, lane < warp ? sums : 0u));
-    if (base + kSelectThreads < count) total += static_cast<int>(__reduce_add_sync(kAllLanes, sums));
-    if (position < end && position + own > begin) {
-#pragma unroll 1
-      for (; bits != 0; bits &= bits - 1, ++position)
-        if (position >= begin && position < end) write(position, at * 16 + __ffs(static_cast<int>(bits)) - 1);
-    }
+    const uint32_t before = __reduce_add_sync(kAllLanes, lane < warp ? sums : 0u);
+    if (at < words) s.first_position[at] = total + before + up_to - own;
+    if (base + kSelectThreads < words) total += __reduce_add_sync(kAllLanes, sums);
     __syncthreads();
   }
+#pragma unroll 1
+  for (int position = begin + tid; position < end; position += kSelectThreads) {
+    const auto wanted = static_cast<uint32_t>(position);
+    int low = 0, high = words;  // the last word whose first position is not beyond: empty words before it share it
+#pragma unroll 1
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (s.first_position[middle] <= wanted)
+        low = middle;
+      else
+        high = middle;
+    }
+    uint32_t bits = s.bitmap[low], left = wanted - s.first_position[low];
+    int bit = 0;
+#pragma unroll
+    for (int half = 16; half > 0; half /= 2) {
+      const uint32_t lower = __popc(bits & ((1u << half) - 1));
+      if (left >= lower) {
+        left -= lower;
+        bits >>= half;
+        bit += half;
+      }
+    }
+    write(position, low * 32 + bit);
+  }
+  __syncthreads();
 }
 
 }  // namespace spot::kernels
