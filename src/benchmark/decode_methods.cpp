@@ -37,8 +37,6 @@ std::shared_ptr<std::vector<Tensors>> for_every_set(const DecodeScene& scene, co
   return made;
 }
 
-double mean(const std::vector<double>& values) { return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size()); }
-
 // Tokens and mass of every set's selection.
 void describe(const DecodeScene& scene, DecodeMethod& method, const std::function<Selection(int64_t)>& chosen) {
   for (int64_t i = 0; i < scene.sets(); ++i) {
@@ -110,6 +108,10 @@ std::optional<DecodeMethod> at_mass(double low, double high, double step, double
 }
 
 }  // namespace
+
+double mean(const std::vector<double>& values) {
+  return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+}
 
 DecodeMethod dense_torch(const DecodeScene& scene, const std::string& backend) {
   const int64_t heads = scene.shape().num_kv_heads, dim = scene.shape().head_dim, batch = scene.batch(), length = scene.length();

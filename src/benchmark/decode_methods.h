@@ -26,6 +26,8 @@ struct DecodeMethod {
   std::vector<double> set_tokens, set_mass;  // of each set: attended by a sequence, the mean over KV heads, and their covered_mass
   double tokens = 0, mass = 1;               // their means
 };
+// Of figures by set.
+double mean(const std::vector<double>& values);
 
 // torch's dense attention over contiguous keys and values, [B, Hkv, L, d]. backend: "flash", "cudnn", or "sdpa" (whatever the
 // device's default is). Throws c10::Error when first run where the backend is absent.

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <map>
 #include <memory>
-#include <numeric>
 #include <optional>
 
 #include "benchmark/decode_methods.h"
@@ -50,8 +49,6 @@ struct Setting {
   DecodeShape shape;
   int64_t length, batch;
 };
-
-double mean(const std::vector<double>& values) { return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size()); }
 
 // All methods of one setting, measured together.
 std::vector<Run> measure(const Options& options, const DecodeScene& scene, at::Device device) {

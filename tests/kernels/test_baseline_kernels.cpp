@@ -253,8 +253,8 @@ TEST(BaselineKernels, EstimatesMatch) {
               expected.push_back(dot * 0.1);
             }
           }
-        // Float32 sums of up to 256 products that nearly cancel.
-        EXPECT_LT(testing::relative_error(seen, expected), 5e-5) << dim << " group " << group;
+        // Float32 sums of products that nearly cancel; with 256 of them 2.3e-5 was seen on an H100.
+        EXPECT_LT(testing::relative_error(seen, expected), dim == 256 ? 5e-5 : 2e-5) << dim << " group " << group;
       }
 }
 
