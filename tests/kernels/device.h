@@ -51,6 +51,7 @@ inline void device_copy(void* to, const void* from, size_t bytes) {
 }
 inline void device_fill(void* p, int value, size_t bytes) {
   check(cudaMemset(p, value, bytes));
+  check(cudaDeviceSynchronize());  // streams that do not wait for the default one could overtake it
 }
 inline void device_synchronize() {
   check(cudaGetLastError());
