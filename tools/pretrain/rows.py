@@ -14,7 +14,7 @@ from .pieces import SLOTS, TEXT, Item, Pieces, Row
 from .wordings import Wording
 
 # Shares of the rows. Documents and word lists need room: below their least length, needles take their place.
-SHARES = {"needles": 0.52, "track": 0.2, "words": 0.03, "documents": 0.05, "copies": 0.08, "text": 0.12}
+SHARES = {"needles": 0.53, "track": 0.17, "words": 0.03, "documents": 0.07, "copies": 0.06, "text": 0.14}
 LEAST_LENGTH = {"words": 512, "documents": 1024}
 
 
@@ -116,8 +116,8 @@ class Rows:
             stated = count - asked
         else:
             stated = count * math.exp(rng.uniform(math.log(min(0.3, 50 / count)), math.log(0.5)))
-        multi_value = rng.random() < 0.15
-        group = rng.choice((2, 3, 4)) if not multi_value and rng.random() < 0.15 else 1
+        multi_value = rng.random() < 0.2
+        group = rng.choice((2, 3, 4)) if not multi_value and rng.random() < 0.2 else 1
 
         facts, events, used, keys = [], [], len(intro), set()
         while True:

@@ -57,7 +57,7 @@ OWN_HELD_OUT = [
         ("A traveller left a {kind} in this story. Watch for it.\n", "A traveller left some {kind}s in this story. Watch for them.\n"),
         "The traveller called {key} wrote down the {kind} {value} at dusk.",
         ("Which {kind} did the traveller called {query} write down?", "Which {kind}s did the traveller called {query} write down?"),
-        (" The traveller called {query} wrote down", " The traveller called {query} wrote down")),
+        (" The traveller called {query} wrote down the {kind}", " The traveller called {query} wrote down the {kind}s")),
     Wording(
         ("Parcels are mentioned below. Mind their labels.\n", "Parcels are mentioned below. Mind all of their labels.\n"),
         "On the parcel meant for {key} somebody glued the label {value}.",
@@ -128,6 +128,50 @@ INTROS = ["", "", "A {noun} is hidden in this text. Remember it.\n", "Read the t
           "Memorise the {noun}s that occur in this text. Questions follow.\n", "Text:\n", "Notes:\n", "Here is what we know.\n"]
 
 
+# Statements that tell something, with a question and an answer prefix of their own; {role} is a word for what has the key, or nothing.
+# Where the value stands first, nothing behind the key says it: the model has to look back from there.
+SCENES = [
+    ("with {value} they signed all letters from {role}{key}", "with what were the letters from {query} signed", " Letters from {query} were signed with"),
+    ("by {value} one recognised everything that {role}{key} had sent", "by what did one recognise things that {query} had sent",
+     " What {query} had sent was recognised by"),
+    ("{value} was painted on the door of {role}{key}", "what was painted on the door of {query}", " On the door of {query} was painted"),
+    ("under {value} you find whatever {role}{key} left behind", "under what do you find the things {query} left", " Things that {query} left are under"),
+    ("the guard said {value} and let {role}{key} pass", "what did the guard say before {query} passed", " To let {query} pass the guard said"),
+    ("at noon {value} appeared as the {noun} next to {role}{key}", "which {noun} appeared next to {query}", " The {noun} next to {query} was"),
+    ("on a list, {value} is given as the {noun} of {role}{key}", "which {noun} does the list give for {query}", " On the list, the {noun} of {query} is"),
+    ("in the drawer lay {value}, the {noun} of {role}{key}", "which {noun} of {query} lay in the drawer", " In the drawer, the {noun} of {query} was"),
+    ("someone carved {value} into the desk of {role}{key}", "what did someone carve into the desk of {query}", " Into the desk of {query} someone carved"),
+    ("using {value} we opened the box that came with {role}{key}", "using what did we open the box of {query}", " The box of {query} was opened using"),
+    ("the number {value} hung over the bed of {role}{key}", "what hung over the bed of {query}", " Over the bed of {query} hung the number"),
+    ("the card says {value} and below that {role}{key}", "what does the card say above {query}", " Above {query} the card says"),
+    ("{value} paid the rent for {role}{key}", "what paid the rent for {query}", " The rent for {query} was paid by"),
+    ("they shouted {value} as soon as they saw {role}{key}", "what did they shout at the sight of {query}", " At the sight of {query} they shouted"),
+    ("for {value} you could buy the house of {role}{key}", "for what could you buy the house of {query}", " The house of {query} was to be had for"),
+    ("as the {noun} they proposed {value} to {role}{key}", "which {noun} did they propose to {query}", " To {query} they proposed the {noun}"),
+    ("{value} stood there as the {noun}, right beside {role}{key}", "which {noun} stood right beside {query}", " The {noun} right beside {query} was"),
+    ("a page with {value} was torn out by {role}{key}", "what was on the page torn out by {query}", " The page torn out by {query} had"),
+    ("with {value} the clerk marked each box from {role}{key}", "with what did the clerk mark boxes from {query}",
+     " Each box from {query} was marked by the clerk with"),
+    ("from {value} to nothing, so went the story of {role}{key}", "from what did the story of {query} go to nothing",
+     " To nothing went the story of {query}, from"),
+    ("{role}{key} carried a sign that read {value}", "what did the sign of {query} read", " The sign that {query} carried read"),
+    ("when {role}{key} came home the {noun} was {value}", "which {noun} was it when {query} came home", " When {query} came home the {noun} was"),
+    ("{role}{key} dreamt of the {noun} {value}", "of which {noun} did {query} dream", " {query} dreamt of the {noun}"),
+    ("above the gate of {role}{key} one could read {value}", "what could one read above the gate of {query}",
+     " Above the gate of {query} one could read"),
+    ("the clock of {role}{key} stopped at {value}", "at what did the clock of {query} stop", " The clock of {query} stopped at"),
+    ("on the ticket of {role}{key} they printed the {noun} {value}", "which {noun} did they print on the ticket of {query}",
+     " On the ticket of {query} they printed the {noun}"),
+    ("inside the coat of {role}{key} a tailor sewed {value}", "what did a tailor sew inside the coat of {query}",
+     " Inside the coat of {query} a tailor sewed"),
+    ("{role}{key} asked three times for {value}", "for what did {query} ask three times", " Three times {query} asked for"),
+]
+ROLES = ["", "", "", "", "the sailor ", "the city of ", "our friend ", "the ship ", "a brand named ", "the farmer ", "the street of ", "project ",
+         "the planet ", "somebody known as ", "the lake of ", "doctor ", "the firm ", "whoever is "]
+TAILS = ["", "", "", "", " in spring", " two years ago", " on a Monday", " and left", " without a word", " before noon", " at the harbour",
+         " that day", " for the last time", " and nobody minded", " at once", " back then"]
+
+
 def _upper(text: str) -> str:
     return text if text.startswith("{") else text[:1].upper() + text[1:]
 
@@ -136,14 +180,22 @@ def draw_wording(rng: random.Random) -> Wording:
     """A wording of the training grammar; {kind} is left in it."""
     noun = rng.choice(NOUNS)
     opener = rng.choice(OPENERS)
-    if rng.random() < 0.6:
+    choice, scene = rng.random(), None
+    if choice < 0.35:
         body = rng.choice(SUBJECTS) + rng.choice(CONNECTORS) + " {value}"
-    else:
+    elif choice < 0.65:
         body = rng.choice(STATEMENTS)
+    else:
+        scene = rng.choice(SCENES)
+        body = scene[0].replace("{role}", rng.choice(ROLES)) + rng.choice(TAILS)
     needle = opener + (body if opener and not opener.endswith(": ") else _upper(body)) + rng.choice(ENDINGS)
     lead, closing = rng.choice(LEADS), rng.choice(QUESTION_CLOSINGS)
     questions = [lead + _upper(rng.choice(openings)) + closing for openings in (QUESTION_OPENINGS, QUESTION_OPENINGS_MANY)]
     prefixes = [rng.choice(PREFIXES), rng.choice(PREFIXES_MANY)]
+    if scene and rng.random() < 0.8:
+        questions = [lead + _upper(scene[1]) + closing] * 2
+        if rng.random() < 0.7:
+            prefixes = [scene[2]] * 2
     if questions[0].endswith(":") and rng.random() < 0.3:
         prefixes = ["", ""]
     intro = rng.choice(INTROS)
@@ -161,7 +213,7 @@ def draw_glue(rng: random.Random, words: list[str]) -> Wording:
         return " ".join(part for part in parts if part)
 
     ends = [".", "", ";", ":", ","]
-    first, second = ("{key}", "{value}") if rng.random() < 0.65 else ("{value}", "{key}")
+    first, second = ("{key}", "{value}") if rng.random() < 0.45 else ("{value}", "{key}")
     needle = join(some(0, 5), first, some(0, 6), second, some(0, 4)) + rng.choice(ends)
     question = _upper(join(some(0, 5), "{query}", some(0, 4))) + rng.choice(["?", ".", ":", ""])
     if rng.random() < 0.6:
