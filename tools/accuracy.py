@@ -8,8 +8,8 @@ accuracy.html into --out. Losses are told apart, each as a difference on the sam
     oracle -> selector   what the selector's estimate costs, its keys unquantised (the first of --formats)
     selector -> FORMAT   what quantising its keys costs
 
-The first selector's run holds the baselines too; further selectors run by themselves. What is finished is not run again: a
-RULER run that was interrupted goes on at the next prompt, the other steps at the next step. --jobs N runs N processes at a time
+Baselines and every selector run by themselves, so that a further selector costs no more than its own run. What is finished is not
+run again: a RULER run that was interrupted goes on at the next prompt, the other steps at the next step. --jobs N runs N processes at a time
 (RULER by task, length and a few prompts; their logs are then put together): small models leave a GPU, and many cores, idle otherwise.
 
 usage: accuracy.py --model MODEL --text FILE --out DIR [--selector NAME]... [options] [-- options of every spot eval]
@@ -76,6 +76,8 @@ def parse_arguments() -> argparse.Namespace:
     options.extra = sys.argv[split + 1:]
     if options.no_baselines and not options.selector:
         parser.error("--no-baselines without --selector leaves nothing to run")
+    if options.no_baselines and any(not method.startswith("spot") for method in options.more):
+        parser.error("--more names a baseline, which --no-baselines leaves out")
     longest = max(map(int, options.lengths))
     options.rules = [rule for rule in options.rules
                      if not rule.startswith("k=") or rule.endswith("%") or int(rule[2:]) < longest]
@@ -129,21 +131,21 @@ class Step:
 
 
 def list_steps(options: argparse.Namespace) -> list[Step]:
-    """Every run; the first selector's ones hold the baselines."""
+    """Every run: each selector's, then the baselines'."""
     step_options = {
         "ruler": ["--lengths", ",".join(options.lengths), "--tasks", options.tasks, "--samples", str(options.samples),
                   *options.ruler_options],
         "needle": ["--length", ",".join(options.lengths), "--samples", str(options.samples), *options.needle_options],
     }
     steps = []
-    for index, selector in enumerate(options.selector or [None]):
+    for selector in options.selector + ([] if options.no_baselines else [None]):
         name = pathlib.Path(selector).name if selector else ""
-        methods = (selector_methods(options) if selector else []) + (baseline_methods(options) if index == 0 and not options.no_baselines else [])
+        methods = selector_methods(options) if selector else baseline_methods(options)
         located = selector and next((folder for folder in (pathlib.Path(selector), pathlib.Path(options.model) / "selectors" / selector)
                                      if folder.is_dir()), None)
         base = ["--model", options.model, *(["--selector", selector] if selector else []), "--text", *options.text, *options.extra]
 
-        further = [method for method in options.more if (selector if method.startswith("spot") else index == 0)]
+        further = [method for method in options.more if method.startswith("spot") == bool(selector)]
 
         def add(kind: str, table: str, part: str, methods: list[str], *more: str) -> None:
             out = options.out / table / (name or "baselines") / part
@@ -235,7 +237,7 @@ def merge_logs(target: pathlib.Path, logs: list[pathlib.Path]) -> None:
 
 
 def run_all(options: argparse.Namespace) -> tuple[dict[str, list[tuple[str, dict]]], list[str]]:
-    """By table: (selector's name, report) of each run, the first selector's with the baselines. And the reports' pages."""
+    """By table: (selector's name, "" for the baselines; report) of each run. And the reports' pages."""
     steps = list_steps(options)
     if options.jobs > 1:
         run_ahead(options, steps)
@@ -280,7 +282,7 @@ def interval(values_by_task: list[numpy.ndarray], resamples: int = 1000) -> dict
 def losses(options: argparse.Namespace, names: list[str]) -> list[tuple[str, str, str, list[tuple[str, str, str]]]]:
     """(selector, rule, shown name, steps): each step a title and two methods, the loss lying between them."""
     rows = []
-    for selector in dict.fromkeys(names):
+    for selector in [name for name in names if name] or [""]:
         for rule in options.rules:
             exact = label(selector, f"spot:{rule},cache={options.formats[0]}")
             steps = [("dense → selector", "dense", exact)] if options.no_baselines else [("dense → oracle", "dense", f"oracle:{rule}")]

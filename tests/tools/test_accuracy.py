@@ -24,7 +24,7 @@ def test_tables_add_up_and_finished_steps_are_kept(build_folder, tiny_qwen3, tmp
                "--sequences", "1", "--text-methods", "4", "--rules", "k=512,k=4096", "--twilight", "p=0.9,k=50%", "--needle-options", "--distractors 8",
                "--", *threads]
     first = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert first.count("$ ") == 7  # three steps for each selector, the first one's text in two parts
+    assert first.count("$ ") == 9  # three steps for each selector and the baselines
     data = json.loads((tmp_path / "out" / "accuracy.json").read_text())
     tables = {table["title"]: table for table in data["tables"]}
     markdown = (tmp_path / "out" / "accuracy.md").read_text()
@@ -80,6 +80,8 @@ def test_without_baselines_selectors_are_run_alone(accuracy, tmp_path, monkeypat
         f"spot:{rule},cache={form}" for rule in ("k=10%", "p=0.7") for form in ("bf16", "int4"))
     with pytest.raises(SystemExit):
         options_of(accuracy, monkeypatch, tmp_path, *words)
+    with pytest.raises(SystemExit):
+        options_of(accuracy, monkeypatch, tmp_path, "--selector", "one", "--more", "quest:k=5%", *words)
 
 
 def test_parts_hold_every_prompt_once(accuracy, tmp_path, monkeypatch):
@@ -96,10 +98,10 @@ def test_parts_hold_every_prompt_once(accuracy, tmp_path, monkeypatch):
             value |= {option: part.command[part.command.index(option) + 1] for option in ("--tasks", "--lengths", "--samples", "--first-sample")}
             prompts += [(part.step.name, value["--tasks"], value["--lengths"], int(value["--first-sample"]) + i)
                         for i in range(int(value["--samples"]))]
-        # Selectors have the further methods of spot, the first run the others too; running text has neither.
-        assert ("cache=mxfp4" in value["--methods"]) == (part.step.kind == "ruler")
-        assert ("oracle:k=5%" in value["--methods"]) == (part.step.kind == "ruler" and part.step.name == "one")
-    assert sorted(prompts) == [(name, task, length, sample) for name in ("one", "two") for task in ("qa_1", "vt") for length in ("4096", "8192")
+        # Selectors have the further methods of spot, the baselines the others; running text has neither.
+        assert ("cache=mxfp4" in value["--methods"]) == (part.step.kind == "ruler" and part.step.name != "")
+        assert ("oracle:k=5%" in value["--methods"]) == (part.step.kind == "ruler" and part.step.name == "")
+    assert sorted(prompts) == [(name, task, length, sample) for name in ("", "one", "two") for task in ("qa_1", "vt") for length in ("4096", "8192")
                                for sample in range(12)]
 
 
