@@ -37,10 +37,20 @@ __device__ __forceinline__ uint32_t aligned_shared() {
   return (ptx::shared_address(ptx::dynamic_shared()) + 1023u) & ~1023u;
 }
 
+// Sum and largest of the four lanes that share a row.
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
 // The two rows of a thread's accumulators: row lane / 4 of its warp's 16, and the one 8 below.
 struct ThreadRows {
   int row[2];  // of the strip; may lie past its end
-  int32_t low[2], token[2];
+  int32_t low[2], last[2], token[2];
   bool valid[2];
 };
 __device__ __forceinline__ ThreadRows thread_rows(const QueryStrip& strip) {
@@ -52,6 +62,7 @@ __device__ __forceinline__ ThreadRows thread_rows(const QueryStrip& strip) {
     rows.valid[i] = rows.row[i] < strip.rows;
     const int row = min(rows.row[i], strip.rows - 1);
     rows.low[i] = strip.low[row];
+    rows.last[i] = strip.last[row];
     rows.token[i] = strip.tokens[row];
   }
   return rows;
@@ -63,12 +74,12 @@ struct SeenKeys {
 };
 __device__ __forceinline__ SeenKeys seen_keys(const QueryStrip& strip) {
   const int first = blockIdx.y * kTileRows;
-  return {strip.low[first], strip.tokens[min(first + kTileRows, strip.rows) - 1] + 1};
+  return {strip.low[first], strip.last[min(first + kTileRows, strip.rows) - 1] + 1};
 }
 
 inline bool is_strip(const QueryStrip& s) {
-  return s.tokens != nullptr && s.low != nullptr && s.rows >= 1 && s.first_key >= 0 && s.width >= 8 &&
-         s.width % 8 == 0 && s.num_tokens >= 1;
+  return s.tokens != nullptr && s.low != nullptr && s.last != nullptr && s.rows >= 1 && s.first_key >= 0 &&
+         s.width >= 8 && s.width % 8 == 0 && s.num_tokens >= 1;
 }
 inline bool aligned_rows(const void* p, int64_t token_stride, int64_t head_stride) {
   return p != nullptr && reinterpret_cast<uintptr_t>(p) % 16 == 0 && token_stride % 8 == 0 &&

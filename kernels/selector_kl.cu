@@ -32,16 +32,6 @@ struct Tile {
   static constexpr size_t kSharedBytes = 1024 + 2 * kSelectorHeads * kQueryHeadBytes + 2 * kKeyBytes;
 };
 
-// Sum and largest of the four lanes that share a row.
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
 // log2 of the row's sum over all chunks. The row's four lanes call it together.
 __device__ __forceinline__ float combine_chunks(const float* chunks, int count) {
   float largest = kMinusInfinity, sum = 0.0f;
@@ -63,7 +53,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
   const int column0 = static_cast<int>(blockIdx.x) * kKlChunk,
             column_end = min(column0 + kKlChunk, strip.width);
   const int num_chunks = static_cast<int>(gridDim.x);
-  const ThreadRows rows = thread_rows(strip);
+  ThreadRows rows = thread_rows(strip);
   const int quad = static_cast<int>(threadIdx.x) % 4;
 
   // The chunk's tiles that some query of the block sees.
@@ -108,14 +98,18 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
     weight[i][0] = w.x, weight[i][1] = w.y, weight[i][2] = w.z, weight[i][3] = w.w;
   }
   float largest[2] = {kMinusInfinity, kMinusInfinity}, sum[2] = {};  // normalize
-  float logsumexp2[2] = {}, cross[2] = {}, entropy[2] = {}, total[2] = {},
+  float logsumexp2[2] = {}, share[2] = {1.0f, 1.0f}, cross[2] = {}, entropy[2] = {}, total[2] = {},
         weight_grad[2][kSelectorHeads] = {};  // diverge
   if constexpr (kDiverge)
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      logsumexp2[i] = combine_chunks(
-          p.chunk_logsumexp + static_cast<int64_t>(min(rows.row[i], strip.rows - 1)) * num_chunks,
-          num_chunks);
+    for (int i = 0; i < 2; ++i) {
+      const int row = min(rows.row[i], strip.rows - 1);
+      logsumexp2[i] = combine_chunks(p.chunk_logsumexp + static_cast<int64_t>(row) * num_chunks, num_chunks);
+      if (p.k_train > 0) continue;  // top_members has renormalised the teacher
+      const float total = p.total[row];
+      share[i] = 1.0f / total;
+      if (total < kSmallestMass) rows.last[i] = rows.low[i] - 1;  // sees nothing
+    }
 
   Bf16* const grad = static_cast<Bf16*>(p.dots_grad);
   if (kDiverge && grad != nullptr) {  // columns that no query of the block sees
@@ -190,7 +184,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
       };
       const auto sees = [&](int column) {
         const int32_t token = strip.first_key + column;
-        return token >= rows.low[i] && token <= rows.token[i];
+        return token >= rows.low[i] && token <= rows.last[i];
       };
       if constexpr (!kDiverge) {
         float scores[S::kKeys / 4];
@@ -226,7 +220,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
           for (int j = 0; j < 8; ++j) {
             const int element = 16 * block + j / 2 * 4 + 2 * i + j % 2;
             const bool counts = sees(column + j) && !(teacher[i][block][j] < 0.0f);
-            const float t = counts ? teacher[i][block][j] : 0.0f;
+            const float t = counts ? share[i] * teacher[i][block][j] : 0.0f;
             const float student_log = score2(element) - logsumexp2[i];
             // NaN scores and teachers reach the sums: only keys that do not count are left out.
             const float difference = counts ? ptx::exp2_approx(student_log) - t : 0.0f;
@@ -304,7 +298,7 @@ cudaError_t selector_kl(const SelectorKlParams& p, cudaStream_t stream) {
       !aligned_rows(p.key, p.key_token_stride, p.key_head_stride) || p.weight == nullptr ||
       !aligned(p.weight) || p.mass == nullptr || !aligned(p.mass) || p.chunk_logsumexp == nullptr ||
       p.sums == nullptr || !aligned(p.dots_grad) ||
-      (p.k_train > 0 && (p.scores == nullptr || p.entropy == nullptr)) || !aligned(p.scores) ||
+      (p.k_train > 0 ? p.scores == nullptr || p.entropy == nullptr : p.total == nullptr) || !aligned(p.scores) ||
       p.dots_grad_row_stride % 8 != 0 || p.dots_grad_head_stride % 8 != 0)
     return cudaErrorInvalidValue;
   return p.key_heads == 1 ? start<1>(p, stream) : start<kSelectorHeads>(p, stream);

@@ -19,7 +19,9 @@ struct SelectorKlParams {
   const void* key = nullptr;      // [num_tokens, key_heads, 128]
   const float* weight = nullptr;  // [num_tokens, 4], contiguous, aligned to 16 bytes
   int64_t query_token_stride = 0, query_head_stride = 0, key_token_stride = 0, key_head_stride = 0;
-  float* mass = nullptr;  // [rows, width], contiguous: the teacher's distribution
+  // [rows, width], contiguous: the teacher, whose distribution is mass over its sum on the keys that count.
+  float* mass = nullptr;
+  const float* total = nullptr;  // [rows]: that sum; of the dense loss alone
   // Positive: the sparse loss. Of each row only the k_train keys with the highest scores count, ties to the
   // lower column; teacher and student are renormalised over them. `mass` is then overwritten (see
   // top_members.h), and these two are needed: [rows, width] and, in nats, [rows], the teacher's entropy over
@@ -29,7 +31,8 @@ struct SelectorKlParams {
   float* entropy = nullptr;
   // [rows, chunks], chunks = ceil(width / kKlChunk): log2 of the chunk's sum of e^score; -inf: no key seen.
   float* chunk_logsumexp = nullptr;
-  // [rows, chunks, kKlSums], over the chunk's keys that count; t is the teacher, log natural:
+  // [rows, chunks, kKlSums], over the chunk's keys that count; t is the teacher's distribution, log natural.
+  // All of a row are 0 where its teacher has no mass (below kSmallestMass), and so is dots_grad.
   //   0 sum t (log t - log student)   1 sum t log t   2 sum t   3 unused (0)
   //   4 + h: sum (student - t) ReLU(query_h . key_h), the gradient of the row's loss with respect to weight
   //   h.

@@ -23,7 +23,7 @@ constexpr int kChunkKeys = 128;  // of one product
 
 template <int kHeadDim>
 struct Tile {
-  static constexpr int kKeys = kHeadDim == 256 ? 128 : 256;
+  static constexpr int kKeys = mass_chunk(kHeadDim);
   static constexpr int kQueryDims = kHeadDim < 128 ? kHeadDim : 128;  // loaded at once
   static constexpr int kParts = kHeadDim / kQueryDims;
   static constexpr int kChunks = kKeys / kChunkKeys;
@@ -33,31 +33,36 @@ struct Tile {
   static_assert(kParts == 1 || kChunks == 1);
 };
 
-// A thread's share of the tile: 8 columns of each of its two rows in every 32.
+// A thread's share of the tile: 8 columns of each of its two rows in every 32. All threads call it together.
 template <int kKeys>
-__device__ __forceinline__ void store_mass(const TeacherMassParams& p, const ThreadRows& rows, int group,
-                                           int column0, const float (&mass)[kKeys / 2]) {
+__device__ __forceinline__ void store_mass(const TeacherMassParams& p, int group, int column0,
+                                           const float (&mass)[kKeys / 2]) {
+  const ThreadRows rows = thread_rows(p.strip);  // read here: the products leave no registers for it
   const float share = static_cast<float>(p.groups) / static_cast<float>(p.num_heads);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (!rows.valid[i]) continue;
-    float* to = p.mass + (static_cast<int64_t>(rows.row[i]) * p.groups + group) * p.strip.width;
+    const int64_t row = static_cast<int64_t>(rows.row[i]) * p.groups + group;
+    float* to = p.mass + row * p.strip.width;
+    float sum = 0.0f;
 #pragma unroll
     for (int block = 0; block < kKeys / 32; ++block) {
       const int column = column0 + 32 * block + threadIdx.x % 4 * 8;
-      if (column >= p.strip.width) continue;
+      if (!rows.valid[i] || column >= p.strip.width) continue;
       float values[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const int32_t token = p.strip.first_key + column + j;
         // Keys that a row does not see were added up as well, to anything.
-        values[j] = token >= rows.low[i] && token <= rows.token[i]
+        values[j] = token >= rows.low[i] && token <= rows.last[i]
                         ? share * mass[16 * block + j / 2 * 4 + 2 * i + j % 2]
                         : 0.0f;
+        sum += values[j];
       }
       *reinterpret_cast<float4*>(to + column) = make_float4(values[0], values[1], values[2], values[3]);
       *reinterpret_cast<float4*>(to + column + 4) = make_float4(values[4], values[5], values[6], values[7]);
     }
+    sum = quad_sum(sum);
+    if (rows.valid[i] && threadIdx.x % 4 == 0) p.chunk_sums[row * gridDim.x + blockIdx.x] = sum;
   }
 }
 
@@ -67,13 +72,12 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
   const QueryStrip& strip = p.strip;
   const int column0 = static_cast<int>(blockIdx.x) * S::kKeys;
   const int32_t first_token = strip.first_key + column0;
-  const ThreadRows rows = thread_rows(strip);
   float mass[S::kKeys / 2];
 #pragma unroll
   for (int i = 0; i < S::kKeys / 2; ++i) mass[i] = 0.0f;
   const SeenKeys seen = seen_keys(strip);
   if (first_token >= seen.end || first_token + S::kKeys <= seen.begin) {
-    for (int g = 0; g < p.groups; ++g) store_mass<S::kKeys>(p, rows, g, column0, mass);
+    for (int g = 0; g < p.groups; ++g) store_mass<S::kKeys>(p, g, column0, mass);
     return;
   }
 
@@ -104,6 +108,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
     ptx::cp_async_commit();
   };
 
+  const ThreadRows rows = thread_rows(strip);
   constexpr float kLog2E = 1.4426950408889634f;
   const float scale2 = p.scale * kLog2E;
   const int heads_per_key = p.num_heads / p.num_kv_heads, keys_per_group = p.num_kv_heads / p.groups;
@@ -165,7 +170,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
       }
     }
     if ((kv_head + 1) % keys_per_group == 0) {
-      store_mass<S::kKeys>(p, rows, kv_head / keys_per_group, column0, mass);
+      store_mass<S::kKeys>(p, kv_head / keys_per_group, column0, mass);
 #pragma unroll
       for (int i = 0; i < S::kKeys / 2; ++i) mass[i] = 0.0f;
     }
@@ -205,7 +210,7 @@ cudaError_t teacher_mass(const TeacherMassParams& p, cudaStream_t stream) {
       p.groups < 1 || p.num_kv_heads % p.groups != 0 ||
       !aligned_rows(p.query, p.query_token_stride, p.query_head_stride) ||
       !aligned_rows(p.key, p.key_token_stride, p.key_head_stride) || p.logsumexp == nullptr ||
-      p.mass == nullptr || reinterpret_cast<uintptr_t>(p.mass) % 16 != 0)
+      p.mass == nullptr || reinterpret_cast<uintptr_t>(p.mass) % 16 != 0 || p.chunk_sums == nullptr)
     return cudaErrorInvalidValue;
   switch (p.data_type) {
     case DataType::kBf16:

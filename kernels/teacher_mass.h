@@ -5,6 +5,11 @@
 
 namespace spot::kernels {
 
+// Columns of which the mass is summed up apart.
+inline constexpr int mass_chunk(int head_dim) {
+  return head_dim == 256 ? 128 : 256;
+}
+
 struct TeacherMassParams {
   DataType data_type = DataType::kBf16;  // bf16 or f16, of query and key
   QueryStrip strip;
@@ -17,12 +22,14 @@ struct TeacherMassParams {
   const void* query = nullptr;  // [num_tokens, num_heads, head_dim]
   const void* key = nullptr;    // [num_tokens, num_kv_heads, head_dim]
   int64_t query_token_stride = 0, query_head_stride = 0, key_token_stride = 0, key_head_stride = 0;
-  // [num_heads, num_tokens], tokens contiguous: natural logarithm of each query's sum over its visible keys
-  // of e^(scale q . k), as flash attention returns it.
+  // [num_heads, num_tokens], tokens contiguous: natural logarithm of each query's sum of e^(scale q . k), as
+  // flash attention returns it: over its document up to itself, whatever of that the strip's row sees.
   const float* logsumexp = nullptr;
   int64_t logsumexp_head_stride = 0;
   float* mass =
       nullptr;  // [rows, groups, width], contiguous; all of it is written, 0 where a row does not see
+  // [rows, groups, ceil(width / mass_chunk(head_dim))], contiguous: sums of `mass` over the chunks' columns.
+  float* chunk_sums = nullptr;
 };
 
 cudaError_t teacher_mass(const TeacherMassParams& params, cudaStream_t stream);

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) top_members_kernel(const TopMembersP
   const QueryStrip& strip = p.strip;
   const int64_t row = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
-  const int begin = strip.low[row] - strip.first_key, count = strip.tokens[row] + 1 - strip.low[row];
+  const int begin = strip.low[row] - strip.first_key, count = strip.last[row] + 1 - strip.low[row];
   const float* scores = p.scores + row * strip.width + begin;
   float* mass = p.mass + row * strip.width + begin;
   uint32_t* const shared = reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
@@ -121,11 +121,11 @@ __global__ void __launch_bounds__(kThreads) top_members_kernel(const TopMembersP
   kept = sum_of_block(kept, partial_sums[4]);
   for (int i = thread; i < count; i += kThreads)
     // Written so that a NaN stays one.
-    mass[i] = member(i) && kept != 0.0f ? mass[i] / kept : -1.0f;
+    mass[i] = member(i) && !(kept < kSmallestMass) ? mass[i] / kept : -1.0f;
   for (int i = thread; i < p.logsumexp_stride; i += kThreads)
     p.logsumexp[row * p.logsumexp_stride + i] = i == 0 ? largest + log2f(sum) : -INFINITY;
   // -sum (t / total) log2(t / total) = log2 total - (sum t log2 t) / total
-  if (thread == 0) p.entropy[row] = total == 0.0f ? 0.0f : (log2f(total) - information / total) * kLn2;
+  if (thread == 0) p.entropy[row] = total < kSmallestMass ? 0.0f : (log2f(total) - information / total) * kLn2;
 }
 
 }  // namespace

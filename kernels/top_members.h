@@ -12,7 +12,7 @@ struct TopMembersParams {
   const float* scores =
       nullptr;  // [rows, width], contiguous: log2 of the student's e^score, read where a row sees
   // [rows, width], contiguous. In: the teacher. Out, where a row sees: the teacher renormalised over the
-  // members, -1 on keys that are none (on all keys, where the members' mass is 0).
+  // members, -1 on keys that are none (on all keys, where the members have no mass, less than kSmallestMass).
   float* mass = nullptr;
   // Row r's number at r * logsumexp_stride, log2 of the members' sum of e^score; the other numbers up to the
   // next row become -inf.

@@ -15,6 +15,7 @@ namespace spot::ops {
 namespace {
 
 using MaybeTensor = std::optional<at::Tensor>;
+using MassOutputs = std::tuple<at::Tensor, at::Tensor>;
 using KlOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 at::ScalarType accumulation(const at::Tensor& x) {
@@ -22,11 +23,11 @@ at::ScalarType accumulation(const at::Tensor& x) {
 }
 
 void check_strip(const char* op, const QueryStrip& s, const at::Tensor& query, const at::Tensor& key) {
-  for (const at::Tensor* list : {&s.tokens, &s.low})
+  for (const at::Tensor* list : {&s.tokens, &s.low, &s.last})
     TORCH_CHECK(list->scalar_type() == at::kInt && list->dim() == 1 && list->size(0) == s.tokens.size(0) &&
                     list->size(0) >= 1 && list->is_contiguous() && list->device() == query.device(),
-                op, ": tokens and low are ", s.tokens.scalar_type(), " ", s.tokens.sizes(), " and ",
-                s.low.scalar_type(), " ", s.low.sizes(),
+                op, ": tokens, low and last are ", s.tokens.scalar_type(), " ", s.tokens.sizes(), ", ",
+                s.low.scalar_type(), " ", s.low.sizes(), " and ", s.last.scalar_type(), " ", s.last.sizes(),
                 "; they must be contiguous int32 [rows], at least one, on the queries' device");
   TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && query.size(0) == key.size(0) &&
                   query.size(2) == key.size(2) && query.scalar_type() == key.scalar_type() &&
@@ -52,7 +53,7 @@ void check_mass(const at::Tensor& query, const at::Tensor& key, const at::Tensor
               "; it must be float32 or float64 [", query.size(1), ", ", query.size(0), "]");
 }
 
-void check_kl(const at::Tensor& mass, const at::Tensor& query, const at::Tensor& key,
+void check_kl(const at::Tensor& mass, const at::Tensor& total, const at::Tensor& query, const at::Tensor& key,
               const at::Tensor& weight, const QueryStrip& strip, int64_t k_train,
               const at::Tensor& grad_key) {
   const char* op = "spot::selector_kl";
@@ -65,6 +66,10 @@ void check_kl(const at::Tensor& mass, const at::Tensor& query, const at::Tensor&
                   mass.is_contiguous() && mass.device() == query.device(),
               op, ": mass is ", mass.scalar_type(), " ", mass.sizes(),
               "; it must be contiguous float32 or float64 [", strip.tokens.size(0), ", ", strip.width, "]");
+  TORCH_CHECK(total.scalar_type() == mass.scalar_type() && total.dim() == 1 && total.size(0) == mass.size(0) &&
+                  total.is_contiguous() && total.device() == query.device(),
+              op, ": total is ", total.scalar_type(), " ", total.sizes(), "; it must be contiguous ",
+              mass.scalar_type(), " [", mass.size(0), "]");
   TORCH_CHECK(weight.scalar_type() == mass.scalar_type() && weight.dim() == 2 &&
                   weight.size(0) == query.size(0) && weight.size(1) == query.size(1) &&
                   weight.device() == query.device(),
@@ -81,7 +86,7 @@ void check_kl(const at::Tensor& mass, const at::Tensor& query, const at::Tensor&
 // [R, width]: whether a row does not see a column.
 at::Tensor unseen(const QueryStrip& s) {
   const at::Tensor column = at::arange(s.first_key, s.first_key + s.width, s.tokens.options()).unsqueeze(0);
-  return (column < s.low.unsqueeze(1)).logical_or_(column > s.tokens.unsqueeze(1));
+  return (column < s.low.unsqueeze(1)).logical_or_(column > s.last.unsqueeze(1));
 }
 
 // Columns that have a token.
@@ -89,8 +94,8 @@ int64_t real_columns(const QueryStrip& s, const at::Tensor& key) {
   return std::min(s.width, key.size(0) - s.first_key);
 }
 
-at::Tensor mass_by_tensors(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
-                           const QueryStrip& s, double scale, int64_t groups) {
+MassOutputs mass_by_tensors(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
+                            const QueryStrip& s, double scale, int64_t groups) {
   const auto type = accumulation(query);
   const int64_t rows = s.tokens.size(0), real = real_columns(s, key), kv_heads = key.size(1),
                 num_heads = query.size(1);
@@ -102,12 +107,13 @@ at::Tensor mass_by_tensors(const at::Tensor& query, const at::Tensor& key, const
     const at::Tensor logits = at::mm(q.select(1, h), k.select(1, h / (num_heads / kv_heads)).t()).mul_(scale);
     mass.select(1, h * groups / num_heads).narrow(1, 0, real).add_(logits.sub_(sums[h]).exp_());
   }
-  return mass.mul_(static_cast<double>(groups) / static_cast<double>(num_heads))
+  mass.mul_(static_cast<double>(groups) / static_cast<double>(num_heads))
       .masked_fill_(unseen(s).unsqueeze(1), 0.0);
+  return {mass, mass.sum(-1)};
 }
 
-KlOutputs kl_by_tensors(const at::Tensor& mass, const at::Tensor& query, const at::Tensor& key,
-                        const at::Tensor& weight, const QueryStrip& s, int64_t k_train, at::Tensor grad_key) {
+KlOutputs kl_by_tensors(const at::Tensor& mass, const at::Tensor& total, const at::Tensor& query,
+                        const at::Tensor& key, const at::Tensor& weight, const QueryStrip& s, int64_t k_train, at::Tensor grad_key) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const auto type = mass.scalar_type();
   const int64_t heads = query.size(1), real = real_columns(s, key);
@@ -119,25 +125,25 @@ KlOutputs kl_by_tensors(const at::Tensor& mass, const at::Tensor& query, const a
   const at::Tensor dots = at::bmm(q, k.transpose(1, 2)).relu_();  // [heads, R, real]
   at::Tensor scores = at::einsum("hrc,rh->rc", {dots, w}).masked_fill_(hidden, -kInfinity);
   at::Tensor teacher = mass.narrow(1, 0, real).masked_fill(hidden, 0.0);
-  at::Tensor total = teacher.sum(-1, true), empty;
-  at::Tensor entropy = -at::xlogy(teacher, teacher).sum(-1);
+  const double smallest = type == at::kDouble ? 1e-300 : 1e-37;
+  at::Tensor empty = (total < smallest).unsqueeze(1);
+  teacher = (teacher / total.unsqueeze(1)).masked_fill_(empty, 0.0);
+  const at::Tensor entropy = -at::xlogy(teacher, teacher).sum(-1);
   if (k_train > 0) {
-    entropy = (entropy + at::xlogy(total, total).squeeze(1)) / at::where(total == 0.0, 1.0, total).squeeze(1);
     const at::Tensor order = std::get<1>(at::sort(scores, /*stable=*/true, /*dim=*/-1, /*descending=*/true));
     hidden = hidden.logical_or_(
         at::ones_like(hidden).scatter_(-1, order.narrow(1, 0, std::min(k_train, real)), false));
     scores = scores.masked_fill(hidden, -kInfinity);
-    teacher = teacher.masked_fill(hidden, 0.0);
-    total = teacher.sum(-1, true);
-    empty = total == 0.0;  // a row whose teacher says nothing about its members: no loss, no gradient
-    teacher = teacher / total.masked_fill(empty, 1.0);
+    teacher = mass.narrow(1, 0, real).masked_fill(hidden, 0.0);
+    const at::Tensor kept = teacher.sum(-1, true);
+    empty = kept < smallest;
+    teacher = (teacher / kept).masked_fill_(empty, 0.0);
   }
   const at::Tensor student_log = at::log_softmax(scores, -1);
   const at::Tensor loss =
       (at::xlogy(teacher, teacher) - teacher * student_log.masked_fill(hidden, 0.0)).sum(-1);
   if (!grad_key.defined()) return {loss, entropy, at::empty({0}, w.options()), at::empty({0}, w.options())};
-  at::Tensor difference = student_log.exp().sub_(teacher);
-  if (k_train > 0) difference.masked_fill_(empty, 0.0);
+  const at::Tensor difference = student_log.exp().sub_(teacher).masked_fill_(empty, 0.0);
   const at::Tensor grad_weight = at::einsum("hrc,rc->rh", {dots, difference});
   const at::Tensor dots_grad = (w.t().unsqueeze(-1) * difference).mul_(dots > 0.0);  // [heads, R, real]
   const at::Tensor key_grad = at::bmm(dots_grad.transpose(1, 2), q);                 // [heads, real, dim]
@@ -146,33 +152,36 @@ KlOutputs kl_by_tensors(const at::Tensor& mass, const at::Tensor& query, const a
 }
 
 template <bool kFused>
-at::Tensor mass_op(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
-                   const at::Tensor& tokens, const at::Tensor& low, int64_t first_key, int64_t width,
-                   double scale, int64_t groups) {
-  const QueryStrip strip{tokens, low, first_key, width};
+MassOutputs mass_op(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
+                    const at::Tensor& tokens, const at::Tensor& low, const at::Tensor& last, int64_t first_key,
+                    int64_t width, double scale, int64_t groups) {
+  const QueryStrip strip{tokens, low, last, first_key, width};
   check_mass(query, key, logsumexp, strip, groups);
 #ifdef SPOT_CUDA
   if constexpr (kFused)
-    if (fuses_mass(query, key)) return cuda::attention_mass(query, key, logsumexp, strip, scale, groups);
+    if (fuses_mass(query, key)) {
+      const AttentionMass out = cuda::attention_mass(query, key, logsumexp, strip, scale, groups);
+      return {out.mass, out.total};
+    }
 #endif
   return mass_by_tensors(query, key, logsumexp, strip, scale, groups);
 }
 
 template <bool kFused>
-KlOutputs kl_op(at::Tensor mass, const at::Tensor& query, const at::Tensor& key, const at::Tensor& weight,
-                const at::Tensor& tokens, const at::Tensor& low, int64_t first_key, int64_t k_train,
-                const MaybeTensor& grad_key) {
-  const QueryStrip strip{tokens, low, first_key, mass.dim() == 2 ? mass.size(1) : 0};
+KlOutputs kl_op(at::Tensor mass, const at::Tensor& total, const at::Tensor& query, const at::Tensor& key,
+                const at::Tensor& weight, const at::Tensor& tokens, const at::Tensor& low,
+                const at::Tensor& last, int64_t first_key, int64_t k_train, const MaybeTensor& grad_key) {
+  const QueryStrip strip{tokens, low, last, first_key, mass.dim() == 2 ? mass.size(1) : 0};
   const at::Tensor grad = grad_key.value_or(at::Tensor());
-  check_kl(mass, query, key, weight, strip, k_train, grad);
+  check_kl(mass, total, query, key, weight, strip, k_train, grad);
 #ifdef SPOT_CUDA
   if constexpr (kFused)
     if (fuses_kl(query, key) && mass.scalar_type() == at::kFloat) {
-      const SelectorKl out = cuda::selector_kl(mass, query, key, weight, strip, k_train, grad);
+      const SelectorKl out = cuda::selector_kl(mass, total, query, key, weight, strip, k_train, grad);
       return {out.loss, out.entropy, out.grad_query, out.grad_weight};
     }
 #endif
-  return kl_by_tensors(mass, query, key, weight, strip, k_train, grad);
+  return kl_by_tensors(mass, total, query, key, weight, strip, k_train, grad);
 }
 
 template <auto Function>
@@ -212,14 +221,12 @@ bool fuses_kl(const at::Tensor& query, const at::Tensor& key) {
 
 TORCH_LIBRARY_FRAGMENT(spot, library) {
   library.def(
-      "attention_mass(Tensor query, Tensor key, Tensor logsumexp, Tensor tokens, Tensor low, int first_key, "
-      "int width, "
-      "float scale, int groups=1) -> Tensor");
+      "attention_mass(Tensor query, Tensor key, Tensor logsumexp, Tensor tokens, Tensor low, Tensor last, "
+      "int first_key, int width, float scale, int groups=1) -> (Tensor mass, Tensor total)");
   library.def(
-      "selector_kl(Tensor(a!) mass, Tensor query, Tensor key, Tensor weight, Tensor tokens, Tensor low, int "
-      "first_key, "
-      "int k_train=0, Tensor(b!)? grad_key=None) -> (Tensor loss, Tensor entropy, Tensor grad_query, Tensor "
-      "grad_weight)");
+      "selector_kl(Tensor(a!) mass, Tensor total, Tensor query, Tensor key, Tensor weight, Tensor tokens, "
+      "Tensor low, Tensor last, int first_key, int k_train=0, Tensor(b!)? grad_key=None) -> "
+      "(Tensor loss, Tensor entropy, Tensor grad_query, Tensor grad_weight)");
 }
 
 TORCH_LIBRARY_IMPL(spot, CompositeExplicitAutograd, library) {
@@ -234,18 +241,20 @@ TORCH_LIBRARY_IMPL(spot, CUDA, library) {
 }
 #endif
 
-at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
-                          const QueryStrip& strip, double scale, int64_t groups) {
-  return handle<mass_op<false>>("spot::attention_mass")
-      .call(query, key, logsumexp, strip.tokens, strip.low, strip.first_key, strip.width, scale, groups);
+AttentionMass attention_mass(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
+                             const QueryStrip& strip, double scale, int64_t groups) {
+  auto [mass, total] = handle<mass_op<false>>("spot::attention_mass")
+                           .call(query, key, logsumexp, strip.tokens, strip.low, strip.last, strip.first_key,
+                                 strip.width, scale, groups);
+  return {mass, total};
 }
 
-SelectorKl selector_kl(at::Tensor mass, const at::Tensor& query, const at::Tensor& key,
+SelectorKl selector_kl(at::Tensor mass, const at::Tensor& total, const at::Tensor& query, const at::Tensor& key,
                        const at::Tensor& weight, const QueryStrip& strip, int64_t k_train,
                        at::Tensor grad_key) {
   auto [loss, entropy, grad_query, grad_weight] =
       handle<kl_op<false>>("spot::selector_kl")
-          .call(mass, query, key, weight, strip.tokens, strip.low, strip.first_key, k_train,
+          .call(mass, total, query, key, weight, strip.tokens, strip.low, strip.last, strip.first_key, k_train,
                 grad_key.defined() ? MaybeTensor(grad_key) : std::nullopt);
   return {loss, entropy, grad_query, grad_weight};
 }

@@ -12,6 +12,7 @@ namespace {
 kernels::QueryStrip strip_of(const QueryStrip& s, int64_t width, const at::Tensor& query) {
   return {s.tokens.const_data_ptr<int32_t>(),
           s.low.const_data_ptr<int32_t>(),
+          s.last.const_data_ptr<int32_t>(),
           narrow(s.tokens.size(0)),
           narrow(s.first_key),
           narrow(width),
@@ -25,12 +26,14 @@ int64_t padded(int64_t width) {
 
 }  // namespace
 
-at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
-                          const QueryStrip& strip, double scale, int64_t groups) {
+AttentionMass attention_mass(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
+                             const QueryStrip& strip, double scale, int64_t groups) {
   const c10::DeviceGuard guard(query.device());
   const at::Tensor sums = logsumexp.to(at::kFloat).contiguous();
   const int64_t width = padded(strip.width);
   const at::Tensor mass = at::empty({strip.tokens.size(0), groups, width}, query.options().dtype(at::kFloat));
+  const int64_t chunk = kernels::mass_chunk(narrow(query.size(2)));
+  const at::Tensor chunk_sums = at::empty({mass.size(0), groups, (width + chunk - 1) / chunk}, mass.options());
   kernels::TeacherMassParams p;
   p.data_type = data_type(query);
   p.strip = strip_of(strip, width, query);
@@ -48,11 +51,12 @@ at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, const 
   p.logsumexp = sums.const_data_ptr<float>();
   p.logsumexp_head_stride = sums.stride(0);
   p.mass = mass.mutable_data_ptr<float>();
+  p.chunk_sums = chunk_sums.mutable_data_ptr<float>();
   check(kernels::teacher_mass(p, native_stream(query)), "spot::attention_mass");
-  return mass.narrow(2, 0, strip.width);
+  return {mass.narrow(2, 0, strip.width), chunk_sums.sum(-1)};
 }
 
-SelectorKl selector_kl(at::Tensor mass, const at::Tensor& query, const at::Tensor& key,
+SelectorKl selector_kl(at::Tensor mass, const at::Tensor& total, const at::Tensor& query, const at::Tensor& key,
                        const at::Tensor& weight, const QueryStrip& strip, int64_t k_train,
                        at::Tensor grad_key) {
   const c10::DeviceGuard guard(query.device());
@@ -79,6 +83,7 @@ SelectorKl selector_kl(at::Tensor mass, const at::Tensor& query, const at::Tenso
   p.key_token_stride = key.stride(0);
   p.key_head_stride = key.stride(1);
   p.mass = teacher.mutable_data_ptr<float>();
+  p.total = total.const_data_ptr<float>();
   at::Tensor scores, entropy;
   if (k_train > 0) {
     scores = at::empty({rows, width}, mass.options());
@@ -95,13 +100,13 @@ SelectorKl selector_kl(at::Tensor mass, const at::Tensor& query, const at::Tenso
     p.dots_grad_head_stride = dots_grad.stride(shared ? 1 : 0);
   }
   check(kernels::selector_kl(p, native_stream(query)), "spot::selector_kl");
-  const at::Tensor total = sums.sum(1);  // [rows, kKlSums]
-  SelectorKl out{total.select(1, 0), k_train > 0 ? entropy : total.select(1, 1).neg(), {}, {}};
+  const at::Tensor whole = sums.sum(1);  // [rows, kKlSums]
+  SelectorKl out{whole.select(1, 0), k_train > 0 ? entropy : whole.select(1, 1).neg(), {}, {}};
   if (!gradients) {
     out.grad_query = out.grad_weight = at::empty({0}, mass.options());
     return out;
   }
-  out.grad_weight = total.narrow(1, 4, heads).contiguous();
+  out.grad_weight = whole.narrow(1, 4, heads).contiguous();
   const int64_t real = std::min(width, key.size(0) - strip.first_key);
   const at::Tensor q = query.index_select(0, strip.tokens), k = key.narrow(0, strip.first_key, real);
   at::Tensor key_grad = grad_key.narrow(1, strip.first_key, real);

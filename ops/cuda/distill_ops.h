@@ -6,9 +6,9 @@
 
 namespace spot::ops::cuda {
 
-at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
-                          const QueryStrip& strip, double scale, int64_t groups);
-SelectorKl selector_kl(at::Tensor mass, const at::Tensor& query, const at::Tensor& key,
+AttentionMass attention_mass(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
+                             const QueryStrip& strip, double scale, int64_t groups);
+SelectorKl selector_kl(at::Tensor mass, const at::Tensor& total, const at::Tensor& query, const at::Tensor& key,
                        const at::Tensor& weight, const QueryStrip& strip, int64_t k_train,
                        at::Tensor grad_key);
 

@@ -24,7 +24,7 @@ namespace {
 
 struct Options {
   ModelOptions model;
-  std::string preset = "spot", loss, out;
+  std::string preset = "spot", loss, teacher_scope, out;
   int64_t length = 16384, sequences = 1, documents = 1, steps = 3;
   double peak_tflops = 0;
   bool random = false;
@@ -86,8 +86,12 @@ Work count_work(const ModelConfig& m, const Selector& selector, int64_t length, 
   }
   const auto layers = static_cast<double>(selector.layers().size());
   const auto scored = static_cast<double>(selector.config().num_heads * selector.config().head_dim);
+  const LayerLossOptions loss;
+  const bool residual = selector.config().distillation.teacher_scope == TeacherScope::residual;
+  const double seen = std::max(0.0, tokens / static_cast<double>(documents) -
+                                        static_cast<double>(residual ? loss.sinks + loss.recency : 0));
   // A projection takes two products: the hidden states' gradient is not wanted.
-  work.distillation = layers * pairs * (2 * attended + 3 * 2 * scored) +
+  work.distillation = layers * seen * seen / 2 * static_cast<double>(documents) * (2 * attended + 3 * 2 * scored) +
                       2 * 2 * tokens * static_cast<double>(selector.num_parameters());
   return work;
 }
@@ -121,6 +125,7 @@ void run(const Options& options) {
   const at::Device device = backbone.device();
   nlohmann::json shape = SelectorConfig::from_preset(options.preset).to_json();
   if (!options.loss.empty()) shape["distillation"]["loss"] = options.loss;
+  if (!options.teacher_scope.empty()) shape["distillation"]["teacher_scope"] = options.teacher_scope;
   shape["distillation"]["k_train"] = std::max<int64_t>(options.length / 2, kBlockSize);
   const SelectorConfig config = SelectorConfig::from_json(shape, "command line");
   Selector selector(config, model, device, at::kFloat);
@@ -176,11 +181,12 @@ void run(const Options& options) {
   row("frozen forward", forward_ms, forward_tflops);
   row("distillation step", step_ms, step_tflops);
   fmt::print(
-      "{} on {}, {}, {} sequences of {} tokens ({} documents each), preset {}, {} loss, matmul peak {:.1f} "
+      "{} on {}, {}, {} sequences of {} tokens ({} documents each), preset {}, {} loss, teacher scope {}, matmul peak {:.1f} "
       "TFLOP/s ({}), peak memory {:.2f} GiB, "
       "loss {:.4f}\n{}",
       model.architecture, describe_device(device), c10::toString(backbone.dtype()), options.sequences, options.length,
-      options.documents, options.preset, shape["distillation"]["loss"].get<std::string>(), peak,
+      options.documents, options.preset, shape["distillation"]["loss"].get<std::string>(),
+      shape["distillation"]["teacher_scope"].get<std::string>(), peak,
       options.peak_tflops > 0 ? "given" : "measured", gib, loss, table.to_text());
   if (options.out.empty()) return;
   const nlohmann::json json = {{"architecture", model.architecture},
@@ -192,6 +198,7 @@ void run(const Options& options) {
                                {"documents", options.documents},
                                {"preset", options.preset},
                                {"loss_kind", shape["distillation"]["loss"]},
+                               {"teacher_scope", shape["distillation"]["teacher_scope"]},
                                {"loss", loss},
                                {"forward_ms", forward_ms},
                                {"step_ms", step_ms},
@@ -217,6 +224,9 @@ void add_bench_distill(CLI::App& parent) {
       ->capture_default_str();
   command.add_option("--loss", options->loss, "dense or sparse; the preset's by default")
       ->check(CLI::IsMember({"dense", "sparse"}));
+  command
+      .add_option("--teacher-scope", options->teacher_scope, "all or residual; the preset's by default")
+      ->check(CLI::IsMember({"all", "residual"}));
   command.add_option("--length", options->length, "Tokens of a sequence")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

@@ -184,7 +184,7 @@ class Distiller {
   bool use_operators() const {
     using Operators = LayerLossOptions::Operators;
     if (options_.operators == Operators::never || !in_.logsumexp.defined() ||
-        options_.teacher != Teacher::token || options_.scope != TeacherScope::all || groups_ != 1 ||
+        options_.teacher != Teacher::token || groups_ != 1 ||
         in_.query.scalar_type() != in_.key.scalar_type() ||
         in_.selector_query.scalar_type() != in_.selector_key.scalar_type())
       return false;
@@ -213,28 +213,27 @@ class Distiller {
     const at::Tensor weight = weight_.select(1, 0);
     const auto count = static_cast<int64_t>(queries.size());
     for (int64_t first = 0, rows = 0; first < count; first += rows) {
-      const int64_t first_key = starts[queries[static_cast<size_t>(first)].document];
-      const auto token = [&](int64_t i) {
-        const Query& q = queries[static_cast<size_t>(i)];
-        return starts[q.document] + q.row.position;
-      };
+      const auto start = [&](int64_t i) { return starts[queries[static_cast<size_t>(i)].document]; };
+      const auto row = [&](int64_t i) -> const Row& { return queries[static_cast<size_t>(i)].row; };
+      const int64_t first_key = start(first) + row(first).low;
       // Per row and column: teacher and scores in float32, and four gradients of dots in bfloat16.
       rows = strip_rows(16 * (query_.size(0) - first_key));
       rows = std::min(rows, count - first);
-      ops::QueryStrip strip{{}, {}, first_key, (token(first + rows - 1) + 1 - first_key + 7) / 8 * 8};
-      at::Tensor lists = at::empty({2, rows}, at::kInt);
+      at::Tensor lists = at::empty({3, rows}, at::kInt);
       auto* list = lists.data_ptr<int32_t>();
       for (int64_t i = 0; i < rows; ++i) {
-        list[i] = static_cast<int32_t>(token(first + i));
-        list[rows + i] = static_cast<int32_t>(starts[queries[static_cast<size_t>(first + i)].document]);
+        list[i] = static_cast<int32_t>(start(first + i) + row(first + i).position);
+        list[rows + i] = static_cast<int32_t>(start(first + i) + row(first + i).low);
+        list[2 * rows + i] = static_cast<int32_t>(start(first + i) + row(first + i).high - 1);
       }
+      const int64_t end = list[3 * rows - 1] + 1;
       lists = on_device(lists);
-      strip.tokens = lists[0];
-      strip.low = lists[1];
-      const at::Tensor mass =
-          ops::attention_mass(in_.query, in_.key, in_.logsumexp, strip, in_.scale, 1).select(1, 0);
+      const ops::QueryStrip strip{lists[0], lists[1], lists[2], first_key, (end - first_key + 7) / 8 * 8};
+      const ops::AttentionMass teacher =
+          ops::attention_mass(in_.query, in_.key, in_.logsumexp, strip, in_.scale, 1);
       const ops::SelectorKl kl =
-          ops::selector_kl(mass, in_.selector_query, in_.selector_key, weight, strip, k_train, grad_key);
+          ops::selector_kl(teacher.mass.select(1, 0), teacher.total.select(1, 0), in_.selector_query,
+                           in_.selector_key, weight, strip, k_train, grad_key);
       out_.loss += kl.loss.sum(at::kDouble);
       out_.teacher_entropy += kl.entropy.sum(at::kDouble);
       if (!options_.gradients) continue;
@@ -282,16 +281,16 @@ class Distiller {
   }
 
   // Mean over each group's query heads of the softmax over all earlier positions: [R, G, padded], the first
-  // `width` keys of it (all keys enter the softmax). index [R]: the queries' tokens; positions [R, 1]: those
-  // in the document.
-  at::Tensor teacher_mass(int64_t start, const at::Tensor& index, const at::Tensor& positions,
+  // `width` keys of it (all keys enter the softmax); anything where a query does not see. index [R]: the
+  // queries' tokens; bounds [3, R, 1]: each Row.
+  at::Tensor teacher_mass(int64_t start, const at::Tensor& index, const at::Tensor& bounds,
                           int64_t first_position, int64_t last_position, int64_t width,
                           int64_t padded) const {
     if (in_.logsumexp.defined() && options_.operators != LayerLossOptions::Operators::never &&
         (options_.operators == LayerLossOptions::Operators::always || ops::fuses_mass(in_.query, in_.key))) {
-      const at::Tensor tokens = index.to(at::kInt);
-      return ops::attention_mass(in_.query, in_.key, in_.logsumexp,
-                                 {tokens, at::full_like(tokens, start), start, padded}, in_.scale, groups_);
+      const at::Tensor lists = (bounds.squeeze(2) + start).to(at::kInt);
+      const ops::QueryStrip strip{lists[0], lists[1], lists[2] - 1, start, padded};
+      return ops::attention_mass(in_.query, in_.key, in_.logsumexp, strip, in_.scale, groups_).mass;
     }
     const int64_t kv_heads = key_.size(1), group_heads = query_.size(1) / kv_heads, rows = index.size(0);
     const int64_t keys = last_position + 1;
@@ -300,7 +299,7 @@ class Distiller {
     const int64_t tail = first_position + 1;
     const at::Tensor future = at::arange(tail, keys, index.options())
                                   .unsqueeze(0)
-                                  .gt(positions)
+                                  .gt(bounds[0])
                                   .unsqueeze(0);  // [1, R, keys - tail]
     at::Tensor mass = at::zeros({rows, groups_, padded}, query_.options().dtype(type_));
     for (int64_t h = 0; h < kv_heads; ++h) {
@@ -336,7 +335,7 @@ class Distiller {
     const at::Tensor inactive = (column < bounds[1]).logical_or_(column >= bounds[2]).unsqueeze(1);
 
     at::Tensor mass =
-        teacher_mass(start, index, bounds[0], rows[0].position, rows[count - 1].position, width, padded);
+        teacher_mass(start, index, bounds, rows[0].position, rows[count - 1].position, width, padded);
     mass.masked_fill_(inactive, 0.0);
 
     // With a shared key the heads are rows of one product; with a key per head they are a batch.

@@ -85,8 +85,8 @@ struct LayerLoss {
   at::Tensor teacher_entropy;  // 0-dim float64, nats, of p on A
 };
 
-// Dense and sparse losses with a token teacher of all keys and one group go to the operators; other losses (rest
-// bucket, block_max, residual, several groups) take from them the teacher alone.
+// Dense and sparse losses with a token teacher and one group go to the operators; other losses (rest bucket,
+// block_max, several groups) take from them the teacher alone.
 // Memory: O(tile_rows x longest document) beyond inputs and gradients. Deterministic for a given device and
 // thread count. Throws Error on shapes that do not fit and on impossible options.
 LayerLoss layer_loss(const LayerLossInputs& inputs, const LayerLossOptions& options);

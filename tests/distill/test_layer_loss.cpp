@@ -331,6 +331,10 @@ TEST(LayerLoss, OperatorsMatchTheDefinition) {
     o.rest_bucket = pick(0, 1);
     // What the operators do not cover takes the teacher alone from them.
     o.teacher = pick(0, 3) ? Teacher::token : Teacher::block_max;
+    o.scope = pick(0, 1) ? TeacherScope::all : TeacherScope::residual;
+    o.block_size = pick(1, 7);
+    o.sinks = pick(0, 9);
+    o.recency = pick(0, 20);
     o.tile_rows = pick(1, 40);
     const int64_t groups = pick(0, 3) ? 1 : kv;
     LayerLossInputs in = draw({.tokens = tokens,
@@ -343,19 +347,45 @@ TEST(LayerLoss, OperatorsMatchTheDefinition) {
     for (int64_t start = 0; start < tokens; start += pick(1, 50)) in.document_starts.push_back(start);
     add_logsumexp(in);
     if (trial % 3 == 0) in.query_rows = at::arange(pick(0, tokens - 1), tokens, pick(1, 5), at::kLong);
-    SCOPED_TRACE(fmt::format("trial {}: {} tokens, {} of {} heads, {} groups, tiles of {}", trial, tokens,
-                             in.selector_key.size(1), heads, groups, o.tile_rows));
+    SCOPED_TRACE(fmt::format("trial {}: {} tokens, {} of {} heads, {} groups, tiles of {}, scope {}, blocks of {}, {} sinks, "
+                             "recency {}",
+                             trial, tokens, in.selector_key.size(1), heads, groups, o.tile_rows, static_cast<int>(o.scope),
+                             o.block_size, o.sinks, o.recency));
     expect_matches(in, o, 1e-10);
   }
 }
 
-TEST(LayerLoss, OperatorsFiniteDifferences) {
-  LayerLossOptions o;
-  o.operators = LayerLossOptions::Operators::always;
-  o.loss = DistillLoss::dense;
-  LayerLossInputs in = draw({.key_heads = 4}, fresh_seed());
-  in.document_starts = {0, 11};
-  add_logsumexp(in);
+// Through the operators and past them, at the ranges that training has.
+TEST(LayerLoss, OperatorsAgreeOnTheResidualTeacher) {
+  const uint64_t seed = fresh_seed();
+  for (const auto loss : {DistillLoss::dense, DistillLoss::sparse}) {
+    LayerLossOptions o;
+    o.loss = loss;
+    o.scope = TeacherScope::residual;
+    o.k_train = 64;
+    o.budgets = {0.1};
+    o.measured_queries = 64;
+    o.tile_rows = 200;
+    LayerLossInputs in = draw({.tokens = 1201, .head_dim = 8, .key_heads = 4}, seed);
+    in.document_starts = {0, 3, 513};  // of the second document only the last queries see a block
+    add_logsumexp(in);
+    o.operators = LayerLossOptions::Operators::never;
+    const LayerLoss want = layer_loss(in, o);
+    o.operators = LayerLossOptions::Operators::always;
+    const LayerLoss got = layer_loss(in, o);
+    EXPECT_EQ(got.queries, want.queries);
+    EXPECT_GT(got.queries, 200);
+    expect_near(got.loss, want.loss, 1e-10, "loss");
+    expect_near(got.teacher_entropy, want.teacher_entropy, 1e-10, "teacher_entropy");
+    expect_near(got.grad_query, want.grad_query, 1e-10, "grad_query");
+    expect_near(got.grad_key, want.grad_key, 1e-10, "grad_key");
+    expect_near(got.grad_weight, want.grad_weight, 1e-10, "grad_weight");
+    expect_near(got.covered, want.covered, 1e-10, "covered");
+    expect_near(got.covered_oracle, want.covered_oracle, 1e-10, "covered_oracle");
+  }
+}
+
+void check_slopes(LayerLossInputs in, const LayerLossOptions& o) {
   const LayerLoss at_point = layer_loss(in, o);
   using Field = at::Tensor LayerLossInputs::*;
   const std::vector<std::pair<Field, at::Tensor>> fields = {{&LayerLossInputs::selector_query, at_point.grad_query},
@@ -374,6 +404,26 @@ TEST(LayerLoss, OperatorsFiniteDifferences) {
     in.*field = original;
     EXPECT_LE(best, 1e-6 * (1 + std::abs(slope)));
   }
+}
+
+TEST(LayerLoss, OperatorsFiniteDifferences) {
+  const uint64_t seed = fresh_seed();
+  for (const auto loss : {DistillLoss::dense, DistillLoss::sparse})
+    for (const auto scope : {TeacherScope::all, TeacherScope::residual}) {
+      LayerLossOptions o;
+      o.operators = LayerLossOptions::Operators::always;
+      o.loss = loss;
+      o.scope = scope;
+      o.block_size = 2;
+      o.k_train = 8;
+      o.sinks = 3;
+      o.recency = 5;
+      LayerLossInputs in = draw({.key_heads = 4}, seed);
+      in.document_starts = {0, 11};
+      add_logsumexp(in);
+      SCOPED_TRACE(fmt::format("loss {}, scope {}", static_cast<int>(loss), static_cast<int>(scope)));
+      check_slopes(in, o);
+    }
 }
 
 TEST(LayerLoss, CoverageOfSomeQueriesIsThatOfThem) {
@@ -469,7 +519,10 @@ TEST(LayerLoss, CudaKernelsMatchTheDefinition) {
         in.document_starts = {0, 111};
         add_logsumexp(in);
         if (trial % 3 == 2) in.query_rows = at::arange(5, 811, 3, at::kLong);
-        SCOPED_TRACE(fmt::format("head_dim {}, {} key heads", head_dim, key_heads));
+        if (trial / 2 % 2 == 1) o.scope = TeacherScope::residual;
+        if (trial / 2 % 4 == 3) in.document_starts = {0, 405};  // six queries of each see a block
+        SCOPED_TRACE(fmt::format("trial {}: head_dim {}, {} key heads, scope {}", trial, head_dim, key_heads,
+                                 static_cast<int>(o.scope)));
         const Reference want = reference(in, o);
         for (at::Tensor* t : {&in.query, &in.key, &in.logsumexp, &in.selector_query, &in.selector_key, &in.selector_weight})
           *t = t->cuda();
@@ -517,15 +570,20 @@ TEST(LayerLoss, PackedDocumentsAreIndependent) {
 }
 
 TEST(LayerLoss, NothingToCount) {
-  const LayerLossInputs in = draw({.tokens = 30}, fresh_seed());
-  LayerLossOptions o;
-  o.scope = TeacherScope::residual;  // 128 sinks and 256 recent tokens leave nothing of 30
-  o.budgets = {0.5};
-  const LayerLoss got = layer_loss(in, o);
-  EXPECT_EQ(got.queries, 0);
-  EXPECT_EQ(got.loss.item<double>(), 0.0);
-  EXPECT_EQ(got.grad_key.abs().max().item<double>(), 0.0);
-  EXPECT_EQ(got.covered[0].item<double>(), 0.0);
+  LayerLossInputs in = draw({.tokens = 30}, fresh_seed());
+  add_logsumexp(in);
+  for (const auto operators : {LayerLossOptions::Operators::never, LayerLossOptions::Operators::always}) {
+    LayerLossOptions o;
+    o.operators = operators;
+    o.scope = TeacherScope::residual;  // 128 sinks and 256 recent tokens leave nothing of 30
+    o.budgets = {0.5};
+    o.measured_queries = 128;
+    const LayerLoss got = layer_loss(in, o);
+    EXPECT_EQ(got.queries, 0);
+    EXPECT_EQ(got.loss.item<double>(), 0.0);
+    EXPECT_EQ(got.grad_key.abs().max().item<double>(), 0.0);
+    EXPECT_EQ(got.covered[0].item<double>(), 0.0);
+  }
 }
 
 TEST(LayerLoss, TiedScoresTakeTheLowerIndex) {
@@ -544,16 +602,28 @@ TEST(LayerLoss, VanishingTeacherMassIsFinite) {
   in.key.mul_(0.01);
   in.key.narrow(0, 0, 1).fill_(400.0);  // one sink takes everything
   in.query.abs_();
-  LayerLossOptions o;
-  o.scope = TeacherScope::residual;
-  o.sinks = 16;
-  o.recency = 16;
-  o.budgets = {0.5};
-  const LayerLoss got = layer_loss(in, o);
-  EXPECT_GT(got.queries, 0);
-  for (const at::Tensor& t :
-       {got.loss, got.grad_query, got.grad_key, got.grad_weight, got.covered, got.teacher_entropy})
-    EXPECT_TRUE(at::isfinite(t).all().item<bool>());
+  add_logsumexp(in);
+  for (const auto loss : {DistillLoss::dense, DistillLoss::sparse})
+    for (const auto operators : {LayerLossOptions::Operators::never, LayerLossOptions::Operators::always}) {
+      LayerLossOptions o;
+      o.operators = operators;
+      o.loss = loss;
+      o.k_train = 16;
+      o.block_size = 16;
+      o.scope = TeacherScope::residual;
+      o.sinks = 16;
+      o.recency = 16;
+      o.budgets = {0.5};
+      o.measured_queries = 128;
+      const LayerLoss got = layer_loss(in, o);
+      EXPECT_GT(got.queries, 0);
+      for (const at::Tensor& t :
+           {got.loss, got.grad_query, got.grad_key, got.grad_weight, got.covered, got.teacher_entropy})
+        EXPECT_TRUE(at::isfinite(t).all().item<bool>());
+      // All logits but the sink's are some hundreds below it.
+      EXPECT_EQ(got.loss.item<double>(), 0.0);
+      EXPECT_EQ(got.grad_key.abs().max().item<double>(), 0.0);
+    }
 }
 
 TEST(LayerLoss, NanInputsGiveANanLoss) {

@@ -29,25 +29,40 @@ double relative_error(const std::vector<double>& got, const std::vector<double>&
   return std::sqrt(difference / std::max(norm, 1e-6));
 }
 
-// Queries `first` .. `first + rows - 1` (every `every`-th) of packed documents.
+// Queries `first` .. `first + rows - 1` (every `every`-th) of packed documents, those that see a key besides
+// the first `sinks` tokens of their document and the last `recency`, in whole blocks of `block`.
 struct Strip {
-  std::vector<int32_t> tokens, low;
+  std::vector<int32_t> tokens, start, low, last;
   int32_t first_key, width, num_tokens;
 
-  Strip(int num_tokens_, const std::vector<int>& starts, int first, int rows, int every = 1)
+  Strip(int num_tokens_, const std::vector<int>& starts, int first, int rows, int every = 1, int sinks = 0,
+        int recency = 0, int block = 1)
       : num_tokens(num_tokens_) {
     for (int r = 0; r < rows; ++r) {
-      const int token = first + r * every;
+      const int token = first + r * every, begin = *(std::upper_bound(starts.begin(), starts.end(), token) - 1);
+      const int from = begin + (sinks + block - 1) / block * block,
+                to = begin + std::max(0, token - begin + 1 - recency) / block * block;
+      if (to <= from) continue;
       tokens.push_back(token);
-      low.push_back(*(std::upper_bound(starts.begin(), starts.end(), token) - 1));
+      start.push_back(begin);
+      low.push_back(from);
+      last.push_back(to - 1);
     }
+    if (tokens.empty()) return;
     first_key = low.front();
-    width = (tokens.back() + 1 - first_key + 7) / 8 * 8;
+    width = (last.back() + 1 - first_key + 7) / 8 * 8;
   }
   int rows() const { return static_cast<int>(tokens.size()); }
   bool sees(int row, int column) const {
-    return first_key + column >= low[row] && first_key + column <= tokens[row];
+    return first_key + column >= low[row] && first_key + column <= last[row];
   }
+};
+struct DeviceStrip {
+  explicit DeviceStrip(const Strip& s)
+      : tokens(s.tokens), low(s.low), last(s.last),
+        strip{tokens.data(), low.data(), last.data(), s.rows(), s.first_key, s.width, s.num_tokens} {}
+  Buffer<int32_t> tokens, low, last;
+  QueryStrip strip;
 };
 
 class DistillKernels : public ::testing::Test {
@@ -64,8 +79,9 @@ class DistillKernels : public ::testing::Test {
     for (int start = 0; start < num_tokens; start += draw(1, longest)) starts.push_back(start);
     return starts;
   }
-  QueryStrip on_device(const Strip& s, const Buffer<int32_t>& tokens, const Buffer<int32_t>& low) {
-    return {tokens.data(), low.data(), s.rows(), s.first_key, s.width, s.num_tokens};
+  // As a residual teacher has them.
+  Strip draw_residual(int num_tokens, int longest, int first, int rows) {
+    return Strip(num_tokens, draw_starts(num_tokens, longest), first, rows, 1, draw(0, 40), draw(0, 70), draw(1, 16));
   }
 
   void expect_teacher(const Strip& s, DataType type, int num_heads, int num_kv_heads, int dim, int groups) {
@@ -82,7 +98,7 @@ class DistillKernels : public ::testing::Test {
       for (int h = 0; h < num_heads; ++h) {
         std::vector<double> logits;
         double sum = 0;
-        for (int t = s.low[r]; t <= s.tokens[r]; ++t) {
+        for (int t = s.start[r]; t <= s.tokens[r]; ++t) {
           double dot = 0;
           for (int d = 0; d < dim; ++d)
             dot += static_cast<double>(
@@ -93,16 +109,18 @@ class DistillKernels : public ::testing::Test {
           sum += std::exp(logits.back());
         }
         logsumexp[static_cast<size_t>(h) * s.num_tokens + s.tokens[r]] = static_cast<float>(std::log(sum));
-        for (size_t i = 0; i < logits.size(); ++i)
-          want[(static_cast<size_t>(r) * groups + h * groups / num_heads) * s.width + s.low[r] - s.first_key +
-               i] += std::exp(logits[i]) / sum * groups / num_heads;
+        for (int t = s.low[r]; t <= s.last[r]; ++t)
+          want[(static_cast<size_t>(r) * groups + h * groups / num_heads) * s.width + t - s.first_key] +=
+              std::exp(logits[t - s.start[r]]) / sum * groups / num_heads;
       }
-    const Buffer<int32_t> tokens(s.tokens), low(s.low);
+    const DeviceStrip strip(s);
+    const int chunks = (s.width + mass_chunk(dim) - 1) / mass_chunk(dim);
     const Buffer<uint8_t> q(query.bytes), k(key.bytes);
-    const Buffer<float> lse(logsumexp), mass(want.size());
+    const Buffer<float> lse(logsumexp), mass(want.size()),
+        chunk_sums(static_cast<size_t>(s.rows()) * groups * chunks);
     TeacherMassParams p;
     p.data_type = type;
-    p.strip = on_device(s, tokens, low);
+    p.strip = strip.strip;
     p.num_heads = num_heads;
     p.num_kv_heads = num_kv_heads;
     p.head_dim = dim;
@@ -116,6 +134,7 @@ class DistillKernels : public ::testing::Test {
     p.logsumexp = lse.data();
     p.logsumexp_head_stride = s.num_tokens;
     p.mass = mass.data();
+    p.chunk_sums = chunk_sums.data();
     check(teacher_mass(p, nullptr));
     const std::vector<float> got = mass.download();
     EXPECT_LE(relative_error({got.begin(), got.end()}, want), 1e-5);
@@ -124,6 +143,14 @@ class DistillKernels : public ::testing::Test {
         for (int c = 0; c < s.width; ++c)
           ASSERT_TRUE(s.sees(r, c) || got[(static_cast<size_t>(r) * groups + g) * s.width + c] == 0.0f)
               << r << " " << c;
+    const std::vector<float> sums = chunk_sums.download();
+    for (size_t row = 0; row < static_cast<size_t>(s.rows()) * groups; ++row)
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        double sum = 0;
+        for (int c = chunk * mass_chunk(dim); c < std::min(s.width, (chunk + 1) * mass_chunk(dim)); ++c)
+          sum += got[row * s.width + c];
+        ASSERT_NEAR(sums[row * chunks + chunk], sum, 1e-6 * sum) << "row " << row << ", chunk " << chunk;
+      }
   }
 
   void expect_divergence(const Strip& s, int key_heads, bool gradient, int k_train = 0) {
@@ -132,13 +159,16 @@ class DistillKernels : public ::testing::Test {
                  ", k_train " + std::to_string(k_train));
     constexpr int H = kSelectorHeads, D = kKeyDim;
     // Then student and teacher are both 1, and what is left of their difference is rounding.
-    const bool one_key = k_train == 1 || s.num_tokens == 1;
+    const bool one_key = k_train == 1 || std::equal(s.low.begin(), s.low.end(), s.last.begin());
     const Typed query(DataType::kBf16, normals(static_cast<size_t>(s.num_tokens) * H * D));
     const Typed key(DataType::kBf16, normals(static_cast<size_t>(s.num_tokens) * key_heads * D));
     const std::vector<float> weight = normals(static_cast<size_t>(s.num_tokens) * H, 0.1);
     const size_t area = static_cast<size_t>(s.rows()) * s.width;
     std::vector<float> mass(area, 0.0f);
+    std::vector<float> totals(s.rows(), 0.0f);
     for (int r = 0; r < s.rows(); ++r) {
+      // Attention sees more keys than the row: of its mass the row may have any share, or none.
+      const double share = r % 7 == 3 ? 0.0 : std::exp2(-draw(0, 20));
       double sum = 0;
       for (const bool write : {false, true})
         for (int c = 0; c < s.width; ++c) {
@@ -147,17 +177,17 @@ class DistillKernels : public ::testing::Test {
           if (!write)
             sum += m = static_cast<float>(std::exp(2 * std::normal_distribution<double>()(random_)));
           else
-            m = static_cast<float>(m / sum);
+            totals[r] += m = static_cast<float>(m / sum * share);
         }
     }
     const int chunks = (s.width + kKlChunk - 1) / kKlChunk;
-    const Buffer<int32_t> tokens(s.tokens), low(s.low);
+    const DeviceStrip strip(s);
     const Buffer<uint8_t> q(query.bytes), k(key.bytes);
-    const Buffer<float> w(weight), m(mass), partial(static_cast<size_t>(s.rows()) * chunks),
+    const Buffer<float> w(weight), m(mass), total(totals), partial(static_cast<size_t>(s.rows()) * chunks),
         sums(static_cast<size_t>(s.rows()) * chunks * kKlSums), scores_out(area), entropy(s.rows());
     const Buffer<uint16_t> dots(area * H);
     SelectorKlParams p;
-    p.strip = on_device(s, tokens, low);
+    p.strip = strip.strip;
     p.key_heads = key_heads;
     p.query = q.data();
     p.key = k.data();
@@ -166,6 +196,7 @@ class DistillKernels : public ::testing::Test {
     p.key_token_stride = key_heads * D;
     p.query_head_stride = p.key_head_stride = D;
     p.mass = m.data();
+    p.total = k_train > 0 ? nullptr : total.data();
     p.chunk_logsumexp = partial.data();
     p.sums = sums.data();
     // Heads inside rows where they share a key, else heads first, as the operator has it.
@@ -210,7 +241,7 @@ class DistillKernels : public ::testing::Test {
         sum += std::exp(scores[c]);
         kept += mass[static_cast<size_t>(r) * s.width + c];
       }
-      if (k_train == 0) kept = 1;
+      if (kept == 0) continue;  // no loss and no gradient
       double* w = &want_sums[static_cast<size_t>(r) * 8];
       for (int c = 0; c < s.width; ++c) {
         if (!counts[c]) continue;
@@ -294,6 +325,30 @@ TEST_F(DistillKernels, TeacherOfManyTilesAndDocuments) {
   }
 }
 
+TEST_F(DistillKernels, TeacherOfAPartOfTheKeys) {
+  expect_teacher(Strip(700, {0}, 400, 200, 1, 128, 256, 64), DataType::kBf16, 4, 2, 64, 2);
+  expect_teacher(Strip(700, {0, 310}, 290, 300, 1, 33, 70, 16), DataType::kF16, 2, 1, 256, 1);
+  expect_teacher(Strip(900, {0}, 3, 40, 20, 100, 1, 8), DataType::kBf16, 2, 2, 128, 1);
+  for (int trial = 0; trial < 6; ++trial) {
+    const int tokens = draw(80, 400), first = draw(0, tokens - 1);
+    const Strip s = draw_residual(tokens, 200, first, draw(1, tokens - first));
+    if (s.rows() > 0) expect_teacher(s, DataType::kBf16, 2, 1, trial % 2 ? 64 : 256, 1);
+  }
+}
+
+TEST_F(DistillKernels, DivergenceOverAPartOfTheKeys) {
+  for (const int key_heads : {1, 4})
+    for (const int k_train : {0, 40}) {
+      expect_divergence(Strip(700, {0}, 400, 150, 1, 128, 256, 64), key_heads, true, k_train);
+      expect_divergence(Strip(1300, {0, 310}, 290, 20, 50, 33, 70, 16), key_heads, true, k_train);
+      for (int trial = 0; trial < 2; ++trial) {
+        const int tokens = draw(80, 400), first = draw(0, tokens - 1);
+        const Strip s = draw_residual(tokens, 200, first, draw(1, tokens - first));
+        if (s.rows() > 0) expect_divergence(s, key_heads, true, k_train);
+      }
+    }
+}
+
 TEST_F(DistillKernels, DivergenceOfPackedDocuments) {
   for (const int key_heads : {1, 4}) {
     expect_divergence(Strip(1, {0}, 0, 1), key_heads, true);
@@ -327,7 +382,9 @@ TEST_F(DistillKernels, DivergenceOfTheStudentsOwnTopKeys) {
 TEST_F(DistillKernels, TopMembersAmongTies) {
   for (int trial = 0; trial < (kEmulated ? 8 : 60); ++trial) {
     const int num_tokens = draw(1, 700), first = draw(0, num_tokens - 1);
-    const Strip s(num_tokens, draw_starts(num_tokens, 300), first, std::min(num_tokens - first, 10));
+    const Strip s = trial % 2 ? Strip(num_tokens, draw_starts(num_tokens, 300), first, std::min(num_tokens - first, 10))
+                              : draw_residual(num_tokens, 300, first, std::min(num_tokens - first, 10));
+    if (s.rows() == 0) continue;
     const int k = draw(1, 200), levels = draw(1, 12), stride = draw(1, 3);
     const size_t area = static_cast<size_t>(s.rows()) * s.width;
     std::vector<float> scores(area), mass(area);
@@ -335,10 +392,10 @@ TEST_F(DistillKernels, TopMembersAmongTies) {
       scores[i] = static_cast<float>(draw(-levels, levels)) / 4;
       mass[i] = static_cast<float>(draw(0, 9)) / 64;
     }
-    const Buffer<int32_t> tokens(s.tokens), low(s.low);
+    const DeviceStrip strip(s);
     const Buffer<float> device_scores(scores), device_mass(mass), logsumexp(s.rows() * stride),
         entropy(s.rows());
-    check(top_members({on_device(s, tokens, low), k, device_scores.data(), device_mass.data(),
+    check(top_members({strip.strip, k, device_scores.data(), device_mass.data(),
                        logsumexp.data(), stride, entropy.data()},
                       nullptr));
     const std::vector<float> got = device_mass.download(), sums = logsumexp.download(),
@@ -375,22 +432,28 @@ TEST_F(DistillKernels, TopMembersAmongTies) {
 TEST_F(DistillKernels, RefusesWhatItDoesNotTake) {
   TeacherMassParams teacher;
   EXPECT_EQ(teacher_mass(teacher, nullptr), cudaErrorInvalidValue);
-  const Strip s(16, {0}, 0, 16);
-  const Buffer<int32_t> tokens(s.tokens), low(s.low);
+  const DeviceStrip strip(Strip(16, {0}, 0, 16));
   const Buffer<float> storage(1 << 16);
-  teacher.strip = on_device(s, tokens, low);
+  teacher.strip = strip.strip;
   teacher.num_heads = teacher.num_kv_heads = 1;
   teacher.head_dim = 96;
   teacher.query = teacher.key = storage.data();
   teacher.query_token_stride = teacher.key_token_stride = teacher.query_head_stride =
       teacher.key_head_stride = 96;
-  teacher.logsumexp = teacher.mass = storage.data();
+  teacher.logsumexp = teacher.mass = teacher.chunk_sums = storage.data();
   EXPECT_EQ(teacher_mass(teacher, nullptr), cudaErrorInvalidValue);
   SelectorKlParams student;
   student.strip = teacher.strip;
   student.key_heads = 2;
   student.query = student.key = student.weight = storage.data();
   student.mass = student.chunk_logsumexp = student.sums = storage.data();
+  student.total = storage.data();
+  EXPECT_EQ(selector_kl(student, nullptr), cudaErrorInvalidValue);
+  student.key_heads = 1;
+  student.total = nullptr;  // wanted by the dense loss
+  EXPECT_EQ(selector_kl(student, nullptr), cudaErrorInvalidValue);
+  student.total = storage.data();
+  student.strip.last = nullptr;
   EXPECT_EQ(selector_kl(student, nullptr), cudaErrorInvalidValue);
 }
 
