@@ -41,7 +41,7 @@ VARIANTS = {
     "start random": ["--start", "random"],
     "teacher block max": ["--teacher", "block_max"],
     "set per KV head": ["--per", "kv_group"],
-    "teacher residual": ["--teacher-scope", "residual"],
+    "teacher over all keys": ["--teacher-scope", "all"],
     "mixed lengths": ["--length-mix", "{quarter}:0.5,{length}:0.5"],
     "lr 1e-3": ["--lr", "1e-3"],
     "lr 8e-3": ["--lr", "8e-3"],
@@ -53,7 +53,6 @@ VARIANTS = {
     "lr 2e-3": ["--lr", "2e-3"],
     "RoPE on 32 dims": ["--rope-dims", "32"],
     "start random, lr 1e-3": ["--start", "random", "--lr", "1e-3"],
-    "teacher block max, residual": ["--teacher", "block_max", "--teacher-scope", "residual"],
 }
 ORACLE = "oracle"  # the exact attention under the same rules
 P = 0.7

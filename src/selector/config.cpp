@@ -128,6 +128,7 @@ SelectorConfig SelectorConfig::from_preset(const std::string& name) {
     config.key_heads = config.num_heads;
     config.cache_format = CacheFormat::bf16;
     config.distillation.start = Start::random;
+    config.distillation.teacher_scope = TeacherScope::all;
   } else if (name != "spot" && name != "custom") {
     fail("there is no selector preset \"{}\"; use paper, spot or custom", name);
   }

@@ -42,7 +42,7 @@ struct DistillationFields {
   DistillLoss loss = DistillLoss::sparse;
   int64_t k_train = 8192;  // tokens kept by the sparse loss
   Teacher teacher = Teacher::token;
-  TeacherScope teacher_scope = TeacherScope::all;
+  TeacherScope teacher_scope = TeacherScope::residual;
   bool rest_bucket = false;  // one more outcome that holds the mass of everything not kept by the sparse loss
 
   bool operator==(const DistillationFields&) const = default;

@@ -75,6 +75,7 @@ TEST(StartFromBackbone, RotatedDimsAreTheBackbonesOwnKeysAndQueries) {
     if (s.yarn > 1) model.set_yarn(s.yarn);
     const Backbone backbone = Backbone::random(model, at::kCPU, at::kFloat, random_int(0, 1 << 30));
     SelectorConfig config;
+    config.distillation.teacher_scope = TeacherScope::all;  // of sequences too short to leave anything out
     config.key_heads = s.key_heads;
     config.key_norm = KeyNorm::none;
     Selector selector(config, model, at::kCPU);
@@ -123,7 +124,8 @@ TEST(StartFromBackbone, FindsRealAttentionBeforeTheFirstStep) {
     std::printf("%s: loss %.3f -> %.3f, covered at 10%% %.3f -> %.3f\n", preset, loss[0], loss[1], covered[0],
                 covered[1]);
     EXPECT_LT(loss[1], 0.6 * loss[0]);
-    EXPECT_GT(covered[1], 2 * covered[0]);
+    // Without sinks and recency the masses are small, and so is what can be won.
+    EXPECT_GT(covered[1], (config.distillation.teacher_scope == TeacherScope::all ? 2 : 1.3) * covered[0]);
   }
 }
 
@@ -132,6 +134,7 @@ TEST(StartFromBackbone, LayersWithoutASelectorAndGroupsAreServed) {
   const ModelConfig model = small_model(32, 3, 4, 2, 16);
   const Backbone backbone = Backbone::random(model, at::kCPU, at::kFloat, 7);
   SelectorConfig config;
+  config.distillation.teacher_scope = TeacherScope::all;
   config.scope = SelectorScope::kv_group;
   config.selection.dense_layers = {1};
   Selector first(config, model, at::kCPU), second(config, model, at::kCPU);

@@ -240,7 +240,9 @@ TEST(Trainer, LossFallsOnARealModel) {
   config.held_out_sequences = 2;
   config.calibrate = false;
   config.budgets = {0.1};
-  Selector selector(SelectorConfig{}, backbone.config(), at::kCPU);
+  SelectorConfig shape;
+  shape.distillation.teacher_scope = TeacherScope::all;
+  Selector selector(shape, backbone.config(), at::kCPU);
   std::vector<double> held_out;
   TrainHooks hooks;
   hooks.show_progress = false;
@@ -403,6 +405,8 @@ TEST(Trainer, RefusesImpossibleRuns) {
   EXPECT_NE(
       message_of([&] { setup.run(selector); }).find("sequence_length is 5000, the backbone reaches 4096"),
       std::string::npos);
+  setup.config.data.sequence_length = 63;
+  EXPECT_NE(message_of([&] { setup.run(selector); }).find("of 63 tokens the first 16 and the last 16 are left out"), std::string::npos);
   setup.config.data.sequence_length = 64;
   setup.config.steps = 0;
   EXPECT_NE(message_of([&] { setup.run(selector); }).find("steps is 0"), std::string::npos);

@@ -14,7 +14,9 @@ TEST(SelectorConfig, PresetsSayWhatTheyAre) {
   EXPECT_EQ(paper.cache_format, CacheFormat::bf16);
   EXPECT_EQ(paper.distillation.loss, DistillLoss::sparse);
   EXPECT_EQ(paper.distillation.k_train, 8192);
+  EXPECT_EQ(paper.distillation.teacher_scope, TeacherScope::all);
   EXPECT_EQ(ours.key_heads, 1);
+  EXPECT_EQ(ours.distillation.teacher_scope, TeacherScope::residual);
   for (const SelectorConfig& config : {paper, ours}) {
     EXPECT_EQ(config.num_heads, 4);
     EXPECT_EQ(config.head_dim, 128);

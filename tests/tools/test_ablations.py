@@ -23,7 +23,7 @@ def ablations():
 def arguments(model, out, *more):
     text = ROOT / "LICENSE"
     return [sys.executable, ROOT / "tools" / "ablations.py", "--model", model, "--train", text, "--heldout", text, "--out", out, "--device", "cpu",
-            "--jobs", "2", "--length", "256", "--steps", "2", "--sequences-per-step", "1", "--query-rows", "32", "--multiples", "1,3",
+            "--jobs", "2", "--length", "448", "--steps", "2", "--sequences-per-step", "1", "--query-rows", "32", "--multiples", "1,3",
             "--budget-multiple", "3", "--budgets", "10,20", "--measured-queries", "1", *more]
 
 
@@ -37,7 +37,7 @@ def test_table_holds_the_reports_and_goes_on(ablations, build_folder, tiny_qwen3
     first = run(build_folder, arguments(tiny_qwen3, out, "--only", "base"), check=True).stdout
     base = out / "base"
     reports = {step: json.loads((base / step / "report.json").read_text()) for step in ("budgets", "1x", "3x")}
-    assert reports["budgets"]["length"] == 768 and reports["1x"]["length"] == 256
+    assert reports["budgets"]["length"] == 1344 and reports["1x"]["length"] == 448
     assert [method["name"] for method in reports["budgets"]["methods"]] == ["spot:k=10%", "spot:k=20%"]
     row, = json.loads((out / "ablations.json").read_text())["rows"]
     for budget, method in zip(("10%", "20%"), reports["budgets"]["methods"]):

@@ -17,7 +17,7 @@ def test_tables_add_up_and_finished_steps_are_kept(build_folder, tiny_qwen3, tmp
     threads = ["--threads", "1"]
     selectors = [tmp_path / "first", tmp_path / "second"]
     for seed, selector in enumerate(selectors):
-        subprocess.run([build_folder / "spot", "distill", "--model", tiny_qwen3, "--data", text, "--out", selector, "--length", "256",
+        subprocess.run([build_folder / "spot", "distill", "--model", tiny_qwen3, "--data", text, "--out", selector, "--length", "448",
                         "--steps", "1", "--warmup-steps", "0", "--sequences-per-step", "1", "--seed", str(seed), *threads], check=True)
     command = [sys.executable, ROOT / "tools" / "accuracy.py", "--model", tiny_qwen3, "--text", text, "--out", tmp_path / "out",
                "--selector", selectors[0], "--selector", selectors[1], "--lengths", "1024", "--tasks", "vt", "--samples", "2",
