@@ -22,15 +22,14 @@ __device__ __forceinline__ int key_of_row(int n) {
 // Starts copying kRows rows of kPanels * 64 16-bit numbers, source(row) the first of each, to panels at `to`.
 template <int kRows, int kPanels, int kThreads, typename Source>
 __device__ __forceinline__ void copy_panels(uint32_t to, int thread, const Source& source) {
-  constexpr int kPieces = 8 * kPanels;
-  static_assert(kRows * kPieces % kThreads == 0);
+  constexpr int kPieces = 8 * kPanels, kStep = kThreads / kPieces;
+  // A thread's pieces lie at one place of their rows: whole steps of eight keep the swizzle.
+  static_assert(kThreads % kPieces == 0 && kStep % 8 == 0 && kRows % kStep == 0);
+  const int first = thread / kPieces, piece = thread % kPieces;
+  to += static_cast<uint32_t>(((piece / 8 * kRows + first) * 8 + (piece % 8 ^ (first & 7))) * 16);
 #pragma unroll 4
-  for (int i = thread; i < kRows * kPieces; i += kThreads) {
-    const int row = i / kPieces, piece = i % kPieces;
-    ptx::cp_async_16(
-        to + static_cast<uint32_t>(((piece / 8 * kRows + row) * 8 + (piece % 8 ^ (row & 7))) * 16),
-        source(row) + 8 * piece);
-  }
+  for (int row = 0; row < kRows; row += kStep)
+    ptx::cp_async_16(to + static_cast<uint32_t>(row * kPanelRowBytes), source(first + row) + 8 * piece);
 }
 
 __device__ __forceinline__ uint32_t aligned_shared() {

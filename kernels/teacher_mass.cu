@@ -4,8 +4,8 @@
 // A block takes 128 queries by 256 keys (128 keys where a head has 256 dims), adds up all heads'
 // probabilities in registers, and writes each number once. Its two warpgroups share the keys of a KV head
 // (two buffers: the next head's load meanwhile) and have 64 queries each, of which two buffers again; they
-// meet once a KV head, so that between one's products and the other's exponentials the units are all in use.
-// One head at a time, a warpgroup multiplies 64 x 128, then adds 64 x 128 exponentials.
+// meet once a KV head. Tensor cores and the exponentials' unit have equal work, so each warpgroup keeps both
+// busy: it multiplies 64 x 64 into one set of accumulators while it takes the exponentials of the other.
 //
 // Floor at L tokens, one layer: L^2 / 2 * 2 * num_heads * head_dim FLOP, the same as a causal QK^T, and
 // L^2 / 2 * num_heads exponentials, 16 a clock and SM: at 16384 tokens and 32 heads of 128 dims 1.1 TFLOP
@@ -19,7 +19,7 @@
 namespace spot::kernels {
 namespace {
 
-constexpr int kChunkKeys = 128;  // of one product
+constexpr int kChunkKeys = 64;  // of one product
 
 template <int kHeadDim>
 struct Tile {
@@ -29,8 +29,8 @@ struct Tile {
   static constexpr int kChunks = kKeys / kChunkKeys;
   static constexpr uint32_t kKeyBytes = kKeys * kHeadDim * 2, kQueryBytes = kGroupRows * kQueryDims * 2;
   static constexpr size_t kSharedBytes = 1024 + 2 * kKeyBytes + 2 * 2 * kQueryBytes;
-  // Dims are multiplied part after part, so with several parts there must be one set of accumulators.
-  static_assert(kParts == 1 || kChunks == 1);
+  // Two sets of accumulators take turns, and with several parts each sums up one chunk's.
+  static_assert(kChunks % 2 == 0 && (kParts == 1 || kChunks == 2));
 };
 
 // A thread's share of the tile: 8 columns of each of its two rows in every 32. All threads call it together.
@@ -81,10 +81,17 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
     return;
   }
 
-  const int warpgroup = static_cast<int>(threadIdx.x) / kGroupThreads,
+  // By a shuffle, that the compiler may know it to be one for a warp: operands are named by uniform registers.
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroupThreads, 0),
             thread = static_cast<int>(threadIdx.x) % kGroupThreads;
   const uint32_t keys = aligned_shared();
   const uint32_t queries = keys + 2 * S::kKeyBytes + static_cast<uint32_t>(warpgroup) * 2 * S::kQueryBytes;
+  __shared__ int32_t tokens[kTileRows];
+  if (threadIdx.x < kTileRows) {
+    const int row = min(static_cast<int>(blockIdx.y * kTileRows + threadIdx.x), strip.rows - 1);
+    tokens[threadIdx.x] = strip.tokens[row];
+  }
+  __syncthreads();
   const auto load_keys = [&](int kv_head) {
     const T* head = static_cast<const T*>(p.key) + kv_head * p.key_head_stride;
     copy_panels<S::kKeys, kHeadDim / kPanelDims, kTileThreads>(
@@ -95,85 +102,96 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
   };
   // Stage s: part s % kParts of the dims of query head s / kParts.
   const int stages = p.num_heads * S::kParts;
-  const int first_row = static_cast<int>(blockIdx.y) * kTileRows + warpgroup * kGroupRows;
   const auto load_query = [&](int stage) {
-    if (stage < stages) {
-      const T* head = static_cast<const T*>(p.query) + stage / S::kParts * p.query_head_stride +
-                      stage % S::kParts * S::kQueryDims;
-      copy_panels<kGroupRows, S::kQueryDims / kPanelDims, kGroupThreads>(
-          queries + static_cast<uint32_t>(stage % 2) * S::kQueryBytes, thread, [&](int row) {
-            return head + strip.tokens[min(first_row + row, strip.rows - 1)] * p.query_token_stride;
-          });
+    const T* head = static_cast<const T*>(p.query) + stage / S::kParts * p.query_head_stride +
+                    stage % S::kParts * S::kQueryDims;
+    copy_panels<kGroupRows, S::kQueryDims / kPanelDims, kGroupThreads>(
+        queries + static_cast<uint32_t>(stage % 2) * S::kQueryBytes, thread,
+        [&](int row) { return head + tokens[warpgroup * kGroupRows + row] * p.query_token_stride; });
+  };
+  const auto multiply = [&](float(&products)[32], int stage, int part, int kv_head, int chunk) {
+    const uint32_t query = queries + static_cast<uint32_t>(stage % 2) * S::kQueryBytes;
+    const uint32_t key = keys + static_cast<uint32_t>(kv_head % 2) * S::kKeyBytes +
+                         static_cast<uint32_t>(chunk * kChunkKeys * kPanelRowBytes);
+    ptx::wgmma_hold(products);
+    ptx::wgmma_arrive();
+#pragma unroll
+    for (int panel = 0; panel < S::kQueryDims / kPanelDims; ++panel) {
+      const uint64_t a = ptx::wgmma_operand(query + static_cast<uint32_t>(panel * kGroupRows * kPanelRowBytes));
+      const uint64_t b = ptx::wgmma_operand(
+          key + static_cast<uint32_t>((part * (S::kQueryDims / kPanelDims) + panel) * S::kKeys * kPanelRowBytes));
+#pragma unroll
+      for (int step = 0; step < kPanelDims / 16; ++step)
+        ptx::wgmma_k16<T>(products, ptx::wgmma_advance(a, step), ptx::wgmma_advance(b, step),
+                          part > 0 || panel > 0 || step > 0);
     }
-    ptx::cp_async_commit();
+    ptx::wgmma_commit();
   };
 
-  const ThreadRows rows = thread_rows(strip);
+  const int heads_per_key = p.num_heads / p.num_kv_heads, heads_per_group = p.num_heads / p.groups;
+  // Waits for stage `stage`'s operands, the i-th of its KV head, and starts loading those to come: past the
+  // barrier every product on the buffers written now has been waited for.
+  const auto meet = [&](int stage, int kv_head, int i) {
+    // The next KV head's keys, on their way since the head's first stage, may still be at its second.
+    i == 1 ? ptx::cp_async_wait<1>() : ptx::cp_async_wait<0>();
+    ptx::fence_for_wgmma();
+    if (i == 0)
+      __syncthreads();
+    else
+      ptx::named_barrier(1 + warpgroup, kGroupThreads);
+    if (stage + 1 < stages) load_query(stage + 1);
+    ptx::cp_async_commit();
+    if (i == 0) {
+      if (kv_head + 1 < p.num_kv_heads) load_keys(kv_head + 1);
+      ptx::cp_async_commit();
+    }
+  };
   constexpr float kLog2E = 1.4426950408889634f;
   const float scale2 = p.scale * kLog2E;
-  const int heads_per_key = p.num_heads / p.num_kv_heads, keys_per_group = p.num_kv_heads / p.groups;
-  const int stages_per_key = heads_per_key * S::kParts;
+  float products[2][32], logsumexp2[2];
+  const auto add = [&](int chunk) {
+    ptx::wgmma_hold(products[chunk % 2]);  // not before the products that run beside it have been started
+#pragma unroll
+    for (int j = 0; j < 32; ++j)
+      mass[32 * chunk + j] += ptx::exp2_approx(products[chunk % 2][j] * scale2 - logsumexp2[j / 2 % 2]);
+  };
   load_keys(0);
   load_query(0);
-  for (int kv_head = 0; kv_head < p.num_kv_heads; ++kv_head) {
-    float products[64];
-    float logsumexp2[2] = {};
-    for (int i = 0; i < stages_per_key; ++i) {
-      const int stage = kv_head * stages_per_key + i, part = i % S::kParts;
-      if (i == 0) {
-        ptx::cp_async_wait<0>();
-        ptx::fence_for_wgmma();
-        __syncthreads();
-      } else {
-        // The next KV head's keys, on their way since the first stage, may still be.
-        i == 1 ? ptx::cp_async_wait<1>() : ptx::cp_async_wait<0>();
-        ptx::fence_for_wgmma();
-        ptx::named_barrier(1 + warpgroup, kGroupThreads);
-      }
-      // Past the barrier every product on the buffers that are written now has been waited for.
-      load_query(stage + 1);
-      if (i == 0) {
-        if (kv_head + 1 < p.num_kv_heads) load_keys(kv_head + 1);
-        ptx::cp_async_commit();
-      }
-      if (part == 0) {
-        const float* head = p.logsumexp + (stage / S::kParts) * p.logsumexp_head_stride;
+  ptx::cp_async_commit();
+  int kv_head = 0, head_of_key = 0;
+  for (int group = 0; group < p.groups; ++group) {
+    // What the first head finds of a head before it: nothing.
+    logsumexp2[0] = logsumexp2[1] = INFINITY;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) logsumexp2[j] = head[rows.token[j]] * kLog2E;
-      }
-      const uint32_t query = queries + static_cast<uint32_t>(stage % 2) * S::kQueryBytes;
+    for (int j = 0; j < 32; ++j) products[1][j] = 0.0f;
+    for (int head = group * heads_per_group; head < (group + 1) * heads_per_group; ++head) {
+      const float* sums = p.logsumexp + head * p.logsumexp_head_stride;
+      const int row = static_cast<int>(threadIdx.x) / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
+      const float sum[2] = {sums[tokens[row]], sums[tokens[row + 8]]};
 #pragma unroll
-      for (int chunk = 0; chunk < S::kChunks; ++chunk) {
-        ptx::wgmma_hold(products);
-        ptx::wgmma_arrive();
+      for (int part = 0; part < S::kParts; ++part) {
+        const int stage = head * S::kParts + part;
+        meet(stage, kv_head, head_of_key * S::kParts + part);
 #pragma unroll
-        for (int step = 0; step < S::kQueryDims / 16; ++step) {
-          const int panel = step / 4;
-          const uint64_t a =
-              ptx::wgmma_operand(query + static_cast<uint32_t>(panel * kGroupRows * kPanelRowBytes));
-          const uint64_t b = ptx::wgmma_operand(
-              keys + static_cast<uint32_t>(kv_head % 2) * S::kKeyBytes +
-              static_cast<uint32_t>(
-                  ((part * (S::kQueryDims / kPanelDims) + panel) * S::kKeys + chunk * kChunkKeys) *
-                  kPanelRowBytes));
-          ptx::wgmma_k16<T>(products, ptx::wgmma_advance(a, step % 4), ptx::wgmma_advance(b, step % 4),
-                            part > 0 || step > 0);
-        }
-        ptx::wgmma_commit();
-        ptx::wgmma_wait_all();
-        ptx::wgmma_hold(products);
-        if (part == S::kParts - 1) {
-#pragma unroll
-          for (int j = 0; j < 64; ++j)
-            mass[64 * chunk + j] += ptx::exp2_approx(products[j] * scale2 - logsumexp2[j / 2 % 2]);
+        for (int chunk = 0; chunk < S::kChunks; ++chunk) {
+          multiply(products[chunk % 2], stage, part, kv_head, chunk);
+          // Exponentials of the chunk before.
+          if (part == 0 && chunk == 0) {
+            add(S::kChunks - 1);
+            logsumexp2[0] = sum[0] * kLog2E, logsumexp2[1] = sum[1] * kLog2E;
+          } else if (part == S::kParts - 1 && chunk > 0) {
+            add(chunk - 1);
+          }
+          ptx::wgmma_wait_all();
+          ptx::wgmma_hold(products[chunk % 2]);
         }
       }
+      if (++head_of_key == heads_per_key) head_of_key = 0, ++kv_head;
     }
-    if ((kv_head + 1) % keys_per_group == 0) {
-      store_mass<S::kKeys>(p, kv_head / keys_per_group, column0, mass);
+    add(S::kChunks - 1);
+    store_mass<S::kKeys>(p, group, column0, mass);
 #pragma unroll
-      for (int i = 0; i < S::kKeys / 2; ++i) mass[i] = 0.0f;
-    }
+    for (int j = 0; j < S::kKeys / 2; ++j) mass[j] = 0.0f;
   }
 }
 

@@ -18,19 +18,19 @@ void add_coverage(const at::Tensor& mass, const at::Tensor& scores, const at::Te
   };
   const at::Tensor student = cumulative(block_score), best = cumulative(block_mass);
   const at::Tensor tokens = active.to(at::kDouble);
-  for (size_t i = 0; i < budgets.size(); ++i) {
-    const at::Tensor wanted = budgets[i] < 1.0 ? tokens * budgets[i] : at::full_like(tokens, budgets[i]);
-    const at::Tensor last = (wanted / static_cast<double>(block_size))
-                                .ceil_()
-                                .clamp_(1.0, static_cast<double>(blocks))
-                                .sub_(1.0)
-                                .to(at::kLong)
-                                .unsqueeze(1)
-                                .expand({-1, groups, -1});
-    const auto slot = static_cast<int64_t>(i);
-    covered[slot] += student.gather(-1, last).sum(at::kDouble);
-    oracle[slot] += best.gather(-1, last).sum(at::kDouble);
-  }
+  std::vector<at::Tensor> wanted;  // [R, 1] each
+  for (double budget : budgets)
+    wanted.push_back(budget < 1.0 ? tokens * budget : at::full_like(tokens, budget));
+  const at::Tensor last = at::cat(wanted, -1)
+                              .div_(static_cast<double>(block_size))
+                              .ceil_()
+                              .clamp_(1.0, static_cast<double>(blocks))
+                              .sub_(1.0)
+                              .to(at::kLong)
+                              .unsqueeze(1)
+                              .expand({-1, groups, -1});  // [R, G, budgets]
+  covered += student.gather(-1, last).sum(at::IntArrayRef{0, 1}, false, at::kDouble);
+  oracle += best.gather(-1, last).sum(at::IntArrayRef{0, 1}, false, at::kDouble);
 }
 
 }  // namespace spot

@@ -22,7 +22,7 @@ at::Tensor DistillAttention::forward(const AttentionInputs& inputs) {
   const at::NoGradGuard no_grad;
   const Batch& batch = inputs.batch;
   const bool distilled = selector_.has_layer(inputs.layer);
-  at::Tensor output = at::empty_like(inputs.query);
+  at::Tensor output;
   // The loss needs attention's normalisers again; without them it finds them for itself.
   at::Tensor logsumexp;
   bool have_logsumexp = distilled;
@@ -34,10 +34,17 @@ at::Tensor DistillAttention::forward(const AttentionInputs& inputs) {
       fail("distillation: a sequence continues at position {}, it must begin at 0", batch.starts[i]);
     const auto part = [&](const at::Tensor& t) { return t.narrow(0, first, count).transpose(0, 1); };
     at::Tensor sums;
-    output.narrow(0, first, count)
-        .copy_(causal_attention(inputs.query.narrow(0, first, count), part(inputs.key), part(inputs.value), 0,
-                                inputs.scale, distilled ? &sums : nullptr));
+    at::Tensor attended = causal_attention(inputs.query.narrow(0, first, count), part(inputs.key),
+                                           part(inputs.value), 0, inputs.scale, distilled ? &sums : nullptr);
     have_logsumexp = have_logsumexp && sums.defined();
+    if (count == inputs.query.size(0)) {  // of a batch of one nothing needs to be put together
+      output = std::move(attended);
+      logsumexp = std::move(sums);
+      starts.push_back(first);
+      break;
+    }
+    if (!output.defined()) output = at::empty_like(inputs.query);
+    output.narrow(0, first, count).copy_(attended);
     if (have_logsumexp) {
       if (!logsumexp.defined()) logsumexp = at::empty({inputs.query.size(1), inputs.query.size(0)}, sums.options());
       logsumexp.narrow(1, first, count).copy_(sums);
@@ -62,16 +69,12 @@ at::Tensor DistillAttention::forward(const AttentionInputs& inputs) {
                               .document_starts = std::move(starts),
                               .query_rows = query_rows_};
   options_.gradients = gradient_weight_ != 0.0;
+  options_.gradient_weight = gradient_weight_;
+  options_.gradients_rounded = true;
   const LayerLoss loss = layer_loss(loss_inputs, options_);
-  if (options_.gradients) {
-    const auto weighted = [&](const at::Tensor& grad, const at::Tensor& like) {
-      return (grad * gradient_weight_).to(like.scalar_type());
-    };
-    torch::autograd::backward(
-        {projection.query, projection.key, projection.weight},
-        {weighted(loss.grad_query, projection.query), weighted(loss.grad_key, projection.key),
-         weighted(loss.grad_weight, projection.weight)});
-  }
+  if (options_.gradients)
+    torch::autograd::backward({projection.query, projection.key, projection.weight},
+                              {loss.grad_query, loss.grad_key, loss.grad_weight});
   const at::Tensor row =
       at::cat({loss.loss.view(1), loss.teacher_entropy.view(1), loss.covered, loss.covered_oracle});
   const auto& layers = selector_.layers();

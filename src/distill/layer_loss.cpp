@@ -139,11 +139,15 @@ class Distiller {
     }
     run_documents(starts, queries, measure_all ? Task::both : Task::loss);
 
+    if (options_.gradients) {
+      const double mean = 1.0 / static_cast<double>(std::max<int64_t>(out_.queries, 1) * groups_);
+      finish(out_.grad_query, in_.selector_query, mean);
+      finish(out_.grad_key, in_.selector_key, mean);
+      finish(out_.grad_weight, in_.selector_weight, mean);
+    }
     if (out_.queries > 0) {
       const double mean = 1.0 / static_cast<double>(out_.queries * groups_);
-      for (at::Tensor* t :
-           {&out_.loss, &out_.teacher_entropy, &out_.grad_query, &out_.grad_key, &out_.grad_weight})
-        if (t->defined()) t->mul_(mean);
+      for (at::Tensor* t : {&out_.loss, &out_.teacher_entropy}) t->mul_(mean);
       const double measured_mean =
           1.0 / (static_cast<double>(measured.size()) * static_cast<double>(groups_));
       for (at::Tensor* t : {&out_.covered, &out_.covered_oracle}) t->mul_(measured_mean);
@@ -152,6 +156,17 @@ class Distiller {
   }
 
  private:
+  void finish(at::Tensor& grad, const at::Tensor& like, double mean) const {
+    const double factor = mean * options_.gradient_weight;
+    if (!options_.gradients_rounded || grad.scalar_type() == like.scalar_type()) {
+      grad.mul_(factor);
+      return;
+    }
+    at::Tensor rounded = at::empty(grad.sizes(), grad.options().dtype(like.scalar_type()));
+    at::mul_out(rounded, grad, at::scalar_tensor(factor, grad.options().device(at::kCPU)));
+    grad = rounded;
+  }
+
   // A counted query and what is taken of it in a tile.
   struct Query {
     size_t document;
@@ -212,6 +227,7 @@ class Distiller {
     at::Tensor grad_key = options_.gradients ? out_.grad_key.transpose(0, 1) : at::Tensor();
     const at::Tensor weight = weight_.select(1, 0);
     const auto count = static_cast<int64_t>(queries.size());
+    std::vector<at::Tensor> losses, entropies;
     for (int64_t first = 0, rows = 0; first < count; first += rows) {
       const auto start = [&](int64_t i) { return starts[queries[static_cast<size_t>(i)].document]; };
       const auto row = [&](int64_t i) -> const Row& { return queries[static_cast<size_t>(i)].row; };
@@ -226,7 +242,7 @@ class Distiller {
         list[rows + i] = static_cast<int32_t>(start(first + i) + row(first + i).low);
         list[2 * rows + i] = static_cast<int32_t>(start(first + i) + row(first + i).high - 1);
       }
-      const int64_t end = list[3 * rows - 1] + 1;
+      const int64_t end = list[3 * rows - 1] + 1, first_token = list[0], last_token = list[rows - 1];
       lists = on_device(lists);
       const ops::QueryStrip strip{lists[0], lists[1], lists[2], first_key, (end - first_key + 7) / 8 * 8};
       const ops::AttentionMass teacher =
@@ -234,12 +250,22 @@ class Distiller {
       const ops::SelectorKl kl =
           ops::selector_kl(teacher.mass.select(1, 0), teacher.total.select(1, 0), in_.selector_query,
                            in_.selector_key, weight, strip, k_train, grad_key);
-      out_.loss += kl.loss.sum(at::kDouble);
-      out_.teacher_entropy += kl.entropy.sum(at::kDouble);
+      losses.push_back(kl.loss);
+      entropies.push_back(kl.entropy);
       if (!options_.gradients) continue;
-      out_.grad_query.index_copy_(0, strip.tokens.to(at::kLong), kl.grad_query);
-      out_.grad_weight.select(1, 0).index_copy_(0, strip.tokens.to(at::kLong), kl.grad_weight);
+      at::Tensor grad_weight = out_.grad_weight.select(1, 0);
+      if (last_token - first_token + 1 == rows) {
+        out_.grad_query.narrow(0, first_token, rows).copy_(kl.grad_query);
+        grad_weight.narrow(0, first_token, rows).copy_(kl.grad_weight);
+      } else {
+        const at::Tensor index = strip.tokens.to(at::kLong);
+        out_.grad_query.index_copy_(0, index, kl.grad_query);
+        grad_weight.index_copy_(0, index, kl.grad_weight);
+      }
     }
+    if (count == 0) return;
+    out_.loss += at::cat(losses).sum(at::kDouble);
+    out_.teacher_entropy += at::cat(entropies).sum(at::kDouble);
   }
 
   int64_t strip_rows(int64_t row_bytes) const {

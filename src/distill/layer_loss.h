@@ -47,6 +47,9 @@ struct LayerLossOptions {
   // from being used.
   int64_t measured_queries = 0;
   bool gradients = true;  // false: the gradients stay undefined
+  // What gradients are multiplied by, and whether they are rounded to the types of what they belong to, in one pass.
+  double gradient_weight = 1.0;
+  bool gradients_rounded = false;
   // Queries handled at once; 0 picks a number that keeps the working set near `tile_bytes`.
   int64_t tile_rows = 0;
   int64_t tile_bytes = 0;  // 0: 24 MiB on the CPU, 512 MiB elsewhere
@@ -78,7 +81,7 @@ struct LayerLossInputs {
 // gradients of bfloat16 inputs pass one rounding to bfloat16, of their scores' gradients.
 struct LayerLoss {
   at::Tensor loss;                               // 0-dim float64: the mean; 0 when nothing is counted
-  at::Tensor grad_query, grad_key, grad_weight;  // of the mean; shapes of the selector inputs
+  at::Tensor grad_query, grad_key, grad_weight;  // of the mean times gradient_weight; shapes of the selector inputs
   int64_t queries = 0;                           // counted
   at::Tensor covered;                            // [budgets] float64, mean over measured queries and groups
   at::Tensor covered_oracle;   // the same for blocks ranked by their true mass: what no selector can exceed

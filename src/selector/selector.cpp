@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "core/error.h"
+#include "selector/wide_linear.h"
 
 namespace spot {
 namespace {
@@ -189,10 +190,15 @@ double Selector::mix_scale() const {
 }
 
 at::Tensor Selector::project_weight(int64_t layer, const at::Tensor& hidden) const {
-  const at::Tensor x = accumulation(hidden);
-  return at::linear(x, layer_weights(layer).mix.to(x.scalar_type()))
-             .view({hidden.size(0), groups_, config_.num_heads}) *
-         mix_scale();
+  const at::Tensor& mix = layer_weights(layer).mix;
+  at::Tensor weight;
+  if (hidden.is_cuda() && hidden.scalar_type() == at::kBFloat16 && mix.scalar_type() == at::kFloat) {
+    weight = wide_linear(hidden, mix);
+  } else {
+    const at::Tensor x = accumulation(hidden);
+    weight = at::linear(x, mix.to(x.scalar_type()));
+  }
+  return weight.view({hidden.size(0), groups_, config_.num_heads}) * mix_scale();
 }
 
 AttentionPreparation Selector::prologue(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,

@@ -463,6 +463,37 @@ TEST(LayerLoss, LowPrecisionInputsAccumulateInFloat32) {
   }
 }
 
+TEST(LayerLoss, GradientsWeightedAndRoundedOnce) {
+  const uint64_t seed = fresh_seed();
+  for (const auto operators : {LayerLossOptions::Operators::never, LayerLossOptions::Operators::always})
+    for (const int64_t key_heads : {1, 4}) {
+      LayerLossOptions o;
+      o.loss = DistillLoss::dense;
+      o.operators = operators;
+      o.tile_rows = 16;
+      LayerLossInputs in = draw({.tokens = 47, .head_dim = 32, .key_heads = key_heads, .dim = 64}, seed, at::kBFloat16);
+      in.selector_weight = in.selector_weight.to(at::kFloat);
+      add_logsumexp(in);
+      if (key_heads == 4) in.query_rows = at::arange(3, 47, 2, at::kLong);  // strips with gaps
+      const LayerLoss plain = layer_loss(in, o);
+      o.gradient_weight = 0.3;
+      o.gradients_rounded = true;
+      const LayerLoss got = layer_loss(in, o);
+      EXPECT_EQ(got.loss.item<double>(), plain.loss.item<double>());
+      EXPECT_EQ(plain.grad_query.scalar_type(), at::kFloat);
+      ASSERT_EQ(got.grad_query.scalar_type(), at::kBFloat16);
+      ASSERT_EQ(got.grad_key.scalar_type(), at::kBFloat16);
+      ASSERT_EQ(got.grad_weight.scalar_type(), at::kFloat);
+      const auto compare = [](const at::Tensor& rounded, const at::Tensor& whole, double bound) {
+        EXPECT_GT(whole.abs().max().item<double>(), 0.0);
+        EXPECT_TRUE(at::allclose(rounded.to(at::kDouble), whole.to(at::kDouble) * 0.3, bound, 1e-30));
+      };
+      compare(got.grad_query, plain.grad_query, 0x1p-8 * 1.001);
+      compare(got.grad_key, plain.grad_key, 0x1p-8 * 1.001);
+      compare(got.grad_weight, plain.grad_weight, 1e-6);
+    }
+}
+
 TEST(LayerLoss, CudaAgreesWithTheDefinition) {
   if (!at::hasCUDA()) GTEST_SKIP() << "no CUDA device";
   const uint64_t seed = fresh_seed();
