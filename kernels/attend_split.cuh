@@ -331,12 +331,8 @@ __device__ __forceinline__ void combine(const SparseDecodeAttentionParams& p, co
   __syncthreads();
   if (tid == 0) {
     uint32_t* counter = reinterpret_cast<uint32_t*>(workspace) + place.pair;
-    __threadfence();
-    combined.last = atomicAdd(counter, 1u) == kAttentionSplits - 1;
-    if (combined.last) {
-      *counter = 0;
-      __threadfence();
-    }
+    combined.last = ptx::add_acquire_release(counter, 1u) == kAttentionSplits - 1;
+    if (combined.last) *counter = 0;
   }
   __syncthreads();
   if (!combined.last) return;

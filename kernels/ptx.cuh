@@ -167,6 +167,14 @@ __device__ __forceinline__ void wgmma_k16<__nv_bfloat16>(float (&d)[16], uint64_
       : "memory");
 }
 
+// Adds to a counter; what the block wrote before its last barrier is visible to whoever sees the sum, and the other
+// way round.
+__device__ __forceinline__ uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
+
 // Asks for the 128 bytes around p, so that a later read finds them in L1.
 __device__ __forceinline__ void touch(const void* p) {
   asm volatile("{\n .reg .b32 unused;\n ld.global.ca.b32 unused, [%0];\n}" ::"l"(p));

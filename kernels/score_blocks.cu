@@ -371,6 +371,11 @@ __global__ void __launch_bounds__(kWarps * 32) score_kernel(const ScoreBlocksPar
     return work;
   };
   const auto issue = [&](const Work& work, int stage) {
+    if (work.blocks == 0) {  // nothing to copy, but later waits count the groups
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) ptx::cp_async_commit();
+      return;
+    }
     if (!waited && work.first_block + kWarpBlocks >= work.blocks) {  // may hold the newest block
       ptx::griddepcontrol_wait();
       waited = true;

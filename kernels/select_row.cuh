@@ -85,7 +85,8 @@ struct SelectTask {
         scale(constants.scale),
         probability(constants.probability) {}
   __device__ __forceinline__ bool residual(int block) const {
-    return block >= row.residual_begin && block < row.residual_end;
+    return static_cast<uint32_t>(block - row.residual_begin) <
+           static_cast<uint32_t>(row.residual_end - row.residual_begin);
   }
   __device__ __forceinline__ int reserved_blocks() const {
     return row.num_blocks - (row.residual_end - row.residual_begin);
@@ -294,10 +295,17 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask<kMass>& t
   // The thread's largest scores, of every fourth block it looks at; and a bitmap of the reserved blocks, and
   // clear bins.
   float best[4] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
-#pragma unroll 1
-  for (int base = tid; base < row.residual_end; base += 4 * kSelectThreads) {
+  // The scores stay in registers until they are compared with the bound, unless the row is too long for that.
+  float own_scores[kSelectItems];
+  const auto load_scores = [&](int first) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) best[i] = fmaxf(best[i], residual_score(base + i * kSelectThreads));
+    for (int i = 0; i < kSelectItems; ++i) own_scores[i] = residual_score(first + lane + i * kSelectThreads);
+  };
+#pragma unroll 1
+  for (int first = warp * 32; first < row.residual_end; first += kSelectItems * kSelectThreads) {
+    load_scores(first);
+#pragma unroll
+    for (int i = 0; i < kSelectItems; ++i) best[i % 4] = fmaxf(best[i % 4], own_scores[i]);
   }
 #pragma unroll 1
   for (int w = tid; w < words; w += kSelectThreads) {
@@ -359,9 +367,10 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask<kMass>& t
   for (int first = warp * 32; first < row.residual_end; first += kSelectItems * kSelectThreads) {
     const int base = first + lane;
     uint32_t mask = 0;
-#pragma unroll 4
+    if (row.residual_end > kSelectItems * kSelectThreads) load_scores(first);
+#pragma unroll
     for (int i = 0; i < kSelectItems; ++i)
-      if (residual_score(base + i * kSelectThreads) >= bound) mask |= 1u << i;
+      if (own_scores[i] >= bound) mask |= 1u << i;
     const uint32_t own = __popc(mask), up_to = warp_inclusive_sum(own, lane);
     uint32_t at = lane == 31 ? atomicAdd(&s.num_candidates, up_to) : 0;
     at = __shfl_sync(kAllLanes, at, 31) + up_to - own;

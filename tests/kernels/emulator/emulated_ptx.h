@@ -126,6 +126,9 @@ void wgmma_k16(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
   }
 }
 
+inline uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
+  return atomicAdd(counter, value);
+}
 inline void prefetch_l2(const void*, uint32_t) {}
 inline void touch(const void*) {}
 
