@@ -282,7 +282,7 @@ def interval(values_by_task: list[numpy.ndarray], resamples: int = 1000) -> dict
 def losses(options: argparse.Namespace, names: list[str]) -> list[tuple[str, str, str, list[tuple[str, str, str]]]]:
     """(selector, rule, shown name, steps): each step a title and two methods, the loss lying between them."""
     rows = []
-    for selector in [name for name in names if name] or [""]:
+    for selector in dict.fromkeys(filter(None, names)) or [""]:  # running text has several runs of one selector
         for rule in options.rules:
             exact = label(selector, f"spot:{rule},cache={options.formats[0]}")
             steps = [("dense → selector", "dense", exact)] if options.no_baselines else [("dense → oracle", "dense", f"oracle:{rule}")]

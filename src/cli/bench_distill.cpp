@@ -86,10 +86,10 @@ Work count_work(const ModelConfig& m, const Selector& selector, int64_t length, 
   }
   const auto layers = static_cast<double>(selector.layers().size());
   const auto scored = static_cast<double>(selector.config().num_heads * selector.config().head_dim);
-  const LayerLossOptions loss;
+  const SelectionDefaults& selection = selector.config().selection;
   const bool residual = selector.config().distillation.teacher_scope == TeacherScope::residual;
   const double seen = std::max(0.0, tokens / static_cast<double>(documents) -
-                                        static_cast<double>(residual ? loss.sinks + loss.recency : 0));
+                                        static_cast<double>(residual ? selection.sinks + selection.recency : 0));
   // A projection takes two products: the hidden states' gradient is not wanted.
   work.distillation = layers * seen * seen / 2 * static_cast<double>(documents) * (2 * attended + 3 * 2 * scored) +
                       2 * 2 * tokens * static_cast<double>(selector.num_parameters());

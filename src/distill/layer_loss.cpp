@@ -139,15 +139,15 @@ class Distiller {
     }
     run_documents(starts, queries, measure_all ? Task::both : Task::loss);
 
+    // Without a query all sums are zero.
+    const double mean = 1.0 / static_cast<double>(std::max<int64_t>(out_.queries, 1) * groups_);
+    for (at::Tensor* t : {&out_.loss, &out_.teacher_entropy}) t->mul_(mean);
     if (options_.gradients) {
-      const double mean = 1.0 / static_cast<double>(std::max<int64_t>(out_.queries, 1) * groups_);
       finish(out_.grad_query, in_.selector_query, mean);
       finish(out_.grad_key, in_.selector_key, mean);
       finish(out_.grad_weight, in_.selector_weight, mean);
     }
     if (out_.queries > 0) {
-      const double mean = 1.0 / static_cast<double>(out_.queries * groups_);
-      for (at::Tensor* t : {&out_.loss, &out_.teacher_entropy}) t->mul_(mean);
       const double measured_mean =
           1.0 / (static_cast<double>(measured.size()) * static_cast<double>(groups_));
       for (at::Tensor* t : {&out_.covered, &out_.covered_oracle}) t->mul_(measured_mean);

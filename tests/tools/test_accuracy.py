@@ -84,6 +84,14 @@ def test_without_baselines_selectors_are_run_alone(accuracy, tmp_path, monkeypat
         options_of(accuracy, monkeypatch, tmp_path, "--selector", "one", "--more", "quest:k=5%", *words)
 
 
+def test_losses_are_told_once_a_selector(accuracy, tmp_path, monkeypatch):
+    options = options_of(accuracy, monkeypatch, tmp_path, "--selector", "one", "--rules", "k=10%,p=0.7")
+    # Running text in two parts a selector, then the baselines.
+    shown = [name for _, _, name, _ in accuracy.losses(options, ["one", "one", "two", "two", ""])]
+    assert shown == ["one:k=10%", "one:p=0.7", "two:k=10%", "two:p=0.7"]
+    assert [name for _, _, name, _ in accuracy.losses(options, [""])] == ["oracle:k=10%", "oracle:p=0.7"]
+
+
 def test_parts_hold_every_prompt_once(accuracy, tmp_path, monkeypatch):
     options = options_of(accuracy, monkeypatch, tmp_path, "--selector", "one", "--selector", "two", "--lengths", "4096,8192", "--tasks", "vt,qa_1",
                          "--samples", "12", "--rules", "k=10%", "--steps", "ruler,text", "--more", "spot:k=10%,cache=mxfp4;oracle:k=5%")
