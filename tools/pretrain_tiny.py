@@ -4,11 +4,13 @@
 usage: pretrain_tiny.py --data TEXT --tokenizer tokenizer.json --out DIR [--models qwen3,qwen3_5] [--wall SECONDS] ...
 
 Any text does (a file or .gz; documents may be separated by NUL): most of what is learned are needles, chains of variables, word
-lists and questions that tools/pretrain/ puts into it. The models are trained at the same time, each in a process of its own.
+lists and questions that tools/pretrain/ puts into it. The models are trained at the same time, each in a process of its own; one
+model goes to several GPUs with torchrun --nproc-per-node N pretrain_tiny.py --models qwen3_5 ... (--tokens are each process's then).
 Writes DIR/tiny-MODEL/: a checkpoint as transformers loads it, train.jsonl and results.json.
 """
 
 import argparse
+import os
 import pathlib
 import subprocess
 import sys
@@ -69,6 +71,8 @@ def pretrain(options: argparse.Namespace, name: str) -> None:
     from pretrain import checkpoint, models, train
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.set_float32_matmul_precision("high")
     config = models.published_config(name, options.hidden, options.layers, options.mlp)
     model = models.TinyModel(config, device, compiled=device.type == "cuda", seed=options.seed)
@@ -88,15 +92,38 @@ def pretrain(options: argparse.Namespace, name: str) -> None:
         train.train(model, run, name)
 
 
+def train_together(options: argparse.Namespace, names: list[str]) -> int:
+    """One model, by all processes of a launcher."""
+    if len(names) > 1:
+        sys.exit(f"error: --models {options.models}: several processes train one model; name one")
+    import torch
+    import torch.distributed as dist
+
+    from pretrain import corpus
+
+    # Decisions by the clock go over gloo: a GPU need not be waited for.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and options.device != "cpu" else "gloo")
+    together = torch.zeros(1)
+    if dist.get_rank() == 0:
+        corpus.prepare(options.data, options.tokenizer, options.work)
+    dist.broadcast(together, 0)
+    pretrain(options, names[0])
+    dist.broadcast(together, 0)  # nobody leaves before the first process has evaluated
+    dist.destroy_process_group()
+    return 0
+
+
 def main() -> int:
     options = arguments()
     begun = time.time()
-    from pretrain import corpus
-
-    corpus.prepare(options.data, options.tokenizer, options.work)
     names = options.models.split(",")
     if options.wall and not options.until:
         options.until = begun + options.wall
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return train_together(options, names)
+    from pretrain import corpus
+
+    corpus.prepare(options.data, options.tokenizer, options.work)
     if len(names) == 1:
         pretrain(options, names[0])
         return 0

@@ -12,7 +12,7 @@ import torch
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
-from pretrain import corpus, evaluate, gated_delta, models, pieces, rows, wordings  # noqa: E402
+from pretrain import corpus, evaluate, gated_delta, models, pieces, rows, train, wordings  # noqa: E402
 
 transformers = pytest.importorskip("transformers")
 TOKENIZER = ROOT / "models" / "tiny-qwen3" / "tokenizer.json"
@@ -174,7 +174,7 @@ def test_what_is_held_out_is_not_in_the_rows(made, work):
     assert not set(held_out.words) & set(made.pieces.words)
     assert not {item for pool in ("code", "name") for item in held_out.pools[pool]} & {
         item for pool in ("code", "name") for item in made.pieces.pools[pool]}
-    for wording in evaluate.HELD_OUT:
+    for wording in evaluate.HELD_OUT + wordings.FRESH_HELD_OUT:
         assert any(mark in wording.needle for mark in wordings.HELD_OUT_MARKS)
         assert any(mark in wording.question[0] + wording.prefix[0] for mark in wordings.HELD_OUT_MARKS)
     kinds = set()
@@ -187,7 +187,7 @@ def test_what_is_held_out_is_not_in_the_rows(made, work):
     assert len(kinds) > 20
 
 
-@pytest.mark.parametrize("task", ["multikey_held_out", "multikey_known", "uuid_held_out", "multivalue_held_out", "multiquery_held_out", "vt"])
+@pytest.mark.parametrize("task", ["multikey_held_out", "multikey_fresh", "multikey_known", "uuid_held_out", "multivalue_held_out", "multiquery_held_out", "vt"])
 def test_prompts_end_with_their_answer(work, task, seed):
     prompts = evaluate.Prompts(pieces.Pieces(work, TOKENIZER, seed, held_out=True, pool=300))
     for index in range(12):
@@ -217,3 +217,42 @@ def test_a_run_writes_a_checkpoint_that_transformers_loads(work, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert type(model).__name__ == "Qwen3_5ForCausalLM" and len(tokenizer) == models.VOCABULARY
     assert model(**tokenizer("VAR ABCDE = 12345", return_tensors="pt")).logits.isfinite().all()
+
+
+def average_gradients_in_a_group(rank, size, file, out):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size, init_method=f"file://{file}")
+    model = models.TinyModel(models.published_config("qwen3", 32, 2, 48), torch.device("cpu"))
+    tokens = torch.arange(size * 4 * 65).reshape(size, 4, 65)[rank] * 7919 % models.VOCABULARY
+    model.losses(tokens[:, :-1], tokens[:, 1:].reshape(-1))[0].mean().backward()
+    group = train.Group()
+    group.average_gradients(list(model.weights.values()))
+    told = group.from_first(10.0 + rank, 0.5)
+    torch.save(({name: weight.grad for name, weight in model.weights.items()}, told), f"{out}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_together_have_the_gradients_of_one_with_all_rows(tmp_path):
+    size = 3
+    torch.multiprocessing.spawn(average_gradients_in_a_group, (size, tmp_path / "group", tmp_path / "out"), nprocs=size)
+    model = models.TinyModel(models.published_config("qwen3", 32, 2, 48), torch.device("cpu"))
+    tokens = torch.arange(size * 4 * 65).reshape(size * 4, 65) * 7919 % models.VOCABULARY
+    model.losses(tokens[:, :-1], tokens[:, 1:].reshape(-1))[0].mean().backward()
+    for rank in range(size):
+        gradients, told = torch.load(tmp_path / f"out-{rank}")
+        assert told == [10.0, 0.5]
+        for name, weight in model.weights.items():
+            assert relative_error(gradients[name], weight.grad) < 1e-5, name
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_train_one_model(work, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "tools" / "pretrain_tiny.py", "--data",
+               work / "text", "--work", work, "--out", tmp_path, "--models", "qwen3", "--seconds", "3", "--hidden", "32", "--layers", "2", "--mlp", "48",
+               "--phases", "256:1", "--tokens", "512", "--workers", "1", "--eval-lengths", "512", "--eval-seconds", "2", "--log-every", "1", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (tmp_path / "tiny-qwen3" / "train.jsonl").read_text().splitlines()]
+    steps, millions = re.search(r"(\d+) steps, ([\d.]+)M tokens", done.stdout).groups()
+    assert log and float(millions) == round(int(steps) * 1024 / 1e6, 1)
+    assert "2 processes" in done.stdout and (tmp_path / "tiny-qwen3" / "results.json").is_file()

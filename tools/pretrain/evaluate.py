@@ -58,6 +58,10 @@ class Prompts(Rows):
         """Needles of one wording in essay text, one for 256 tokens; a wording that training never saw."""
         return self._multikey(length, index, HELD_OUT[index % len(HELD_OUT)])
 
+    def multikey_fresh(self, length: int, index: int) -> Row:
+        """In the wordings that were written when the training grammar was done."""
+        return self._multikey(length, index, wordings.FRESH_HELD_OUT[index % len(wordings.FRESH_HELD_OUT)])
+
     def multikey_known(self, length: int, index: int) -> Row:
         return self._multikey(length, index, wordings.SUITE_TRAINED[0])
 
@@ -93,7 +97,8 @@ def cells(lengths: list[int]) -> list[tuple[str, int, int]]:
     """(task, length, prompts), the most telling first."""
     out = []
     for length in sorted(length for length in lengths if length <= 32768):
-        out += [("multikey_held_out", length, 100), ("vt", length, 100), ("multivalue_held_out", length, 50), ("multikey_known", length, 50)]
+        out += [("multikey_held_out", length, 100), ("multikey_fresh", length, 51), ("vt", length, 100), ("multivalue_held_out", length, 50),
+                ("multikey_known", length, 50)]
     for length in sorted(length for length in lengths if length > 32768):
         out += [("multikey_held_out", length, 40 if length <= 65536 else 20)]
     for length in sorted(length for length in lengths if length <= 32768):
@@ -129,8 +134,9 @@ def evaluate(model: TinyModel, pieces: Pieces, lengths: list[int], seconds: floa
             results[f"{task}@{length}"] = {"exact": round(sum(exact) / len(exact), 4), "first_tokens": round(sum(first) / len(first), 4),
                                            "prompts": len(exact)}
             cell = results[f"{task}@{length}"]
-            if task == "multikey_held_out":  # the suite's held-out wordings, then our own
-                cell["by_wording"] = [round(sum(part) / max(1, len(part)), 3) for part in (exact[at::len(HELD_OUT)] for at in range(len(HELD_OUT)))]
+            kinds = {"multikey_held_out": len(HELD_OUT), "multikey_fresh": len(wordings.FRESH_HELD_OUT)}.get(task)
+            if kinds:  # of the held-out ones: the suite's, then our own
+                cell["by_wording"] = [round(sum(part) / max(1, len(part)), 3) for part in (exact[at::kinds] for at in range(kinds))]
             print(f"evaluation {task}@{length}: exact {cell['exact']:.3f}, first tokens {cell['first_tokens']:.3f}, {len(exact)} prompts, "
                   f"{time.time() - start:.0f} s", flush=True)
             file.write_text(json.dumps(results, indent=1))

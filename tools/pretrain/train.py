@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from . import checkpoint, evaluate
 from .models import MAX_POSITIONS, TinyModel
@@ -56,23 +57,53 @@ def parse_phases(text: str) -> list[tuple[list[int], float]]:
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Endless batches (phase, tokens [rows, length + 1], labels) of the phase that `phase` holds when they are made."""
+    """Endless batches (tokens [rows, length + 1], labels) of the phase that `phase` holds when they are made.
 
-    def __init__(self, options: Options, phase):
-        self.options, self.phase = options, phase
+    Processes that train one model together (`rank` of them) draw other rows of the same lengths, so that none waits for another."""
+
+    def __init__(self, options: Options, phase, rank: int):
+        self.options, self.phase, self.rank = options, phase, rank
 
     def __iter__(self):
         options, worker = self.options, torch.utils.data.get_worker_info()
         torch.set_num_threads(1)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         seed = options.seed * 1000 + (worker.id if worker else 0)
-        rows = Rows(Pieces(options.work, options.tokenizer, seed))
+        lengths = random.Random(seed)
+        rows = Rows(Pieces(options.work, options.tokenizer, seed + 1_000_000 * self.rank))
         while True:
-            phase = self.phase.value
-            length = rows.rng.choice(options.phases[phase][0])
+            length = lengths.choice(options.phases[self.phase.value][0])
             made = [rows.row(length) for _ in range(max(1, options.tokens // length))]
             tokens = np.stack([ids for ids, _ in made]).astype(np.int64)
-            yield phase, torch.from_numpy(tokens), torch.from_numpy(np.stack([labels for _, labels in made]))
+            yield torch.from_numpy(tokens), torch.from_numpy(np.stack([labels for _, labels in made]))
+
+
+class Group:
+    """The processes that train one model, each on rows of its own; one alone unless a launcher such as torchrun started several."""
+
+    def __init__(self):
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def from_first(self, *values: float) -> list[float]:
+        """The first process's values: what depends on its clock must be the same everywhere."""
+        if self.size == 1:
+            return list(values)
+        told = torch.tensor(values, dtype=torch.float64)
+        dist.broadcast(told, 0)
+        return told.tolist()
+
+    def average_gradients(self, weights: list[torch.Tensor]) -> None:
+        if self.size > 1:
+            gradients = [weight.grad for weight in weights]
+            flat = torch._utils._flatten_dense_tensors(gradients)
+            dist.all_reduce(flat)
+            flat /= self.size
+            for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients)):
+                gradient.copy_(mean)
+
+    def add_up(self, sums: torch.Tensor) -> None:
+        if self.size > 1:
+            dist.all_reduce(sums)
 
 
 class Statistics:
@@ -86,8 +117,9 @@ class Statistics:
         for at, weights in enumerate((torch.ones_like(losses), hits.float(), losses)):
             self.sums[at].index_add_(0, labels, weights)
 
-    def report(self) -> dict[str, float]:
+    def report(self, group: Group) -> dict[str, float]:
         """Text loss, answer loss and accuracies; a slot's name with * is for the first tokens, the honest ones."""
+        group.add_up(self.sums)
         counts, hits, losses = self.sums.tolist()
         answers = slice(2, NUM_LABELS)
         out = {"text": losses[TEXT] / max(1, counts[TEXT]), "answer": sum(losses[answers]) / max(1, sum(counts[answers])),
@@ -117,13 +149,15 @@ def weighted_loss(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def train(model: TinyModel, options: Options, name: str) -> None:
-    """Trains, saves into options.out every so often and at the end, evaluates."""
+    """Trains, saves into options.out every so often and at the end, evaluates. The first of several processes saves and tells."""
+    group = Group()
+    first = group.rank == 0
     random.seed(options.seed)
-    torch.manual_seed(options.seed)
+    torch.manual_seed(options.seed + group.rank)
     device, cuda = model.device, model.device.type == "cuda"
     options.out.mkdir(parents=True, exist_ok=True)
     phase = multiprocessing.Value("i", 0)
-    loader = torch.utils.data.DataLoader(Batches(options, phase), batch_size=None, num_workers=options.workers, pin_memory=cuda,
+    loader = torch.utils.data.DataLoader(Batches(options, phase, group.rank), batch_size=None, num_workers=options.workers, pin_memory=cuda,
                                          prefetch_factor=2 if options.workers else None)
     batches = iter(loader)
     optimizer = Optimizer(model.weights, options.muon_rate, options.adam_rate)
@@ -132,65 +166,73 @@ def train(model: TinyModel, options: Options, name: str) -> None:
     begun = time.time()
     start = None  # of the time that counts: compilation is over
     seconds, step, tokens_seen, waited = options.seconds, 0, 0, 0.0
-    last_log = last_save = begun
+    last_log, last_save = begun, 0.0  # a clock's time, and seconds of training
     saved = False
-    print(f"{name}: {model.num_parameters():,} parameters", flush=True)
+
+    def tell(text: str) -> None:
+        if first:
+            print(f"{name}: {text}", flush=True)
+
+    tell(f"{model.num_parameters():,} parameters" + (f", {group.size} processes" if group.size > 1 else ""))
     while True:
         asked = time.time()
-        made_in, tokens, labels = next(batches)
-        waited += time.time() - asked
-        done = (time.time() - start) / seconds if start else 0.0
+        tokens, labels = next(batches)
+        now = time.time()
+        waited += now - asked
+        passed, log_now = group.from_first(now - start if start else 0.0, bool(start) and now - last_log > options.log_every)
+        done = passed / seconds
         if done >= 1:
             break
         current = min(int(np.searchsorted(ends, done, side="right")), len(ends) - 1)
         phase.value = current
-        if made_in < current and step > 3 and random.random() < 0.8:
-            continue  # most of what is left of the phase before
         tokens, labels = tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         rows, length = tokens.shape[0], tokens.shape[1] - 1
         positions = jumped_positions(rows, length, device) if random.random() < options.jumps else None
         targets, labels = tokens[:, 1:].reshape(-1), labels[:, 1:].reshape(-1)
         losses, hits = model.losses(tokens[:, :-1].contiguous(), targets, positions)
         weighted_loss(losses, labels).backward()
+        group.average_gradients(optimizer.all)
         factor = min(1.0, (step + 1) / options.warmup) * min(1.0, max(0.02, (1 - done) / options.decay))
         optimizer.step(factor)
         statistics.add(labels, hits, losses.detach())
         step += 1
-        tokens_seen += rows * length
+        tokens_seen += rows * length * group.size
         if start is None and step == 3:
             if cuda:
                 torch.cuda.synchronize()
             start = time.time()
             if options.until:
-                seconds = min(seconds, options.until - start - options.eval_seconds - 10)
+                seconds, = group.from_first(min(seconds, options.until - start - options.eval_seconds - 10))
             if seconds <= 0:
                 raise SystemExit(f"{name}: no time is left to train in; give a longer --wall or fewer --eval-seconds")
-            print(f"{name}: first steps took {start - begun:.1f} s; training for {seconds:.0f} s", flush=True)
-        now = time.time()
-        if start and now - last_log > options.log_every:
-            report = statistics.report()
-            memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-            passed = time.time() - start
-            line = {"step": step, "seconds": round(passed, 1), "left": round(seconds - passed), "lengths": options.phases[current][0],
-                    "Mtokens": round(tokens_seen / 1e6, 1), "rate": round(factor, 3), "waited": round(waited, 1), "GiB": round(memory, 1)}
-            line |= {key: round(value, 4) for key, value in report.items()}
-            print(f"{name}: " + " ".join(f"{key} {value}" for key, value in line.items()).replace("[", "").replace("]", ""), flush=True)
-            with open(options.out / "train.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-            last_log = now
+            tell(f"first steps took {start - begun:.1f} s; training for {seconds:.0f} s")
+        if log_now:
+            report = statistics.report(group)
+            last_log = time.time()
+            if first:
+                memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+                line = {"step": step, "seconds": round(passed, 1), "left": round(seconds - passed), "lengths": options.phases[current][0],
+                        "Mtokens": round(tokens_seen / 1e6, 1), "rate": round(factor, 3), "waited": round(waited, 1), "GiB": round(memory, 1)}
+                line |= {key: round(value, 4) for key, value in report.items()}
+                tell(" ".join(f"{key} {value}" for key, value in line.items()).replace("[", "").replace("]", ""))
+                with open(options.out / "train.jsonl", "a") as log:
+                    log.write(json.dumps(line) + "\n")
             if not math.isfinite(report["text"] + report["answer"]):
-                print(f"{name}: the loss is not finite; back to the last checkpoint at half the rates", flush=True)
+                tell("the loss is not finite; back to the last checkpoint at half the rates")
                 if not saved:
                     raise SystemExit(f"{name}: there is none yet; give a lower --rate")
                 checkpoint.load(options.out, model.weights)
                 optimizer = Optimizer(model.weights, optimizer.muon.rate / 2, optimizer.adam_rate / 2)
-            elif now - last_save > options.save_every:
-                checkpoint.save(options.out, model.config, model.weights, options.tokenizer)
-                last_save, saved = now, True
+            elif passed - last_save > options.save_every:
+                if first:
+                    checkpoint.save(options.out, model.config, model.weights, options.tokenizer)
+                last_save, saved = passed, True
     if not all(bool(weight.isfinite().all()) for weight in model.weights.values()):
         raise SystemExit(f"{name}: the last weights are not finite; {options.out} keeps the checkpoint before them, if there is one")
+    if not first:
+        return
     checkpoint.save(options.out, model.config, model.weights, options.tokenizer)
-    print(f"{name}: {step} steps, {tokens_seen / 1e6:.1f}M tokens, {time.time() - start:.0f} s; saved to {options.out}", flush=True)
+    tell(f"{step} steps, {tokens_seen / 1e6:.1f}M tokens, {time.time() - start:.0f} s; saved to {options.out}")
     del batches, loader, optimizer
     assess(model, options, name)
 

@@ -69,9 +69,27 @@ OWN_HELD_OUT = [
         ("With what did they stamp things from {query}?", "With what did they stamp things from {query}?"),
         (" Things from {query} that winter were stamped with", " Things from {query} that winter were stamped with")),
 ]
+# Further ones, written after the grammar below had its last change: nothing was tuned by what models make of them.
+FRESH_HELD_OUT = [
+    Wording(
+        ("An auction is reported below. Mind the prices.\n", "An auction is reported below. Mind all prices.\n"),
+        "At the auction, lot {key} went for {value} in the end.",
+        ("For what did lot {query} go at the auction?", "For what did lot {query} go at the auction?"),
+        (" At the auction, lot {query} went for", " At the auction, lot {query} went for")),
+    Wording(
+        ("A choir is mentioned in what follows.\n", "A choir is mentioned several times in what follows.\n"),
+        "It was {value} that the choir sang while {key} climbed the stairs.",
+        ("What did the choir sing while {query} climbed the stairs?", "What did the choir sing while {query} climbed the stairs?"),
+        (" While {query} climbed the stairs the choir sang", " While {query} climbed the stairs the choir sang")),
+    Wording(
+        ("Neighbours get things mixed up in this text.\n", "Neighbours get many things mixed up in this text.\n"),
+        "My neighbour could never tell {key} and the {kind} {value} apart.",
+        ("From which {kind} could my neighbour never tell {query} apart?", "From which {kind}s could my neighbour never tell {query} apart?"),
+        (" My neighbour could not tell {query} from the {kind}", " My neighbour could not tell {query} from the {kind}s")),
+]
 # Strings by which a test recognises a held-out wording.
 HELD_OUT_MARKS = ["filed under the name", "Whoever asks you", "ledger", "as a reply", "he traveller called", "parcel meant for",
-                  "they stamp"]
+                  "they stamp", "auction", "choir", "neighbour"]
 
 NOUNS = ["special magic {kind}", "secret {kind}", "{kind}", "registered {kind}", "access {kind}", "reference {kind}", "hidden {kind}",
          "private {kind}", "official {kind}", "serial {kind}", "pass {kind}", "lucky {kind}", "internal {kind}", "final {kind}",
@@ -168,6 +186,26 @@ SCENES = [
 ]
 ROLES = ["", "", "", "", "the sailor ", "the city of ", "our friend ", "the ship ", "a brand named ", "the farmer ", "the street of ", "project ",
          "the planet ", "somebody known as ", "the lake of ", "doctor ", "the firm ", "whoever is "]
+# Scenes put together at random, so that many shapes are met instead of a list that can be learned by heart: what somebody did with or at a
+# value, as (told with the preposition in front, asked for, answered), and by what it belongs to a key.
+PREPOSITIONS = ["with", "by", "under", "at", "from", "using", "behind", "near", "after", "through", "against", "on", "for", "instead of", "above",
+                "because of", "thanks to", "upon", "before"]
+DEEDS = [("they closed the account", "close the account"), ("a clerk sealed the envelope", "seal the envelope"), ("we found the bag", "find the bag"),
+         ("he opened the gate", "open the gate"), ("the crew hid all the gold", "hide all the gold"), ("one pays the whole bill", "pay the whole bill"),
+         ("she locked up every letter", "lock up every letter"), ("the judge ended the case", "end the case"), ("people know the voice", "know the voice"),
+         ("a boy drew the face", "draw the face"), ("the cook served the meal", "serve the meal"), ("you reach the office", "reach the office"),
+         ("the police keep the file", "keep the file"), ("somebody tuned the piano", "tune the piano"), ("the tower shows the flag", "show the flag"),
+         ("an editor printed the poem", "print the poem"), ("they measured anything", "measure anything"), ("I remember the day", "remember the day")]
+BELONGS = ["of", "for", "from", "beside", "next to", "sent to", "in favour of", "that concerns", "written for", "on behalf of", "owned by",
+           "known to", "close to", "left by", "made for", "together with", "about", "meant to please", "in the name of", "which came with"]
+# "{value} is noted as the {noun} ... {key}": a whole clause between the two; then how the answer names it.
+NOTED = ["is noted as", "serves as", "counts as", "was entered as", "appears as", "figures as", "passes for", "is listed as", "came up as",
+         "was handed over as", "remains", "was announced as", "stood out as", "has been printed as"]
+TOLD = ["should say", "has to enter", "must write down", "needs to name", "ought to give", "will want to use", "is told to take", "may choose",
+        "shall bring", "had better note"]
+WHEN = ["If somebody mentions {key}", "Anyone who looks for {key}", "Everybody who writes to {key}", "A person that meets {key}", "People who call {key}",
+        "Each visitor of {key}", "One who thinks of {key}", "A guest that wants {key}", "The man who hears of {key}"]
+ANSWER_VERBS = ["say", "enter", "write down", "name", "give", "use", "take", "choose", "bring", "note", "remember", "send", "look for", "show"]
 TAILS = ["", "", "", "", " in spring", " two years ago", " on a Monday", " and left", " without a word", " before noon", " at the harbour",
          " that day", " for the last time", " and nobody minded", " at once", " back then"]
 
@@ -176,17 +214,48 @@ def _upper(text: str) -> str:
     return text if text.startswith("{") else text[:1].upper() + text[1:]
 
 
+def draw_scene(rng: random.Random) -> tuple[str, str, str]:
+    """Statement, question and answer prefix of a scene that is put together at random; most have the value first."""
+    shape = rng.random()
+    if shape < 0.4:  # a deed with, under, behind ... the value, for what has the key
+        preposition, (told, asked), belongs = rng.choice(PREPOSITIONS), rng.choice(DEEDS), rng.choice(BELONGS)
+        if rng.random() < 0.8:
+            statement = f"{preposition} {{value}} {told} {belongs} {{role}}{{key}}"
+        else:
+            statement = f"{told} {belongs} {{role}}{{key}} {preposition} {{value}}"
+        question = rng.choice((f"{preposition} what did they {asked} {belongs} {{query}}", f"what did they {asked} {belongs} {{query}} {preposition}"))
+        prefix = rng.choice((f" {_upper(told)} {belongs} {{query}} {preposition}", f" To {asked} {belongs} {{query}} it took",
+                             f" They did {asked} {belongs} {{query}} {preposition}", f" What concerns {{query}} happened {preposition}"))
+    elif shape < 0.7:  # the value is noted as something, a clause away from the key
+        noted, belongs = rng.choice(NOTED), rng.choice(BELONGS)
+        where = rng.choice(("", "", "on the third page, ", "in our books, ", "at the museum, ", "on a wall, ", "in her notes, ", "since monday, "))
+        statement = f"{where}{{value}} {noted} the {{noun}} {belongs} {{role}}{{key}}"
+        question = rng.choice((f"which {{noun}} {belongs} {{query}} is it", f"{where}what {noted} the {{noun}} {belongs} {{query}}",
+                               f"look at {{query}} and tell which {{noun}} there is"))
+        prefix = rng.choice((f" The {{noun}} {belongs} {{query}} is", f" {_upper(where)}the {{noun}} {belongs} {{query}} is", f" As the {{noun}} {belongs} {{query}} we have",
+                             f" Seen {belongs} {{query}}, the {{noun}} is"))
+    else:  # what one does about the key, with the value
+        when, told = rng.choice(WHEN), rng.choice(TOLD)
+        statement = f"{when} {told} the {{noun}} {{value}}" if rng.random() < 0.6 else f"{{value}} is the {{noun}} one {told} about {{role}}{{key}}"
+        question = rng.choice((f"which {{noun}} is to be said about {{query}}", f"what is one told about {{query}}", f"what about {{query}}"))
+        verb = rng.choice(ANSWER_VERBS)
+        prefix = rng.choice((f" When it comes to {{query}}, the {{noun}} to {verb} is", f" With {{query}} in mind, the {{noun}} to {verb} is",
+                             f" For those who want {{query}}, the right {{noun}} to {verb} would be", f" About {{query}} one has to {verb}",
+                             f" The {{noun}} to {verb} for {{query}} is"))
+    return statement, question, prefix
+
+
 def draw_wording(rng: random.Random) -> Wording:
     """A wording of the training grammar; {kind} is left in it."""
     noun = rng.choice(NOUNS)
     opener = rng.choice(OPENERS)
     choice, scene = rng.random(), None
-    if choice < 0.35:
+    if choice < 0.25:
         body = rng.choice(SUBJECTS) + rng.choice(CONNECTORS) + " {value}"
-    elif choice < 0.65:
+    elif choice < 0.45:
         body = rng.choice(STATEMENTS)
     else:
-        scene = rng.choice(SCENES)
+        scene = draw_scene(rng) if choice < 0.8 else rng.choice(SCENES)
         body = scene[0].replace("{role}", rng.choice(ROLES)) + rng.choice(TAILS)
     needle = opener + (body if opener and not opener.endswith(": ") else _upper(body)) + rng.choice(ENDINGS)
     lead, closing = rng.choice(LEADS), rng.choice(QUESTION_CLOSINGS)
