@@ -161,6 +161,8 @@ void add_distill(CLI::App& app, const ProcessGroup* group) {
   command.add_option("--held-out-sequences", train.held_out_sequences, "Sequences of the held-out loss")->capture_default_str()->group(watch);
   command.add_option("--held-out-interval", train.held_out_interval, "Steps between held-out losses")->capture_default_str()->group(watch);
   command.add_option("--checkpoint-interval", train.checkpoint_interval, "Steps between checkpoints")->capture_default_str()->group(watch);
+  command.add_option("--calibration-length", train.calibration_length, "Tokens of the held-out contexts on which temperatures are fitted (0: --length)")
+      ->capture_default_str()->group(watch);
   command.add_flag("--no-calibrate", options->no_calibrate, "Leave the temperatures at 1")->group(watch);
   command.callback([options, group] {
     if (const int status = run(*options, group)) throw CLI::RuntimeError(status);

@@ -98,6 +98,9 @@ class Run {
     if (config.data.sequence_length > backbone.config().max_position_embeddings)
       fail("distillation: sequence_length is {}, the backbone reaches {} positions",
            config.data.sequence_length, backbone.config().max_position_embeddings);
+    if (config.calibration_length > backbone.config().max_position_embeddings)
+      fail("distillation: calibration_length is {}, the backbone reaches {} positions", config.calibration_length,
+           backbone.config().max_position_embeddings);
     const SelectorConfig& shape = selector.config();
     const int64_t least = shape.selection.sinks + shape.selection.recency + 2 * shape.block_size;
     if (shape.distillation.teacher_scope == TeacherScope::residual && config.data.sequence_length < least)
@@ -131,6 +134,12 @@ class Run {
     if (is_writer() && held_out_.empty() && config_.held_out_sequences > 0 && hooks_.show_progress)
       fmt::print(stderr, "No held-out text: the corpus has too few documents for one in {}.\n",
                  config_.data.held_out_every);
+    if (config_.calibrate && config_.calibration_length > 0 && !held_out_.empty()) {
+      calibration_contexts_ = data_.held_out(config_.held_out_sequences, config_.calibration_length);
+      if (calibration_contexts_.empty())
+        fail("distillation: the held-out text has no {} tokens to calibrate on; lower calibration_length or give more text",
+             config_.calibration_length);
+    }
 
     const SignalGuard signals(hooks_.handle_signals);
     std::optional<Progress> progress;
@@ -355,7 +364,7 @@ class Run {
     try {
       nlohmann::json stored = state.at("config"), ours = config_.to_json();
       for (const char* free : {"output", "data_paths", "held_out_sequences", "held_out_interval",
-                               "checkpoint_interval", "calibrate", "store"}) {
+                               "checkpoint_interval", "calibrate", "calibration_length", "store"}) {
         stored.erase(free);
         ours.erase(free);
       }
@@ -400,8 +409,8 @@ class Run {
   // Every replica fits for itself: all selectors stay equal, and a sharded backbone needs all to take part.
   void finish() {
     if (config_.calibrate && !held_out_.empty()) {
-      const Calibration fitted =
-          calibrate(backbone_, selector_, held_out_, {}, hooks_.show_progress && is_writer());
+      const Calibration fitted = calibrate(backbone_, selector_, calibration_contexts_.empty() ? held_out_ : calibration_contexts_, {},
+                                           hooks_.show_progress && is_writer());
       selector_.selection().temperature = fitted.temperature;
       calibration_ = fitted.to_json();
     }
@@ -418,7 +427,7 @@ class Run {
   TrainingData data_;
   SelectorOptimizer optimizer_;
   DistillAttention attention_;
-  std::vector<TokenSequence> held_out_;
+  std::vector<TokenSequence> held_out_, calibration_contexts_;
   std::optional<MetricsLog> log_;
   int64_t step_ = 0;
   nlohmann::json last_, calibration_;

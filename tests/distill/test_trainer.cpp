@@ -466,6 +466,27 @@ TEST(Trainer, WritesFittedTemperatures) {
   EXPECT_TRUE(loaded.notes().at("calibration").contains("captured_after"));
 }
 
+TEST(Trainer, CalibratesOnLongerContextsThanItTrainsOn) {
+  SmallRun setup(fresh_seed());
+  setup.config.calibrate = true;
+  setup.config.steps = 1;
+  setup.config.data.sequence_length = 400;
+  setup.config.calibration_length = 900;
+  Selector selector = setup.selector();
+  setup.run(selector);
+  const Selector loaded = Selector::load(setup.config.output.string(), "", setup.backbone.config(), setup.backbone.fingerprint(), at::kCPU);
+  // As many contexts as held-out sequences, each with more measured queries than 400 tokens have.
+  const std::vector<TokenSequence> contexts = TrainingData(setup.config.data, bytes_as_tokens, kEos).held_out(setup.config.held_out_sequences, 900);
+  const Calibration expected = calibrate(setup.backbone, selector, contexts, {}, false);
+  ASSERT_FALSE(contexts.empty());
+  EXPECT_EQ(loaded.config().selection.temperature, expected.temperature);
+  EXPECT_EQ(loaded.notes().at("calibration").at("queries"), expected.queries);
+
+  setup.config.output += "-more";
+  setup.config.calibration_length = 4000;  // the held-out documents have about 2900
+  EXPECT_THROW(setup.run(selector), Error);
+}
+
 TEST(TrainConfig, RoundTripsAndRefusesMistakes) {
   TrainConfig config;
   config.output = "some/folder";
