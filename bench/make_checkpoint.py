@@ -2,7 +2,7 @@
 """Writes a checkpoint with random weights and the shapes of a config.json, as transformers publishes one (sharded
 safetensors, bfloat16), so that loading can be measured where no published weights are at hand.
 
-    python bench/make_checkpoint.py bench/configs/qwen3-8b OUT [--device cuda]
+    python bench/make_checkpoint.py bench/configs/qwen3-8b OUT [--device cpu]
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=pathlib.Path, help="folder with a config.json")
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     config = AutoConfig.from_pretrained(options.config)
     # A vision-language config holds the text model's; only that is made.

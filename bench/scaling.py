@@ -5,15 +5,17 @@
 
 Writes a checkpoint with random weights of the config's shapes (bench/make_checkpoint.py; --model takes an existing one), then
 distils with the same global batch on every number of GPUs, whole backbones first, then with --shard-backbone. Efficiency is
-tokens/s over that of one GPU, times the number of GPUs. `loss` is the largest relative difference to the one-GPU run in any step.
+tokens/s a GPU over that of the first run, `loss` the largest relative difference to its losses in any step.
 Last, one process of the largest number is killed in mid-run, and the run is continued on one GPU: the error line and the
-agreement of the continued losses are printed. SPOT_BUILD names the folder with spot and libspot.so.
+agreement of the continued losses are printed. SPOT_BUILD names the folder with libspot.so. Without GPUs the processes share the
+CPU: that checks the runs, their speed means little.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -42,9 +44,13 @@ def start(gpus: int, words: list[str]) -> list[subprocess.Popen]:
 
 def finish(processes: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
     errors = []
-    for process in processes:
-        _, text = process.communicate(timeout=300)
-        errors += [line for line in text.splitlines() if line.startswith("error:")] or ([text[-500:]] if text and process.returncode else [])
+    try:
+        for process in processes:
+            _, text = process.communicate(timeout=300)
+            errors += [line for line in text.splitlines() if line.startswith("error:")] or ([text[-500:]] if text and process.returncode else [])
+    finally:
+        for process in processes:
+            process.kill()  # one that hangs would keep its GPU
     return [process.returncode for process in processes], errors
 
 
@@ -57,24 +63,36 @@ def difference(run: list[dict], reference: list[dict]) -> float:
     return max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(run, reference, strict=True))
 
 
+def counts(text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text} does not list numbers of GPUs, as 1,2 does")
+    return [int(word) for word in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=pathlib.Path, help="folder with the config.json of a random checkpoint")
     parser.add_argument("--tokenizer", type=pathlib.Path, help="folder with its tokenizer.json")
     parser.add_argument("--model", type=pathlib.Path, help="a whole checkpoint instead")
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/scaling"))
-    parser.add_argument("--gpus", type=lambda text: [int(word) for word in text.split(",")], default=[1, 2])
+    parser.add_argument("--gpus", type=counts, default=[1, 2])
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--sequences-per-step", type=int, default=4, help="of the whole run")
     parser.add_argument("--steps", type=int, default=6, help="of which the first two are not timed")
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
+    if options.steps < 4:
+        parser.error(f"--steps {options.steps}: at least 4 are needed, as two are not timed and a process is killed after the third")
+    # Before a checkpoint of many GiB is written.
+    for path in (options.data, options.config and options.config / "config.json", options.tokenizer and options.tokenizer / "tokenizer.json"):
+        if path and not path.exists():
+            parser.error(f"{path} does not exist")
     model = options.model
     if model is None:
         if options.config is None or options.tokenizer is None:
             parser.error("give --model, or --config and --tokenizer")
-        model = options.out / "model"
+        model = options.out / f"model-{options.config.resolve().name}"
         if not (model / "tokenizer.json").exists():
             subprocess.run([sys.executable, ROOT / "bench" / "make_checkpoint.py", options.config, model], check=True)
             shutil.copy(options.tokenizer / "tokenizer.json", model)
@@ -97,14 +115,14 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         statuses, errors = finish(start(gpus, command))
         if any(statuses):
-            sys.exit(f"error: the run on {gpus} GPUs ended with {statuses}: {errors}")
+            sys.exit(f"error: the run of {gpus} processes ended with {statuses}: {errors}")
         run = metrics(out)
         reference = reference or run
         speed = statistics.median(line["tokens_per_second"] for line in run[2:])
         alone = alone or speed / gpus
         rows.append({"gpus": gpus, "sharded": sharded, "tokens_per_second": speed, "efficiency": speed / (gpus * alone),
                      "loss_difference": difference(run, reference)})
-        print("{gpus} GPUs{0}: {tokens_per_second:,.0f} tokens/s, efficiency {efficiency:.3f}, loss {loss_difference:.1e}".format(
+        print("{gpus} processes{0}: {tokens_per_second:,.0f} tokens/s, efficiency {efficiency:.3f}, loss {loss_difference:.1e}".format(
             ", backbone sharded" if sharded else "", **rows[-1]), flush=True)
 
     out, command = words("killed")
@@ -114,13 +132,16 @@ def main() -> None:
         time.sleep(0.02)
     processes[-1].send_signal(signal.SIGKILL)
     statuses, errors = finish(processes)
+    if statuses[-1] != -signal.SIGKILL:
+        sys.exit(f"error: the run ended with {statuses} before one of its processes could be killed: {errors}")
     print(f"one of {len(processes)} killed after step {len(metrics(out))}: statuses {statuses}, {errors}", flush=True)
     statuses, errors = finish(start(1, [*command, "--resume"]))
     if any(statuses):
-        sys.exit(f"error: --resume on one GPU ended with {statuses}: {errors}")
+        sys.exit(f"error: --resume by one process ended with {statuses}: {errors}")
     again = difference(metrics(out), reference)
-    print(f"continued on one GPU: {len(metrics(out))} steps, loss {again:.1e}")
+    print(f"continued by one process: {len(metrics(out))} steps, loss {again:.1e}")
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"model": str(options.config or model), "length": options.length, "rows": rows,
                                             "continued_loss_difference": again}, indent=1) + "\n")
 
