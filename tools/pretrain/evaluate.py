@@ -59,7 +59,7 @@ class Prompts(Rows):
         return self._multikey(length, index, HELD_OUT[index % len(HELD_OUT)])
 
     def multikey_fresh(self, length: int, index: int) -> Row:
-        """In the wordings that were written when the training grammar was done."""
+        """In the wordings that have not steered the training grammar."""
         return self._multikey(length, index, wordings.FRESH_HELD_OUT[index % len(wordings.FRESH_HELD_OUT)])
 
     def multikey_known(self, length: int, index: int) -> Row:

@@ -94,12 +94,11 @@ class Group:
 
     def average_gradients(self, weights: list[torch.Tensor]) -> None:
         if self.size > 1:
-            gradients = [weight.grad for weight in weights]
-            flat = torch._utils._flatten_dense_tensors(gradients)
+            flat = torch.cat([weight.grad.flatten() for weight in weights])
             dist.all_reduce(flat)
             flat /= self.size
-            for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients)):
-                gradient.copy_(mean)
+            for weight, mean in zip(weights, flat.split([weight.numel() for weight in weights])):
+                weight.grad.copy_(mean.view_as(weight))
 
     def add_up(self, sums: torch.Tensor) -> None:
         if self.size > 1:

@@ -69,7 +69,7 @@ OWN_HELD_OUT = [
         ("With what did they stamp things from {query}?", "With what did they stamp things from {query}?"),
         (" Things from {query} that winter were stamped with", " Things from {query} that winter were stamped with")),
 ]
-# Further ones, written after the grammar below had its last change: nothing was tuned by what models make of them.
+# Further ones, written with the last change of the grammar below and before anything was trained on it: they have steered nothing.
 FRESH_HELD_OUT = [
     Wording(
         ("An auction is reported below. Mind the prices.\n", "An auction is reported below. Mind all prices.\n"),
