@@ -4,7 +4,9 @@ Most rows are laid out as the prompts of `spot eval` are: introduction, haystack
 questions follow the first one, or stand in the haystack behind what they ask for, so that a row teaches more than once.
 """
 
+import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -72,9 +74,17 @@ class Rows:
         choice = self.rng.random()
         if choice < 0.12:
             return wordings.SUITE_TRAINED[0]
-        if choice < 0.35:
-            return wordings.draw_glue(self.rng, self.pieces.words)
+        if choice < 0.45:
+            return wordings.draw_glue(self.rng, self.word_source())
         return wordings.draw_wording(self.rng)
+
+    def word_source(self) -> Callable[[int], list[str]]:
+        """Gives so many words at a call: of the list, or of running text, one after another until it ends."""
+        if self.rng.random() < 0.4:
+            return lambda count: self.rng.choices(self.pieces.words, k=count)
+        text = self.pieces.tokenizer.decode(self.pieces.slice("essay", 160).tolist()).split()
+        words = (word for word in text[1:] if not set("{}") & set(word))  # the first may be cut
+        return lambda count: list(itertools.islice(words, count))
 
     def statement(self, wording: Wording, kind: str, key: Item, value: Item, lead: str, tail: str) -> Row:
         """A needle. Its key and value cannot be foreseen and carry no loss; nor does the rest, which soon repeats itself."""

@@ -6,6 +6,7 @@ placeholder but {kind} stands after a space or at the start of a line, so that a
 
 import dataclasses
 import random
+from collections.abc import Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,18 +273,19 @@ def draw_wording(rng: random.Random) -> Wording:
     return Wording((parts[0], parts[0]), parts[1], (parts[2], parts[3]), (parts[4], parts[5]))
 
 
-def draw_glue(rng: random.Random, words: list[str]) -> Wording:
-    """Random words around key and value, so that nothing but the key itself leads to the value."""
+def draw_glue(rng: random.Random, take: Callable[[int], list[str]]) -> Wording:
+    """Words that `take` gives, of any sense, around key and value, so that nothing but the key itself leads to the value."""
 
     def some(low: int, high: int) -> str:
-        return " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))
+        return " ".join(take(rng.randint(low, high)))
 
     def join(*parts: str) -> str:
         return " ".join(part for part in parts if part)
 
     ends = [".", "", ";", ":", ","]
-    first, second = ("{key}", "{value}") if rng.random() < 0.45 else ("{value}", "{key}")
-    needle = join(some(0, 5), first, some(0, 6), second, some(0, 4)) + rng.choice(ends)
+    # The value first more often than not: it is harder to learn, and in a hybrid what lies between the two decides.
+    first, second = ("{key}", "{value}") if rng.random() < 0.35 else ("{value}", "{key}")
+    needle = join(some(0, 5), first, some(0, 10), second, some(0, 4)) + rng.choice(ends)
     question = _upper(join(some(0, 5), "{query}", some(0, 4))) + rng.choice(["?", ".", ":", ""])
     if rng.random() < 0.6:
         prefix = " " + join(some(0, 4), "{query}", some(0, 6))
