@@ -42,7 +42,7 @@ def comma_list(text: str) -> list[str]:
 
 
 def methods_list(text: str) -> list[str]:
-    return [method for method in text.split(";") if method]
+    return [method.strip() for method in text.split(";") if method.strip()]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,6 +68,8 @@ def parse_arguments() -> argparse.Namespace:
                              "spot:k=10%%,cache=mxfp4;spot:k=10%%,prefill=sparse. Those of spot are run with every selector")
     parser.add_argument("--no-baselines", action="store_true", help="selectors and dense attention alone")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--launch", type=shlex.split, default=[],
+                        help="what starts every spot eval, such as 'tools/on_gpu.py --share 16 --' on several GPUs")
     parser.add_argument("--formats", type=comma_list, default=["bf16", "int4"], help="selector keys; the first is taken as exact")
     for step in ("ruler", "needle", "text"):
         parser.add_argument(f"--{step}-options", type=shlex.split, default=[], help=f"more options of `spot eval {step}`, quoted as one")
@@ -109,6 +111,7 @@ class Step:
     folder: pathlib.Path
     command: list[str]
     selector: pathlib.Path | None
+    launch: list[str]
 
     def record(self) -> str:
         """What the report depends on: a selector that was distilled anew under its old name is another one."""
@@ -123,7 +126,7 @@ class Step:
         """Runs what is left to run, in sight; the report."""
         if not self.done():
             print("$ " + " ".join(self.command), flush=True)
-            code = subprocess.run(self.command).returncode
+            code = subprocess.run(self.launch + self.command).returncode
             if code:
                 sys.exit(f"error: the command above failed with status {code}; after mending it, run this one again to go on")
             (self.folder / "command.json").write_text(self.record())
@@ -150,7 +153,7 @@ def list_steps(options: argparse.Namespace) -> list[Step]:
         def add(kind: str, table: str, part: str, methods: list[str], *more: str) -> None:
             out = options.out / table / (name or "baselines") / part
             command = [str(SPOT), "eval", kind, *base, "--methods", ",".join(methods), *more, "--out", str(out)]
-            steps.append(Step(kind, table, name, out, command, located))
+            steps.append(Step(kind, table, name, out, command, located, options.launch))
 
         for kind in options.steps:
             if kind != "text":
@@ -199,7 +202,7 @@ def list_parts(options: argparse.Namespace, steps: list[Step]) -> list[Part]:
 def run_part(part: Part) -> int:
     part.folder.mkdir(parents=True, exist_ok=True)
     with open(part.folder / "run.log", "w") as log:
-        code = subprocess.run(part.command, stdout=log, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(part.step.launch + part.command, stdout=log, stderr=subprocess.STDOUT).returncode
     if code == 0 and part.step.kind != "ruler":
         (part.folder / "command.json").write_text(part.step.record())
     return code

@@ -32,6 +32,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.tokens < 1024 or options.documents < 2:
         parser.error(f"--tokens {options.tokens}, --documents {options.documents}: at least 1024 and 2 are needed")
+    if not options.data.is_file():
+        parser.error(f"{options.data} does not exist")
     corpus.prepare(options.data, options.tokenizer, options.work)
     options.out.mkdir(parents=True, exist_ok=True)
     pieces = Pieces(options.work, options.tokenizer, options.seed)

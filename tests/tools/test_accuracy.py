@@ -3,6 +3,7 @@ are put together only when they fit."""
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -22,8 +23,11 @@ def test_tables_add_up_and_finished_steps_are_kept(build_folder, tiny_qwen3, tmp
     command = [sys.executable, ROOT / "tools" / "accuracy.py", "--model", tiny_qwen3, "--text", text, "--out", tmp_path / "out",
                "--selector", selectors[0], "--selector", selectors[1], "--lengths", "1024", "--tasks", "vt", "--samples", "2",
                "--sequences", "1", "--text-methods", "4", "--rules", "k=512,k=4096", "--twilight", "p=0.9,k=50%", "--needle-options", "--distractors 8",
-               "--", *threads]
-    first = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+               "--launch", f"{ROOT}/tools/on_gpu.py --share 1 --", "--", *threads]
+    locks = tmp_path / "locks"
+    first = subprocess.run(command, check=True, capture_output=True, text=True,
+                           env=os.environ | {"SPOT_GPUS": "cpu", "SPOT_GPU_LOCKS": str(locks)}).stdout
+    assert locks.is_dir()  # what was to start the programs did
     assert first.count("$ ") == 9  # three steps for each selector and the baselines
     data = json.loads((tmp_path / "out" / "accuracy.json").read_text())
     tables = {table["title"]: table for table in data["tables"]}
