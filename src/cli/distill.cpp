@@ -100,7 +100,7 @@ int run(Options& options, const ProcessGroup* group) {
     if (talks) fmt::print(stderr, "interrupted after step {}; saved. Continue with the same command and --resume\n", result.steps);
     return 130;
   }
-  if (talks) fmt::print("selector: {}\nloss plot: {}\n", folder, (options.train.output / "loss.html").string());
+  if (talks) fmt::print("selector: {}\nits card: {}\nloss plot: {}\n", folder, (options.train.output / "README.md").string(), (options.train.output / "loss.html").string());
   return 0;
 }
 

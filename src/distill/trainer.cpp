@@ -14,6 +14,7 @@
 #include "core/files.h"
 #include "core/progress.h"
 #include "distill/calibrate.h"
+#include "distill/card.h"
 #include "distill/distill_attention.h"
 #include "distill/initialize.h"
 #include "distill/metrics.h"
@@ -416,6 +417,8 @@ class Run {
     }
     if (!is_writer()) return;
     selector_.save(config_.output, fingerprint_, notes(), config_.store == "bfloat16" ? at::kBFloat16 : at::kFloat);
+    const std::string name = fs::absolute(config_.output / "").parent_path().filename().string();
+    write_file_atomically(config_.output / "README.md", selector_card(name, read_json(config_.output / "selector.json"), log_->entries()));
     write_loss_page(config_.output / "loss.html", log_->entries());
   }
 

@@ -52,6 +52,7 @@ struct TrainResult {
 //
 // config.output receives
 //   selector.safetensors, selector.json   at the end
+//   README.md                             its card, at the end
 //   checkpoint-STEP/                      selector, optimizer and place in the data; appears whole or not at all
 //   metrics.jsonl                         one object a step, see docs/distillation.md
 //   loss.html                             plots of it

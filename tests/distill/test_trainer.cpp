@@ -179,6 +179,7 @@ TEST(Trainer, ResumedRunEqualsAStraightOneBitForBit) {
   }
   EXPECT_EQ(loaded.notes().at("steps"), 6);
   EXPECT_TRUE(fs::exists(setup.config.output / "loss.html"));
+  EXPECT_NE(read_file(setup.config.output / "README.md").find("\n6 steps of "), std::string::npos);
 
   // Another seed gives other weights: the comparison above can fail.
   SmallRun other(setup.seed + 1);
