@@ -253,7 +253,7 @@ def run_all(options: argparse.Namespace) -> tuple[dict[str, list[tuple[str, dict
 @dataclasses.dataclass
 class Table:
     title: str
-    header: list[str]
+    header: list[str] = dataclasses.field(default_factory=list)
     rows: list[list[str]] = dataclasses.field(default_factory=list)
 
     def markdown(self) -> str:
@@ -329,16 +329,18 @@ def ruler_tables(options: argparse.Namespace, runs: list[tuple[str, dict]], data
         by_task = Table(f"RULER at {length} tokens, by task", ["attention", *tasks])
         for method, values in by_method.items():
             by_task.rows.append([method] + [f"{numpy.mean([v for (t, _), v in values.items() if t == task]):.1f}" for task in tasks])
-        apart = Table(f"Where points are lost, RULER at {length} tokens", ["rule", "loss", "points"])
+        apart = Table(f"Where points are lost, RULER at {length} tokens")
         for selector, rule, name, steps in losses(options, [selector for selector, _ in runs]):
+            apart.header = ["rule", *(title for title, _, _ in steps)]
+            apart.rows.append([name])
             for title, before, after in steps:
                 pairs = [numpy.array([by_method[after][key] - value for key, value in by_method[before].items() if key[0] == task])
                          for task in tasks]
                 difference = interval(pairs)
-                apart.rows.append([name, title, shown(difference, "+.1f")])
+                apart.rows[-1].append(shown(difference, "+.1f"))
                 data["losses"].append({"measure": "ruler", "length": length, "selector": selector, "rule": rule, "loss": title,
                                        **difference})
-        tables += [table, apart, by_task]
+        tables += [table, *([apart] if apart.rows else []), by_task]
     return tables
 
 
@@ -371,14 +373,16 @@ def text_tables(options: argparse.Namespace, length: str, runs: list[tuple[str, 
                            "" if name == "dense" else f"{100 * (method['perplexity'] / methods['dense']['perplexity'] - 1):+.2f}%",
                            f"{method['kl_from_dense']:.4f}", f"{100 * method['argmax_agreement']:.1f}%",
                            f"{100 * method['attended_share']:.1f}%", f"{mass:.3f}"])
-    apart = Table(f"Where likelihood is lost, running text at {length} tokens", ["rule", "loss", "nats a token"])
+    apart = Table(f"Where likelihood is lost, running text at {length} tokens (nats a token)")
     for selector, rule, name, steps in losses(options, [selector for selector, _ in runs]):
+        apart.header = ["rule", *(title for title, _, _ in steps)]
+        apart.rows.append([name])
         for title, before, after in steps:
             difference = methods[after]["nll"] - methods[before]["nll"]
-            apart.rows.append([name, title, f"{difference:+.4f}"])
+            apart.rows[-1].append(f"{difference:+.4f}")
             data["losses"].append({"measure": "text", "length": int(length), "selector": selector, "rule": rule, "loss": title,
                                    "mean": difference})
-    return [table, apart]
+    return [table, *([apart] if apart.rows else [])]
 
 
 NOTES = ("Every method answers the same prompts. RULER and needles: the context is prefilled densely once; in question and "
