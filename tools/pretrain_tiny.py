@@ -6,7 +6,7 @@ usage: pretrain_tiny.py --data TEXT --tokenizer tokenizer.json --out DIR [--mode
 Any text does (a file or .gz; documents may be separated by NUL): most of what is learned are needles, chains of variables, word
 lists and questions that tools/pretrain/ puts into it. The models are trained at the same time, each in a process of its own; one
 model goes to several GPUs with torchrun --nproc-per-node N pretrain_tiny.py --models qwen3_5 ... (--tokens are each process's then).
-Writes DIR/tiny-MODEL/: a checkpoint as transformers loads it, train.jsonl and results.json.
+Writes DIR/tiny-MODEL/: a checkpoint as transformers loads it, train.jsonl, results.json and results.md.
 """
 
 import argparse

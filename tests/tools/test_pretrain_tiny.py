@@ -212,7 +212,12 @@ def test_a_run_writes_a_checkpoint_that_transformers_loads(work, tmp_path):
     folder = tmp_path / "tiny-qwen3_5"
     log = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     assert log and all(line["answer"] > 0 for line in log)
-    assert json.loads((folder / "results.json").read_text())["text"]["nats_per_token"] > 0
+    results = json.loads((folder / "results.json").read_text())
+    assert results["text"]["nats_per_token"] > 0
+    cell, table = results["multikey_held_out@512"], (folder / "results.md").read_text()
+    assert f"| multikey_held_out | {cell['exact']:.2f}" in table
+    for wording, exact in zip(evaluate.HELD_OUT, cell["by_wording"]):
+        assert f"| {wording.needle} | {exact:.2f} |" in table
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert type(model).__name__ == "Qwen3_5ForCausalLM" and len(tokenizer) == models.VOCABULARY

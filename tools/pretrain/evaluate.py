@@ -106,6 +106,35 @@ def cells(lengths: list[int]) -> list[tuple[str, int, int]]:
     return out
 
 
+WORDINGS = {"multikey_held_out": HELD_OUT, "multikey_fresh": wordings.FRESH_HELD_OUT}  # tasks that go round several
+
+
+def markdown(results: dict) -> str:
+    """Tables for a model's card: exact match by task and length (the prompts in brackets where few), and by held-out wording."""
+    cells_of = {tuple(name.split("@")): cell for name, cell in results.items() if "@" in name}
+    lengths = sorted({int(length) for _, length in cells_of})
+
+    def line(first: str, numbers: list) -> str:
+        return "| " + " | ".join([first, *numbers]) + " |"
+
+    def rows(names, number) -> list[str]:
+        return [line(name, [number(key, str(length)) for length in lengths]) for name, key in names]
+
+    def exact(task: str, length: str) -> str:
+        cell = cells_of.get((task, length))
+        return "" if not cell else f"{cell['exact']:.2f}" + (f" ({cell['prompts']})" if cell["prompts"] < 50 else "")
+
+    def of_wording(key: tuple[str, int], length: str) -> str:
+        task, at = key
+        return f"{cells_of[task, length]['by_wording'][at]:.2f}" if (task, length) in cells_of else ""
+
+    head = ["| --- |" + " --- |" * len(lengths)]
+    columns = [f"{length // 1024}K" if length >= 1024 else str(length) for length in lengths]
+    by_wording = [(wording.needle, (task, at)) for task, known in WORDINGS.items() for at, wording in enumerate(known)]
+    return "\n".join([line("exact match", columns), *head, *rows([(task, task) for task in dict.fromkeys(task for task, _ in cells_of)], exact), "",
+                      line("held-out wording", columns), *head, *rows(by_wording, of_wording)]) + "\n"
+
+
 @torch.no_grad()
 def evaluate(model: TinyModel, pieces: Pieces, lengths: list[int], seconds: float, file: pathlib.Path) -> dict:
     """Shares of exact answers by task and length, written to `file` after each cell; stops when the time is over.
@@ -134,8 +163,8 @@ def evaluate(model: TinyModel, pieces: Pieces, lengths: list[int], seconds: floa
             results[f"{task}@{length}"] = {"exact": round(sum(exact) / len(exact), 4), "first_tokens": round(sum(first) / len(first), 4),
                                            "prompts": len(exact)}
             cell = results[f"{task}@{length}"]
-            kinds = {"multikey_held_out": len(HELD_OUT), "multikey_fresh": len(wordings.FRESH_HELD_OUT)}.get(task)
-            if kinds:  # of the held-out ones: the suite's, then our own
+            kinds = len(WORDINGS.get(task, []))
+            if kinds:
                 cell["by_wording"] = [round(sum(part) / max(1, len(part)), 3) for part in (exact[at::kinds] for at in range(kinds))]
             print(f"evaluation {task}@{length}: exact {cell['exact']:.3f}, first tokens {cell['first_tokens']:.3f}, {len(exact)} prompts, "
                   f"{time.time() - start:.0f} s", flush=True)

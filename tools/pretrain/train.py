@@ -247,4 +247,5 @@ def assess(model: TinyModel, options: Options, name: str) -> None:
     results = evaluate.evaluate(model, pieces, options.eval_lengths, seconds, file)
     results["text"] = {"nats_per_token": round(evaluate.text_loss(model, pieces, min(4096, max(options.eval_lengths)), 4 * options.tokens), 4)}
     file.write_text(json.dumps(results, indent=1))
+    (options.out / "results.md").write_text(evaluate.markdown(results))
     print(f"{name}: held-out text {results['text']['nats_per_token']:.3f} nats a token", flush=True)
