@@ -23,7 +23,7 @@ PRETRAIN ?=
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c .)
 HYBRID_GPUS ?= $(shell echo $$(($(GPUS) > 2 ? $(GPUS) - 1 : 1)))
 PHASES_qwen3 ?= 512:.1,1024+2048:.15,512+1024+4096:.2,1024+4096+16384:.25,4096+16384+32768+65536:.3
-PHASES_qwen3_5 ?= 512:.2,1024+2048:.2,512+1024+4096:.2,1024+4096+16384:.2,4096+16384+32768+65536:.2
+PHASES_qwen3_5 ?= 512:.3,1024+2048:.15,512+1024+4096:.15,1024+4096+16384:.2,4096+16384+32768+65536:.2
 
 # Selectors. A step of the hybrid's takes longer: fewer of them.
 LENGTH ?= 4096

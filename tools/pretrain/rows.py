@@ -74,7 +74,7 @@ class Rows:
         choice = self.rng.random()
         if choice < 0.12:
             return wordings.SUITE_TRAINED[0]
-        if choice < 0.45:
+        if choice < 0.55:
             return wordings.draw_glue(self.rng, self.word_source())
         return wordings.draw_wording(self.rng)
 
