@@ -16,7 +16,7 @@ DTYPE ?= bfloat16
 # that tiny-qwen3 leaves.
 INIT ?= models/
 WALL ?= 560
-EVAL_SECONDS ?= 45
+EVAL_SECONDS ?= 50
 WORKERS ?= 14
 SEED ?= 21
 PRETRAIN ?=

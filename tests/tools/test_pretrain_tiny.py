@@ -187,7 +187,7 @@ def test_what_is_held_out_is_not_in_the_rows(made, work):
     assert len(kinds) > 20
 
 
-@pytest.mark.parametrize("task", ["multikey_held_out", "multikey_fresh", "multikey_known", "uuid_held_out", "multivalue_held_out", "multiquery_held_out", "vt"])
+@pytest.mark.parametrize("task", ["multikey_held_out", "multikey_fresh", "multikey_value_first", "multikey_key_first", "multikey_known", "uuid_held_out", "multivalue_held_out", "multiquery_held_out", "vt"])
 def test_prompts_end_with_their_answer(work, task, seed):
     prompts = evaluate.Prompts(pieces.Pieces(work, TOKENIZER, seed, held_out=True, pool=300))
     for index in range(12):
@@ -197,6 +197,9 @@ def test_prompts_end_with_their_answer(work, task, seed):
         before, answer = text_of(prompts, row.ids[:first]), text_of(prompts, row.ids[first:])
         for value in re.split(r", and | and |, | ", answer.strip()):
             assert value in before
+        if "_first" in task:
+            key = next(key for key in re.findall(r"[a-z]+-[a-z]+", before) if before.count(key) > 1)
+            assert (before.index(answer.strip()) < before.index(key)) == (task == "multikey_value_first")
 
 
 # --- the whole

@@ -62,6 +62,13 @@ class Prompts(Rows):
         """In the wordings that have not steered the training grammar."""
         return self._multikey(length, index, wordings.FRESH_HELD_OUT[index % len(wordings.FRESH_HELD_OUT)])
 
+    def multikey_value_first(self, length: int, index: int) -> Row:
+        """Among held-out words of any sense, each needle with its value before the key."""
+        return self._multikey(length, index, wordings.draw_glue(self.rng, lambda count: self.rng.choices(self.pieces.words, k=count), 1))
+
+    def multikey_key_first(self, length: int, index: int) -> Row:
+        return self._multikey(length, index, wordings.draw_glue(self.rng, lambda count: self.rng.choices(self.pieces.words, k=count), 0))
+
     def multikey_known(self, length: int, index: int) -> Row:
         return self._multikey(length, index, wordings.SUITE_TRAINED[0])
 
@@ -97,8 +104,10 @@ def cells(lengths: list[int]) -> list[tuple[str, int, int]]:
     """(task, length, prompts), the most telling first."""
     out = []
     for length in sorted(length for length in lengths if length <= 32768):
-        out += [("multikey_held_out", length, 100), ("multikey_fresh", length, 51), ("vt", length, 100), ("multivalue_held_out", length, 50),
-                ("multikey_known", length, 50)]
+        out += [("multikey_held_out", length, 100), ("multikey_fresh", length, 51), ("vt", length, 100)]
+        if length >= 1024:  # nine long needles
+            out += [("multikey_value_first", length, 50), ("multikey_key_first", length, 50)]
+        out += [("multivalue_held_out", length, 50), ("multikey_known", length, 50)]
     for length in sorted(length for length in lengths if length > 32768):
         out += [("multikey_held_out", length, 40 if length <= 65536 else 20)]
     for length in sorted(length for length in lengths if length <= 32768):

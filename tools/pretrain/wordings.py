@@ -273,8 +273,10 @@ def draw_wording(rng: random.Random) -> Wording:
     return Wording((parts[0], parts[0]), parts[1], (parts[2], parts[3]), (parts[4], parts[5]))
 
 
-def draw_glue(rng: random.Random, take: Callable[[int], list[str]]) -> Wording:
-    """Words that `take` gives, of any sense, around key and value, so that nothing but the key itself leads to the value."""
+def draw_glue(rng: random.Random, take: Callable[[int], list[str]], value_first: float = 0.65) -> Wording:
+    """Words that `take` gives, of any sense, around key and value, so that nothing but the key itself leads to the value.
+
+    The value stands first in a share of them: more often than not, as that is harder to learn, most of all for a hybrid."""
 
     def some(low: int, high: int) -> str:
         return " ".join(take(rng.randint(low, high)))
@@ -283,8 +285,7 @@ def draw_glue(rng: random.Random, take: Callable[[int], list[str]]) -> Wording:
         return " ".join(part for part in parts if part)
 
     ends = [".", "", ";", ":", ","]
-    # The value first more often than not: it is harder to learn, and in a hybrid what lies between the two decides.
-    first, second = ("{key}", "{value}") if rng.random() < 0.35 else ("{value}", "{key}")
+    first, second = ("{value}", "{key}") if rng.random() < value_first else ("{key}", "{value}")
     needle = join(some(0, 5), first, some(0, 10), second, some(0, 4)) + rng.choice(ends)
     question = _upper(join(some(0, 5), "{query}", some(0, 4))) + rng.choice(["?", ".", ":", ""])
     if rng.random() < 0.6:
