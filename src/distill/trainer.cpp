@@ -417,7 +417,7 @@ class Run {
     }
     if (!is_writer()) return;
     selector_.save(config_.output, fingerprint_, notes(), config_.store == "bfloat16" ? at::kBFloat16 : at::kFloat);
-    const std::string name = fs::absolute(config_.output / "").parent_path().filename().string();
+    const std::string name = (config_.output / "").parent_path().filename().string();  // also of a path that ends with a slash
     write_file_atomically(config_.output / "README.md", selector_card(name, read_json(config_.output / "selector.json"), log_->entries()));
     write_loss_page(config_.output / "loss.html", log_->entries());
   }
