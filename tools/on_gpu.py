@@ -5,7 +5,8 @@
 
 --gpus N takes N whole GPUs (1), --share N one of N equal places on one: several small processes fill a GPU that one leaves idle.
 Who waits for whole GPUs comes first: no further place is given out until then. Shared GPUs get CUDA's multi-process service where
-its control program is installed (it stays; `nvidia-cuda-mps-control` ends it). The command sees what it was given as CUDA_VISIBLE_DEVICES; its end, by whatever way, frees it.
+its control program is installed (it stays; `nvidia-cuda-mps-control` ends it). The command sees what it was given as
+CUDA_VISIBLE_DEVICES; its end, by whatever way, frees it.
 Without a GPU the CPU counts as one. SPOT_GPUS=ID,... names GPUs instead of nvidia-smi, SPOT_GPU_LOCKS the folder of the locks.
 """
 
