@@ -32,7 +32,11 @@ STEPS_tiny-qwen3 ?= 600
 STEPS_tiny-qwen3.5 ?= 170
 STEPS_smollm2 ?= 400
 DOCUMENTS ?= 4000
-DISTILL ?= --loss dense --held-out-sequences 8 --held-out-every 20 --store bfloat16
+DISTILL ?= --held-out-sequences 8 --held-out-every 20 --store bfloat16
+# Of preset spot; preset paper learns from random weights by its own, sparse loss.
+LOSS_spot ?= --loss dense
+RATE_spot ?= 3e-3
+RATE_paper ?= 2e-3
 
 # Tables. JOBS processes a table and SHARE a GPU at a time.
 SAMPLES ?= 17
@@ -74,12 +78,12 @@ $(DONE)/model-tiny-qwen3.5: private COMMAND = $(call pretrain,$(ON) --gpus $(HYB
 $(DONE)/model-smollm2: private COMMAND = ln -sfn $(abspath $(SMOLLM2)) $(OUT)/models/smollm2
 TORCHRUN = -m torch.distributed.run --standalone --nproc-per-node $(HYBRID_GPUS)
 pretrain = $(1) tools/pretrain_tiny.py --data $(DATA) --work $(OUT)/tokens --out $(OUT)/pretrained --models $(2) \
-  $(if $(INIT),--init $(2)=$(INIT)$(3)) --rate $(4) --phases $(PHASES_$(2)) --wall $(WALL) --eval-seconds $(EVAL_SECONDS) --workers $(WORKERS) \
+  $(if $(INIT),--init $(2)=$(INIT)$(3)) --rate $(4) --phases $(PHASES_$(2)) --wall $(or $(WALL_$(2)),$(WALL)) --eval-seconds $(EVAL_SECONDS) --workers $(WORKERS) \
   --seed $(SEED) $(PRETRAIN) && ln -sfn ../pretrained/tiny-$(2) $(OUT)/models/$(3)
 
 define selector_of
 $(DONE)/selector-$(1)-$(2): $(DONE)/model-$(1)
-$(DONE)/selector-$(1)-$(2): private COMMAND = $$(call distil,$(1),$(2),text,$$(LENGTH),4,3e-3,$$(LONGEST))
+$(DONE)/selector-$(1)-$(2): private COMMAND = $$(call distil,$(1),$(2),text,$$(LENGTH),4,$$(RATE_$(2)),$$(LONGEST))
 endef
 $(foreach model,$(TINY),$(foreach preset,spot paper,$(eval $(call selector_of,$(model),$(preset)))))
 $(DONE)/selector-smollm2-spot: $(DONE)/model-smollm2 $(DONE)/text-smollm2
@@ -87,7 +91,7 @@ $(DONE)/selector-smollm2-spot: private COMMAND = $(call distil,smollm2,spot,text
 # Model, preset, text, length, sequences a step, rate, length of calibration.
 distil = rm -rf $(OUT)/selectors/$(1)/$(2) && $(ON) -- $(SPOT_BUILD)/spot distill --model $(OUT)/models/$(1) --preset $(2) \
   --out $(OUT)/selectors/$(1)/$(2) --data $(OUT)/$(3)/train.jsonl --length $(4) --sequences-per-step $(5) --steps $(STEPS_$(1)) \
-  --warmup-steps $$(($(STEPS_$(1)) / 10)) --lr $(6) --calibration-length $(7) --dtype $(DTYPE) $(DISTILL)
+  --warmup-steps $$(($(STEPS_$(1)) / 10)) --lr $(6) --calibration-length $(7) --dtype $(DTYPE) $(LOSS_$(2)) $(DISTILL)
 
 # Prompts are answered by many processes, of whatever table, that share the GPUs.
 table = $(PYTHON) tools/accuracy.py --model $(OUT)/models/$(1) --selector $(OUT)/selectors/$(1)/$(3) --out $(OUT)/tables/$(1)/$(2) \

@@ -169,6 +169,18 @@ def test_rows_are_tokenised_as_their_text_is(made, monkeypatch):
             assert made.pieces.tokenizer.encode(text_of(made, row.ids)).ids == row.ids, text_of(made, row.ids)
 
 
+def test_numbers_strewn_over_a_haystack_leave_its_text_as_it_was(made):
+    source = made.pieces
+    ids = source.slice("essay", 2000)
+    strewn = source.strewn(ids)
+    assert len(strewn) == len(ids)
+    text = source.tokenizer.decode(strewn.tolist())
+    assert source.tokenizer.encode(text).ids == strewn.tolist()
+    assert len(re.findall(r"\b\d{1,8}\b", text)) >= 5
+    original = re.sub(r" \d+", "", source.tokenizer.decode(ids.tolist()))
+    assert original.startswith(re.sub(r" \d+", "", text).rstrip("0123456789 "))
+
+
 def test_what_is_held_out_is_not_in_the_rows(made, work):
     held_out = pieces.Pieces(work, TOKENIZER, 1, held_out=True, pool=300)
     assert not set(held_out.words) & set(made.pieces.words)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 import random
 import re
@@ -105,7 +106,7 @@ class Pieces:
         if kind == "word":
             return rng.choice(self.word_items)
         if kind == "number":
-            return self.number(7 if rng.random() < 0.6 else rng.randint(4, 8))
+            return self.number(7 if rng.random() < 0.6 else rng.randint(2, 8))
         return rng.choice(self.pools[kind])
 
     def name(self) -> Item:
@@ -149,8 +150,20 @@ class Pieces:
         begin = self.rng.randrange(len(tokens) - count + 1)
         return np.asarray(tokens[begin:begin + count])
 
-    def haystack(self, kind: str, count: int) -> tuple[Ids, list[int]]:
-        """`count` tokens and where a needle may stand: essay after sentences, text and noise after lines."""
+    def strewn(self, ids: np.ndarray) -> np.ndarray:
+        """The tokens with numbers before some of their words, as many again as there were: what is pushed out at the end is lost.
+
+        In long texts there are hundreds of numbers that are no needle's; rows of a few thousand tokens know them from here."""
+        distance = math.exp(self.rng.uniform(math.log(8), math.log(80)))  # tokens from one number to the next, on average
+        out: Ids = []
+        for token, starts_word in zip(ids.tolist(), self.starts_word[ids]):
+            if starts_word and self.rng.random() < 2 / distance:  # about every second token starts a word
+                out += self.number(self.rng.randint(1, 8))[0]
+            out.append(token)
+        return np.array(out[:len(ids)], ids.dtype)
+
+    def haystack(self, kind: str, count: int, strew: bool = False) -> tuple[Ids, list[int]]:
+        """`count` tokens and where a needle may stand: essay after sentences, text and noise after lines. strew: numbers among them."""
         if kind == "noise":
             ids = (self.noise * (count // len(self.noise) + 1))[:count]
             return ids, list(range(0, count + 1, len(self.noise)))
@@ -160,6 +173,8 @@ class Pieces:
             ids = (line * (count // len(line) + 1))[:count]
             return ids, list(range(0, count + 1, len(line)))
         ids = self.slice(kind, count)
+        if strew:
+            ids = self.strewn(ids)
         ends = self.ends_sentence if kind == "essay" else self.ends_line
         places = np.flatnonzero(ends[ids]) + 1
         if len(places) < count // 160:  # tables and the like: before any word

@@ -16,7 +16,7 @@ from .pieces import SLOTS, TEXT, Item, Pieces, Row
 from .wordings import Wording
 
 # Shares of the rows. Documents and word lists need room: below their least length, needles take their place.
-SHARES = {"needles": 0.53, "track": 0.17, "words": 0.03, "documents": 0.07, "copies": 0.06, "text": 0.14}
+SHARES = {"needles": 0.6, "track": 0.14, "words": 0.03, "documents": 0.07, "copies": 0.05, "text": 0.11}
 LEAST_LENGTH = {"words": 512, "documents": 1024}
 
 
@@ -104,7 +104,7 @@ class Rows:
     def needles(self, count: int) -> Row:
         rng, pieces = self.rng, self.pieces
         same = rng.random() < 0.75  # one wording and one kind of keys and values, as in a prompt of the suite
-        haystack = rng.choices(("essay", "text", "noise", "repeated", "needles"), (30, 15, 10, 8, 37))[0]
+        haystack = rng.choices(("essay", "text", "noise", "repeated", "needles"), (38, 12, 8, 6, 36))[0]
         if haystack == "essay":
             lead, tail = " ", ""
         else:
@@ -112,8 +112,8 @@ class Rows:
 
         def kinds() -> tuple[str, str]:
             small = count <= 512
-            key = rng.choices(("pair", "word", "number", "uuid", "code"), (45, 12, 8, 5 if small else 20, 15))[0]
-            value = rng.choices(("number", "uuid", "word", "code", "pair"), (55, 4 if small else 18, 12, 10, 5))[0]
+            key = rng.choices(("pair", "word", "number", "uuid", "code"), (54, 10, 8, 4 if small else 16, 12))[0]
+            value = rng.choices(("number", "uuid", "word", "code", "pair"), (60, 4 if small else 16, 10, 9, 5))[0]
             return key, value
 
         wording, (key_kind, value_kind) = self.draw_wording(), kinds()
@@ -169,10 +169,12 @@ class Rows:
                 events.append((times[-1] + (1 - times[-1]) * rng.random(), ask))
             else:
                 closing.append(ask)
-        return self.assemble(count, intro, haystack, events, closing)
+        return self.assemble(count, intro, haystack, events, closing, strew=haystack in ("essay", "text") and rng.random() < 0.5)
 
-    def assemble(self, count: int, intro: Row, haystack: str, events: list[tuple[float, Row]], closing: list[Row]) -> Row:
-        """intro, haystack with the events at their times in [0, 1), line break, closing questions: exactly `count` tokens."""
+    def assemble(self, count: int, intro: Row, haystack: str, events: list[tuple[float, Row]], closing: list[Row], strew: bool = False) -> Row:
+        """intro, haystack with the events at their times in [0, 1), line break, closing questions: exactly `count` tokens.
+
+        strew: numbers in the haystack that nobody asks for and that cannot be foreseen."""
         pieces = self.pieces
         close = Row()
         for ask in closing:
@@ -185,7 +187,7 @@ class Rows:
         if haystack == "needles":  # what is left over comes first: less than a needle
             room_ids, places = pieces.haystack("text", room)[0], [room]
         else:
-            room_ids, places = pieces.haystack(kind, room)
+            room_ids, places = pieces.haystack(kind, room, strew)
             places = places or [room]
         label = 0 if kind in ("noise", "repeated") else TEXT
         row, last = Row().extend(intro), 0
@@ -195,7 +197,11 @@ class Rows:
                 row.add(room_ids[last:place], label)
                 last = place
             row.extend(event)
-        return row.add(room_ids[last:], label).add(gap, 0).extend(close)
+        row.add(room_ids[last:], label)
+        if strew:
+            digits = set(pieces.digits)
+            row.labels = [0 if token in digits and label == TEXT else label for token, label in zip(row.ids, row.labels)]
+        return row.add(gap, 0).extend(close)
 
     # --- variable tracking
 
