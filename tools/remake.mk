@@ -15,6 +15,8 @@ DTYPE ?= bfloat16
 # Pretraining goes on from the shipped models (INIT empty: from random weights). The hybrid learns less from a token and takes all GPUs
 # that tiny-qwen3 leaves.
 INIT ?= models/
+# KEEP: those that are taken as they are.
+KEEP ?=
 WALL ?= 560
 EVAL_SECONDS ?= 50
 WORKERS ?= 14
@@ -31,6 +33,8 @@ LONGEST ?= 32768
 STEPS_tiny-qwen3 ?= 600
 STEPS_tiny-qwen3.5 ?= 170
 STEPS_smollm2 ?= 400
+# SmolLM2's selector sees contexts of all these lengths, as many of each.
+MIX_smollm2 ?= --length-mix 1024:1,2048:1,4096:1
 DOCUMENTS ?= 4000
 DISTILL ?= --held-out-sequences 8 --held-out-every 20 --store bfloat16
 # Of preset spot; preset paper learns from random weights by its own, sparse loss.
@@ -68,13 +72,14 @@ $(DONE)/%:
 
 # Text for the selectors. The tokenised text, which pretraining reads too, is made here.
 $(DONE)/text: private COMMAND = $(call text_of,text,$(LENGTH),1)
-$(DONE)/text-smollm2: private COMMAND = $(call text_of,text-smollm2,2150,7)
+$(DONE)/text-smollm2: private COMMAND = $(call text_of,text-smollm2,4300,7)
 $(DONE)/text-smollm2: $(DONE)/text
 text_of = $(PYTHON) tools/retrieval_text.py --data $(DATA) --work $(OUT)/tokens --out $(OUT)/$(1) --documents $(DOCUMENTS) --tokens $(2) --seed $(3)
 
 $(TINY:%=$(DONE)/model-%): $(DONE)/text
 $(DONE)/model-tiny-qwen3: private COMMAND = $(call pretrain,$(ON) -- $(PYTHON),qwen3,tiny-qwen3,0.7)
 $(DONE)/model-tiny-qwen3.5: private COMMAND = $(call pretrain,$(ON) --gpus $(HYBRID_GPUS) -- $(PYTHON) $(TORCHRUN),qwen3_5,tiny-qwen3.5,1.2)
+$(KEEP:%=$(DONE)/model-%): private COMMAND = ln -sfn $(abspath $(INIT)$(@F:model-%=%)) $(OUT)/models/$(@F:model-%=%)
 $(DONE)/model-smollm2: private COMMAND = ln -sfn $(abspath $(SMOLLM2)) $(OUT)/models/smollm2
 TORCHRUN = -m torch.distributed.run --standalone --nproc-per-node $(HYBRID_GPUS)
 pretrain = $(1) tools/pretrain_tiny.py --data $(DATA) --work $(OUT)/tokens --out $(OUT)/pretrained --models $(2) \
@@ -87,10 +92,10 @@ $(DONE)/selector-$(1)-$(2): private COMMAND = $$(call distil,$(1),$(2),text,$$(L
 endef
 $(foreach model,$(TINY),$(foreach preset,spot paper,$(eval $(call selector_of,$(model),$(preset)))))
 $(DONE)/selector-smollm2-spot: $(DONE)/model-smollm2 $(DONE)/text-smollm2
-$(DONE)/selector-smollm2-spot: private COMMAND = $(call distil,smollm2,spot,text-smollm2,2048,8,2e-3,8192)
+$(DONE)/selector-smollm2-spot: private COMMAND = $(call distil,smollm2,spot,text-smollm2,4096,8,2e-3,8192)
 # Model, preset, text, length, sequences a step, rate, length of calibration.
 distil = rm -rf $(OUT)/selectors/$(1)/$(2) && $(ON) -- $(SPOT_BUILD)/spot distill --model $(OUT)/models/$(1) --preset $(2) \
-  --out $(OUT)/selectors/$(1)/$(2) --data $(OUT)/$(3)/train.jsonl --length $(4) --sequences-per-step $(5) --steps $(STEPS_$(1)) \
+  --out $(OUT)/selectors/$(1)/$(2) --data $(OUT)/$(3)/train.jsonl --length $(4) $(MIX_$(1)) --sequences-per-step $(5) --steps $(STEPS_$(1)) \
   --warmup-steps $$(($(STEPS_$(1)) / 10)) --lr $(6) --calibration-length $(7) --dtype $(DTYPE) $(LOSS_$(2)) $(DISTILL)
 
 # Prompts are answered by many processes, of whatever table, that share the GPUs.

@@ -64,3 +64,13 @@ def test_every_table_is_asked_for_with_its_options(remake):
     assert options in tables["table-smollm2-text"]
     assert "cache=int4,prefill=sparse; spot:p=0.7,cache=int4,prefill=sparse" in tables["table-tiny-qwen3.5-sparse"]
     assert all("--no-baselines" in line for name, line in tables.items() if name.endswith(("paper", "sparse")))
+
+
+def test_presets_learn_by_their_own_loss_and_kept_models_are_not_trained(remake, tmp_path):
+    lines = remake("-n", "DATA=text", "SMOLLM2=/models/smollm2", "KEEP=tiny-qwen3").stdout.splitlines()
+    commands = {line.split("/logs/")[1].split(".log")[0]: line for line in lines if "/logs/" in line}
+    assert "--lr 3e-3 --calibration-length 32768 --dtype bfloat16 --loss dense" in commands["selector-tiny-qwen3.5-spot"]
+    assert "--preset paper" in commands["selector-tiny-qwen3-paper"] and "--loss" not in commands["selector-tiny-qwen3-paper"]
+    assert "--length 4096 --length-mix 1024:1,2048:1,4096:1 --sequences-per-step 8" in commands["selector-smollm2-spot"]
+    assert f"ln -sfn {ROOT}/models/tiny-qwen3 {tmp_path}/out/models/tiny-qwen3;" in commands["model-tiny-qwen3"]
+    assert "pretrain_tiny.py" in commands["model-tiny-qwen3.5"]
