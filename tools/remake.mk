@@ -15,7 +15,7 @@ DTYPE ?= bfloat16
 # Pretraining goes on from the shipped models (INIT empty: from random weights). The hybrid learns less from a token and takes all GPUs
 # that tiny-qwen3 leaves.
 INIT ?= models/
-# KEEP: those that are taken as they are.
+# KEEP: models of INIT that are not trained on. WALL_qwen3, WALL_qwen3_5: seconds for one of them, in place of WALL.
 KEEP ?=
 WALL ?= 560
 EVAL_SECONDS ?= 50
@@ -37,7 +37,7 @@ STEPS_smollm2 ?= 400
 MIX_smollm2 ?= --length-mix 1024:1,2048:1,4096:1
 DOCUMENTS ?= 4000
 DISTILL ?= --held-out-sequences 8 --held-out-every 20 --store bfloat16
-# Of preset spot; preset paper learns from random weights by its own, sparse loss.
+# Preset paper, which begins with random weights, has its own, sparse loss.
 LOSS_spot ?= --loss dense
 RATE_spot ?= 3e-3
 RATE_paper ?= 2e-3
@@ -79,7 +79,7 @@ text_of = $(PYTHON) tools/retrieval_text.py --data $(DATA) --work $(OUT)/tokens 
 $(TINY:%=$(DONE)/model-%): $(DONE)/text
 $(DONE)/model-tiny-qwen3: private COMMAND = $(call pretrain,$(ON) -- $(PYTHON),qwen3,tiny-qwen3,0.7)
 $(DONE)/model-tiny-qwen3.5: private COMMAND = $(call pretrain,$(ON) --gpus $(HYBRID_GPUS) -- $(PYTHON) $(TORCHRUN),qwen3_5,tiny-qwen3.5,1.2)
-$(KEEP:%=$(DONE)/model-%): private COMMAND = ln -sfn $(abspath $(INIT)$(@F:model-%=%)) $(OUT)/models/$(@F:model-%=%)
+$(KEEP:%=$(DONE)/model-%): private COMMAND = ln -sfn $(abspath $(or $(INIT),$(error KEEP: INIT names no folder))$(@F:model-%=%)) $(OUT)/models/$(@F:model-%=%)
 $(DONE)/model-smollm2: private COMMAND = ln -sfn $(abspath $(SMOLLM2)) $(OUT)/models/smollm2
 TORCHRUN = -m torch.distributed.run --standalone --nproc-per-node $(HYBRID_GPUS)
 pretrain = $(1) tools/pretrain_tiny.py --data $(DATA) --work $(OUT)/tokens --out $(OUT)/pretrained --models $(2) \

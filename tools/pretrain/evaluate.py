@@ -12,7 +12,7 @@ import torch
 from . import wordings
 from .models import TinyModel
 from .pieces import Pieces, Row
-from .rows import Rows
+from .rows import Rows, TooLong
 
 TOKENS = 65_536  # of a forward pass, or one prompt
 HELD_OUT = wordings.SUITE_HELD_OUT + wordings.OWN_HELD_OUT
@@ -59,15 +59,23 @@ class Prompts(Rows):
         return self._multikey(length, index, HELD_OUT[index % len(HELD_OUT)])
 
     def multikey_fresh(self, length: int, index: int) -> Row:
-        """In the wordings that have not steered the training grammar."""
+        """In further wordings that training never saw."""
         return self._multikey(length, index, wordings.FRESH_HELD_OUT[index % len(wordings.FRESH_HELD_OUT)])
 
+    def _glue(self, length: int, index: int, value_first: float) -> Row:
+        """Among held-out words of any sense. At 1,024 tokens the wordiest do not fit: others are drawn."""
+        while True:
+            wording = wordings.draw_glue(self.rng, lambda count: self.rng.choices(self.pieces.words, k=count), value_first)
+            try:
+                return self._multikey(length, index, wording)
+            except TooLong:
+                continue
+
     def multikey_value_first(self, length: int, index: int) -> Row:
-        """Among held-out words of any sense, each needle with its value before the key."""
-        return self._multikey(length, index, wordings.draw_glue(self.rng, lambda count: self.rng.choices(self.pieces.words, k=count), 1))
+        return self._glue(length, index, 1)
 
     def multikey_key_first(self, length: int, index: int) -> Row:
-        return self._multikey(length, index, wordings.draw_glue(self.rng, lambda count: self.rng.choices(self.pieces.words, k=count), 0))
+        return self._glue(length, index, 0)
 
     def multikey_known(self, length: int, index: int) -> Row:
         return self._multikey(length, index, wordings.SUITE_TRAINED[0])

@@ -151,13 +151,13 @@ class Pieces:
         return np.asarray(tokens[begin:begin + count])
 
     def strewn(self, ids: np.ndarray) -> np.ndarray:
-        """The tokens with numbers before some of their words, as many again as there were: what is pushed out at the end is lost.
+        """The tokens with numbers before some of their words, cut to as many tokens as there were.
 
         In long texts there are hundreds of numbers that are no needle's; rows of a few thousand tokens know them from here."""
-        distance = math.exp(self.rng.uniform(math.log(8), math.log(80)))  # tokens from one number to the next, on average
+        share = math.exp(self.rng.uniform(math.log(1 / 40), math.log(1 / 4)))  # of the words
         out: Ids = []
         for token, starts_word in zip(ids.tolist(), self.starts_word[ids]):
-            if starts_word and self.rng.random() < 2 / distance:  # about every second token starts a word
+            if starts_word and self.rng.random() < share:
                 out += self.number(self.rng.randint(1, 8))[0]
             out.append(token)
         return np.array(out[:len(ids)], ids.dtype)

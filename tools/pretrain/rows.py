@@ -199,8 +199,7 @@ class Rows:
             row.extend(event)
         row.add(room_ids[last:], label)
         if strew:
-            digits = set(pieces.digits)
-            row.labels = [0 if token in digits and label == TEXT else label for token, label in zip(row.ids, row.labels)]
+            row.labels = [0 if known == TEXT and token in pieces.digits else known for token, known in zip(row.ids, row.labels)]
         return row.add(gap, 0).extend(close)
 
     # --- variable tracking

@@ -70,7 +70,7 @@ OWN_HELD_OUT = [
         ("With what did they stamp things from {query}?", "With what did they stamp things from {query}?"),
         (" Things from {query} that winter were stamped with", " Things from {query} that winter were stamped with")),
 ]
-# Further ones, written with the last change of the grammar below and before anything was trained on it: they have steered nothing.
+# Further ones, written after the scenes below; when draw_glue was added, it was known how a model without it answers them.
 FRESH_HELD_OUT = [
     Wording(
         ("An auction is reported below. Mind the prices.\n", "An auction is reported below. Mind all prices.\n"),
