@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     add("--warmup", type=int, default=100, help="steps in which the rates rise")
     add("--phases", default="", help="lengths and shares of time, such as 256:.3,512+1024:.7")
     add("--tokens", type=int, default=65_536, help="of a step")
+    add("--binding", type=float, default=0.2, help="weight of the losses of tools/pretrain/binding.py; 0: without them")
     add("--workers", type=int, default=4, help="processes that make batches, for each model")
     add("--eval-seconds", type=float, default=35, help="kept for the evaluation of each model")
     add("--eval-lengths", default="4096,16384,32768,65536,131072")
@@ -84,7 +85,7 @@ def pretrain(options: argparse.Namespace, name: str) -> None:
         work=options.work, tokenizer=options.tokenizer, out=options.out / f"tiny-{name}", seconds=one_of(options.seconds, 0),
         until=options.until, eval_seconds=options.eval_seconds, eval_lengths=[int(n) for n in options.eval_lengths.split(",") if n],
         phases=train.parse_phases(options.phases or train.PHASES), tokens=options.tokens, muon_rate=0.015 * rate, adam_rate=0.004 * rate,
-        warmup=options.warmup, workers=options.workers, log_every=options.log_every, seed=options.seed)
+        warmup=options.warmup, binding=options.binding, workers=options.workers, log_every=options.log_every, seed=options.seed)
     if options.evaluate_only:
         run.out.mkdir(parents=True, exist_ok=True)
         train.assess(model, run, name)

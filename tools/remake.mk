@@ -25,14 +25,14 @@ PRETRAIN ?=
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c .)
 HYBRID_GPUS ?= $(shell echo $$(($(GPUS) > 2 ? $(GPUS) - 1 : 1)))
 PHASES_qwen3 ?= 512:.1,1024+2048:.15,512+1024+4096:.2,1024+4096+16384:.25,4096+16384+32768+65536:.3
-PHASES_qwen3_5 ?= 512:.3,1024+2048:.15,512+1024+4096:.15,1024+4096+16384:.2,4096+16384+32768+65536:.2
+PHASES_qwen3_5 ?= 512+1024+2048:.2,1024+4096:.2,1024+4096+16384:.25,4096+16384+32768:.35
 
 # Selectors. A step of the hybrid's takes longer: fewer of them.
 LENGTH ?= 4096
 LONGEST ?= 32768
 STEPS_tiny-qwen3 ?= 600
 STEPS_tiny-qwen3.5 ?= 170
-STEPS_smollm2 ?= 400
+STEPS_smollm2 ?= 300
 # SmolLM2's selector sees contexts of all these lengths, as many of each.
 MIX_smollm2 ?= --length-mix 1024:1,2048:1,4096:1
 DOCUMENTS ?= 4000

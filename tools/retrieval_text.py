@@ -42,7 +42,7 @@ def main() -> None:
     partial = options.out / "train.jsonl.part"
     with open(partial, "w") as file:
         for index in range(options.documents):
-            ids, _ = (retrieval, plain)[index % 2].row(options.tokens - 1)
+            ids, _, _ = (retrieval, plain)[index % 2].row(options.tokens - 1)
             file.write(json.dumps({"text": pieces.tokenizer.decode(ids.tolist(), skip_special_tokens=False)}) + "\n")
     partial.replace(options.out / "train.jsonl")
     held_out = Pieces(options.work, options.tokenizer, options.seed, held_out=True).streams["text"][:options.held_out_tokens]

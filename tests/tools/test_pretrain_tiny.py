@@ -13,7 +13,7 @@ import torch
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
-from pretrain import corpus, evaluate, gated_delta, models, pieces, rows, train, wordings  # noqa: E402
+from pretrain import binding, corpus, evaluate, gated_delta, models, pieces, rows, train, wordings  # noqa: E402
 
 transformers = pytest.importorskip("transformers")
 TOKENIZER = ROOT / "models" / "tiny-qwen3" / "tokenizer.json"
@@ -189,12 +189,12 @@ def test_what_is_held_out_is_not_in_the_rows(made, work):
     assert not set(held_out.words) & set(made.pieces.words)
     assert not {item for pool in ("code", "name") for item in held_out.pools[pool]} & {
         item for pool in ("code", "name") for item in made.pieces.pools[pool]}
-    for wording in evaluate.HELD_OUT + wordings.FRESH_HELD_OUT:
+    for wording in evaluate.HELD_OUT + wordings.FRESH_HELD_OUT + wordings.LATER_HELD_OUT:
         assert any(mark in wording.needle for mark in wordings.HELD_OUT_MARKS)
         assert any(mark in wording.question[0] + wording.prefix[0] for mark in wordings.HELD_OUT_MARKS)
     kinds = set()
     for length in [256] * 60 + [1024] * 120 + [4096] * 10:
-        ids, labels = made.row(length)
+        ids, labels, _ = made.row(length)
         assert len(ids) == len(labels) == length + 1 and labels.max() < pieces.NUM_LABELS
         kinds |= set(labels.tolist())
         text = text_of(made, ids)
@@ -202,7 +202,53 @@ def test_what_is_held_out_is_not_in_the_rows(made, work):
     assert len(kinds) > 20
 
 
-@pytest.mark.parametrize("task", ["multikey_held_out", "multikey_fresh", "multikey_value_first", "multikey_key_first", "multikey_known", "uuid_held_out", "multivalue_held_out", "multiquery_held_out", "vt"])
+def test_bindings_tell_of_values_before_their_keys_and_where_they_are_asked_for(made):
+    decode, bound, asked = made.pieces.tokenizer.decode, 0, 0
+    for length in [512] * 40 + [2048] * 30:
+        ids, labels, bindings = made.row(length)
+        for key, query, *value in bindings.tolist():
+            assert 0 < key < length and len(value) == binding.FIRST_TOKENS and value[0] >= 0
+            value = [token for token in value if token >= 0]
+            before = decode(ids[:key + 1].tolist())
+            assert decode(value).strip() in before[-1000:]
+            bound += 1
+            if query >= 0:
+                assert query > key and labels[query + 1] >= 2 and labels[query + 1] % 2 == 1 and ids[query + 1] == value[0]
+                assert before.split()[-1] in decode(ids[key + 1:query + 1].tolist())
+                asked += 1
+    assert bound > 50 and asked > 20
+
+
+def test_binding_losses_are_their_definitions(seed):
+    rows, heads, kv_heads, length, dim, hidden = 3, 4, 2, 40, 8, 16
+    found = [np.array([[9, 30, 5, 6, 7], [12, -1, 8, -1, -1]]), np.zeros((0, binding.COLUMNS), int), np.array([[20, 39, 1, 2, -1]])]
+    told, seen = map(torch.from_numpy, binding.choose(found))
+    assert sorted(told.tolist()) == [[0, 9, 5, 6, 7], [0, 12, 8, -1, -1], [2, 20, 1, 2, -1]]
+    assert seen.tolist() == [[0, 0, 9, 30], [2, 0, 20, 39]]
+    ours = binding.Binding(hidden, torch.device("cpu"))
+    with torch.no_grad():
+        ours.matrices.add_(torch.randn_like(ours.matrices))
+    x, embedding = torch.randn(rows * length, hidden), torch.randn(50, hidden)
+    losses = []
+    for row, place, *value in told.tolist():
+        state = x[row * length + place].double()
+        state = state / (state.square().mean() + torch.finfo(torch.float32).eps).sqrt()
+        losses += [-(embedding.double() @ (state @ matrix.double())).log_softmax(0)[token] for matrix, token in zip(ours.matrices, value) if token >= 0]
+    assert relative_error(ours.told(told, x, length, embedding).double(), sum(losses) / len(losses)) < 1e-5
+    q, k = torch.randn(rows, heads, length, dim) * 3, torch.randn(rows, kv_heads, length, dim)
+    losses = []
+    for row, _, key, query in seen.tolist():
+        missed = 1.0
+        for head in range(heads):
+            scores = k[row, head // (heads // kv_heads), :query + 1].double() @ q[row, head, query].double() / dim**0.5
+            missed *= 1 - scores.softmax(0)[key]
+        losses.append(-torch.log(1 - missed))
+    assert relative_error(ours.seen(seen, q, k).double(), sum(losses) / len(losses)) < 1e-4
+    none = [torch.from_numpy(array) for array in binding.choose(found[1:2] * rows)]
+    assert ours.told(none[0], x, length, embedding).item() == 0 and ours.seen(none[1], q, k).item() == 0
+
+
+@pytest.mark.parametrize("task", ["multikey_held_out", "multikey_fresh", "multikey_later", "multikey_value_first", "multikey_key_first", "multikey_known", "uuid_held_out", "multivalue_held_out", "multiquery_held_out", "vt"])
 def test_prompts_end_with_their_answer(work, task, seed):
     prompts = evaluate.Prompts(pieces.Pieces(work, TOKENIZER, seed, held_out=True, pool=300))
     for index in range(12):
@@ -229,7 +275,7 @@ def test_a_run_writes_a_checkpoint_that_transformers_loads(work, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "tiny-qwen3_5"
     log = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    assert log and all(line["answer"] > 0 for line in log)
+    assert log and all(line["answer"] > 0 and line["told"] > 0 and line["seen"] > 0 for line in log)
     results = json.loads((folder / "results.json").read_text())
     assert results["text"]["nats_per_token"] > 0
     cell, table = results["multikey_held_out@512"], (folder / "results.md").read_text()

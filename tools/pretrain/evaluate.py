@@ -62,6 +62,10 @@ class Prompts(Rows):
         """In further wordings that training never saw."""
         return self._multikey(length, index, wordings.FRESH_HELD_OUT[index % len(wordings.FRESH_HELD_OUT)])
 
+    def multikey_later(self, length: int, index: int) -> Row:
+        """In the last written ones."""
+        return self._multikey(length, index, wordings.LATER_HELD_OUT[index % len(wordings.LATER_HELD_OUT)])
+
     def _glue(self, length: int, index: int, value_first: float) -> Row:
         """Among held-out words of any sense. At 1,024 tokens the wordiest do not fit: others are drawn."""
         while True:
@@ -112,7 +116,7 @@ def cells(lengths: list[int]) -> list[tuple[str, int, int]]:
     """(task, length, prompts), the most telling first."""
     out = []
     for length in sorted(length for length in lengths if length <= 32768):
-        out += [("multikey_held_out", length, 100), ("multikey_fresh", length, 51), ("vt", length, 100)]
+        out += [("multikey_held_out", length, 100), ("multikey_later", length, 60), ("multikey_fresh", length, 51), ("vt", length, 100)]
         if length >= 1024:  # nine long needles
             out += [("multikey_value_first", length, 50), ("multikey_key_first", length, 50)]
         out += [("multivalue_held_out", length, 50), ("multikey_known", length, 50)]
@@ -123,7 +127,7 @@ def cells(lengths: list[int]) -> list[tuple[str, int, int]]:
     return out
 
 
-WORDINGS = {"multikey_held_out": HELD_OUT, "multikey_fresh": wordings.FRESH_HELD_OUT}  # tasks that go round several
+WORDINGS = {"multikey_held_out": HELD_OUT, "multikey_fresh": wordings.FRESH_HELD_OUT, "multikey_later": wordings.LATER_HELD_OUT}  # tasks that go round several
 
 
 def markdown(results: dict) -> str:

@@ -119,6 +119,8 @@ class TinyModel:
         self.config, self.device = config, device
         self.hybrid = config["model_type"] == "qwen3_5_text"
         self.kinds = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
+        attention_layers = [at for at, kind in enumerate(self.kinds) if kind == "full_attention"]
+        self.middle = attention_layers[len(attention_layers) // 2]
         self.low = torch.bfloat16 if device.type == "cuda" else torch.float32
         generator = torch.Generator().manual_seed(seed)
         self.weights = {name: value.to(device).requires_grad_() for name, value in self._initial(generator).items()}
@@ -170,10 +172,11 @@ class TinyModel:
         weights["model.norm.weight"] = centre(hidden)
         return weights
 
-    def hidden_states(self, tokens: torch.Tensor, positions: torch.Tensor | None = None, eager: bool = False) -> torch.Tensor:
+    def hidden_states(self, tokens: torch.Tensor, positions: torch.Tensor | None = None, eager: bool = False, watch=None) -> torch.Tensor:
         """tokens [rows, length], positions [rows * length] for RoPE -> [rows * length, hidden] before the last norm.
 
-        The hybrid wants the length to be a multiple of 64."""
+        The hybrid wants the length to be a multiple of 64. watch(x, q, k): called with the input of the middle attention layer and with the
+        queries and keys it attends by."""
         rows, length = tokens.shape
         c, f, w, low = self.config, self.eager if eager else self.pieces, self.weights, self.low
         dim = c["head_dim"]
@@ -189,6 +192,8 @@ class TinyModel:
                 q, k, v, gate = f["attention_inputs"](x, *of("input_layernorm.weight", *(f"self_attn.{n}.weight" for n in names)), cos, sin,
                                                       dim, self.hybrid, low)
                 q, k, v = (t.view(rows, length, -1, dim).transpose(1, 2) for t in (q, k, v))
+                if watch and at == self.middle:
+                    watch(x, q, k)
                 attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
                 x = f["attention_result"](x, attended.transpose(1, 2).reshape(rows * length, -1), gate, *of("self_attn.o_proj.weight"), *mlp,
                                           self.hybrid, low)
@@ -201,10 +206,10 @@ class TinyModel:
                 x = f["linear_result"](x, states, *terms, z, *of("linear_attn.norm.weight", "linear_attn.out_proj.weight"), *mlp, low)
         return x
 
-    def losses(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None = None, eager: bool = False):
+    def losses(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None = None, eager: bool = False, watch=None):
         """Cross entropies and hits, both [rows * length], of targets [rows * length]."""
         f = self.eager if eager else self.pieces
-        return f["token_losses"](self.hidden_states(tokens, positions, eager), self.weights["model.norm.weight"],
+        return f["token_losses"](self.hidden_states(tokens, positions, eager, watch), self.weights["model.norm.weight"],
                                  self.weights["model.embed_tokens.weight"], targets, self.hybrid, self.low)
 
     def logits(self, tokens: torch.Tensor, at: torch.Tensor | slice = slice(None)) -> torch.Tensor:

@@ -124,10 +124,13 @@ class Pieces:
                 parts.append((pieces[at + 2], bool(pieces[at + 1])))
         return tuple(parts)
 
-    def fill(self, pattern: str, **values: Item) -> Ids:
+    def fill(self, pattern: str, ends: dict[str, int] | None = None, **values: Item) -> Ids:
+        """Tokens of a pattern; `ends` gets where each placeholder's tokens end."""
         ids = []
         for part in self.parsed(pattern):
             ids += part if isinstance(part, list) else values[part[0]][0 if part[1] else 1]
+            if ends is not None and not isinstance(part, list):
+                ends[part[0]] = len(ids)
         return ids
 
     def enumerate(self, items: list[Item]) -> list[tuple[Ids, Ids]]:
@@ -183,11 +186,15 @@ class Pieces:
 
 
 class Row:
-    """Tokens and their labels, appended part by part."""
+    """Tokens and their labels, appended part by part.
+
+    bound: (place of a key's last token, key, first tokens of the value that stood before it); asked: where an answer follows, by its key."""
 
     def __init__(self):
         self.ids: Ids = []
         self.labels: list[int] = []
+        self.bound: list[tuple[int, Item, Ids]] = []
+        self.asked: dict[Item, int] = {}
 
     def add(self, ids, label: int = TEXT) -> "Row":
         self.ids += ids
@@ -203,6 +210,9 @@ class Row:
         return self
 
     def extend(self, other: "Row") -> "Row":
+        self.bound += [(len(self) + place, key, ids) for place, key, ids in other.bound]
+        for key, place in other.asked.items():
+            self.asked.setdefault(key, len(self) + place)
         self.ids += other.ids
         self.labels += other.labels
         return self

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import numpy as np
 
 from . import wordings
+from .binding import COLUMNS, FIRST_TOKENS
 from .documents import document_row, word_list_row
-from .pieces import SLOTS, TEXT, Item, Pieces, Row
+from .pieces import SLOTS, TEXT, Ids, Item, Pieces, Row
 from .wordings import Wording
 
 # Shares of the rows. Documents and word lists need room: below their least length, needles take their place.
@@ -24,14 +25,25 @@ class TooLong(Exception):
     """The parts of a row take more tokens than it may have."""
 
 
+def bindings(row: Row, length: int) -> np.ndarray:
+    """[n, COLUMNS] of the row's first `length` tokens; only one of a key's values is looked for."""
+    found, asked = [], dict(row.asked)
+    for place, key, ids in row.bound:
+        if place < length:
+            query = asked.pop(key, length)
+            found.append([place, query if query < length else -1, *ids, *[-1] * (FIRST_TOKENS - len(ids))])
+    return np.array(found, np.int64).reshape(-1, COLUMNS)
+
+
 class Rows:
     """Draws rows; everything random comes from `pieces.rng`."""
 
     def __init__(self, pieces: Pieces, shares: dict[str, float] = SHARES):
         self.pieces, self.rng, self.shares = pieces, pieces.rng, shares
 
-    def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (uint16) and labels (uint8) of length + 1 tokens: what is read and, one further, what is predicted."""
+    def row(self, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens (uint16) and labels (uint8) of length + 1 tokens: what is read and, one further, what is predicted; bindings for
+        binding.py."""
         count = length + 1
         while True:
             kind = self.rng.choices(list(self.shares), list(self.shares.values()))[0]
@@ -43,7 +55,7 @@ class Rows:
                 continue
             assert len(row.ids) == len(row.labels)
             if len(row) >= count:
-                return np.array(row.ids[:count], np.uint16), np.array(row.labels[:count], np.uint8)
+                return np.array(row.ids[:count], np.uint16), np.array(row.labels[:count], np.uint8), bindings(row, length)
 
     # --- text
 
@@ -88,17 +100,25 @@ class Rows:
 
     def statement(self, wording: Wording, kind: str, key: Item, value: Item, lead: str, tail: str) -> Row:
         """A needle. Its key and value cannot be foreseen and carry no loss; nor does the rest, which soon repeats itself."""
-        pattern = lead + wording.needle.replace("{kind}", kind) + tail
-        return Row().add(self.pieces.fill(pattern, key=key, value=value), 0)
+        pattern, ends = lead + wording.needle.replace("{kind}", kind) + tail, {}
+        row = Row().add(self.pieces.fill(pattern, ends, key=key, value=value), 0)
+        if ends["value"] < ends["key"]:
+            row.bound = [(ends["key"] - 1, key, list(value[0][self.telling(value[0]):][:FIRST_TOKENS]))]
+        return row
+
+    def telling(self, ids: Ids) -> int:
+        """Which token of an item after a space tells what it is: of a number or code, whose space is a token of its own, the second."""
+        return int(list(ids[:len(self.pieces.space)]) == self.pieces.space and len(ids) > 1)
 
     def question(self, wording: Wording, kind: str, keys: list[Item], values: list[Item], lead: str = "", end: str = ".\n") -> Row:
         pieces, several = self.pieces, int(len(values) > 1)
         pattern = lead + (wording.question[several] + wording.prefix[several]).replace("{kind}", kind)
         row = Row().add(pieces.fill(pattern, query=pieces.joined(keys)), 0)
         slot = "multi" if several else "needle"
+        if not several:
+            row.asked = {keys[0]: len(row) - 1 + self.telling(values[0][0])}
         for separator, ids in pieces.enumerate(values):
-            # Of a number or code after a space that is a token of its own, the second token tells.
-            row.answer([*separator, *ids], slot, len(separator) + (ids[:len(pieces.space)] == pieces.space and len(ids) > 1))
+            row.answer([*separator, *ids], slot, len(separator) + self.telling(ids))
         return row.add(pieces.fill(end)) if end else row
 
     def needles(self, count: int) -> Row:
@@ -121,7 +141,7 @@ class Rows:
         intro = Row().add(pieces.fill(wording.intro[0].replace("{kind}", name)), 0) if wording.intro[0] else Row()
 
         # What may be filled with statements, and with questions.
-        asked = count * rng.uniform(0.15, 0.5) if count <= 1100 else count * math.exp(rng.uniform(math.log(0.01), math.log(0.35)))
+        asked = count * rng.uniform(0.15, 0.5) if count <= 1100 else count * math.exp(rng.uniform(math.log(0.03), math.log(0.4)))
         if haystack == "needles":
             stated = count - asked
         else:

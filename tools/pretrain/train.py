@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from . import checkpoint, evaluate
+from .binding import Binding, choose
 from .models import MAX_POSITIONS, TinyModel
 from .optimizer import Optimizer
 from .pieces import NUM_LABELS, SLOTS, TEXT, Pieces
@@ -40,6 +41,7 @@ class Options:
     adam_rate: float = 0.004
     warmup: int = 100
     decay: float = 0.35  # share of the time in which the rates fall to nothing
+    binding: float = 0.2  # weight of binding.py's losses; 0: without them
     jumps: float = 0.3  # share of the steps with jumps of position
     workers: int = 4
     save_every: float = 60.0
@@ -57,7 +59,7 @@ def parse_phases(text: str) -> list[tuple[list[int], float]]:
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Endless batches (tokens [rows, length + 1], labels) of the phase that `phase` holds when they are made.
+    """Endless batches (tokens [rows, length + 1], labels, what binding.choose gives) of the phase that `phase` holds when they are made.
 
     Processes that train one model together (`rank` of them) draw other rows of the same lengths, so that none waits for another."""
 
@@ -74,8 +76,9 @@ class Batches(torch.utils.data.IterableDataset):
         while True:
             length = lengths.choice(options.phases[self.phase.value][0])
             made = [rows.row(length) for _ in range(max(1, options.tokens // length))]
-            tokens = np.stack([ids for ids, _ in made]).astype(np.int64)
-            yield torch.from_numpy(tokens), torch.from_numpy(np.stack([labels for _, labels in made]))
+            tokens = np.stack([ids for ids, _, _ in made]).astype(np.int64)
+            arrays = tokens, np.stack([labels for _, labels, _ in made]), *choose([bindings for _, _, bindings in made])
+            yield tuple(map(torch.from_numpy, arrays))
 
 
 class Group:
@@ -110,6 +113,10 @@ class Statistics:
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(3, NUM_LABELS, device=device)
+        self.binding = torch.zeros(3, device=device)
+
+    def add_binding(self, told: torch.Tensor, seen: torch.Tensor) -> None:
+        self.binding += torch.stack((torch.ones_like(told), told, seen)).detach()
 
     def add(self, labels: torch.Tensor, hits: torch.Tensor, losses: torch.Tensor) -> None:
         labels = labels.long()
@@ -117,8 +124,10 @@ class Statistics:
             self.sums[at].index_add_(0, labels, weights)
 
     def report(self, group: Group) -> dict[str, float]:
-        """Text loss, answer loss and accuracies; a slot's name with * is for the first tokens, the honest ones."""
+        """Text loss, answer loss, binding losses and accuracies; a slot's name with * is for the first tokens, the honest ones."""
         group.add_up(self.sums)
+        group.add_up(self.binding)
+        steps, told, seen = self.binding.tolist()
         counts, hits, losses = self.sums.tolist()
         answers = slice(2, NUM_LABELS)
         out = {"text": losses[TEXT] / max(1, counts[TEXT]), "answer": sum(losses[answers]) / max(1, sum(counts[answers])),
@@ -127,7 +136,10 @@ class Statistics:
             label = 2 + 2 * at + (slot != "copy")
             if counts[label]:
                 out[slot if slot == "copy" else slot + "*"] = hits[label] / counts[label]
+        if steps:
+            out |= {"told": told / steps, "seen": seen / steps}
         self.sums.zero_()
+        self.binding.zero_()
         return out
 
 
@@ -159,7 +171,9 @@ def train(model: TinyModel, options: Options, name: str) -> None:
     loader = torch.utils.data.DataLoader(Batches(options, phase, group.rank), batch_size=None, num_workers=options.workers, pin_memory=cuda,
                                          prefetch_factor=2 if options.workers else None)
     batches = iter(loader)
-    optimizer = Optimizer(model.weights, options.muon_rate, options.adam_rate)
+    binding = Binding(model.config["hidden_size"], device) if options.binding else None
+    trained = model.weights | ({"binding": binding.matrices} if binding else {})
+    optimizer = Optimizer(trained, options.muon_rate, options.adam_rate)
     ends = np.cumsum([share for _, share in options.phases])
     statistics = Statistics(device)
     begun = time.time()
@@ -175,7 +189,7 @@ def train(model: TinyModel, options: Options, name: str) -> None:
     tell(f"{model.num_parameters():,} parameters" + (f", {group.size} processes" if group.size > 1 else ""))
     while True:
         asked = time.time()
-        tokens, labels = next(batches)
+        tokens, labels, *bound = next(batches)
         now = time.time()
         waited += now - asked
         passed, log_now = group.from_first(now - start if start else 0.0, bool(start) and now - last_log > options.log_every)
@@ -188,8 +202,20 @@ def train(model: TinyModel, options: Options, name: str) -> None:
         rows, length = tokens.shape[0], tokens.shape[1] - 1
         positions = jumped_positions(rows, length, device) if random.random() < options.jumps else None
         targets, labels = tokens[:, 1:].reshape(-1), labels[:, 1:].reshape(-1)
-        losses, hits = model.losses(tokens[:, :-1].contiguous(), targets, positions)
-        weighted_loss(losses, labels).backward()
+        extra = []
+        if binding:
+            told, seen = (part.to(device, non_blocking=True) for part in bound)
+
+            def watch(x, q, k):
+                extra.append(binding.told(told, x, length, model.weights["model.embed_tokens.weight"]))  # noqa: B023
+                extra.append(binding.seen(seen, q, k))  # noqa: B023
+
+        losses, hits = model.losses(tokens[:, :-1].contiguous(), targets, positions, watch=watch if binding else None)
+        loss = weighted_loss(losses, labels)
+        if binding:
+            loss = loss + options.binding * sum(extra)
+            statistics.add_binding(*extra)
+        loss.backward()
         group.average_gradients(optimizer.all)
         factor = min(1.0, (step + 1) / options.warmup) * min(1.0, max(0.02, (1 - done) / options.decay))
         optimizer.step(factor)
@@ -221,7 +247,7 @@ def train(model: TinyModel, options: Options, name: str) -> None:
                 if not saved:
                     raise SystemExit(f"{name}: there is none yet; give a lower --rate")
                 checkpoint.load(options.out, model.weights)
-                optimizer = Optimizer(model.weights, optimizer.muon.rate / 2, optimizer.adam_rate / 2)
+                optimizer = Optimizer(trained, optimizer.muon.rate / 2, optimizer.adam_rate / 2)
             elif passed - last_save > options.save_every:
                 if first:
                     checkpoint.save(options.out, model.config, model.weights, options.tokenizer)

@@ -88,8 +88,41 @@ FRESH_HELD_OUT = [
         ("From which {kind} could my neighbour never tell {query} apart?", "From which {kind}s could my neighbour never tell {query} apart?"),
         (" My neighbour could not tell {query} from the {kind}", " My neighbour could not tell {query} from the {kind}s")),
 ]
+# Written before the model that they judge first was trained.
+LATER_HELD_OUT = [
+    Wording(
+        ("A miller pays for grain in this text.\n", "A miller pays for grain several times in this text.\n"),
+        "Down by the mill {value} is what the miller paid for {key}.",
+        ("What did the miller pay for {query}?", "What did the miller pay for {query}?"),
+        (" For {query} the miller paid", " For {query} the miller paid")),
+    Wording(
+        ("There is much knitting in this text.\n", "There is very much knitting in this text.\n"),
+        "Grandmother knitted {value} into the scarf that {key} wears.",
+        ("What did grandmother knit into the scarf of {query}?", "What did grandmother knit into the scarf of {query}?"),
+        (" Into the scarf of {query} grandmother knitted", " Into the scarf of {query} grandmother knitted")),
+    Wording(
+        ("Telegrams are sent below. Mind how they begin.\n", "Telegrams are sent below. Mind how all of them begin.\n"),
+        "A telegram began with {value} and went straight to {key}.",
+        ("With what did the telegram to {query} begin?", "With what did the telegrams to {query} begin?"),
+        (" The telegram to {query} began with", " The telegrams to {query} began with")),
+    Wording(
+        ("Bottles with a {kind} turn up in this text.\n", "Bottles with {kind}s turn up in this text.\n"),
+        "Every bottle from {key} bears the {kind} {value} on its cork.",
+        ("Which {kind} do bottles from {query} bear on their cork?", "Which {kind}s do bottles from {query} bear on their cork?"),
+        (" On its cork, a bottle from {query} bears the {kind}", " On its cork, a bottle from {query} bears the {kind}s")),
+    Wording(
+        ("Ferries leave a pier in this text.\n", "Many ferries leave a pier in this text.\n"),
+        "Ferry {key} leaves the pier at mark {value} this week.",
+        ("At which mark does ferry {query} leave the pier?", "At which marks does ferry {query} leave the pier?"),
+        (" Ferry {query} leaves the pier at mark", " Ferry {query} leaves the pier at marks")),
+    Wording(
+        ("Some survived a storm with their sheep.\n", "Many survived a storm with their sheep.\n"),
+        "Only {key} survived the storm, with {value} sheep on board.",
+        ("With how many sheep on board did {query} survive the storm?", "With how many sheep on board did {query} survive the storm?"),
+        (" The number of sheep with which {query} survived the storm is", " The numbers of sheep with which {query} survived the storm are")),
+]
 # Strings by which a test recognises a held-out wording.
-HELD_OUT_MARKS = ["filed under the name", "Whoever asks you", "ledger", "as a reply", "he traveller called", "parcel meant for",
+HELD_OUT_MARKS = ["miller paid", "miller pay", "grandmother knit", "randmother knitted", "elegram", "on its cork", "on their cork", "erry {", "leave the pier", "the storm", "filed under the name", "Whoever asks you", "ledger", "as a reply", "he traveller called", "parcel meant for",
                   "they stamp", "auction", "choir", "neighbour"]
 
 NOUNS = ["special magic {kind}", "secret {kind}", "{kind}", "registered {kind}", "access {kind}", "reference {kind}", "hidden {kind}",
