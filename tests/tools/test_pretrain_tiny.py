@@ -216,13 +216,13 @@ def test_bindings_tell_of_values_before_their_keys_and_where_they_are_asked_for(
                 assert query > key and labels[query + 1] >= 2 and labels[query + 1] % 2 == 1 and ids[query + 1] == value[0]
                 assert before.split()[-1] in decode(ids[key + 1:query + 1].tolist())
                 asked += 1
-    assert bound > 50 and asked > 20
+    assert bound > 10 and asked > 3
 
 
 def test_binding_losses_are_their_definitions(seed):
     rows, heads, kv_heads, length, dim, hidden = 3, 4, 2, 40, 8, 16
     found = [np.array([[9, 30, 5, 6, 7], [12, -1, 8, -1, -1]]), np.zeros((0, binding.COLUMNS), int), np.array([[20, 39, 1, 2, -1]])]
-    told, seen = map(torch.from_numpy, binding.choose(found))
+    told, seen = map(torch.from_numpy, binding.choose(random.Random(seed), found))
     assert sorted(told.tolist()) == [[0, 9, 5, 6, 7], [0, 12, 8, -1, -1], [2, 20, 1, 2, -1]]
     assert seen.tolist() == [[0, 0, 9, 30], [2, 0, 20, 39]]
     ours = binding.Binding(hidden, torch.device("cpu"))
@@ -244,11 +244,31 @@ def test_binding_losses_are_their_definitions(seed):
             missed *= 1 - scores.softmax(0)[key]
         losses.append(-torch.log(1 - missed))
     assert relative_error(ours.seen(seen, q, k).double(), sum(losses) / len(losses)) < 1e-4
-    none = [torch.from_numpy(array) for array in binding.choose(found[1:2] * rows)]
+    none = [torch.from_numpy(array) for array in binding.choose(random.Random(seed), found[1:2] * rows)]
     assert ours.told(none[0], x, length, embedding).item() == 0 and ours.seen(none[1], q, k).item() == 0
 
 
-@pytest.mark.parametrize("task", ["multikey_held_out", "multikey_fresh", "multikey_later", "multikey_value_first", "multikey_key_first", "multikey_known", "uuid_held_out", "multivalue_held_out", "multiquery_held_out", "vt"])
+@pytest.mark.parametrize("name, middle", [("qwen3", 4), ("qwen3_5", 7)])
+def test_the_middle_attention_layer_is_watched(name, middle, seed):
+    model, calls = models.TinyModel(models.published_config(name, hidden_size=48, intermediate_size=64), torch.device("cpu"), seed=seed), []
+    layers = dict(model.eager)
+    inputs = []  # of every layer, in turn
+    for part in ("attention_inputs", "linear_inputs"):
+        model.eager[part] = lambda x, *rest, part=part: (inputs.append(x), layers[part](x, *rest))[1]
+    tokens = torch.randint(0, models.VOCABULARY, (2, 64))
+    model.hidden_states(tokens, eager=True, watch=lambda *watched: calls.append(watched))
+    (x, q, k), = calls
+    assert torch.equal(x, inputs[middle]) and len(inputs) == len(model.kinds)
+    names = ("input_layernorm", *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")))
+    weights = [model.weights[f"model.layers.{middle}.{part}.weight"] for part in names]
+    angles = torch.arange(64).repeat(2)[:, None] * model.frequencies
+    wanted = layers["attention_inputs"](x, *weights, angles.cos()[:, None], angles.sin()[:, None], 64, model.hybrid, model.low)
+    for ours, theirs in zip((q, k), wanted):
+        assert relative_error(ours.transpose(1, 2).reshape(theirs.shape), theirs) < 1e-6
+
+
+@pytest.mark.parametrize("task", ["multikey_held_out", "multikey_fresh", "multikey_later", "multikey_value_first",
+                                  "multikey_key_first", "multikey_known", "uuid_held_out", "multivalue_held_out", "multiquery_held_out", "vt"])
 def test_prompts_end_with_their_answer(work, task, seed):
     prompts = evaluate.Prompts(pieces.Pieces(work, TOKENIZER, seed, held_out=True, pool=300))
     for index in range(12):
@@ -275,7 +295,8 @@ def test_a_run_writes_a_checkpoint_that_transformers_loads(work, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "tiny-qwen3_5"
     log = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    assert log and all(line["answer"] > 0 and line["told"] > 0 and line["seen"] > 0 for line in log)
+    assert log and all(line["answer"] > 0 for line in log)
+    assert all(any(line.get(loss, 0) > 0 for line in log) for loss in ("told", "seen"))
     results = json.loads((folder / "results.json").read_text())
     assert results["text"]["nats_per_token"] > 0
     cell, table = results["multikey_held_out@512"], (folder / "results.md").read_text()

@@ -17,16 +17,20 @@ MOST = 1024  # bindings of a step
 MOST_QUERIES = 128
 
 
-def choose(bindings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def queries_of_a_row(rows: int) -> int:
+    return max(1, MOST_QUERIES // rows)
+
+
+def choose(rng: random.Random, bindings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Of the bindings [n, COLUMNS] of each row, those that a step learns: (row, key's place, value's tokens) and
     (row, number in the row, key's place, query's place)."""
     told = [(row, binding[0], *binding[2:]) for row, found in enumerate(bindings) for binding in found]
     seen = []
     for row, found in enumerate(bindings):
         asked = [binding for binding in found if binding[1] >= 0]
-        chosen = random.sample(asked, min(len(asked), max(1, MOST_QUERIES // len(bindings))))
+        chosen = rng.sample(asked, min(len(asked), queries_of_a_row(len(bindings))))
         seen += [(row, at, *binding[:2]) for at, binding in enumerate(chosen)]
-    told = random.sample(told, min(len(told), MOST))
+    told = rng.sample(told, min(len(told), MOST))
     return np.array(told, np.int64).reshape(-1, 2 + FIRST_TOKENS), np.array(seen, np.int64).reshape(-1, 4)
 
 
@@ -34,7 +38,12 @@ class Binding:
     """The losses' weights: a matrix for each of a value's first tokens, from the hidden state to the embedding that it should have."""
 
     def __init__(self, hidden_size: int, device: torch.device):
-        self.matrices = (torch.eye(hidden_size, device=device).repeat(FIRST_TOKENS, 1, 1) * 0.1).requires_grad_()
+        self.matrices = torch.empty(FIRST_TOKENS, hidden_size, hidden_size, device=device).requires_grad_()
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.matrices.copy_(torch.eye(self.matrices.shape[1]) * 0.1)
 
     def told(self, told: torch.Tensor, x: torch.Tensor, length: int, embedding: torch.Tensor) -> torch.Tensor:
         """Mean loss in nats of the values' tokens; x [rows * length, hidden] before the layer."""
@@ -48,12 +57,12 @@ class Binding:
     def seen(seen: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Mean of -log(that some head looks at the key); q [rows, heads, length, dim] and k [rows, kv_heads, length, dim] of the attention."""
         rows, heads, length, dim = q.shape
-        room = max(1, MOST_QUERIES // rows)
+        room = queries_of_a_row(rows)
         row, at, key, query = seen.unbind(1)
         queries = q.new_zeros(rows, room, heads, dim).index_put((row, at), q[row, :, query])
         until = query.new_zeros(rows, room).index_put((row, at), query)
         logits = torch.einsum("rmgsd,rgld->rmgsl", queries.view(rows, room, k.shape[1], -1, dim), k).float() * dim**-0.5
-        hidden = torch.arange(length, device=q.device) > until[:, :, None]
-        looked = logits.masked_fill(hidden[:, :, None, None], -torch.inf).log_softmax(-1)[row, at, :, :, key].flatten(1)
+        later = torch.arange(length, device=q.device) > until[:, :, None]
+        looked = logits.masked_fill(later[:, :, None, None], -torch.inf).log_softmax(-1)[row, at, :, :, key].flatten(1)
         missed = torch.log1p(-looked.exp().clamp(max=1 - 1e-6)).sum(1)  # by every head
         return -(-torch.expm1(missed) + 1e-9).log().sum() / max(1, len(seen))

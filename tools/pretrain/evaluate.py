@@ -63,7 +63,7 @@ class Prompts(Rows):
         return self._multikey(length, index, wordings.FRESH_HELD_OUT[index % len(wordings.FRESH_HELD_OUT)])
 
     def multikey_later(self, length: int, index: int) -> Row:
-        """In the last written ones."""
+        """In the held-out wordings that were written last."""
         return self._multikey(length, index, wordings.LATER_HELD_OUT[index % len(wordings.LATER_HELD_OUT)])
 
     def _glue(self, length: int, index: int, value_first: float) -> Row:
@@ -127,7 +127,8 @@ def cells(lengths: list[int]) -> list[tuple[str, int, int]]:
     return out
 
 
-WORDINGS = {"multikey_held_out": HELD_OUT, "multikey_fresh": wordings.FRESH_HELD_OUT, "multikey_later": wordings.LATER_HELD_OUT}  # tasks that go round several
+# Tasks that go round several wordings.
+WORDINGS = {"multikey_held_out": HELD_OUT, "multikey_fresh": wordings.FRESH_HELD_OUT, "multikey_later": wordings.LATER_HELD_OUT}
 
 
 def markdown(results: dict) -> str:

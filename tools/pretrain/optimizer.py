@@ -39,7 +39,9 @@ class Muon:
 
 
 class Optimizer:
-    """Muon on the layers' matrices of 64 rows or more, AdamW on embeddings, norms, convolutions and small projections."""
+    """Muon on the layers' matrices of 64 rows or more, AdamW on embeddings, norms, convolutions, small projections and binding.py's matrices.
+
+    The gradients of AdamW's weights are clipped together."""
 
     def __init__(self, weights: dict[str, torch.Tensor], muon_rate: float, adam_rate: float):
         is_matrix = {name: weight.ndim == 2 and len(weight) >= 64 and "embed" not in name for name, weight in weights.items()}

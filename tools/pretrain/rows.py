@@ -13,7 +13,7 @@ import numpy as np
 from . import wordings
 from .binding import COLUMNS, FIRST_TOKENS
 from .documents import document_row, word_list_row
-from .pieces import SLOTS, TEXT, Ids, Item, Pieces, Row
+from .pieces import SLOTS, TEXT, Item, Pieces, Row
 from .wordings import Wording
 
 # Shares of the rows. Documents and word lists need room: below their least length, needles take their place.
@@ -26,11 +26,11 @@ class TooLong(Exception):
 
 
 def bindings(row: Row, length: int) -> np.ndarray:
-    """[n, COLUMNS] of the row's first `length` tokens; only one of a key's values is looked for."""
-    found, asked = [], dict(row.asked)
+    """[n, COLUMNS] of the row's first `length` tokens; what is asked for has one value."""
+    found = []
     for place, key, ids in row.bound:
         if place < length:
-            query = asked.pop(key, length)
+            query = row.asked.get(key, length)
             found.append([place, query if query < length else -1, *ids, *[-1] * (FIRST_TOKENS - len(ids))])
     return np.array(found, np.int64).reshape(-1, COLUMNS)
 
@@ -103,12 +103,13 @@ class Rows:
         pattern, ends = lead + wording.needle.replace("{kind}", kind) + tail, {}
         row = Row().add(self.pieces.fill(pattern, ends, key=key, value=value), 0)
         if ends["value"] < ends["key"]:
-            row.bound = [(ends["key"] - 1, key, list(value[0][self.telling(value[0]):][:FIRST_TOKENS]))]
+            first = self.telling(value[0])
+            row.bound = [(ends["key"] - 1, key, list(value[0][first:first + FIRST_TOKENS]))]
         return row
 
-    def telling(self, ids: Ids) -> int:
+    def telling(self, ids: tuple[int, ...]) -> int:
         """Which token of an item after a space tells what it is: of a number or code, whose space is a token of its own, the second."""
-        return int(list(ids[:len(self.pieces.space)]) == self.pieces.space and len(ids) > 1)
+        return int(ids[:len(self.pieces.space)] == tuple(self.pieces.space) and len(ids) > 1)
 
     def question(self, wording: Wording, kind: str, keys: list[Item], values: list[Item], lead: str = "", end: str = ".\n") -> Row:
         pieces, several = self.pieces, int(len(values) > 1)
@@ -118,7 +119,7 @@ class Rows:
         if not several:
             row.asked = {keys[0]: len(row) - 1 + self.telling(values[0][0])}
         for separator, ids in pieces.enumerate(values):
-            row.answer([*separator, *ids], slot, len(separator) + self.telling(ids))
+            row.answer([*separator, *ids], slot, len(separator) + self.telling(tuple(ids)))
         return row.add(pieces.fill(end)) if end else row
 
     def needles(self, count: int) -> Row:

@@ -77,7 +77,7 @@ class Batches(torch.utils.data.IterableDataset):
             length = lengths.choice(options.phases[self.phase.value][0])
             made = [rows.row(length) for _ in range(max(1, options.tokens // length))]
             tokens = np.stack([ids for ids, _, _ in made]).astype(np.int64)
-            arrays = tokens, np.stack([labels for _, labels, _ in made]), *choose([bindings for _, _, bindings in made])
+            arrays = tokens, np.stack([labels for _, labels, _ in made]), *choose(rows.rng, [bindings for _, _, bindings in made])
             yield tuple(map(torch.from_numpy, arrays))
 
 
@@ -113,10 +113,12 @@ class Statistics:
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(3, NUM_LABELS, device=device)
-        self.binding = torch.zeros(3, device=device)
+        self.binding = torch.zeros(2, 2, device=device)
 
-    def add_binding(self, told: torch.Tensor, seen: torch.Tensor) -> None:
-        self.binding += torch.stack((torch.ones_like(told), told, seen)).detach()
+    def add_binding(self, losses: list[torch.Tensor], counts: list[int]) -> None:
+        """Binding losses of a step and of how many bindings each is the mean."""
+        present = torch.tensor([float(count > 0) for count in counts])
+        self.binding += torch.stack((present.to(self.binding.device, non_blocking=True), torch.stack(losses).detach()))
 
     def add(self, labels: torch.Tensor, hits: torch.Tensor, losses: torch.Tensor) -> None:
         labels = labels.long()
@@ -127,7 +129,7 @@ class Statistics:
         """Text loss, answer loss, binding losses and accuracies; a slot's name with * is for the first tokens, the honest ones."""
         group.add_up(self.sums)
         group.add_up(self.binding)
-        steps, told, seen = self.binding.tolist()
+        steps, bound = self.binding.tolist()
         counts, hits, losses = self.sums.tolist()
         answers = slice(2, NUM_LABELS)
         out = {"text": losses[TEXT] / max(1, counts[TEXT]), "answer": sum(losses[answers]) / max(1, sum(counts[answers])),
@@ -136,8 +138,7 @@ class Statistics:
             label = 2 + 2 * at + (slot != "copy")
             if counts[label]:
                 out[slot if slot == "copy" else slot + "*"] = hits[label] / counts[label]
-        if steps:
-            out |= {"told": told / steps, "seen": seen / steps}
+        out |= {name: loss / count for name, loss, count in zip(("told", "seen"), bound, steps) if count}
         self.sums.zero_()
         self.binding.zero_()
         return out
@@ -214,7 +215,7 @@ def train(model: TinyModel, options: Options, name: str) -> None:
         loss = weighted_loss(losses, labels)
         if binding:
             loss = loss + options.binding * sum(extra)
-            statistics.add_binding(*extra)
+            statistics.add_binding(extra, [len(told), len(seen)])
         loss.backward()
         group.average_gradients(optimizer.all)
         factor = min(1.0, (step + 1) / options.warmup) * min(1.0, max(0.02, (1 - done) / options.decay))
@@ -247,6 +248,8 @@ def train(model: TinyModel, options: Options, name: str) -> None:
                 if not saved:
                     raise SystemExit(f"{name}: there is none yet; give a lower --rate")
                 checkpoint.load(options.out, model.weights)
+                if binding:
+                    binding.reset()
                 optimizer = Optimizer(trained, optimizer.muon.rate / 2, optimizer.adam_rate / 2)
             elif passed - last_save > options.save_every:
                 if first:

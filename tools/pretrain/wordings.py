@@ -88,7 +88,7 @@ FRESH_HELD_OUT = [
         ("From which {kind} could my neighbour never tell {query} apart?", "From which {kind}s could my neighbour never tell {query} apart?"),
         (" My neighbour could not tell {query} from the {kind}", " My neighbour could not tell {query} from the {kind}s")),
 ]
-# Written before the model that they judge first was trained.
+# Written before the shipped tiny-qwen3.5 was trained, and not changed since.
 LATER_HELD_OUT = [
     Wording(
         ("A miller pays for grain in this text.\n", "A miller pays for grain several times in this text.\n"),
@@ -122,8 +122,8 @@ LATER_HELD_OUT = [
         (" The number of sheep with which {query} survived the storm is", " The numbers of sheep with which {query} survived the storm are")),
 ]
 # Strings by which a test recognises a held-out wording.
-HELD_OUT_MARKS = ["miller paid", "miller pay", "grandmother knit", "randmother knitted", "elegram", "on its cork", "on their cork", "erry {", "leave the pier", "the storm", "filed under the name", "Whoever asks you", "ledger", "as a reply", "he traveller called", "parcel meant for",
-                  "they stamp", "auction", "choir", "neighbour"]
+HELD_OUT_MARKS = ["filed under the name", "Whoever asks you", "ledger", "as a reply", "he traveller called", "parcel meant for",
+                  "they stamp", "auction", "choir", "neighbour", "miller pa", "randmother knit", "elegram", "its cork", "their cork", "the pier", "the storm"]
 
 NOUNS = ["special magic {kind}", "secret {kind}", "{kind}", "registered {kind}", "access {kind}", "reference {kind}", "hidden {kind}",
          "private {kind}", "official {kind}", "serial {kind}", "pass {kind}", "lucky {kind}", "internal {kind}", "final {kind}",
