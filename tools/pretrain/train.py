@@ -116,7 +116,7 @@ class Statistics:
         self.binding = torch.zeros(2, 2, device=device)
 
     def add_binding(self, losses: list[torch.Tensor], counts: list[int]) -> None:
-        """Binding losses of a step and of how many bindings each is the mean."""
+        """A step's binding losses; a loss that is the mean of no bindings does not count."""
         present = torch.tensor([float(count > 0) for count in counts])
         self.binding += torch.stack((present.to(self.binding.device, non_blocking=True), torch.stack(losses).detach()))
 
