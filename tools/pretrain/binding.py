@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 FIRST_TOKENS = 3  # of a value; the rest of it can be copied once they are known
 COLUMNS = 2 + FIRST_TOKENS  # of a row's bindings: place of the key's last token, place that the answer follows, the value's first tokens; -1: none
-MOST = 1024  # bindings of a step
-MOST_QUERIES = 128
+MOST_TOLD = 1024  # bindings of a step
+MOST_SEEN = 128
 
 
 def queries_of_a_row(rows: int) -> int:
-    return max(1, MOST_QUERIES // rows)
+    return max(1, MOST_SEEN // rows)
 
 
 def choose(rng: random.Random, bindings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +30,7 @@ def choose(rng: random.Random, bindings: list[np.ndarray]) -> tuple[np.ndarray, 
         asked = [binding for binding in found if binding[1] >= 0]
         chosen = rng.sample(asked, min(len(asked), queries_of_a_row(len(bindings))))
         seen += [(row, at, *binding[:2]) for at, binding in enumerate(chosen)]
-    told = rng.sample(told, min(len(told), MOST))
+    told = rng.sample(told, min(len(told), MOST_TOLD))
     return np.array(told, np.int64).reshape(-1, 2 + FIRST_TOKENS), np.array(seen, np.int64).reshape(-1, 4)
 
 
@@ -44,6 +44,14 @@ class Binding:
     @torch.no_grad()
     def reset(self) -> None:
         self.matrices.copy_(torch.eye(self.matrices.shape[1]) * 0.1)
+
+    def watcher(self, told: torch.Tensor, seen: torch.Tensor, embedding: torch.Tensor, losses: list[torch.Tensor]):
+        """What TinyModel.losses may call as `watch`: appends both losses."""
+
+        def watch(x: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
+            losses.extend((self.told(told, x, q.shape[2], embedding), self.seen(seen, q, k)))
+
+        return watch
 
     def told(self, told: torch.Tensor, x: torch.Tensor, length: int, embedding: torch.Tensor) -> torch.Tensor:
         """Mean loss in nats of the values' tokens; x [rows * length, hidden] before the layer."""

@@ -16,12 +16,16 @@ from .rows import Rows, TooLong
 
 TOKENS = 65_536  # of a forward pass, or one prompt
 HELD_OUT = wordings.SUITE_HELD_OUT + wordings.OWN_HELD_OUT
+# Tasks that go round several wordings which training never saw, those written last in the last of them.
+WORDINGS = {"multikey_held_out": HELD_OUT, "multikey_fresh": wordings.FRESH_HELD_OUT, "multikey_later": wordings.LATER_HELD_OUT}
 
 
 class Prompts(Rows):
     """One prompt a call: exactly `length` tokens and the answer behind them."""
 
     def make(self, task: str, length: int, index: int) -> Row:
+        if task in WORDINGS:
+            return self._multikey(length, index, WORDINGS[task][index % len(WORDINGS[task])])
         return getattr(self, task)(length, index)
 
     def _needles(self, length: int, wording, keys: list[tuple], asked: list[int], value_kind: str, depth: float, haystack: str = "essay") -> Row:
@@ -51,20 +55,9 @@ class Prompts(Rows):
         return list(keys)
 
     def _multikey(self, length: int, index: int, wording) -> Row:
+        """Needles of one wording in essay text, one for 256 tokens."""
         keys = [(key, 1) for key in self._keys("pair", max(9, length // 256 + 1))]
         return self._needles(length, wording, keys, [0], "number", (index % 10 + 0.5) / 10)
-
-    def multikey_held_out(self, length: int, index: int) -> Row:
-        """Needles of one wording in essay text, one for 256 tokens; a wording that training never saw."""
-        return self._multikey(length, index, HELD_OUT[index % len(HELD_OUT)])
-
-    def multikey_fresh(self, length: int, index: int) -> Row:
-        """In further wordings that training never saw."""
-        return self._multikey(length, index, wordings.FRESH_HELD_OUT[index % len(wordings.FRESH_HELD_OUT)])
-
-    def multikey_later(self, length: int, index: int) -> Row:
-        """In the held-out wordings that were written last."""
-        return self._multikey(length, index, wordings.LATER_HELD_OUT[index % len(wordings.LATER_HELD_OUT)])
 
     def _glue(self, length: int, index: int, value_first: float) -> Row:
         """Among held-out words of any sense. At 1,024 tokens the wordiest do not fit: others are drawn."""
@@ -125,10 +118,6 @@ def cells(lengths: list[int]) -> list[tuple[str, int, int]]:
     for length in sorted(length for length in lengths if length <= 32768):
         out += [("uuid_held_out", length, 50), ("multiquery_held_out", length, 50)]
     return out
-
-
-# Tasks that go round several wordings.
-WORDINGS = {"multikey_held_out": HELD_OUT, "multikey_fresh": wordings.FRESH_HELD_OUT, "multikey_later": wordings.LATER_HELD_OUT}
 
 
 def markdown(results: dict) -> str:

@@ -6,7 +6,7 @@ questions follow the first one, or stand in the haystack behind what they ask fo
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -107,9 +107,9 @@ class Rows:
             row.bound = [(ends["key"] - 1, key, list(value[0][first:first + FIRST_TOKENS]))]
         return row
 
-    def telling(self, ids: tuple[int, ...]) -> int:
+    def telling(self, ids: Sequence[int]) -> int:
         """Which token of an item after a space tells what it is: of a number or code, whose space is a token of its own, the second."""
-        return int(ids[:len(self.pieces.space)] == tuple(self.pieces.space) and len(ids) > 1)
+        return int(list(ids[:len(self.pieces.space)]) == self.pieces.space and len(ids) > 1)
 
     def question(self, wording: Wording, kind: str, keys: list[Item], values: list[Item], lead: str = "", end: str = ".\n") -> Row:
         pieces, several = self.pieces, int(len(values) > 1)
@@ -119,7 +119,7 @@ class Rows:
         if not several:
             row.asked = {keys[0]: len(row) - 1 + self.telling(values[0][0])}
         for separator, ids in pieces.enumerate(values):
-            row.answer([*separator, *ids], slot, len(separator) + self.telling(tuple(ids)))
+            row.answer([*separator, *ids], slot, len(separator) + self.telling(ids))
         return row.add(pieces.fill(end)) if end else row
 
     def needles(self, count: int) -> Row:

@@ -113,12 +113,12 @@ class Statistics:
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(3, NUM_LABELS, device=device)
-        self.binding = torch.zeros(2, 2, device=device)
+        self.binding = torch.zeros(2, device=device)
+        self.binding_steps = [0, 0]  # whose loss was the mean of some bindings
 
-    def add_binding(self, losses: list[torch.Tensor], counts: list[int]) -> None:
-        """A step's binding losses; a loss that is the mean of no bindings does not count."""
-        present = torch.tensor([float(count > 0) for count in counts])
-        self.binding += torch.stack((present.to(self.binding.device, non_blocking=True), torch.stack(losses).detach()))
+    def add_binding(self, losses: list[torch.Tensor], bindings: list[torch.Tensor]) -> None:
+        self.binding += torch.stack(losses).detach()
+        self.binding_steps = [steps + (len(part) > 0) for steps, part in zip(self.binding_steps, bindings)]
 
     def add(self, labels: torch.Tensor, hits: torch.Tensor, losses: torch.Tensor) -> None:
         labels = labels.long()
@@ -128,8 +128,8 @@ class Statistics:
     def report(self, group: Group) -> dict[str, float]:
         """Text loss, answer loss, binding losses and accuracies; a slot's name with * is for the first tokens, the honest ones."""
         group.add_up(self.sums)
-        group.add_up(self.binding)
-        steps, bound = self.binding.tolist()
+        binding = torch.stack((self.binding, self.binding.new_tensor(self.binding_steps)))
+        group.add_up(binding)
         counts, hits, losses = self.sums.tolist()
         answers = slice(2, NUM_LABELS)
         out = {"text": losses[TEXT] / max(1, counts[TEXT]), "answer": sum(losses[answers]) / max(1, sum(counts[answers])),
@@ -138,9 +138,10 @@ class Statistics:
             label = 2 + 2 * at + (slot != "copy")
             if counts[label]:
                 out[slot if slot == "copy" else slot + "*"] = hits[label] / counts[label]
-        out |= {name: loss / count for name, loss, count in zip(("told", "seen"), bound, steps) if count}
+        out |= {name: loss / steps for name, loss, steps in zip(("told", "seen"), *binding.tolist()) if steps}
         self.sums.zero_()
         self.binding.zero_()
+        self.binding_steps = [0, 0]
         return out
 
 
@@ -203,19 +204,14 @@ def train(model: TinyModel, options: Options, name: str) -> None:
         rows, length = tokens.shape[0], tokens.shape[1] - 1
         positions = jumped_positions(rows, length, device) if random.random() < options.jumps else None
         targets, labels = tokens[:, 1:].reshape(-1), labels[:, 1:].reshape(-1)
-        extra = []
+        extra, watch = [], None
         if binding:
-            told, seen = (part.to(device, non_blocking=True) for part in bound)
-
-            def watch(x, q, k):
-                extra.append(binding.told(told, x, length, model.weights["model.embed_tokens.weight"]))  # noqa: B023
-                extra.append(binding.seen(seen, q, k))  # noqa: B023
-
-        losses, hits = model.losses(tokens[:, :-1].contiguous(), targets, positions, watch=watch if binding else None)
-        loss = weighted_loss(losses, labels)
-        if binding:
-            loss = loss + options.binding * sum(extra)
-            statistics.add_binding(extra, [len(told), len(seen)])
+            bound = [part.to(device, non_blocking=True) for part in bound]
+            watch = binding.watcher(*bound, model.weights["model.embed_tokens.weight"], extra)
+        losses, hits = model.losses(tokens[:, :-1].contiguous(), targets, positions, watch=watch)
+        loss = weighted_loss(losses, labels) + options.binding * sum(extra)
+        if extra:
+            statistics.add_binding(extra, bound)
         loss.backward()
         group.average_gradients(optimizer.all)
         factor = min(1.0, (step + 1) / options.warmup) * min(1.0, max(0.02, (1 - done) / options.decay))

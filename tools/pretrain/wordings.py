@@ -123,7 +123,8 @@ LATER_HELD_OUT = [
 ]
 # Strings by which a test recognises a held-out wording.
 HELD_OUT_MARKS = ["filed under the name", "Whoever asks you", "ledger", "as a reply", "he traveller called", "parcel meant for",
-                  "they stamp", "auction", "choir", "neighbour", "miller pa", "randmother knit", "elegram", "its cork", "their cork", "the pier", "the storm"]
+                  "they stamp", "auction", "choir", "neighbour",
+                  "miller pa", "randmother knit", "elegram", "its cork", "their cork", "the pier", "the storm"]
 
 NOUNS = ["special magic {kind}", "secret {kind}", "{kind}", "registered {kind}", "access {kind}", "reference {kind}", "hidden {kind}",
          "private {kind}", "official {kind}", "serial {kind}", "pass {kind}", "lucky {kind}", "internal {kind}", "final {kind}",
