@@ -2,7 +2,8 @@
 //
 //   decode_kernels [--json FILE] [--quick]
 //
-// Selector key formats, launch overlaps and fused or separate kernels; `spot bench decode` has the other methods and dense
+// Selector key formats, launch overlaps and fused or separate kernels; `spot bench decode` has the other
+// methods and dense
 // attention beside them.
 //
 // Every figure is the median of replays of a CUDA graph that runs the stage over 8 sets of buffers in turn
@@ -120,8 +121,7 @@ void report(const Shape& shape, int32_t length, int32_t batch, const std::string
   if (json == nullptr) return;
   std::fprintf(json,
                "%s\n{\"shape\": \"%s\", \"num_heads\": %d, \"num_kv_heads\": %d, \"head_dim\": %d, "
-               "\"length\": %d, \"batch\": %d, "
-               "\"stage\": \"%s\", \"us\": %.3f, \"bytes\": %.0f}",
+               "\"length\": %d, \"batch\": %d, \"stage\": \"%s\", \"us\": %.3f, \"bytes\": %.0f}",
                first_row ? "" : ",", shape.name, shape.num_heads, shape.num_kv_heads, shape.head_dim, length,
                batch, stage.c_str(), us, bytes);
   first_row = false;

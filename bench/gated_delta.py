@@ -29,6 +29,7 @@ TF32_FLOPS = 300e12
 
 # ---- building ----
 
+
 def run(*command):
     done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -44,16 +45,30 @@ def build(folder, kernels):
     device_sources = ["kernels/gated_delta_decode.cu", "kernels/gated_delta_prefill.cu"] if kernels else []
     if kernels:
         sources.append("ops/cuda/gated_delta.cpp")
-    watched = [p for pattern in ("src/model/gated_delta.*", "src/core/error.*", "ops/cuda/gated_delta.*", "kernels/*")
-               for p in ROOT.glob(pattern)]
+    watched = [
+        p
+        for pattern in ("src/model/gated_delta.*", "src/core/error.*", "ops/cuda/gated_delta.*", "kernels/*")
+        for p in ROOT.glob(pattern)
+    ]
     if library.is_file() and library.stat().st_mtime > max(p.stat().st_mtime for p in watched):
         return library
     folder.mkdir(parents=True, exist_ok=True)
     objects = []
     for source in device_sources:
         objects.append(folder / f"{pathlib.Path(source).stem}.cu.o")
-        run("nvcc", "-std=c++20", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", f"-I{ROOT}", "-c",
-            source, "-o", objects[-1])
+        run(
+            "nvcc",
+            "-std=c++20",
+            "-O3",
+            "-gencode=arch=compute_90a,code=sm_90a",
+            "-Xcompiler",
+            "-fPIC",
+            f"-I{ROOT}",
+            "-c",
+            source,
+            "-o",
+            objects[-1],
+        )
     includes = [f"-I{ROOT}/src", f"-I{ROOT}"] + [f for p in include_paths() for f in ("-isystem", p)]
     # nvcc hands .cpp files to g++ with CUDA's own include folder, wherever that is.
     compiler = ["nvcc", "-Xcompiler", "-fPIC", "-DSPOT_CUDA=1"] if kernels else ["g++", "-fPIC"]
@@ -66,6 +81,7 @@ def build(folder, kernels):
 
 
 # ---- the layer, ours and theirs ----
+
 
 class Layer:
     def __init__(self, value_heads, slots, device, dtype):
@@ -85,8 +101,17 @@ class Layer:
         return torch.randn(tokens, sum(widths), device=self.device).to(self.dtype).split(widths, 1)
 
     def ours(self, inputs, slots, lengths=None):
-        arguments = [*inputs, self.conv, self.decay_rate, self.dt_bias, self.norm, EPSILON, self.conv_states,
-                     self.recurrent_states, slots]
+        arguments = [
+            *inputs,
+            self.conv,
+            self.decay_rate,
+            self.dt_bias,
+            self.norm,
+            EPSILON,
+            self.conv_states,
+            self.recurrent_states,
+            slots,
+        ]
         if lengths is None:
             return torch.ops.spot.gated_delta_decode(*arguments)
         return torch.ops.spot.gated_delta_prefill(*arguments, lengths)
@@ -100,7 +125,7 @@ class Layer:
         steps = qkv.shape[0] // batch
         qkv = qkv.reshape(batch, steps, -1)
         window = torch.cat([self.conv_states[slots].to(qkv.dtype), qkv], 1).transpose(1, 2)
-        self.conv_states[slots] = window[:, :, -(TAPS - 1):].transpose(1, 2).float()
+        self.conv_states[slots] = window[:, :, -(TAPS - 1) :].transpose(1, 2).float()
         weight = self.conv.t().unsqueeze(1).to(qkv.dtype)
         u = F.silu(F.conv1d(window, weight, groups=self.channels)).transpose(1, 2)
         q, k, v = u.split([KEY_HEADS * DIM, KEY_HEADS * DIM, self.value_heads * DIM], -1)
@@ -108,9 +133,16 @@ class Layer:
         repeat = lambda x: x.repeat_interleave(self.value_heads // KEY_HEADS, 2)
         g = -self.decay_rate * F.softplus(a.float() + self.dt_bias)
         rule = theirs.torch_recurrent_gated_delta_rule if lengths is None else theirs.torch_chunk_gated_delta_rule
-        o, state = rule(repeat(heads(q)), repeat(heads(k)), heads(v), g=g.reshape(batch, steps, -1),
-                        beta=b.reshape(batch, steps, -1).sigmoid(), initial_state=self.recurrent_states[slots],
-                        output_final_state=True, use_qk_l2norm_in_kernel=True)
+        o, state = rule(
+            repeat(heads(q)),
+            repeat(heads(k)),
+            heads(v),
+            g=g.reshape(batch, steps, -1),
+            beta=b.reshape(batch, steps, -1).sigmoid(),
+            initial_state=self.recurrent_states[slots],
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+        )
         self.recurrent_states[slots] = state.float()
         if self.norm_module is None:
             self.norm_module = theirs.Qwen3_5RMSNormGated(DIM, eps=EPSILON).to(self.device)
@@ -119,6 +151,7 @@ class Layer:
 
 
 # ---- timing ----
+
 
 def median_seconds(call, device, repeats, graph):
     if device == "cpu":
@@ -190,16 +223,26 @@ def measure(implementation, device, quick):
 
             with torch.no_grad():
                 seconds = median_seconds(decode, device, 10, graph=True) / sets
-            results.append({"case": f"decode, H_v {value_heads}, batch {batch}", "seconds": seconds,
-                            "floor": 2 * state_bytes / bandwidth})
+            results.append(
+                {
+                    "case": f"decode, H_v {value_heads}, batch {batch}",
+                    "seconds": seconds,
+                    "floor": 2 * state_bytes / bandwidth,
+                }
+            )
         lengths = [[512]] if on_cpu else [[2048], [8192], [1024] * 8] + ([] if quick else [[32768]])
         for each in lengths:
             layer = Layer(value_heads, len(each), device, dtype)
             inputs, slots = layer.inputs(sum(each)), torch.arange(len(each), device=device)
             with torch.no_grad():
                 seconds = median_seconds(lambda: run_layer(layer, inputs, slots, each), device, 5, graph=False)
-            results.append({"case": f"prefill, H_v {value_heads}, {len(each)} x {each[0]}", "seconds": seconds,
-                            "floor": prefill_floor(sum(each), value_heads, inputs[0].element_size(), bandwidth)})
+            results.append(
+                {
+                    "case": f"prefill, H_v {value_heads}, {len(each)} x {each[0]}",
+                    "seconds": seconds,
+                    "floor": prefill_floor(sum(each), value_heads, inputs[0].element_size(), bandwidth),
+                }
+            )
         if implementation != "transformers":
             results.append(difference(value_heads, device))
     return {"implementation": implementation, "bandwidth": bandwidth, "results": results}
@@ -227,7 +270,9 @@ def main():
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
-    parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build" / "bench", help="where libraries are built")
+    parser.add_argument(
+        "--build", type=pathlib.Path, default=ROOT / "build" / "bench", help="where libraries are built"
+    )
     parser.add_argument("--only", choices=("kernels", "aten", "transformers"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -254,10 +299,15 @@ def main():
             print(f"{first['case']:44}" + "".join(f"{r['results'][i]['error']:14.1e}" for r in reports[:-1]))
             continue
         found = [next(x for x in r["results"] if x["case"] == first["case"])["seconds"] for r in reports]
-        print(f"{first['case']:34}{first['floor'] * 1e6:10.1f}" + "".join(f"{s * 1e6:14.1f}" for s in found)
-              + f"{100 * first['floor'] / found[0]:19.0f}%")
+        print(
+            f"{first['case']:34}{first['floor'] * 1e6:10.1f}"
+            + "".join(f"{s * 1e6:14.1f}" for s in found)
+            + f"{100 * first['floor'] / found[0]:19.0f}%"
+        )
     if options.json:
-        options.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "reports": reports}, indent=1))
+        options.json.write_text(
+            json.dumps({"device": device, "torch": torch.__version__, "reports": reports}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -36,10 +36,16 @@ def free_port() -> int:
 def start(gpus: int, words: list[str]) -> list[subprocess.Popen]:
     """One process a GPU, as a launcher starts them."""
     shared = {"WORLD_SIZE": str(gpus), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [subprocess.Popen([sys.executable, ROOT / "tools" / "distill.py", "--timeout", "60", *words],
-                             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True)
-            for rank in range(gpus)]
+    return [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tools" / "distill.py", "--timeout", "60", *words],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(gpus)
+    ]
 
 
 def finish(processes: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
@@ -47,7 +53,9 @@ def finish(processes: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
     try:
         for process in processes:
             _, text = process.communicate(timeout=300)
-            errors += [line for line in text.splitlines() if line.startswith("error:")] or ([text[-500:]] if text and process.returncode else [])
+            errors += [line for line in text.splitlines() if line.startswith("error:")] or (
+                [text[-500:]] if text and process.returncode else []
+            )
     finally:
         for process in processes:
             process.kill()  # one that hangs would keep its GPU
@@ -83,9 +91,15 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
     if options.steps < 4:
-        parser.error(f"--steps {options.steps}: at least 4 are needed, as two are not timed and a process is killed after the third")
+        parser.error(
+            f"--steps {options.steps}: at least 4 are needed, as two are not timed and a process is killed after the third"
+        )
     # Before a checkpoint of many GiB is written.
-    for path in (options.data, options.config and options.config / "config.json", options.tokenizer and options.tokenizer / "tokenizer.json"):
+    for path in (
+        options.data,
+        options.config and options.config / "config.json",
+        options.tokenizer and options.tokenizer / "tokenizer.json",
+    ):
         if path and not path.exists():
             parser.error(f"{path} does not exist")
     model = options.model
@@ -100,9 +114,29 @@ def main() -> None:
             config = json.loads((model / "config.json").read_text()) | {"bos_token_id": 0, "eos_token_id": 0}
             (model / "config.json").write_text(json.dumps(config))
             (model / "generation_config.json").unlink(missing_ok=True)
-    base = ["--model", model, "--data", options.data, "--length", options.length, "--steps", options.steps, "--sequences-per-step",
-            options.sequences_per_step, "--warmup-steps", 2, "--start", "random", "--held-out-sequences", 1, "--held-out-interval",
-            options.steps, "--checkpoint-interval", 2, "--no-calibrate"]
+    base = [
+        "--model",
+        model,
+        "--data",
+        options.data,
+        "--length",
+        options.length,
+        "--steps",
+        options.steps,
+        "--sequences-per-step",
+        options.sequences_per_step,
+        "--warmup-steps",
+        2,
+        "--start",
+        "random",
+        "--held-out-sequences",
+        1,
+        "--held-out-interval",
+        options.steps,
+        "--checkpoint-interval",
+        2,
+        "--no-calibrate",
+    ]
 
     def words(name: str, *more) -> tuple[pathlib.Path, list[str]]:
         out = options.out / name
@@ -120,10 +154,21 @@ def main() -> None:
         reference = reference or run
         speed = statistics.median(line["tokens_per_second"] for line in run[2:])
         alone = alone or speed / gpus
-        rows.append({"gpus": gpus, "sharded": sharded, "tokens_per_second": speed, "efficiency": speed / (gpus * alone),
-                     "loss_difference": difference(run, reference)})
-        print("{gpus} processes{0}: {tokens_per_second:,.0f} tokens/s, efficiency {efficiency:.3f}, loss {loss_difference:.1e}".format(
-            ", backbone sharded" if sharded else "", **rows[-1]), flush=True)
+        rows.append(
+            {
+                "gpus": gpus,
+                "sharded": sharded,
+                "tokens_per_second": speed,
+                "efficiency": speed / (gpus * alone),
+                "loss_difference": difference(run, reference),
+            }
+        )
+        print(
+            "{gpus} processes{0}: {tokens_per_second:,.0f} tokens/s, efficiency {efficiency:.3f}, loss {loss_difference:.1e}".format(
+                ", backbone sharded" if sharded else "", **rows[-1]
+            ),
+            flush=True,
+        )
 
     out, command = words("killed")
     shutil.rmtree(out, ignore_errors=True)
@@ -142,8 +187,18 @@ def main() -> None:
     print(f"continued by one process: {len(metrics(out))} steps, loss {again:.1e}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"model": str(options.config or model), "length": options.length, "rows": rows,
-                                            "continued_loss_difference": again}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps(
+                {
+                    "model": str(options.config or model),
+                    "length": options.length,
+                    "rows": rows,
+                    "continued_loss_difference": again,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

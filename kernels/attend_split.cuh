@@ -301,8 +301,8 @@ __device__ __forceinline__ void combine(const SparseDecodeAttentionParams& p, co
   const float minus_infinity = __uint_as_float(0xff800000u);
   const SplitWorkspace layout = {static_cast<int64_t>(p.batch) * gridDim.y, kHeadDim};
   uint8_t* workspace = static_cast<uint8_t*>(p.workspace);
-  float2* sums = reinterpret_cast<float2*>(workspace + kCounterBytes) +
-                 place.pair * kAttentionSplits * kHeadTile;
+  float2* sums =
+      reinterpret_cast<float2*>(workspace + kCounterBytes) + place.pair * kAttentionSplits * kHeadTile;
   float4* partial = reinterpret_cast<float4*>(workspace + kCounterBytes + layout.sums_bytes()) +
                     place.pair * kAttentionSplits * kHeadTile * (kHeadDim / 4);
   const int vectors = place.heads * (kHeadDim / 4), tid = threadIdx.x;

@@ -3,10 +3,9 @@
 // launch does all. Floor: at decode a few tens of KB, so the launch and three memory latencies (slot or
 // position, table, store), about 2 us; at prefill the bytes of projected, read once, and of the outputs.
 // Grid: ceil(T * heads / 8) + T * mix_rows blocks of 8 warps; heads counts q, k, v and the selector's.
-#include "kernels/attention_prologue.h"
-
 #include <initializer_list>
 
+#include "kernels/attention_prologue.h"
 #include "kernels/launch.h"
 #include "kernels/ptx.cuh"
 #include "kernels/selector_key_append.cuh"
@@ -81,8 +80,8 @@ __device__ __forceinline__ void mixing_weight(const AttentionPrologueParams& p, 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) prologue_kernel(const AttentionPrologueParams p, unsigned heads,
-                                                            unsigned head_blocks) {
+__global__ void __launch_bounds__(kThreads)
+    prologue_kernel(const AttentionPrologueParams p, unsigned heads, unsigned head_blocks) {
   __shared__ float rows[kWarps][kMaxHeadDim];
   if (blockIdx.x >= head_blocks) {  // weights never change: they may move before the products are there
     const float* mix = p.mix + (blockIdx.x - head_blocks) % p.mix_rows * p.hidden_size;
@@ -133,7 +132,8 @@ __global__ void __launch_bounds__(kThreads) prologue_kernel(const AttentionProlo
   if (head < kSelectorHeads) {
     const bool turns = keys.rope_cos != nullptr;
     const int64_t angle = turns ? keys.positions[token] * kRotaryPairs : 0;
-    const T* from = static_cast<const T*>(p.selector_queries) + token * p.selector_token_stride + head * kKeyDim;
+    const T* from =
+        static_cast<const T*>(p.selector_queries) + token * p.selector_token_stride + head * kKeyDim;
     prepare_head<T>(from, kKeyDim, nullptr, 0.0f, turns ? keys.rope_cos + angle : nullptr,
                     turns ? keys.rope_sin + angle : nullptr, turns ? kRotaryPairs : 0, row,
                     static_cast<T*>(p.selector_query) + (token * kSelectorHeads + head) * kKeyDim, nullptr);
@@ -194,7 +194,8 @@ cudaError_t attention_prologue(const AttentionPrologueParams& p, cudaStream_t st
   const int64_t heads = heads_of(p), head_blocks = (p.num_tokens * heads + kWarps - 1) / kWarps;
   const int64_t blocks = head_blocks + (selector ? p.num_tokens * p.mix_rows : 0);
   if (blocks > INT32_MAX / kWarps) return cudaErrorInvalidValue;
-  const auto heads_of_token = static_cast<unsigned>(heads), blocks_of_heads = static_cast<unsigned>(head_blocks);
+  const auto heads_of_token = static_cast<unsigned>(heads),
+             blocks_of_heads = static_cast<unsigned>(head_blocks);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(blocks));
   shape.block = dim3(kThreads);

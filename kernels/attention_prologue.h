@@ -37,15 +37,15 @@ struct AttentionPrologueParams {
   // The selector; null: none.
   const void* selector_queries = nullptr;  // [T, 4, 128] of type, heads contiguous
   int64_t selector_token_stride = 0;
-  void* selector_query = nullptr;      // [T, 4, 128] of type: turned as selector_keys says
-  SelectorKeyAppendParams selector_keys;   // num_tokens = T; its overlap is ignored
-  const void* hidden = nullptr;        // [T, hidden_size] of type
+  void* selector_query = nullptr;         // [T, 4, 128] of type: turned as selector_keys says
+  SelectorKeyAppendParams selector_keys;  // num_tokens = T; its overlap is ignored
+  const void* hidden = nullptr;           // [T, hidden_size] of type
   int64_t hidden_stride = 0;
   int32_t hidden_size = 0;
-  const float* mix = nullptr;          // [mix_rows, hidden_size] float32
+  const float* mix = nullptr;  // [mix_rows, hidden_size] float32
   int32_t mix_rows = 0;
   float mix_scale = 1.0f;
-  float* selector_weight = nullptr;    // [T, mix_rows]: mix_scale * mix . hidden
+  float* selector_weight = nullptr;  // [T, mix_rows]: mix_scale * mix . hidden
 
   Overlap overlap = Overlap::kNone;  // kHistory: the same as kLaunch
 };

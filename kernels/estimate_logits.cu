@@ -1,13 +1,15 @@
-// Contract: estimate_logits.h. With key = scale_k code + min_k, q . key = scale_k (q . code) + min_k sum(q), and
-// q . code is mma.m16n8k16 with a block's 16 tokens as rows and the query heads as the 8 columns. A code becomes
+// Contract: estimate_logits.h. With key = scale_k code + min_k, q . key = scale_k (q . code) + min_k sum(q),
+// and
+// q . code is mma.m16n8k16 with a block's 16 tokens as rows and the query heads as the 8 columns. A code
+// becomes
 // a 16-bit float by one OR: 128 + code in bf16, 1024 + code in f16, exact; the offset leaves with sum(q). The
 // depth may be taken in any order: a lane reads a quarter of its rows, and queries are laid out to match.
-// Floor (bytes): head_dim / 2 + 4 a candidate and KV head: 17.8 MB for 32K candidates of 8 heads of 128, 5.9 us at
+// Floor (bytes): head_dim / 2 + 4 a candidate and KV head: 17.8 MB for 32K candidates of 8 heads of 128, 5.9
+// us at
 // 3.03 TB/s. Grid: (runs of candidate blocks, KV heads, rows) of 4 warps; a warp takes one block at a time.
-#include "kernels/estimate_logits.h"
-
 #include <algorithm>
 
+#include "kernels/estimate_logits.h"
 #include "kernels/launch.h"
 #include "kernels/ptx.cuh"
 #include "kernels/vector.cuh"
@@ -54,15 +56,19 @@ __global__ void __launch_bounds__(kWarps * 32) estimate_kernel(const EstimateLog
   ptx::griddepcontrol_launch_dependents();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int kv_head = blockIdx.y, row = blockIdx.z;
-  const T* queries =
-      static_cast<const T*>(p.queries) + (static_cast<int64_t>(row) * p.num_heads + kv_head * group) * kHeadDim;
-  // Word w of lane t holds dims 8 (t kWords + w) + 0..7; masking yields them in the pairs (0, 4), (1, 5), (2, 6), (3, 7).
+  const T* queries = static_cast<const T*>(p.queries) +
+                     (static_cast<int64_t>(row) * p.num_heads + kv_head * group) * kHeadDim;
+  // Word w of lane t holds dims 8 (t kWords + w) + 0..7; masking yields them in the pairs (0, 4), (1, 5), (2,
+  // 6), (3, 7).
   for (int i = threadIdx.x; i < kTiles * kWords * 32; i += kWarps * 32) {
     const int tile = i / (kWords * 32), w = i / 32 % kWords, head = tile * 8 + i % 32 / 4;
     uint4 pairs = make_uint4(0, 0, 0, 0);
     if (head < group) {
-      const uint16_t* q = reinterpret_cast<const uint16_t*>(queries) + head * kHeadDim + 8 * (i % 4 * kWords + w);
-      const auto pair = [&](int j) { return static_cast<uint32_t>(q[j]) | static_cast<uint32_t>(q[j + 4]) << 16; };
+      const uint16_t* q =
+          reinterpret_cast<const uint16_t*>(queries) + head * kHeadDim + 8 * (i % 4 * kWords + w);
+      const auto pair = [&](int j) {
+        return static_cast<uint32_t>(q[j]) | static_cast<uint32_t>(q[j + 4]) << 16;
+      };
       pairs = make_uint4(pair(0), pair(1), pair(2), pair(3));
     }
     query[tile][w][i % 32] = pairs;
@@ -100,7 +106,9 @@ __global__ void __launch_bounds__(kWarps * 32) estimate_kernel(const EstimateLog
     float even[kTiles][4] = {}, odd[kTiles][4] = {};
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
-      const auto floats = [](uint32_t word, int j) { return (word >> (4 * j) & 0x000f000fu) | Offset<T>::kBits; };
+      const auto floats = [](uint32_t word, int j) {
+        return (word >> (4 * j) & 0x000f000fu) | Offset<T>::kBits;
+      };
       const uint32_t a[4] = {floats(x[w], 0), floats(y[w], 0), floats(x[w], 1), floats(y[w], 1)};
       const uint32_t b[4] = {floats(x[w], 2), floats(y[w], 2), floats(x[w], 3), floats(y[w], 3)};
 #pragma unroll
@@ -136,7 +144,8 @@ cudaError_t launch_estimate(const EstimateLogitsParams& p, cudaStream_t stream) 
   const int64_t rows = int64_t{p.batch} * p.num_kv_heads;
   const int64_t runs = (p.max_selected + kWarps - 1) / kWarps;
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(std::min(runs, std::max<int64_t>(1, 2048 / rows))), p.num_kv_heads, p.batch);
+  shape.grid =
+      dim3(static_cast<unsigned>(std::min(runs, std::max<int64_t>(1, 2048 / rows))), p.num_kv_heads, p.batch);
   shape.block = dim3(kWarps * 32);
   shape.overlap = p.overlap;
   return group <= 8 ? launch(estimate_kernel<T, kHeadDim, 1>, shape, stream, p, group)
@@ -147,8 +156,9 @@ cudaError_t launch_estimate(const EstimateLogitsParams& p, cudaStream_t stream) 
 
 cudaError_t estimate_logits(const EstimateLogitsParams& p, cudaStream_t stream) {
   const bool bf16 = p.type == DataType::kBf16;
-  if (p.batch < 0 || p.num_kv_heads < 1 || p.num_heads < p.num_kv_heads || p.num_heads % p.num_kv_heads != 0 ||
-      p.num_heads / p.num_kv_heads > 16 || (!bf16 && p.type != DataType::kF16) || p.max_selected < 0)
+  if (p.batch < 0 || p.num_kv_heads < 1 || p.num_heads < p.num_kv_heads ||
+      p.num_heads % p.num_kv_heads != 0 || p.num_heads / p.num_kv_heads > 16 ||
+      (!bf16 && p.type != DataType::kF16) || p.max_selected < 0)
     return cudaErrorInvalidValue;
   if (p.batch == 0 || p.max_selected == 0) return cudaSuccess;
   if (p.queries == nullptr || p.codes == nullptr || p.ranges == nullptr || p.page_table == nullptr ||

@@ -6,14 +6,14 @@
 namespace spot::kernels {
 
 struct EstimateLogitsParams {
-  DataType type = DataType::kBf16;  // of queries: kBf16 or kF16
-  int32_t batch = 0;                // R
+  DataType type = DataType::kBf16;          // of queries: kBf16 or kF16
+  int32_t batch = 0;                        // R
   int32_t num_heads = 0, num_kv_heads = 0;  // their ratio is 1..16
-  int32_t head_dim = 128;           // 64, 128 or 256
+  int32_t head_dim = 128;                   // 64, 128 or 256
   float scale = 0.0f;
-  const void* queries = nullptr;    // [R, Hq, head_dim], contiguous
-  const uint8_t* codes = nullptr;   // as key_summary_append writes them; 16-byte aligned
-  const void* ranges = nullptr;     // 4-byte aligned
+  const void* queries = nullptr;   // [R, Hq, head_dim], contiguous
+  const uint8_t* codes = nullptr;  // as key_summary_append writes them; 16-byte aligned
+  const void* ranges = nullptr;    // 4-byte aligned
   int64_t num_pages = 0;
   const int32_t* page_table = nullptr;  // [R, page_table_stride]
   int64_t page_table_stride = 0;

@@ -12,7 +12,7 @@
 //
 // Grid: convolve ceil(sequences * channels / 1024) blocks of 8 warps; step [4 H_v, sequences] of 4 warps.
 //
-// Share of the floor: bench/gated_delta.py prints it; not measured yet.
+// Share of the floor: bench/gated_delta.py prints it; docs/performance.md has it, with card and date.
 #include "kernels/gated_delta.cuh"
 
 namespace spot::kernels {

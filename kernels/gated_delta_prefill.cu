@@ -23,7 +23,7 @@
 // Grid: convolve ceil(chunks * channels / 1024) blocks of 8 warps; prepare [chunks, H_k], 2 blocks an SM;
 // scan [4 or 8, H_v, sequences], one block an SM; normalize ceil(T * H_v / 8).
 //
-// Share of the floor: bench/gated_delta.py prints it; not measured yet.
+// Share of the floor: bench/gated_delta.py prints it; docs/performance.md has it, with card and date.
 #include "kernels/gated_delta.cuh"
 #include "kernels/tf32.cuh"
 
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(256) scan_kernel(const GatedDeltaParams p) {
     __syncthreads();
     if (chunk + 1 < end_chunk) load_inverse(chunk + 1);
 
-      // O = e^G Q S + P N, in V's place.
+    // O = e^G Q S + P N, in V's place.
 #pragma unroll 2
     for (int k = 0; k < rows + 16; k += 8) {
       const FragmentA attention =

@@ -15,7 +15,7 @@ struct GatedProductParams {
   const void* gate = nullptr;
   const void* x = nullptr;
   int64_t gate_row_stride = 0, gate_head_stride = 0, x_row_stride = 0, x_head_stride = 0;  // in numbers
-  void* y = nullptr;                                                                      // contiguous
+  void* y = nullptr;                                                                       // contiguous
   Overlap overlap = Overlap::kNone;  // kHistory: the same as kLaunch
 };
 

@@ -2,7 +2,6 @@
 // head, 38 KB a decode step of 8 heads of 128: latency alone. Grid: one warp a token and KV head; a lane has
 // head_dim / 32 neighbouring dims.
 #include "kernels/key_summary_append.h"
-
 #include "kernels/launch.h"
 #include "kernels/ptx.cuh"
 #include "kernels/vector.cuh"
@@ -54,12 +53,14 @@ __global__ void __launch_bounds__(kWarps * 32) summary_kernel(const KeySummaryAp
     low = fminf(low, __shfl_xor_sync(0xffffffffu, low, step));
     high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, step));
   }
-  const __half range[2] = {ptx::from_float<__half>(div_rn(sub_rn(high, low), 15.0f)), ptx::from_float<__half>(low)};
+  const __half range[2] = {ptx::from_float<__half>(div_rn(sub_rn(high, low), 15.0f)),
+                           ptx::from_float<__half>(low)};
   const float scale = __half2float(range[0]), minimum = __half2float(range[1]);
   uint32_t word = 0;
 #pragma unroll
   for (int i = 0; i < kDims; ++i) {
-    const float code = scale > 0.0f ? fminf(fmaxf(rintf(div_rn(sub_rn(x[i], minimum), scale)), 0.0f), 15.0f) : 0.0f;
+    const float code =
+        scale > 0.0f ? fminf(fmaxf(rintf(div_rn(sub_rn(x[i], minimum), scale)), 0.0f), 15.0f) : 0.0f;
     word |= static_cast<uint32_t>(code) << (4 * i);
   }
   const int64_t row = head * p.num_pages * kPageTokens + slot;

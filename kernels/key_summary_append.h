@@ -11,7 +11,8 @@ struct KeySummaryAppendParams {
   int64_t num_tokens = 0;           // T
   int32_t num_kv_heads = 0;
   int32_t head_dim = 128;  // 64, 128 or 256
-  // Pool; element strides from page to page, head to head and token to token, multiples of 8, 16-byte aligned.
+  // Pool; element strides from page to page, head to head and token to token, multiples of 8, 16-byte
+  // aligned.
   const void* keys = nullptr;
   int64_t page_stride = 0, head_stride = 0, token_stride = 0;
   const int64_t* slots = nullptr;  // [T] = page * 16 + offset
@@ -21,7 +22,8 @@ struct KeySummaryAppendParams {
   void* bounds = nullptr;
   // [Hkv, num_pages * 16, head_dim / 2] and [Hkv, num_pages * 16, 2] float16, or both null. Two codes 0..15 a
   // byte, the even dim in the low half; then scale = (max - min) / 15 and min over the key's dims. Codes are
-  // taken against the rounded scale and min; a scale of 0 gives code 0. Bytes: head_dim / 2 + 4 a key and head.
+  // taken against the rounded scale and min; a scale of 0 gives code 0. Bytes: head_dim / 2 + 4 a key and
+  // head.
   uint8_t* codes = nullptr;
   void* ranges = nullptr;
   Overlap overlap = Overlap::kNone;

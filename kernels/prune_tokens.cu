@@ -1,11 +1,13 @@
-// Contract: prune_tokens.h. One thread block a query head: masses in registers (what does not fit is computed again
+// Contract: prune_tokens.h. One thread block a query head: masses in registers (what does not fit is computed
+// again
 // from the logits), the threshold by bisection, first of its logarithm. Every round adds the masses above the
-// middle, as integers; once few enough masses lie between the ends, they alone are looked at, in shared memory.
-// The kept tokens are bits in the workspace; the last of a KV head's thread blocks to arrive lists their union.
+// middle, as integers; once few enough masses lie between the ends, they alone are looked at, in shared
+// memory.
+// The kept tokens are bits in the workspace; the last of a KV head's thread blocks to arrive lists their
+// union.
 // Floor (bytes): the logits once, from L2. In fact bound by the rounds' barriers. No block waits for another.
-#include "kernels/prune_tokens.h"
-
 #include "kernels/launch.h"
+#include "kernels/prune_tokens.h"
 #include "kernels/ptx.cuh"
 
 namespace spot::kernels {
@@ -83,7 +85,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     held[i] = float_bits(logit);
     largest = fmaxf(largest, logit);
   }
-  for (int at = kHeld * kThreads + tid; at < n; at += kThreads) largest = fmaxf(largest, canonical_score(logits[at]));
+  for (int at = kHeld * kThreads + tid; at < n; at += kThreads)
+    largest = fmaxf(largest, canonical_score(logits[at]));
   for (int offset = 16; offset > 0; offset /= 2)
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
   if (lane == 0) shared.largest[warp] = largest;
@@ -228,9 +231,9 @@ size_t prune_tokens_workspace_bytes(int32_t batch, int32_t num_heads, int32_t ma
 }
 
 cudaError_t prune_tokens(const PruneTokensParams& p, cudaStream_t stream) {
-  if (p.batch < 0 || p.num_kv_heads < 1 || p.num_heads < p.num_kv_heads || p.num_heads % p.num_kv_heads != 0 ||
-      p.max_selected < 0 || p.max_selected > 65536 || !(p.top_p > 0.0f) || p.batch > 65535 ||
-      int64_t{p.batch} * p.num_kv_heads > kCounterBytes / 4)
+  if (p.batch < 0 || p.num_kv_heads < 1 || p.num_heads < p.num_kv_heads ||
+      p.num_heads % p.num_kv_heads != 0 || p.max_selected < 0 || p.max_selected > 65536 ||
+      !(p.top_p > 0.0f) || p.batch > 65535 || int64_t{p.batch} * p.num_kv_heads > kCounterBytes / 4)
     return cudaErrorInvalidValue;
   if (p.batch == 0) return cudaSuccess;
   if (p.lengths == nullptr || p.selected == nullptr || p.counts == nullptr || p.logits == nullptr ||

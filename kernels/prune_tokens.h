@@ -1,4 +1,5 @@
-// Twilight's pruning: each query head keeps the fewest candidate tokens that hold mass p, a KV head their union.
+// Twilight's pruning: each query head keeps the fewest candidate tokens that hold mass p, a KV head their
+// union.
 #pragma once
 
 #include "kernels/select_rules.h"
@@ -6,8 +7,10 @@
 
 namespace spot::kernels {
 
-// The rule, exact and the same everywhere: a token's mass is mass_of (select_rules.h) of its logit against the
-// head's largest one, an integer; kept are the tokens whose mass is at least the greatest t >= 1 for which those
+// The rule, exact and the same everywhere: a token's mass is mass_of (select_rules.h) of its logit against
+// the
+// head's largest one, an integer; kept are the tokens whose mass is at least the greatest t >= 1 for which
+// those
 // of mass >= t hold ceil(p * total). So equal masses are kept or dropped together, and masses below 2^-25 of
 // the largest are 0 and never kept. A row of at most `floor` tokens keeps all its candidates.
 struct PruneTokensParams {
@@ -20,9 +23,9 @@ struct PruneTokensParams {
   const int32_t* counts = nullptr;    // [R, Hkv]
   int32_t max_selected = 0;           // at most 65536
   const float* logits = nullptr;      // [R, Hq, max_selected * 16] of the candidates (estimate_logits.h)
-  int32_t* tokens = nullptr;          // out [R, Hkv, max_selected * 16] positions, ascending; then not written
-  int32_t* token_counts = nullptr;    // out [R, Hkv]
-  void* workspace = nullptr;          // zeroed once before its first use; 256-byte aligned
+  int32_t* tokens = nullptr;        // out [R, Hkv, max_selected * 16] positions, ascending; then not written
+  int32_t* token_counts = nullptr;  // out [R, Hkv]
+  void* workspace = nullptr;        // zeroed once before its first use; 256-byte aligned
   size_t workspace_bytes = 0;
   Overlap overlap = Overlap::kNone;
 };

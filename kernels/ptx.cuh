@@ -88,8 +88,10 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // Warpgroup matrix products, D[64xN] (+)= A[64x16] B[16xN] by the four warps of a warpgroup, both operands in
-// shared memory as panels of 64 numbers a row (A: a row of D, B: a column): 128 bytes a row, the 16-byte piece
-// i of row r at place i ^ (r & 7), panels aligned to 1024 bytes. Warp w and lane 4 g + t of the group hold rows
+// shared memory as panels of 64 numbers a row (A: a row of D, B: a column): 128 bytes a row, the 16-byte
+// piece
+// i of row r at place i ^ (r & 7), panels aligned to 1024 bytes. Warp w and lane 4 g + t of the group hold
+// rows
 // 16 w + g (d[4 j], d[4 j + 1]) and 16 w + g + 8 (d[4 j + 2], d[4 j + 3]), columns 8 j + 2 t and the next.
 // The products run asynchronously: wgmma_arrive, wgmma_k16..., wgmma_commit, wgmma_wait, before D is read.
 __device__ __forceinline__ uint64_t wgmma_operand(uint32_t address) {
@@ -128,7 +130,8 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[32], uint64_t a, uint64_t b
 template <typename T>
 __device__ __forceinline__ void wgmma_k16(float (&d)[16], uint64_t a, uint64_t b, bool accumulate);
 template <>
-__device__ __forceinline__ void wgmma_k16<__nv_bfloat16>(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_k16<__nv_bfloat16>(float (&d)[32], uint64_t a, uint64_t b,
+                                                         bool accumulate) {
   asm volatile(
       "{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -136,8 +139,9 @@ __device__ __forceinline__ void wgmma_k16<__nv_bfloat16>(float (&d)[32], uint64_
       "}, %32, %33, p, 1, 1, 0, 0;\n}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),
+        "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+        "+f"(d[30]), "+f"(d[31])
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))
       : "memory");
 }
@@ -150,28 +154,33 @@ __device__ __forceinline__ void wgmma_k16<__half>(float (&d)[32], uint64_t a, ui
       "}, %32, %33, p, 1, 1, 0, 0;\n}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),
+        "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+        "+f"(d[30]), "+f"(d[31])
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))
       : "memory");
 }
 template <>
-__device__ __forceinline__ void wgmma_k16<__nv_bfloat16>(float (&d)[16], uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_k16<__nv_bfloat16>(float (&d)[16], uint64_t a, uint64_t b,
+                                                         bool accumulate) {
   asm volatile(
       "{\n .reg .pred p;\n setp.ne.b32 p, %18, 0;\n wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-      "}, %16, %17, p, 1, 1, 0, 0;\n}"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0;\n}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))
       : "memory");
 }
 
-// Adds to a counter; what the block wrote before its last barrier is visible to whoever sees the sum, and the other
+// Adds to a counter; what the block wrote before its last barrier is visible to whoever sees the sum, and the
+// other
 // way round.
 __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
   uint32_t before;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
   return before;
 }
 

@@ -4,12 +4,11 @@
 // A operands of two steps, and queries are laid out to match: no shared memory for the bounds, no shuffle.
 // Floor (bytes): 4 head_dim a page and KV head, 33.5 MB at 128K tokens of 8 heads of 128: 11 us at 3.03 TB/s.
 // Grid: (runs of blocks, KV heads, rows) of 4 warps; a warp takes 16 blocks at a time.
-#include "kernels/quest_score.h"
-
 #include <algorithm>
 
 #include "kernels/launch.h"
 #include "kernels/ptx.cuh"
+#include "kernels/quest_score.h"
 
 namespace spot::kernels {
 namespace {
@@ -30,9 +29,8 @@ __global__ void __launch_bounds__(kWarps * 32) quest_kernel(const QuestScorePara
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, kv_head = blockIdx.y, row = blockIdx.z;
-  const uint4* queries =
-      static_cast<const uint4*>(p.queries) +
-      (static_cast<int64_t>(row) * p.num_heads + kv_head * group) * (kHeadDim / 8);
+  const uint4* queries = static_cast<const uint4*>(p.queries) +
+                         (static_cast<int64_t>(row) * p.num_heads + kv_head * group) * (kHeadDim / 8);
   for (int i = threadIdx.x; i < kTiles * kChunks * 32; i += kWarps * 32) {
     const int tile = i / (kChunks * 32), chunk = i / 32 % kChunks, head = tile * 8 + i % 32 / 4;
     uint4 q = make_uint4(0, 0, 0, 0);
@@ -50,12 +48,13 @@ __global__ void __launch_bounds__(kWarps * 32) quest_kernel(const QuestScorePara
   const int blocks = (p.lengths[row] + kPageTokens - 1) / kPageTokens;
   const int32_t* table = p.page_table + row * p.page_table_stride;
   float* scores = p.scores + (static_cast<int64_t>(row) * p.num_kv_heads + kv_head) * p.max_blocks;
-  const uint4* bounds =
-      static_cast<const uint4*>(p.bounds) + kv_head * p.num_pages * (2 * kHeadDim / 8) + t;
+  const uint4* bounds = static_cast<const uint4*>(p.bounds) + kv_head * p.num_pages * (2 * kHeadDim / 8) + t;
   const float factor = p.mean ? p.scale / static_cast<float>(group) : p.scale;
   const int step = static_cast<int>(gridDim.x) * kWarps * kBlocks;
   int first = (static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32) * kBlocks;
-  const auto page_of = [&](int block) { return block < blocks ? table[block] : 0; };  // page 0 is there to read
+  const auto page_of = [&](int block) {
+    return block < blocks ? table[block] : 0;
+  };  // page 0 is there to read
   int page0 = page_of(first + g), page1 = page_of(first + g + 8);
   for (; first < p.max_blocks; first += step) {
     float result[2] = {minus_infinity, minus_infinity};
@@ -108,7 +107,8 @@ cudaError_t launch_quest(const QuestScoreParams& p, cudaStream_t stream) {
   const int64_t runs = (p.max_blocks + kWarps * kBlocks - 1) / (kWarps * kBlocks);
   LaunchShape shape;
   // A few thousand warps fill the machine; more would only load their queries again.
-  shape.grid = dim3(static_cast<unsigned>(std::min(runs, std::max<int64_t>(1, 2048 / rows))), p.num_kv_heads, p.batch);
+  shape.grid =
+      dim3(static_cast<unsigned>(std::min(runs, std::max<int64_t>(1, 2048 / rows))), p.num_kv_heads, p.batch);
   shape.block = dim3(kWarps * 32);
   shape.overlap = p.overlap;
   return group <= 8 ? launch(quest_kernel<T, kHeadDim, 1>, shape, stream, p, group)
@@ -119,8 +119,9 @@ cudaError_t launch_quest(const QuestScoreParams& p, cudaStream_t stream) {
 
 cudaError_t quest_score(const QuestScoreParams& p, cudaStream_t stream) {
   const bool bf16 = p.type == DataType::kBf16;
-  if (p.batch < 0 || p.num_kv_heads < 1 || p.num_heads < p.num_kv_heads || p.num_heads % p.num_kv_heads != 0 ||
-      p.num_heads / p.num_kv_heads > 16 || (!bf16 && p.type != DataType::kF16) || p.max_blocks < 0)
+  if (p.batch < 0 || p.num_kv_heads < 1 || p.num_heads < p.num_kv_heads ||
+      p.num_heads % p.num_kv_heads != 0 || p.num_heads / p.num_kv_heads > 16 ||
+      (!bf16 && p.type != DataType::kF16) || p.max_blocks < 0)
     return cudaErrorInvalidValue;
   if (p.batch == 0 || p.max_blocks == 0) return cudaSuccess;
   if (p.queries == nullptr || p.bounds == nullptr || p.page_table == nullptr || p.lengths == nullptr ||

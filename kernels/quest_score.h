@@ -5,13 +5,14 @@
 
 namespace spot::kernels {
 
-// For every block b < ceil(length / 16) and KV head: scale * sum_i max(q_i min_i, q_i max_i), merged over the KV
+// For every block b < ceil(length / 16) and KV head: scale * sum_i max(q_i min_i, q_i max_i), merged over the
+// KV
 // head's query heads by their maximum or mean. -infinity for the other blocks up to max_blocks.
 struct QuestScoreParams {
-  DataType type = DataType::kBf16;  // of queries and bounds: kBf16 or kF16
-  int32_t batch = 0;                // R
+  DataType type = DataType::kBf16;          // of queries and bounds: kBf16 or kF16
+  int32_t batch = 0;                        // R
   int32_t num_heads = 0, num_kv_heads = 0;  // their ratio is 1..16
-  int32_t head_dim = 128;           // 64, 128 or 256
+  int32_t head_dim = 128;                   // 64, 128 or 256
   float scale = 0.0f;
   bool mean = false;
   const void* queries = nullptr;  // [R, Hq, head_dim], 16-byte aligned

@@ -9,12 +9,12 @@ struct RmsNormParams {
   DataType type = DataType::kBf16;  // of x and y
   int64_t num_rows = 0;
   int32_t width = 0;
-  const void* x = nullptr;       // [num_rows, width], numbers of a row contiguous
-  int64_t x_stride = 0;          // from one row to the next
-  const void* factor = nullptr;  // [width]: what the normalised row is multiplied by
+  const void* x = nullptr;                 // [num_rows, width], numbers of a row contiguous
+  int64_t x_stride = 0;                    // from one row to the next
+  const void* factor = nullptr;            // [width]: what the normalised row is multiplied by
   DataType factor_type = DataType::kBf16;  // `type` or float32
   float epsilon = 1e-6f;
-  void* y = nullptr;  // [num_rows, width] contiguous
+  void* y = nullptr;                 // [num_rows, width] contiguous
   Overlap overlap = Overlap::kNone;  // kHistory: the same as kLaunch
 };
 

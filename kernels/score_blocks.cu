@@ -190,12 +190,8 @@ struct SharedQuery {
     raw.y = static_cast<unsigned short>(bits.x >> 16);
     return __half22float2(__half2(raw));
   }
-  static __device__ __forceinline__ float to_float(__half x) {
-    return __half2float(x);
-  }
-  static __device__ __forceinline__ float to_float(__nv_bfloat16 x) {
-    return __bfloat162float(x);
-  }
+  static __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+  static __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 };
 
 // A lane's part of it.

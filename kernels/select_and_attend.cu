@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 
   // The blocks that share a row report it together: each its own split.
   const bool reports = place.tile == 0 && (per_head || place.kv_head == 0);
-  float* share = kMass && reports && place.split == 0 && p.covered_share != nullptr ? p.covered_share + r : nullptr;
+  float* share =
+      kMass && reports && place.split == 0 && p.covered_share != nullptr ? p.covered_share + r : nullptr;
   const int count = select_row_bitmap<kMass>(scores, row, own_constants, share, fetch, select);
   int32_t* reported = p.selected + static_cast<int64_t>(r) * p.max_selected;
   const int begin = static_cast<int>(static_cast<int64_t>(place.split) * count / kAttentionSplits);

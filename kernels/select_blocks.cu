@@ -34,9 +34,9 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 
 bool valid_rules(const SelectParams& rules) {
   return rules.block_size > 0 && rules.sink_tokens >= 0 && rules.recency_tokens >= 0 &&
-         rules.min_tokens >= 0 && rules.max_tokens >= 0 && rules.top_k_tokens >= 0 && rules.top_k_share >= 0.0 &&
-         rules.top_k_share <= 1.0 &&
-         rules.top_p == rules.top_p && rules.temperature > 0.0f;
+         rules.min_tokens >= 0 && rules.max_tokens >= 0 && rules.top_k_tokens >= 0 &&
+         rules.top_k_share >= 0.0 && rules.top_k_share <= 1.0 && rules.top_p == rules.top_p &&
+         rules.temperature > 0.0f;
 }
 
 cudaError_t select_blocks(const SelectBlocksParams& p, cudaStream_t stream) {
@@ -47,7 +47,7 @@ cudaError_t select_blocks(const SelectBlocksParams& p, cudaStream_t stream) {
   if (p.scores == nullptr || p.lengths == nullptr || p.selected == nullptr || p.counts == nullptr)
     return cudaErrorInvalidValue;
   const auto kernel = p.rules.mode == SelectMode::kTopP || p.covered_share != nullptr ? select_kernel<true>
-                                                                                     : select_kernel<false>;
+                                                                                      : select_kernel<false>;
   LaunchShape shape;
   shape.grid = dim3(p.rows);
   shape.block = dim3(kSelectThreads);

@@ -16,9 +16,9 @@ struct SelectBlocksParams {
   const float* scores = nullptr;     // [R, score_stride] float32
   int64_t score_stride = 0;          // >= blocks of the longest row
   const int32_t* lengths = nullptr;  // [sequences] tokens, on the device; at most kMaxSelectBlocks blocks
-  int32_t* selected = nullptr;  // out [R, max_selected] block indices, ascending, then -1
-  int32_t max_selected = 0;     // >= smallest_capacity(rules); smaller than a row's choice it acts as a cap
-  int32_t* counts = nullptr;    // out [R]
+  int32_t* selected = nullptr;       // out [R, max_selected] block indices, ascending, then -1
+  int32_t max_selected = 0;   // >= smallest_capacity(rules); smaller than a row's choice it acts as a cap
+  int32_t* counts = nullptr;  // out [R]
   float* covered_share = nullptr;  // out [R], share of the residual mass that was selected; may be null
   Overlap overlap = Overlap::kNone;
 };

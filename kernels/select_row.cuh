@@ -1,16 +1,15 @@
 // Selection of one row by one thread block, without a sort. Used by select_blocks.cu and by the fused decode
 // kernel, where it lies on the critical path: what counts there is the number of dependent steps and the
-// amount of code that runs once (a layer's weights wash it out of the caches before the next layer comes), not
+// amount of code that runs once (a layer's weights wash it out of the caches before the next layer comes),
+// not
 // bytes. Hence loops that seldom turn twice are not unrolled, and masses are a template parameter.
 // select_from_candidates, the usual case:
 // 1. A budget of k blocks can only fall on scores >= the k-th largest of any subset's scores; the subset is
-// each
-//    thread's largest scores, one or four a thread. A few halvings of their range find a bound that a little
-//    more than k of them reach. What reaches it are the candidates, some 350 of 8192 blocks for k = 232; they
-//    are listed.
+//    each thread's largest scores, one or four a thread. A few halvings of their range find a bound that a
+//    little more than k of them reach. What reaches it are the candidates, some 350 of 8192 blocks for
+//    k = 232; they are listed.
 // 2. They fall into 1024 bins, linear in the score. Counts, and for top_p the integer masses, are summed per
-// bin; a
-//    scan from the top finds the bin in which the budget ends. Bins above it are selected whole.
+//    bin; a scan from the top finds the bin in which the budget ends. Bins above it are selected whole.
 // 3. The few members of that bin are ranked among each other exactly, by (score, index).
 // select_from_all, where that cannot work (k too large, plateaus of equal scores, a nucleus longer than
 // supposed): all residual blocks are the candidates, and a bin with too many members is split again, linearly
@@ -46,14 +45,14 @@ constexpr int kSelectCached = 24 * 1024;  // scores of a row that are kept in sh
 constexpr int kSelectFew = 256;  // members of a bin that are ranked
 constexpr int kMassSplit = 12;   // bins sum the low 12 bits of masses and the rest apart: neither overflows
 constexpr int kSelectCandidates = kMaxSelectBlocks / 16;  // more: select_from_all
-static_assert(kMaxSelectBlocks <= 65536);  // candidates are 16 bits
+static_assert(kMaxSelectBlocks <= 65536);                 // candidates are 16 bits
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 struct SelectShared {
   uint32_t bitmap[kMaxSelectBlocks / 32];  // the selected blocks
   union {
-    uint32_t ties[kMaxSelectBlocks / 32];   // select_from_all
-    uint16_t candidates[kSelectCandidates];  // select_from_candidates: blocks, in any order
+    uint32_t ties[kMaxSelectBlocks / 32];            // select_from_all
+    uint16_t candidates[kSelectCandidates];          // select_from_candidates: blocks, in any order
     uint32_t first_position[kMaxSelectBlocks / 32];  // list_bitmap: of a word's blocks
   };
   uint32_t count[kSelectBins];
@@ -178,7 +177,8 @@ __device__ __forceinline__ void add_to_bin(const SelectTask<kMass>& task, uint32
 // where nothing is selected. Clears the bins. Thread t owns bins kSelectBins - 1 - 2t and the one below.
 // False if the budget reaches beyond the bins. Two barriers.
 template <bool kWithMass>
-__device__ __forceinline__ bool find_bin(const SelectTask<kWithMass>& task, unsigned long long target, SelectShared& s) {
+__device__ __forceinline__ bool find_bin(const SelectTask<kWithMass>& task, unsigned long long target,
+                                         SelectShared& s) {
   using Mass = std::conditional_t<kWithMass, unsigned long long, uint32_t>;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, top = kSelectBins - 1 - 2 * tid;
   uint32_t counts[2];
@@ -233,7 +233,8 @@ __device__ __forceinline__ void keep_few(const SelectTask<kMass>& task, uint32_t
 }
 // Ranks the bin's few members and selects those within the budget. A barrier must follow.
 template <bool kMass>
-__device__ __forceinline__ void take_few(const SelectTask<kMass>& task, unsigned long long target, SelectShared& s) {
+__device__ __forceinline__ void take_few(const SelectTask<kMass>& task, unsigned long long target,
+                                         SelectShared& s) {
   const int members = static_cast<int>(s.num_few), tid = threadIdx.x;
   if (tid >= members) return;
   const unsigned long long own = s.few[tid];
@@ -288,7 +289,7 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask<kMass>& t
   const int supposed = task.top_p ? min(row.max_residual, 5 * kSelectThreads / 2) : row.max_residual;
   if (supposed == 0 || supposed > 5 * kSelectThreads / 2) return -1;
   const bool one = supposed <= 3 * kSelectThreads / 4;  // one a thread suffices
-  const auto residual_score = [&](int block) {  // NaN for what is not residual
+  const auto residual_score = [&](int block) {          // NaN for what is not residual
     return task.residual(block) ? task.scores[block] : bits_float(0x7fffffffu);
   };
 
@@ -431,8 +432,9 @@ struct Bins {
 
 // All members of the last bin have the key `key`: the lowest indices of s.ties. Returns how many.
 template <bool kMass>
-__device__ __forceinline__ uint32_t take_ties(const SelectTask<kMass>& task, uint32_t key, uint32_t largest_key,
-                                              unsigned long long target, SelectShared& s) {
+__device__ __forceinline__ uint32_t take_ties(const SelectTask<kMass>& task, uint32_t key,
+                                              uint32_t largest_key, unsigned long long target,
+                                              SelectShared& s) {
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, words = (task.row.num_blocks + 31) / 32;
   const uint32_t each = task.with_mass ? task.mass(key, largest_key) : 0;
   unsigned long long nucleus = 0;
@@ -593,8 +595,10 @@ __device__ __forceinline__ int select_row_bitmap(const float* scores, const Sele
   return count;
 }
 
-// Lists the bitmap's blocks in ascending order: `write(position, block)` for positions [begin, end), a thread a
-// position: it finds the position's word among the words' first positions, then the bit. (Threads that write the
+// Lists the bitmap's blocks in ascending order: `write(position, block)` for positions [begin, end), a thread
+// a
+// position: it finds the position's word among the words' first positions, then the bit. (Threads that write
+// the
 // bits of their own word leave most others idle: reserved blocks fill whole words.) Ends with a barrier.
 template <typename Write>
 __device__ __forceinline__ void list_bitmap(SelectShared& s, int num_blocks, int begin, int end,
@@ -617,7 +621,8 @@ __device__ __forceinline__ void list_bitmap(SelectShared& s, int num_blocks, int
 #pragma unroll 1
   for (int position = begin + tid; position < end; position += kSelectThreads) {
     const auto wanted = static_cast<uint32_t>(position);
-    int low = 0, high = words;  // the last word whose first position is not beyond: empty words before it share it
+    int low = 0,
+        high = words;  // the last word whose first position is not beyond: empty words before it share it
 #pragma unroll 1
     while (high - low > 1) {
       const int middle = (low + high) / 2;

@@ -8,7 +8,8 @@
 //   both
 //              clamped to [0, n]; the rest are residual.
 //   all        every block, when L <= min_tokens or no block is residual.
-//   top_k      ceil(K / block_size) blocks in all, K = top_k_tokens or ceil(top_k_share L): the reserved, then residual ones by descending
+//   top_k      ceil(K / block_size) blocks in all, K = top_k_tokens or ceil(top_k_share L): the reserved,
+//   then residual ones by descending
 //   score. top_p      the reserved, and the shortest prefix of the residual blocks in descending score whose
 //   mass reaches p
 //              of the residual mass; lengthened along that order until min_tokens / block_size (rounded up)

@@ -1,5 +1,6 @@
 // One selector key by one warp: norm, RoPE, quantise, write. Shared by selector_key_append.cu and
-// attention_prologue.cu. A lane holds the 4 dims that it packs into bytes, so group maxima and norms are a few
+// attention_prologue.cu. A lane holds the 4 dims that it packs into bytes, so group maxima and norms are a
+// few
 // shuffles and nothing passes through shared memory.
 #pragma once
 
@@ -27,7 +28,8 @@ __device__ __forceinline__ float2 load2(const void* base, DataType type, int64_t
 
 // All 32 lanes call it with the same token and head.
 template <KeyFormat kFormat>
-__device__ __forceinline__ void append_key(const SelectorKeyAppendParams& p, int64_t token, int head, int lane) {
+__device__ __forceinline__ void append_key(const SelectorKeyAppendParams& p, int64_t token, int head,
+                                           int lane) {
   const int64_t slot = p.slots[token];
   if (slot < 0) return;
 

@@ -298,8 +298,8 @@ cudaError_t selector_kl(const SelectorKlParams& p, cudaStream_t stream) {
       !aligned_rows(p.key, p.key_token_stride, p.key_head_stride) || p.weight == nullptr ||
       !aligned(p.weight) || p.mass == nullptr || !aligned(p.mass) || p.chunk_logsumexp == nullptr ||
       p.sums == nullptr || !aligned(p.dots_grad) ||
-      (p.k_train > 0 ? p.scores == nullptr || p.entropy == nullptr : p.total == nullptr) || !aligned(p.scores) ||
-      p.dots_grad_row_stride % 8 != 0 || p.dots_grad_head_stride % 8 != 0)
+      (p.k_train > 0 ? p.scores == nullptr || p.entropy == nullptr : p.total == nullptr) ||
+      !aligned(p.scores) || p.dots_grad_row_stride % 8 != 0 || p.dots_grad_head_stride % 8 != 0)
     return cudaErrorInvalidValue;
   return p.key_heads == 1 ? start<1>(p, stream) : start<kSelectorHeads>(p, stream);
 }

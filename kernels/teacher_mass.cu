@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
     return;
   }
 
-  // By a shuffle, that the compiler may know it to be one for a warp: operands are named by uniform registers.
+  // By a shuffle, that the compiler may know it to be one for a warp: operands are named by uniform
+  // registers.
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroupThreads, 0),
             thread = static_cast<int>(threadIdx.x) % kGroupThreads;
   const uint32_t keys = aligned_shared();
@@ -117,9 +118,11 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
     ptx::wgmma_arrive();
 #pragma unroll
     for (int panel = 0; panel < S::kQueryDims / kPanelDims; ++panel) {
-      const uint64_t a = ptx::wgmma_operand(query + static_cast<uint32_t>(panel * kGroupRows * kPanelRowBytes));
-      const uint64_t b = ptx::wgmma_operand(
-          key + static_cast<uint32_t>((part * (S::kQueryDims / kPanelDims) + panel) * S::kKeys * kPanelRowBytes));
+      const uint64_t a =
+          ptx::wgmma_operand(query + static_cast<uint32_t>(panel * kGroupRows * kPanelRowBytes));
+      const uint64_t b =
+          ptx::wgmma_operand(key + static_cast<uint32_t>((part * (S::kQueryDims / kPanelDims) + panel) *
+                                                         S::kKeys * kPanelRowBytes));
 #pragma unroll
       for (int step = 0; step < kPanelDims / 16; ++step)
         ptx::wgmma_k16<T>(products, ptx::wgmma_advance(a, step), ptx::wgmma_advance(b, step),

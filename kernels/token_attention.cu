@@ -1,16 +1,19 @@
-// Contract: token_attention.h; arithmetic and folding: attend_split.cuh. Floor (bytes): 4 head_dim a token and KV
+// Contract: token_attention.h; arithmetic and folding: attend_split.cuh. Floor (bytes): 4 head_dim a token
+// and KV
 // head, as for blocks, but in pieces of one row of K and one of V. Grid as in sparse_decode_attention.cu.
-#include "kernels/token_attention.h"
-
 #include "kernels/attend_split.cuh"
 #include "kernels/launch.h"
+#include "kernels/token_attention.h"
 
 namespace spot::kernels {
 namespace {
 
 // Sixteens of tokens in flight a warp.
 template <int kHeadDim, bool kDeep>
-constexpr int kStagesFor = (kDeep ? 512 : kHeadDim == 64 ? 128 : kHeadDim) / kHeadDim;
+constexpr int kStagesFor = (kDeep            ? 512
+                            : kHeadDim == 64 ? 128
+                                             : kHeadDim) /
+                           kHeadDim;
 
 // Starts the copies of 16 tokens; lanes r and r + 16 hold the slot of row r.
 template <int kHeadDim>
@@ -30,7 +33,9 @@ __device__ __forceinline__ void copy_tokens(const AttendSource& source, int slot
 }
 
 template <typename T, int kHeadDim, bool kDeep>
-__global__ void __launch_bounds__(kAttendWarps * 32, kDeep ? 1 : kHeadDim == 256 ? 3 : 6)
+__global__ void __launch_bounds__(kAttendWarps * 32, kDeep             ? 1
+                                                     : kHeadDim == 256 ? 3
+                                                                       : 6)
     token_kernel(const SparseDecodeAttentionParams p, const HeadTiling tiling) {
   constexpr int kStages = kStagesFor<kHeadDim, kDeep>;
   using Shared = AttendShared<kHeadDim, kStages>;
@@ -61,7 +66,8 @@ __global__ void __launch_bounds__(kAttendWarps * 32, kDeep ? 1 : kHeadDim == 256
   };
   WarpAttention<kHeadDim> state;
   state.reset();
-  // Sixteen i is copied at turn i and attended to at turn i + kStages; its slots are looked up one turn ahead.
+  // Sixteen i is copied at turn i and attended to at turn i + kStages; its slots are looked up one turn
+  // ahead.
   int next = blocks > 0 ? slot_of(0) : 0, stage = 0;
 #pragma unroll 1
   for (int i = 0; i < blocks + kStages; ++i) {

@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kThreads) top_members_kernel(const TopMembersP
   for (int i = thread; i < p.logsumexp_stride; i += kThreads)
     p.logsumexp[row * p.logsumexp_stride + i] = i == 0 ? largest + log2f(sum) : -INFINITY;
   // -sum (t / total) log2(t / total) = log2 total - (sum t log2 t) / total
-  if (thread == 0) p.entropy[row] = total < kSmallestMass ? 0.0f : (log2f(total) - information / total) * kLn2;
+  if (thread == 0)
+    p.entropy[row] = total < kSmallestMass ? 0.0f : (log2f(total) - information / total) * kLn2;
 }
 
 }  // namespace

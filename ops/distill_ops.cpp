@@ -66,8 +66,8 @@ void check_kl(const at::Tensor& mass, const at::Tensor& total, const at::Tensor&
                   mass.is_contiguous() && mass.device() == query.device(),
               op, ": mass is ", mass.scalar_type(), " ", mass.sizes(),
               "; it must be contiguous float32 or float64 [", strip.tokens.size(0), ", ", strip.width, "]");
-  TORCH_CHECK(total.scalar_type() == mass.scalar_type() && total.dim() == 1 && total.size(0) == mass.size(0) &&
-                  total.is_contiguous() && total.device() == query.device(),
+  TORCH_CHECK(total.scalar_type() == mass.scalar_type() && total.dim() == 1 &&
+                  total.size(0) == mass.size(0) && total.is_contiguous() && total.device() == query.device(),
               op, ": total is ", total.scalar_type(), " ", total.sizes(), "; it must be contiguous ",
               mass.scalar_type(), " [", mass.size(0), "]");
   TORCH_CHECK(weight.scalar_type() == mass.scalar_type() && weight.dim() == 2 &&
@@ -113,7 +113,8 @@ MassOutputs mass_by_tensors(const at::Tensor& query, const at::Tensor& key, cons
 }
 
 KlOutputs kl_by_tensors(const at::Tensor& mass, const at::Tensor& total, const at::Tensor& query,
-                        const at::Tensor& key, const at::Tensor& weight, const QueryStrip& s, int64_t k_train, at::Tensor grad_key) {
+                        const at::Tensor& key, const at::Tensor& weight, const QueryStrip& s, int64_t k_train,
+                        at::Tensor grad_key) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const auto type = mass.scalar_type();
   const int64_t heads = query.size(1), real = real_columns(s, key);
@@ -153,8 +154,8 @@ KlOutputs kl_by_tensors(const at::Tensor& mass, const at::Tensor& total, const a
 
 template <bool kFused>
 MassOutputs mass_op(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
-                    const at::Tensor& tokens, const at::Tensor& low, const at::Tensor& last, int64_t first_key,
-                    int64_t width, double scale, int64_t groups) {
+                    const at::Tensor& tokens, const at::Tensor& low, const at::Tensor& last,
+                    int64_t first_key, int64_t width, double scale, int64_t groups) {
   const QueryStrip strip{tokens, low, last, first_key, width};
   check_mass(query, key, logsumexp, strip, groups);
 #ifdef SPOT_CUDA
@@ -249,13 +250,13 @@ AttentionMass attention_mass(const at::Tensor& query, const at::Tensor& key, con
   return {mass, total};
 }
 
-SelectorKl selector_kl(at::Tensor mass, const at::Tensor& total, const at::Tensor& query, const at::Tensor& key,
-                       const at::Tensor& weight, const QueryStrip& strip, int64_t k_train,
-                       at::Tensor grad_key) {
+SelectorKl selector_kl(at::Tensor mass, const at::Tensor& total, const at::Tensor& query,
+                       const at::Tensor& key, const at::Tensor& weight, const QueryStrip& strip,
+                       int64_t k_train, at::Tensor grad_key) {
   auto [loss, entropy, grad_query, grad_weight] =
       handle<kl_op<false>>("spot::selector_kl")
-          .call(mass, total, query, key, weight, strip.tokens, strip.low, strip.last, strip.first_key, k_train,
-                grad_key.defined() ? MaybeTensor(grad_key) : std::nullopt);
+          .call(mass, total, query, key, weight, strip.tokens, strip.low, strip.last, strip.first_key,
+                k_train, grad_key.defined() ? MaybeTensor(grad_key) : std::nullopt);
   return {loss, entropy, grad_query, grad_weight};
 }
 

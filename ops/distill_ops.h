@@ -27,7 +27,8 @@ AttentionMass attention_mass(const at::Tensor& query, const at::Tensor& key, con
                              const QueryStrip& strip, double scale, int64_t groups);
 bool fuses_mass(const at::Tensor& query, const at::Tensor& key);
 
-// KL(teacher || student) of each row, where teacher is mass over its sum on the keys the row sees, and student
+// KL(teacher || student) of each row, where teacher is mass over its sum on the keys the row sees, and
+// student
 // the softmax of sum_h weight[h] ReLU(query[h] . key[h]) over them; and the gradients of the rows' sum. With
 // k_train > 0 both are renormalised on the k_train keys of highest score (ties to the lower), fewer where a
 // row sees fewer. A row without mass (less than 1e-37; 1e-300 in float64) has no loss and no gradient.
@@ -36,13 +37,15 @@ struct SelectorKl {
   at::Tensor grad_query;     // [R, heads, dim]
   at::Tensor grad_weight;    // [R, heads]
 };
-// mass [R, width] and total [R] as from attention_mass with one group; query [T, heads, dim]; key [T, heads or
-// 1, dim]; weight [T, heads] of mass's dtype. k_train > 0 may overwrite mass. grad_key [heads or 1, T, dim] of mass's
+// mass [R, width] and total [R] as from attention_mass with one group; query [T, heads, dim]; key [T, heads
+// or
+// 1, dim]; weight [T, heads] of mass's dtype. k_train > 0 may overwrite mass. grad_key [heads or 1, T, dim]
+// of mass's
 // dtype: the gradient of keys is added to it; undefined: no gradients. On CUDA the scores' gradients are
 // rounded to bfloat16 once, before the products that make the other two of them.
-SelectorKl selector_kl(at::Tensor mass, const at::Tensor& total, const at::Tensor& query, const at::Tensor& key,
-                       const at::Tensor& weight, const QueryStrip& strip, int64_t k_train,
-                       at::Tensor grad_key);
+SelectorKl selector_kl(at::Tensor mass, const at::Tensor& total, const at::Tensor& query,
+                       const at::Tensor& key, const at::Tensor& weight, const QueryStrip& strip,
+                       int64_t k_train, at::Tensor grad_key);
 bool fuses_kl(const at::Tensor& query, const at::Tensor& key);
 
 }  // namespace spot::ops

@@ -18,8 +18,8 @@ namespace {
 
 // By ATen a rotation and its gradient are two dozen passes over memory.
 struct RotateHeads : torch::autograd::Function<RotateHeads> {
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& positions,
-                            const at::Tensor& cos, const at::Tensor& sin) {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x,
+                            const at::Tensor& positions, const at::Tensor& cos, const at::Tensor& sin) {
     context->save_for_backward({positions, cos, sin});
     return cuda::rotate_heads(x, positions, cos, sin, false);
   }
@@ -73,12 +73,11 @@ template <bool kFused>
 at::Tensor rms_norm_op(const at::Tensor& x, const at::Tensor& factor, double epsilon) {
   const char* op = "spot::rms_norm";
   const auto dtype = x.scalar_type();
-  TORCH_CHECK(x.dim() >= 1 && x.is_floating_point() && factor.dim() == 1 && factor.size(0) == x.size(-1) &&
-                  factor.is_contiguous() &&
-                  (factor.scalar_type() == dtype || factor.scalar_type() == at::kFloat),
-              op, ": x is ", dtype, " ", x.sizes(), ", the factor ", factor.scalar_type(), " ",
-              factor.sizes(), "; the factor must be [", x.dim() > 0 ? x.size(-1) : 0,
-              "], contiguous, of x's dtype or float32");
+  TORCH_CHECK(
+      x.dim() >= 1 && x.is_floating_point() && factor.dim() == 1 && factor.size(0) == x.size(-1) &&
+          factor.is_contiguous() && (factor.scalar_type() == dtype || factor.scalar_type() == at::kFloat),
+      op, ": x is ", dtype, " ", x.sizes(), ", the factor ", factor.scalar_type(), " ", factor.sizes(),
+      "; the factor must be [", x.dim() > 0 ? x.size(-1) : 0, "], contiguous, of x's dtype or float32");
   check_device(op, x, {&factor});
 #ifdef SPOT_CUDA
   if constexpr (kFused)
@@ -110,35 +109,40 @@ void check_prologue(const AttentionPrologue& a) {
   const auto dtype = a.projected.scalar_type();
   const int64_t rows = (a.num_heads * (a.output_gate ? 2 : 1) + 2 * a.num_kv_heads) * a.head_dim;
   TORCH_CHECK(a.num_heads >= 1 && a.num_kv_heads >= 1 && a.head_dim >= 2 && a.projected.dim() == 2 &&
-                  a.projected.size(1) == rows && a.projected.stride(1) == 1 && a.projected.is_floating_point(),
+                  a.projected.size(1) == rows && a.projected.stride(1) == 1 &&
+                  a.projected.is_floating_point(),
               op, ": the projections are ", dtype, " ", a.projected.sizes(),
               "; with these heads they must be floating point [tokens, ", rows, "]");
   const int64_t tokens = a.projected.size(0);
-  TORCH_CHECK(!a.qk_norm.defined() ||
-                  (a.qk_norm.scalar_type() == at::kFloat && a.qk_norm.dim() == 2 && a.qk_norm.is_contiguous() &&
-                   a.qk_norm.size(0) == a.num_heads + a.num_kv_heads && a.qk_norm.size(1) == a.head_dim),
-              op, ": qk_norm must be contiguous float32 [", a.num_heads + a.num_kv_heads, ", ", a.head_dim, "]");
+  TORCH_CHECK(
+      !a.qk_norm.defined() ||
+          (a.qk_norm.scalar_type() == at::kFloat && a.qk_norm.dim() == 2 && a.qk_norm.is_contiguous() &&
+           a.qk_norm.size(0) == a.num_heads + a.num_kv_heads && a.qk_norm.size(1) == a.head_dim),
+      op, ": qk_norm must be contiguous float32 [", a.num_heads + a.num_kv_heads, ", ", a.head_dim, "]");
   for (const at::Tensor* table : {&a.cos, &a.sin})
     TORCH_CHECK(table->scalar_type() == at::kFloat && table->dim() == 2 && table->is_contiguous() &&
-                    table->sizes() == a.cos.sizes() && table->size(1) >= 1 && 2 * table->size(1) <= a.head_dim,
+                    table->sizes() == a.cos.sizes() && table->size(1) >= 1 &&
+                    2 * table->size(1) <= a.head_dim,
                 op, ": a rotary table is ", table->scalar_type(), " ", table->sizes(),
                 "; it must be contiguous float32 [positions, at most ", a.head_dim / 2, "]");
-  TORCH_CHECK(a.positions.dim() == 1 && a.positions.size(0) == tokens && a.positions.scalar_type() == at::kLong,
-              op, ": positions are ", a.positions.scalar_type(), " ", a.positions.sizes(),
-              "; they must be int64 [", tokens, "]");
+  TORCH_CHECK(
+      a.positions.dim() == 1 && a.positions.size(0) == tokens && a.positions.scalar_type() == at::kLong, op,
+      ": positions are ", a.positions.scalar_type(), " ", a.positions.sizes(), "; they must be int64 [",
+      tokens, "]");
   TORCH_CHECK(a.key_pool.defined() == a.value_pool.defined() && a.key_pool.defined() <= a.slots.defined(), op,
               ": key_pool, value_pool and slots must be given together");
   check_device(op, a.projected,
                {&a.qk_norm, &a.cos, &a.sin, &a.positions, &a.key_pool, &a.value_pool, &a.slots});
   if (!a.slots.defined()) return;
   TORCH_CHECK(a.slots.dim() == 1 && a.slots.size(0) == tokens && a.slots.scalar_type() == at::kLong, op,
-              ": slots are ", a.slots.scalar_type(), " ", a.slots.sizes(), "; they must be int64 [", tokens, "]");
+              ": slots are ", a.slots.scalar_type(), " ", a.slots.sizes(), "; they must be int64 [", tokens,
+              "]");
   for (const at::Tensor* pool : {&a.key_pool, &a.value_pool})
     TORCH_CHECK(!pool->defined() ||
                     (pool->scalar_type() == dtype && pool->dim() == 4 && pool->is_contiguous() &&
                      pool->size(0) == a.num_kv_heads && pool->size(2) == 16 && pool->size(3) == a.head_dim),
-                op, ": a pool is ", pool->scalar_type(), " ", pool->sizes(), "; it must be contiguous ", dtype,
-                " [", a.num_kv_heads, ", pages, 16, ", a.head_dim, "]");
+                op, ": a pool is ", pool->scalar_type(), " ", pool->sizes(), "; it must be contiguous ",
+                dtype, " [", a.num_kv_heads, ", pages, 16, ", a.head_dim, "]");
 }
 
 void check_selector(const AttentionPrologue& a, const SelectorPrologue& s) {
@@ -170,10 +174,10 @@ Outputs prologue_by_tensors(const AttentionPrologue& a, const std::optional<Sele
   const int64_t query_rows = a.num_heads * dim * (a.output_gate ? 2 : 1);
   at::Tensor heads;  // [T, num_heads + num_kv_heads, head_dim]
   if (a.output_gate) {
-    heads = at::cat(
-        {a.projected.narrow(1, 0, query_rows).unflatten(1, {a.num_heads, 2 * dim}).narrow(2, 0, dim),
-         a.projected.narrow(1, query_rows, kv_rows).unflatten(1, {a.num_kv_heads, dim})},
-        1);
+    heads =
+        at::cat({a.projected.narrow(1, 0, query_rows).unflatten(1, {a.num_heads, 2 * dim}).narrow(2, 0, dim),
+                 a.projected.narrow(1, query_rows, kv_rows).unflatten(1, {a.num_kv_heads, dim})},
+                1);
   } else {
     heads = a.projected.narrow(1, 0, query_rows + kv_rows).unflatten(1, {a.num_heads + a.num_kv_heads, dim});
   }
@@ -212,8 +216,8 @@ Outputs prologue_op(const at::Tensor& projected, int64_t num_heads, int64_t num_
                     const MaybeTensor& selector_sin, const MaybeTensor& selector_pool, std::string format,
                     double global_scale) {
   auto given = [](const MaybeTensor& x) { return x.value_or(at::Tensor()); };
-  const AttentionPrologue a{projected,    num_heads, num_kv_heads,    head_dim, output_gate,
-                            given(qk_norm), norm_eps,  cos,             sin,      positions,
+  const AttentionPrologue a{projected,       num_heads,         num_kv_heads, head_dim, output_gate,
+                            given(qk_norm),  norm_eps,          cos,          sin,      positions,
                             given(key_pool), given(value_pool), given(slots)};
   check_prologue(a);
   std::optional<SelectorPrologue> s;
@@ -245,8 +249,9 @@ Outputs prologue_op(const at::Tensor& projected, int64_t num_heads, int64_t num_
 
 template <auto Function>
 const auto& handle(const char* name) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<std::remove_pointer_t<decltype(Function)>>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow(name, "")
+                             .typed<std::remove_pointer_t<decltype(Function)>>();
   return op;
 }
 
@@ -287,17 +292,18 @@ at::Tensor gated_product(const at::Tensor& gate, const at::Tensor& x, const std:
   return handle<gated_product_op<false>>("spot::gated_product").call(gate, x, activation);
 }
 
-PrologueOutputs attention_prologue(const AttentionPrologue& a, const std::optional<SelectorPrologue>& selector) {
+PrologueOutputs attention_prologue(const AttentionPrologue& a,
+                                   const std::optional<SelectorPrologue>& selector) {
   auto maybe = [](const at::Tensor& x) { return x.defined() ? MaybeTensor(x) : std::nullopt; };
   const SelectorPrologue s = selector.value_or(SelectorPrologue{});
   const KeyPreparation& keys = s.preparation;
   auto [query, key, value, selector_query, selector_weight] =
       handle<prologue_op<false>>("spot::attention_prologue")
-          .call(a.projected, a.num_heads, a.num_kv_heads, a.head_dim, a.output_gate, maybe(a.qk_norm), a.norm_eps,
-                a.cos, a.sin, a.positions, maybe(a.key_pool), maybe(a.value_pool), maybe(a.slots),
+          .call(a.projected, a.num_heads, a.num_kv_heads, a.head_dim, a.output_gate, maybe(a.qk_norm),
+                a.norm_eps, a.cos, a.sin, a.positions, maybe(a.key_pool), maybe(a.value_pool), maybe(a.slots),
                 maybe(s.projected), maybe(s.hidden), maybe(s.mix), s.mix_scale, key_norm_name(keys.norm),
-                maybe(keys.norm_weight), maybe(keys.norm_bias), keys.norm_eps, maybe(keys.cos), maybe(keys.sin),
-                maybe(s.pool), s.format, s.global_scale);
+                maybe(keys.norm_weight), maybe(keys.norm_bias), keys.norm_eps, maybe(keys.cos),
+                maybe(keys.sin), maybe(s.pool), s.format, s.global_scale);
   return {query, key, value, selector_query, selector_weight};
 }
 

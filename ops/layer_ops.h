@@ -23,10 +23,11 @@ at::Tensor gated_product(const at::Tensor& gate, const at::Tensor& x, const std:
 
 // An attention layer's projections, and what makes queries, keys and values of them.
 struct AttentionPrologue {
-  at::Tensor projected;  // [T, rows]: queries (with output_gate each head's query, then its gate) | keys | values
+  at::Tensor
+      projected;  // [T, rows]: queries (with output_gate each head's query, then its gate) | keys | values
   int64_t num_heads, num_kv_heads, head_dim;
   bool output_gate = false;
-  at::Tensor qk_norm;    // [num_heads + num_kv_heads, head_dim] float32: RMSNorm's factors; undefined: no norm
+  at::Tensor qk_norm;  // [num_heads + num_kv_heads, head_dim] float32: RMSNorm's factors; undefined: no norm
   double norm_eps = 1e-6;
   at::Tensor cos, sin;   // [positions, rotary_dim / 2] float32; the first rotary_dim dims turn, half-split
   at::Tensor positions;  // [T] int64, rows of the tables
@@ -36,9 +37,9 @@ struct AttentionPrologue {
 };
 // A selector's share of the same stage. Needs slots.
 struct SelectorPrologue {
-  at::Tensor projected;        // [T, (4 + key_heads) * 128] of the model's dtype: queries | keys
-  at::Tensor hidden;           // [T, hidden_size] of the model's dtype
-  at::Tensor mix;              // [groups * 4, hidden_size] float32
+  at::Tensor projected;  // [T, (4 + key_heads) * 128] of the model's dtype: queries | keys
+  at::Tensor hidden;     // [T, hidden_size] of the model's dtype
+  at::Tensor mix;        // [groups * 4, hidden_size] float32
   double mix_scale = 1.0;
   KeyPreparation preparation;  // its tables also turn the queries
   at::Tensor pool;             // as append_projected_keys takes it, with format and global_scale
@@ -56,7 +57,8 @@ PrologueOutputs attention_prologue(const AttentionPrologue& attention,
                                    const std::optional<SelectorPrologue>& selector = {});
 
 // Turns dims i and i + half of x [T, heads, dim] by row positions[t] of cos and sin [positions, half]; the
-// rest passes. In float32; contiguous, in x's dtype. Differentiable. On CUDA a kernel with a gradient of its own,
+// rest passes. In float32; contiguous, in x's dtype. Differentiable. On CUDA a kernel with a gradient of its
+// own,
 // for the shapes and dtypes that it takes.
 at::Tensor rotate_heads(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos,
                         const at::Tensor& sin);

@@ -99,14 +99,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend_bou
     const at::Tensor& scores, const at::Tensor& query, const at::Tensor& key_pool,
     const at::Tensor& value_pool, const at::Tensor& page_table, const at::Tensor& lengths, double scale,
     std::string mode, double p, int64_t budget, double budget_fraction, int64_t sinks, int64_t recency,
-    int64_t floor, int64_t cap, double temperature, int64_t max_selected, bool with_mass, bool history_settled) {
+    int64_t floor, int64_t cap, double temperature, int64_t max_selected, bool with_mass,
+    bool history_settled) {
   const SelectArguments arguments = select_arguments(scores, lengths, mode, p, budget, budget_fraction, sinks,
                                                      recency, floor, cap, temperature, max_selected);
   check_attention(query, key_pool, value_pool, page_table, lengths, at::Tensor(), at::Tensor());
   TORCH_CHECK(scores.size(1) == 1 || scores.size(1) == key_pool.size(0),
               "spot::select_and_attend: scores have ", scores.size(1), " groups; they must have 1 or ",
               key_pool.size(0));
-  return Run(scores, query, key_pool, value_pool, page_table, lengths, scale, arguments, with_mass, history_settled);
+  return Run(scores, query, key_pool, value_pool, page_table, lengths, scale, arguments, with_mass,
+             history_settled);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend_cpu(
@@ -124,8 +126,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend_cpu
 TORCH_LIBRARY(spot, library) {
   const std::string rule =
       "str mode='top_p', float p=0.9, int budget=0, float budget_fraction=0.0, int sinks=128, int "
-      "recency=256, "
-      "int floor=512, int cap=0, float temperature=1.0, int max_selected=0";
+      "recency=256, int floor=512, int cap=0, float temperature=1.0, int max_selected=0";
   const std::string pools = "Tensor key_pool, Tensor value_pool, Tensor page_table, Tensor lengths";
   library.def(
       "append_selector_keys(Tensor(a!) pool, Tensor slots, Tensor keys, str format, float global_scale=1.0) "
@@ -146,9 +147,10 @@ TORCH_LIBRARY(spot, library) {
   library.def(("sparse_decode_attention(Tensor query, " + pools +
                ", Tensor? indices, Tensor? counts, float scale) -> Tensor")
                   .c_str());
-  library.def(("select_and_attend(Tensor scores, Tensor query, " + pools + ", float scale, " + rule +
-               ", bool with_mass=True, bool history_settled=False) -> (Tensor output, Tensor indices, Tensor counts, Tensor predicted_mass)")
-                  .c_str());
+  library.def(
+      ("select_and_attend(Tensor scores, Tensor query, " + pools + ", float scale, " + rule +
+       ", bool with_mass=True, bool history_settled=False) -> (Tensor output, Tensor indices, Tensor counts, Tensor predicted_mass)")
+          .c_str());
 }
 
 TORCH_LIBRARY_IMPL(spot, CPU, library) {
@@ -259,10 +261,10 @@ SelectedAttention select_and_attend(const at::Tensor& scores, const at::Tensor& 
       const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
       const at::Tensor&, double, std::string, double, int64_t, double, int64_t, int64_t, int64_t, int64_t,
       double, int64_t, bool, bool)>("spot::select_and_attend");
-  auto [output, indices, counts, mass] = op.call(
-      scores, query, key_pool, value_pool, page_table, lengths, scale, a.top_p ? "top_p" : "top_k", a.p,
-      a.budget, a.budget_fraction, a.sinks, a.recency, a.floor, a.cap, a.temperature, a.max_selected, with_mass,
-      history_settled);
+  auto [output, indices, counts, mass] =
+      op.call(scores, query, key_pool, value_pool, page_table, lengths, scale, a.top_p ? "top_p" : "top_k",
+              a.p, a.budget, a.budget_fraction, a.sinks, a.recency, a.floor, a.cap, a.temperature,
+              a.max_selected, with_mass, history_settled);
   return {output, indices, counts, mass};
 }
 

@@ -54,7 +54,8 @@ at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const
                         double global_scale, int64_t max_blocks = 0, bool history_settled = false);
 
 // The arguments of select_blocks: SelectionRule without torch types.
-// Attention kernels count finished parts in a workspace of this many counters, one a row, KV head and tile of 8 query heads:
+// Attention kernels count finished parts in a workspace of this many counters, one a row, KV head and tile of
+// 8 query heads:
 // more than that in one call throws on CUDA.
 inline constexpr int64_t kMaxAttentionParts = 65536;
 
@@ -90,8 +91,10 @@ at::Tensor sparse_decode_attention(const at::Tensor& query, const at::Tensor& ke
 bool attends(const at::Tensor& query, const at::Tensor& key_pool);
 
 // select_blocks, then sparse_decode_attention over its choice, the same bits, in one launch where the GPU has
-// room. predicted_mass is empty without with_mass, which saves time under top_k. history_settled promises that the
-// launch just before this one wrote nothing that this one reads but the scores: on CUDA the rest is then read while
+// room. predicted_mass is empty without with_mass, which saves time under top_k. history_settled promises
+// that the
+// launch just before this one wrote nothing that this one reads but the scores: on CUDA the rest is then read
+// while
 // that launch drains.
 struct SelectedAttention {
   at::Tensor output, indices, counts, predicted_mass;

@@ -76,29 +76,73 @@ def distill_command(name, options):
     for option, value in (("--lr", options.lr), ("--loss", "dense"), ("--steps", options.steps)):
         if option not in variant:
             variant += [option, value]
-    return ["distill", "--data", options.train, "--out", folder_of(name, options) / "selector", "--length", options.length,
-            "--sequences-per-step", options.sequences_per_step, "--warmup-steps", options.steps // 5, "--query-rows", options.query_rows,
-            "--held-out-interval", options.steps, "--resume", *variant]
+    return [
+        "distill",
+        "--data",
+        options.train,
+        "--out",
+        folder_of(name, options) / "selector",
+        "--length",
+        options.length,
+        "--sequences-per-step",
+        options.sequences_per_step,
+        "--warmup-steps",
+        options.steps // 5,
+        "--query-rows",
+        options.query_rows,
+        "--held-out-interval",
+        options.steps,
+        "--resume",
+        *variant,
+    ]
 
 
 def text_command(name, step, length, rules, options):
     kind = "oracle" if name == ORACLE else "spot"
     selector = [] if name == ORACLE else ["--selector", folder_of(name, options) / "selector"]
-    return ["eval", "text", *selector, "--text", options.heldout, "--length", length, "--sequences", max(options.text_tokens // length, 1),
-            "--skip", length // 2, "--chunk", options.chunk, "--measured-queries", options.measured_queries,
-            "--methods", ",".join(f"{kind}:{rule}" for rule in rules), "--out", report_of(name, step, options).parent]
+    return [
+        "eval",
+        "text",
+        *selector,
+        "--text",
+        options.heldout,
+        "--length",
+        length,
+        "--sequences",
+        max(options.text_tokens // length, 1),
+        "--skip",
+        length // 2,
+        "--chunk",
+        options.chunk,
+        "--measured-queries",
+        options.measured_queries,
+        "--methods",
+        ",".join(f"{kind}:{rule}" for rule in rules),
+        "--out",
+        report_of(name, step, options).parent,
+    ]
 
 
 def steps_of(name, options):
     """What to run for a variant, in order: (file that exists once it is done, options of the program)."""
     if name != ORACLE:
         yield folder_of(name, options) / "selector" / "selector.json", distill_command(name, options)
-    yield report_of(name, "budgets", options), text_command(name, "budgets", options.budget_multiple * options.length,
-                                                            [f"k={budget}%" for budget in options.budgets], options) + [
-                                                                "--sinks", 16, "--recency", 16, "--floor", 16]
+    yield (
+        report_of(name, "budgets", options),
+        text_command(
+            name,
+            "budgets",
+            options.budget_multiple * options.length,
+            [f"k={budget}%" for budget in options.budgets],
+            options,
+        )
+        + ["--sinks", 16, "--recency", 16, "--floor", 16],
+    )
     for multiple in options.multiples:
-        yield report_of(name, f"{multiple}x", options), text_command(name, f"{multiple}x", multiple * options.length,
-                                                                     [f"k={options.fixed}", f"p={P}"], options)
+        yield (
+            report_of(name, f"{multiple}x", options),
+            text_command(name, f"{multiple}x", multiple * options.length, [f"k={options.fixed}", f"p={P}"], options),
+        )
 
 
 def run(name, options, step_done):
@@ -114,7 +158,13 @@ def run(name, options, step_done):
         with open(folder / "log.txt", "a+") as log:
             begin = log.seek(0, os.SEEK_END)
             try:
-                subprocess.run([str(word) for word in words], check=True, stdout=log, stderr=log, timeout=None if left == float("inf") else left)
+                subprocess.run(
+                    [str(word) for word in words],
+                    check=True,
+                    stdout=log,
+                    stderr=log,
+                    timeout=None if left == float("inf") else left,
+                )
             except subprocess.TimeoutExpired:
                 raise OutOfTime from None
             except subprocess.CalledProcessError as error:
@@ -131,43 +181,72 @@ def mean_mass(method):
 
 def calibration(method, p):
     """Share of the residual mass captured at nominal p, median layer; None where nothing was measured, as for the oracle."""
-    captured = [entry["captured_residual_mass"] for layer in method.get("layers", []) for entry in layer.get("calibration", []) if entry["p"] == p]
+    captured = [
+        entry["captured_residual_mass"]
+        for layer in method.get("layers", [])
+        for entry in layer.get("calibration", [])
+        if entry["p"] == p
+    ]
     return statistics.median(captured) if captured else None
 
 
 def measures(name, options):
     """What was measured of a variant so far."""
+
     def read(step):
         report = report_of(name, step, options)
         return json.loads(report.read_text()) if report.is_file() else None
 
     budgets = read("budgets")
-    row = {"variant": name, "options": VARIANTS.get(name, []),
-           "mass": {f"{budget}%": mean_mass(method) for budget, method in zip(options.budgets, budgets["methods"])} if budgets else {},
-           "lengths": {}}
+    row = {
+        "variant": name,
+        "options": VARIANTS.get(name, []),
+        "mass": {f"{budget}%": mean_mass(method) for budget, method in zip(options.budgets, budgets["methods"])}
+        if budgets
+        else {},
+        "lengths": {},
+    }
     for multiple in options.multiples:
         if report := read(f"{multiple}x"):
             fixed, nucleus = report["methods"]
-            against = {key: method["perplexity"] / report["dense"]["perplexity"] - 1 for key, method in (("fixed", fixed), ("p", nucleus))}
+            against = {
+                key: method["perplexity"] / report["dense"]["perplexity"] - 1
+                for key, method in (("fixed", fixed), ("p", nucleus))
+            }
             row["lengths"][f"{multiple}x"] = {
-                "dense_perplexity": report["dense"]["perplexity"], "perplexity_fixed": against["fixed"], "perplexity_p": against["p"],
-                "kl_fixed": fixed["kl_from_dense"], "kl_p": nucleus["kl_from_dense"],
-                "mass_fixed": mean_mass(fixed), "mass_p": mean_mass(nucleus), "attended_p": nucleus["attended_share"],
-                "calibration": {str(p): calibration(nucleus, p) for p in (0.7, 0.9)}}
+                "dense_perplexity": report["dense"]["perplexity"],
+                "perplexity_fixed": against["fixed"],
+                "perplexity_p": against["p"],
+                "kl_fixed": fixed["kl_from_dense"],
+                "kl_p": nucleus["kl_from_dense"],
+                "mass_fixed": mean_mass(fixed),
+                "mass_p": mean_mass(nucleus),
+                "attended_p": nucleus["attended_share"],
+                "calibration": {str(p): calibration(nucleus, p) for p in (0.7, 0.9)},
+            }
     return row
 
 
 def table(rows, options):
     """Markdown; what is missing is a dash."""
     multiples = [f"{multiple}x" for multiple in options.multiples]
-    header = ["variant", "mass at " + ", ".join(f"{budget}%" for budget in options.budgets), "p 0.7 takes", "p 0.9 takes", f"tokens at p {P}",
-              f"perplexity, {options.fixed} tokens", f"perplexity, p {P}"]
+    header = [
+        "variant",
+        "mass at " + ", ".join(f"{budget}%" for budget in options.budgets),
+        "p 0.7 takes",
+        "p 0.9 takes",
+        f"tokens at p {P}",
+        f"perplexity, {options.fixed} tokens",
+        f"perplexity, p {P}",
+    ]
 
     def cells(values, form):
         return " / ".join("–" if value is None else form(value) for value in values)
 
     def over_lengths(row, read, form):
-        return cells([read(row["lengths"][multiple]) if multiple in row["lengths"] else None for multiple in multiples], form)
+        return cells(
+            [read(row["lengths"][multiple]) if multiple in row["lengths"] else None for multiple in multiples], form
+        )
 
     def mass(value):
         return f"{value:.3f}"
@@ -177,11 +256,21 @@ def table(rows, options):
 
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     for row in rows:
-        lines.append("| " + " | ".join([
-            row["variant"], cells([row["mass"].get(f"{budget}%") for budget in options.budgets], mass),
-            over_lengths(row, lambda at: at["calibration"]["0.7"], mass), over_lengths(row, lambda at: at["calibration"]["0.9"], mass),
-            over_lengths(row, lambda at: at["attended_p"], lambda value: f"{100 * value:.0f}%"),
-            over_lengths(row, lambda at: at["perplexity_fixed"], change), over_lengths(row, lambda at: at["perplexity_p"], change)]) + " |")
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    row["variant"],
+                    cells([row["mass"].get(f"{budget}%") for budget in options.budgets], mass),
+                    over_lengths(row, lambda at: at["calibration"]["0.7"], mass),
+                    over_lengths(row, lambda at: at["calibration"]["0.9"], mass),
+                    over_lengths(row, lambda at: at["attended_p"], lambda value: f"{100 * value:.0f}%"),
+                    over_lengths(row, lambda at: at["perplexity_fixed"], change),
+                    over_lengths(row, lambda at: at["perplexity_p"], change),
+                ]
+            )
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -193,7 +282,9 @@ def write_whole(path, text):
 
 def write_tables(options):
     rows = [row for row in (measures(name, options) for name in options.only) if row["mass"] or row["lengths"]]
-    write_whole(options.out / "ablations.json", json.dumps({"settings": settings(options), "rows": rows}, indent=1) + "\n")
+    write_whole(
+        options.out / "ablations.json", json.dumps({"settings": settings(options), "rows": rows}, indent=1) + "\n"
+    )
     text = table(rows, options)
     write_whole(options.out / "ablations.md", text)
     return text
@@ -201,8 +292,20 @@ def write_tables(options):
 
 def settings(options):
     """What all steps of a folder must share to be comparable."""
-    names = ["length", "steps", "sequences_per_step", "query_rows", "lr", "multiples", "budgets", "budget_multiple", "fixed", "text_tokens",
-             "chunk", "measured_queries"]
+    names = [
+        "length",
+        "steps",
+        "sequences_per_step",
+        "query_rows",
+        "lr",
+        "multiples",
+        "budgets",
+        "budget_multiple",
+        "fixed",
+        "text_tokens",
+        "chunk",
+        "measured_queries",
+    ]
     return {"model": options.model.name, **{name: getattr(options, name) for name in names}}
 
 
@@ -216,7 +319,9 @@ def check_settings(options):
     differing = [name for name in mine if there.get(name) != mine[name]]
     if differing:
         name = differing[0]
-        sys.exit(f"error: {options.out} holds a run with {name} {there.get(name)}, not {mine[name]}; choose another --out")
+        sys.exit(
+            f"error: {options.out} holds a run with {name} {there.get(name)}, not {mine[name]}; choose another --out"
+        )
 
 
 def numbers(text):
@@ -235,16 +340,26 @@ def parse_arguments():
     training.add_argument("--length", type=int, default=2048, help="tokens a sequence")
     training.add_argument("--steps", type=int, default=60)
     training.add_argument("--sequences-per-step", type=int, default=2)
-    training.add_argument("--query-rows", type=int, default=512, help="queries of each sequence that enter the loss (0: all)")
+    training.add_argument(
+        "--query-rows", type=int, default=512, help="queries of each sequence that enter the loss (0: all)"
+    )
     training.add_argument("--lr", default="4e-3")
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--multiples", type=numbers, default=[1, 2, 4, 8], help="of the training length")
     measuring.add_argument("--budgets", type=numbers, default=[1, 2, 5, 10], help="percent of the context")
-    measuring.add_argument("--budget-multiple", type=int, default=4, help="of the training length, where budgets are measured")
-    measuring.add_argument("--fixed", type=int, help="tokens of the fixed budget, 384 of them reserved; default: a quarter of the length, at least 512")
+    measuring.add_argument(
+        "--budget-multiple", type=int, default=4, help="of the training length, where budgets are measured"
+    )
+    measuring.add_argument(
+        "--fixed",
+        type=int,
+        help="tokens of the fixed budget, 384 of them reserved; default: a quarter of the length, at least 512",
+    )
     measuring.add_argument("--text-tokens", type=int, help="read at each length; default: one sequence of the longest")
     measuring.add_argument("--chunk", type=int, default=512, help="tokens a forward call")
-    measuring.add_argument("--measured-queries", type=int, default=4, help="of each 512 tokens, whose true attention is computed")
+    measuring.add_argument(
+        "--measured-queries", type=int, default=4, help="of each 512 tokens, whose true attention is computed"
+    )
     options = parser.parse_args()
     options.fixed = options.fixed or max(options.length // 4, 512)
     options.text_tokens = options.text_tokens or max(options.multiples) * options.length

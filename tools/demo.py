@@ -52,28 +52,105 @@ def main() -> None:
     if not (text / "heldout.txt").exists():
         run("1. Make a text", sys.executable, ROOT / "tools/make_text.py", "--out", text)
     if not (selector / "selector.json").exists():
-        run("2. Distil a selector (2K tokens)", SPOT, "distill", "--model", MODEL, "--data", text / "train.jsonl",
-            "--out", selector, "--length", 2048, "--sequences-per-step", 2, "--steps", options.steps,
-            "--warmup-steps", 15, "--loss", "dense", "--query-rows", 512, "--lr", 4e-3)
+        run(
+            "2. Distil a selector (2K tokens)",
+            SPOT,
+            "distill",
+            "--model",
+            MODEL,
+            "--data",
+            text / "train.jsonl",
+            "--out",
+            selector,
+            "--length",
+            2048,
+            "--sequences-per-step",
+            2,
+            "--steps",
+            options.steps,
+            "--warmup-steps",
+            15,
+            "--loss",
+            "dense",
+            "--query-rows",
+            512,
+            "--lr",
+            4e-3,
+        )
     prompt = OUT / "prompt.txt"
     filler = (text / "heldout.txt").read_text()
-    prompt.write_text(filler[:14000] + "\nThe special magic number for amber-river is: 483920.\n" + filler[14000:30000]
-                      + "\nWhat is the special magic number for amber-river? The special magic number for amber-river is:")
+    prompt.write_text(
+        filler[:14000]
+        + "\nThe special magic number for amber-river is: 483920.\n"
+        + filler[14000:30000]
+        + "\nWhat is the special magic number for amber-river? The special magic number for amber-river is:"
+    )
     for attention in ("dense", "spot"):
-        run(f"3. Generate, {attention}", SPOT, "generate", "--model", MODEL, "--selector", selector, "--prompt-file", prompt,
-            "--attention", attention, "--top-p", 0.7, "--max-new-tokens", 8)
-    run("4. Needles at 16K tokens, 8 times the training length", SPOT, "eval", "needle", "--model", MODEL,
-        "--selector", selector, "--text", text / "heldout.txt", "--length", 16384, "--samples", options.samples,
-        "--methods", METHODS, "--out", OUT / "needle")
-    run("5. Held-out text at 8K tokens", SPOT, "eval", "text", "--model", MODEL, "--selector", selector,
-        "--text", text / "heldout.txt", "--length", 8192, "--sequences", 1,
-        "--methods", METHODS, "--out", OUT / "heldout")
+        run(
+            f"3. Generate, {attention}",
+            SPOT,
+            "generate",
+            "--model",
+            MODEL,
+            "--selector",
+            selector,
+            "--prompt-file",
+            prompt,
+            "--attention",
+            attention,
+            "--top-p",
+            0.7,
+            "--max-new-tokens",
+            8,
+        )
+    run(
+        "4. Needles at 16K tokens, 8 times the training length",
+        SPOT,
+        "eval",
+        "needle",
+        "--model",
+        MODEL,
+        "--selector",
+        selector,
+        "--text",
+        text / "heldout.txt",
+        "--length",
+        16384,
+        "--samples",
+        options.samples,
+        "--methods",
+        METHODS,
+        "--out",
+        OUT / "needle",
+    )
+    run(
+        "5. Held-out text at 8K tokens",
+        SPOT,
+        "eval",
+        "text",
+        "--model",
+        MODEL,
+        "--selector",
+        selector,
+        "--text",
+        text / "heldout.txt",
+        "--length",
+        8192,
+        "--sequences",
+        1,
+        "--methods",
+        METHODS,
+        "--out",
+        OUT / "heldout",
+    )
 
     needle = json.loads((OUT / "needle" / "report.json").read_text())["lengths"][0]
     print(f"\nDone in {(time.time() - start) / 60:.1f} minutes.")
     for method in needle["methods"]:
-        print(f"  {method['name']:18} {method['exact_match']:3}/{needle['samples']} right, "
-              f"{100 * method['attended_share']:5.1f}% of tokens attended, {method['milliseconds_per_token']:6.2f} ms/token")
+        print(
+            f"  {method['name']:18} {method['exact_match']:3}/{needle['samples']} right, "
+            f"{100 * method['attended_share']:5.1f}% of tokens attended, {method['milliseconds_per_token']:6.2f} ms/token"
+        )
     print(f"Plots: {OUT / 'needle' / 'report.html'}\n       {OUT / 'heldout' / 'report.html'}")
 
 

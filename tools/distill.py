@@ -42,7 +42,9 @@ def main() -> None:
     own, rest = parser.parse_known_args()
     missing = [name for name in LAUNCHER if name not in os.environ]
     if missing:
-        sys.exit(f"error: {', '.join(missing)} not set; start this through torchrun, or run the spot program for one process")
+        sys.exit(
+            f"error: {', '.join(missing)} not set; start this through torchrun, or run the spot program for one process"
+        )
     program = load_program()
     cuda = torch.cuda.is_available() and torch.distributed.is_nccl_available()
     # NCCL reports a lost peer to the waiting thread only under this setting; else a watchdog ends the process as a crash.
@@ -52,7 +54,9 @@ def main() -> None:
             "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=own.timeout)
         )
     except (RuntimeError, ValueError) as error:
-        sys.exit(f"error: the process group of {os.environ['WORLD_SIZE']} could not be formed: {str(error).splitlines()[0]}")
+        sys.exit(
+            f"error: the process group of {os.environ['WORLD_SIZE']} could not be formed: {str(error).splitlines()[0]}"
+        )
     # Collectives run on the current device; where GPUs are too few, the program says so (or runs on the CPU).
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local_rank < torch.cuda.device_count():

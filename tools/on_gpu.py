@@ -97,7 +97,7 @@ def main() -> None:
     amount.add_argument("--share", type=int, metavar="N")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    command = options.command[options.command[:1] == ["--"]:]
+    command = options.command[options.command[:1] == ["--"] :]
     known = gpus()
     if not command:
         parser.error("a command is needed")

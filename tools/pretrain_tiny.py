@@ -21,15 +21,27 @@ MODELS = ("qwen3", "qwen3_5")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--data", type=pathlib.Path, required=True, help="text file, or .gz of one")
-    add("--tokenizer", type=pathlib.Path, default=ROOT / "models" / "tiny-qwen3" / "tokenizer.json", help="4096 tokens, single digits")
+    add(
+        "--tokenizer",
+        type=pathlib.Path,
+        default=ROOT / "models" / "tiny-qwen3" / "tokenizer.json",
+        help="4096 tokens, single digits",
+    )
     add("--out", type=pathlib.Path, required=True, help="where tiny-MODEL folders go")
     add("--work", type=pathlib.Path, default=pathlib.Path("/tmp/pretrain_tiny"), help="where the tokenised text goes")
     add("--models", default=",".join(MODELS), help="which, separated by commas")
     add("--seconds", default="100000", help="of training, one number or one for each model; --wall may end it sooner")
-    add("--wall", type=float, default=0, help="seconds after which everything is over, preparation and evaluation included; 0: no limit")
+    add(
+        "--wall",
+        type=float,
+        default=0,
+        help="seconds after which everything is over, preparation and evaluation included; 0: no limit",
+    )
     add("--init", default="", help="MODEL=FOLDER,...: weights to go on from")
     add("--rate", default="1", help="factor of the learning rates, one number or one for each model")
     add("--warmup", type=int, default=100, help="steps in which the rates rise")
@@ -46,11 +58,15 @@ def arguments() -> argparse.Namespace:
     add("--mlp", type=int, default=768)
     add("--device", default="", help="cuda where there is one, else cpu")
     add("--evaluate-only", action="store_true", help="evaluates the weights of --init")
-    add("--until", type=float, default=0, help=argparse.SUPPRESS)  # the end in seconds since the epoch, for the children
+    add(
+        "--until", type=float, default=0, help=argparse.SUPPRESS
+    )  # the end in seconds since the epoch, for the children
     options = parser.parse_args()
     unknown = set(options.models.split(",")) - set(MODELS)
     if unknown:
-        parser.error(f"--models {options.models}: {', '.join(sorted(unknown))} is not known; {' and '.join(MODELS)} are")
+        parser.error(
+            f"--models {options.models}: {', '.join(sorted(unknown))} is not known; {' and '.join(MODELS)} are"
+        )
     if options.evaluate_only and not options.init:
         parser.error("--evaluate-only needs --init: the weights to evaluate")
     for file in (options.data, options.tokenizer):
@@ -68,7 +84,6 @@ def one_of(values: str, at: int) -> float:
 def pretrain(options: argparse.Namespace, name: str) -> None:
     """One model, in this process."""
     import torch
-
     from pretrain import checkpoint, models, train
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -82,10 +97,23 @@ def pretrain(options: argparse.Namespace, name: str) -> None:
         checkpoint.load(pathlib.Path(folders[name]), model.weights)
     rate = one_of(options.rate, 0)
     run = train.Options(
-        work=options.work, tokenizer=options.tokenizer, out=options.out / f"tiny-{name}", seconds=one_of(options.seconds, 0),
-        until=options.until, eval_seconds=options.eval_seconds, eval_lengths=[int(n) for n in options.eval_lengths.split(",") if n],
-        phases=train.parse_phases(options.phases or train.PHASES), tokens=options.tokens, muon_rate=0.015 * rate, adam_rate=0.004 * rate,
-        warmup=options.warmup, binding=options.binding, workers=options.workers, log_every=options.log_every, seed=options.seed)
+        work=options.work,
+        tokenizer=options.tokenizer,
+        out=options.out / f"tiny-{name}",
+        seconds=one_of(options.seconds, 0),
+        until=options.until,
+        eval_seconds=options.eval_seconds,
+        eval_lengths=[int(n) for n in options.eval_lengths.split(",") if n],
+        phases=train.parse_phases(options.phases or train.PHASES),
+        tokens=options.tokens,
+        muon_rate=0.015 * rate,
+        adam_rate=0.004 * rate,
+        warmup=options.warmup,
+        binding=options.binding,
+        workers=options.workers,
+        log_every=options.log_every,
+        seed=options.seed,
+    )
     if options.evaluate_only:
         run.out.mkdir(parents=True, exist_ok=True)
         train.assess(model, run, name)
@@ -99,7 +127,6 @@ def train_together(options: argparse.Namespace, names: list[str]) -> int:
         sys.exit(f"error: --models {options.models}: several processes train one model; name one")
     import torch
     import torch.distributed as dist
-
     from pretrain import corpus
 
     # Decisions by the clock go over gloo: a GPU need not be waited for.
@@ -130,8 +157,19 @@ def main() -> int:
         return 0
     children = []
     for at, name in enumerate(names):
-        command = [sys.executable, __file__, *sys.argv[1:], "--models", name, "--seconds", str(one_of(options.seconds, at)),
-                   "--rate", str(one_of(options.rate, at)), "--until", str(options.until)]
+        command = [
+            sys.executable,
+            __file__,
+            *sys.argv[1:],
+            "--models",
+            name,
+            "--seconds",
+            str(one_of(options.seconds, at)),
+            "--rate",
+            str(one_of(options.rate, at)),
+            "--until",
+            str(options.until),
+        ]
         children.append(subprocess.Popen(command))
     return max(abs(child.wait()) for child in children)
 

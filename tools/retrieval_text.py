@@ -20,11 +20,17 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=pathlib.Path, required=True, help="text file, or .gz of one; documents may be separated by NUL")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=pathlib.Path, required=True, help="text file, or .gz of one; documents may be separated by NUL"
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--tokenizer", type=pathlib.Path, default=ROOT / "models" / "tiny-qwen3" / "tokenizer.json")
-    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("/tmp/pretrain_tiny"), help="where the tokenised text goes")
+    parser.add_argument(
+        "--work", type=pathlib.Path, default=pathlib.Path("/tmp/pretrain_tiny"), help="where the tokenised text goes"
+    )
     parser.add_argument("--documents", type=int, default=2000)
     parser.add_argument("--tokens", type=int, default=4096, help="of a document, at least 1024")
     parser.add_argument("--held-out-tokens", type=int, default=600_000)
@@ -45,9 +51,13 @@ def main() -> None:
             ids, _, _ = (retrieval, plain)[index % 2].row(options.tokens - 1)
             file.write(json.dumps({"text": pieces.tokenizer.decode(ids.tolist(), skip_special_tokens=False)}) + "\n")
     partial.replace(options.out / "train.jsonl")
-    held_out = Pieces(options.work, options.tokenizer, options.seed, held_out=True).streams["text"][:options.held_out_tokens]
+    held_out = Pieces(options.work, options.tokenizer, options.seed, held_out=True).streams["text"][
+        : options.held_out_tokens
+    ]
     (options.out / "heldout.txt").write_text(pieces.tokenizer.decode(held_out.tolist(), skip_special_tokens=False))
-    print(f"written: {options.out}/train.jsonl ({options.documents} documents of {options.tokens} tokens) and heldout.txt ({len(held_out):,} tokens)")
+    print(
+        f"written: {options.out}/train.jsonl ({options.documents} documents of {options.tokens} tokens) and heldout.txt ({len(held_out):,} tokens)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-// Quest's and Twilight's stages in plain loops: one work item is a row and a KV head, so that neither thread count
+// Quest's and Twilight's stages in plain loops: one work item is a row and a KV head, so that neither thread
+// count
 // nor batch changes a result.
 #include "ops/cpu/baselines.h"
 
@@ -24,7 +25,8 @@ struct Rows {
   int64_t kv_heads = 0, width = 0;  // of the lists
   Rows(const at::Tensor& page_table, const at::Tensor& lengths_)
       : table(page_table.defined() ? page_table.contiguous() : page_table), lengths(lengths_.contiguous()) {}
-  Rows(const at::Tensor& page_table, const at::Tensor& lengths_, const at::Tensor& indices_, const at::Tensor& counts_)
+  Rows(const at::Tensor& page_table, const at::Tensor& lengths_, const at::Tensor& indices_,
+       const at::Tensor& counts_)
       : Rows(page_table, lengths_) {
     indices = indices_.contiguous();
     counts = counts_.contiguous();
@@ -33,11 +35,11 @@ struct Rows {
   }
   int64_t length(int64_t row) const { return lengths.const_data_ptr<int32_t>()[row]; }
   int64_t page(int64_t row, int64_t block, int64_t num_pages, const char* op) const {
-    TORCH_CHECK(block >= 0 && block < table.size(1), op, ": row ", row, " names block ", block, ", but its table has ",
-                table.size(1), " pages");
+    TORCH_CHECK(block >= 0 && block < table.size(1), op, ": row ", row, " names block ", block,
+                ", but its table has ", table.size(1), " pages");
     const int64_t page = table.const_data_ptr<int32_t>()[row * table.size(1) + block];
-    TORCH_CHECK(page >= 0 && page < num_pages, op, ": page table entry ", block, " of row ", row, " is ", page,
-                ", but the pools have ", num_pages, " pages");
+    TORCH_CHECK(page >= 0 && page < num_pages, op, ": page table entry ", block, " of row ", row, " is ",
+                page, ", but the pools have ", num_pages, " pages");
     return page;
   }
   const int32_t* list(int64_t item) const { return indices.const_data_ptr<int32_t>() + item * width; }
@@ -61,59 +63,66 @@ uint32_t mass_threshold(std::vector<uint32_t> masses, uint64_t target) {
 
 void append_key_summaries(at::Tensor bounds, at::Tensor codes, at::Tensor ranges, const at::Tensor& key_pool,
                           const at::Tensor& slots) {
-  const int64_t heads = key_pool.size(0), pages = key_pool.size(1), dim = key_pool.size(3), tokens = slots.numel();
+  const int64_t heads = key_pool.size(0), pages = key_pool.size(1), dim = key_pool.size(3),
+                tokens = slots.numel();
   const at::Tensor where = slots.contiguous();
   const int64_t* slot = where.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < tokens; ++t)
     TORCH_CHECK(slot[t] >= 0 && slot[t] < pages * kPageTokens, "spot::append_key_summaries: slot ", slot[t],
                 " of token ", t, " is outside the pool's ", pages * kPageTokens);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, key_pool.scalar_type(), "append_key_summaries", [&] {
-    const at::Tensor keys = key_pool.stride(3) == 1 ? key_pool : key_pool.contiguous();
-    auto key_of = [&](int64_t head, int64_t at) {
-      return keys.const_data_ptr<scalar_t>() + head * keys.stride(0) + at / kPageTokens * keys.stride(1) +
-             at % kPageTokens * keys.stride(2);
-    };
-    at::parallel_for(0, tokens * heads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t t = item / heads, head = item % heads, page = slot[t] / kPageTokens, offset = slot[t] % kPageTokens;
-        // The last new token of a page has its bounds.
-        if (offset == kPageTokens - 1 || t + 1 == tokens || slot[t + 1] != slot[t] + 1) {
-          scalar_t* low = bounds.mutable_data_ptr<scalar_t>() + (head * pages + page) * 2 * dim;
-          scalar_t* high = low + dim;
-          std::copy_n(key_of(head, page * kPageTokens), dim, low);
-          std::copy_n(low, dim, high);
-          for (int64_t row = 1; row <= offset; ++row) {
-            const scalar_t* key = key_of(head, page * kPageTokens + row);
-            for (int64_t i = 0; i < dim; ++i) low[i] = std::min(low[i], key[i]), high[i] = std::max(high[i], key[i]);
-          }
-        }
-        if (!codes.defined()) continue;
-        const scalar_t* key = key_of(head, slot[t]);
-        float low = static_cast<float>(key[0]), high = low;
-        for (int64_t i = 1; i < dim; ++i) {
-          low = std::min(low, static_cast<float>(key[i]));
-          high = std::max(high, static_cast<float>(key[i]));
-        }
-        const int64_t row = head * pages * kPageTokens + slot[t];
-        c10::Half* range = ranges.mutable_data_ptr<c10::Half>() + row * 2;
-        range[0] = static_cast<c10::Half>((high - low) / 15.0f);
-        range[1] = static_cast<c10::Half>(low);
-        const float scale = range[0], minimum = range[1];
-        uint8_t* out = codes.mutable_data_ptr<uint8_t>() + row * (dim / 2);
-        auto code = [&](int64_t i) {
-          if (!(scale > 0)) return 0;
-          return static_cast<int>(std::clamp(std::nearbyint((static_cast<float>(key[i]) - minimum) / scale), 0.0f, 15.0f));
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kBFloat16, at::kHalf, key_pool.scalar_type(), "append_key_summaries", [&] {
+        const at::Tensor keys = key_pool.stride(3) == 1 ? key_pool : key_pool.contiguous();
+        auto key_of = [&](int64_t head, int64_t at) {
+          return keys.const_data_ptr<scalar_t>() + head * keys.stride(0) + at / kPageTokens * keys.stride(1) +
+                 at % kPageTokens * keys.stride(2);
         };
-        for (int64_t i = 0; i < dim / 2; ++i) out[i] = static_cast<uint8_t>(code(2 * i) | code(2 * i + 1) << 4);
-      }
-    });
-  });
+        at::parallel_for(0, tokens * heads, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t item = begin; item < end; ++item) {
+            const int64_t t = item / heads, head = item % heads, page = slot[t] / kPageTokens,
+                          offset = slot[t] % kPageTokens;
+            // The last new token of a page has its bounds.
+            if (offset == kPageTokens - 1 || t + 1 == tokens || slot[t + 1] != slot[t] + 1) {
+              scalar_t* low = bounds.mutable_data_ptr<scalar_t>() + (head * pages + page) * 2 * dim;
+              scalar_t* high = low + dim;
+              std::copy_n(key_of(head, page * kPageTokens), dim, low);
+              std::copy_n(low, dim, high);
+              for (int64_t row = 1; row <= offset; ++row) {
+                const scalar_t* key = key_of(head, page * kPageTokens + row);
+                for (int64_t i = 0; i < dim; ++i)
+                  low[i] = std::min(low[i], key[i]), high[i] = std::max(high[i], key[i]);
+              }
+            }
+            if (!codes.defined()) continue;
+            const scalar_t* key = key_of(head, slot[t]);
+            float low = static_cast<float>(key[0]), high = low;
+            for (int64_t i = 1; i < dim; ++i) {
+              low = std::min(low, static_cast<float>(key[i]));
+              high = std::max(high, static_cast<float>(key[i]));
+            }
+            const int64_t row = head * pages * kPageTokens + slot[t];
+            c10::Half* range = ranges.mutable_data_ptr<c10::Half>() + row * 2;
+            range[0] = static_cast<c10::Half>((high - low) / 15.0f);
+            range[1] = static_cast<c10::Half>(low);
+            const float scale = range[0], minimum = range[1];
+            uint8_t* out = codes.mutable_data_ptr<uint8_t>() + row * (dim / 2);
+            auto code = [&](int64_t i) {
+              if (!(scale > 0)) return 0;
+              return static_cast<int>(
+                  std::clamp(std::nearbyint((static_cast<float>(key[i]) - minimum) / scale), 0.0f, 15.0f));
+            };
+            for (int64_t i = 0; i < dim / 2; ++i)
+              out[i] = static_cast<uint8_t>(code(2 * i) | code(2 * i + 1) << 4);
+          }
+        });
+      });
 }
 
 at::Tensor quest_scores(const at::Tensor& query, const at::Tensor& bounds, const at::Tensor& page_table,
                         const at::Tensor& lengths, double scale, bool mean) {
   const Rows rows(page_table, lengths);
-  const int64_t kv_heads = bounds.size(0), pages = bounds.size(1), dim = bounds.size(3), width = page_table.size(1);
+  const int64_t kv_heads = bounds.size(0), pages = bounds.size(1), dim = bounds.size(3),
+                width = page_table.size(1);
   const int64_t group = query.size(1) / kv_heads;
   const at::Tensor queries = query.to(at::kFloat).contiguous();
   at::Tensor scores = at::full({query.size(0), kv_heads, width}, kMinusInfinity, queries.options());
@@ -128,11 +137,13 @@ at::Tensor quest_scores(const at::Tensor& query, const at::Tensor& bounds, const
         for (int64_t b = 0; b < blocks; ++b) {
           const scalar_t* bound = bounds.const_data_ptr<scalar_t>() +
                                   (head * pages + rows.page(row, b, pages, "spot::quest_scores")) * 2 * dim;
-          for (int64_t i = 0; i < dim; ++i) low[i] = static_cast<float>(bound[i]), high[i] = static_cast<float>(bound[dim + i]);
+          for (int64_t i = 0; i < dim; ++i)
+            low[i] = static_cast<float>(bound[i]), high[i] = static_cast<float>(bound[dim + i]);
           float merged = mean ? 0.0f : kMinusInfinity;
           for (int64_t h = 0; h < group; ++h) {
             float sum = 0;
-            for (int64_t i = 0; i < dim; ++i) sum += std::max(q[h * dim + i] * low[i], q[h * dim + i] * high[i]);
+            for (int64_t i = 0; i < dim; ++i)
+              sum += std::max(q[h * dim + i] * low[i], q[h * dim + i] * high[i]);
             merged = mean ? merged + sum / static_cast<float>(group) : std::max(merged, sum);
           }
           out[b] = merged * static_cast<float>(scale);
@@ -156,10 +167,12 @@ at::Tensor estimate_logits(const at::Tensor& query, const at::Tensor& codes, con
   at::parallel_for(0, query.size(0) * rows.kv_heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> keys(kPageTokens * stride, 0.0f), dots(group * kPageTokens);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item / rows.kv_heads, head = item % rows.kv_heads, first_head = row * query.size(1) + head * group;
+      const int64_t row = item / rows.kv_heads, head = item % rows.kv_heads,
+                    first_head = row * query.size(1) + head * group;
       for (int64_t entry = 0; entry < rows.count(item, op); ++entry) {
         const int64_t block = rows.list(item)[entry];
-        const int tokens = static_cast<int>(std::clamp<int64_t>(rows.length(row) - block * kPageTokens, 0, kPageTokens));
+        const int tokens =
+            static_cast<int>(std::clamp<int64_t>(rows.length(row) - block * kPageTokens, 0, kPageTokens));
         const int64_t first = head * slots + rows.page(row, block, slots / kPageTokens, op) * kPageTokens;
         for (int t = 0; t < tokens; ++t) {
           const uint8_t* code = codes.const_data_ptr<uint8_t>() + (first + t) * (dim / 2);
@@ -170,8 +183,8 @@ at::Tensor estimate_logits(const at::Tensor& query, const at::Tensor& codes, con
             keys[t * stride + 2 * i + 1] = static_cast<float>(code[i] >> 4) * step + minimum;
           }
         }
-        kernels.dots(queries.const_data_ptr<float>() + first_head * stride, static_cast<int>(group), keys.data(), tokens,
-                     static_cast<int>(stride), static_cast<float>(scale), dots.data());
+        kernels.dots(queries.const_data_ptr<float>() + first_head * stride, static_cast<int>(group),
+                     keys.data(), tokens, static_cast<int>(stride), static_cast<float>(scale), dots.data());
         for (int64_t h = 0; h < group; ++h)
           std::copy_n(dots.data() + h * kPageTokens, tokens,
                       logits.mutable_data_ptr<float>() + (first_head + h) * width + entry * kPageTokens);
@@ -221,8 +234,8 @@ PrunedTokens prune_tokens(const at::Tensor& logits, const at::Tensor& indices, c
 }
 
 at::Tensor token_attention(const at::Tensor& query, const at::Tensor& key_pool, const at::Tensor& value_pool,
-                           const at::Tensor& page_table, const at::Tensor& lengths, const at::Tensor& positions,
-                           const at::Tensor& counts, double scale) {
+                           const at::Tensor& page_table, const at::Tensor& lengths,
+                           const at::Tensor& positions, const at::Tensor& counts, double scale) {
   const char* op = "spot::token_attention";
   const Rows rows(page_table, lengths, positions, counts);
   const int64_t dim = query.size(2), pages = key_pool.size(1), group = query.size(1) / rows.kv_heads;
@@ -234,7 +247,8 @@ at::Tensor token_attention(const at::Tensor& query, const at::Tensor& key_pool, 
   const PageKernels& kernels = page_kernels();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, query.scalar_type(), "token_attention", [&] {
     at::parallel_for(0, query.size(0) * rows.kv_heads, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> buffer(kPageTokens * stride, 0.0f), sums(group * stride), weights(group * kPageTokens), scores;
+      std::vector<float> buffer(kPageTokens * stride, 0.0f), sums(group * stride),
+          weights(group * kPageTokens), scores;
       for (int64_t item = begin; item < end; ++item) {
         const int64_t row = item / rows.kv_heads, head = item % rows.kv_heads, count = rows.count(item, op);
         const int64_t width = (count + kPageTokens - 1) / kPageTokens * kPageTokens;
@@ -244,11 +258,13 @@ at::Tensor token_attention(const at::Tensor& query, const at::Tensor& key_pool, 
           const int tokens = static_cast<int>(std::min<int64_t>(kPageTokens, count - first));
           for (int t = 0; t < tokens; ++t) {
             const int64_t token = rows.list(item)[first + t];
-            TORCH_CHECK(token >= 0 && token < rows.length(row), op, ": row ", row, " names token ", token, " of ",
-                        rows.length(row));
+            TORCH_CHECK(token >= 0 && token < rows.length(row), op, ": row ", row, " names token ", token,
+                        " of ", rows.length(row));
             const scalar_t* from =
                 pool.const_data_ptr<scalar_t>() +
-                ((head * pages + rows.page(row, token / kPageTokens, pages, op)) * kPageTokens + token % kPageTokens) * dim;
+                ((head * pages + rows.page(row, token / kPageTokens, pages, op)) * kPageTokens +
+                 token % kPageTokens) *
+                    dim;
             for (int64_t i = 0; i < dim; ++i) buffer[t * stride + i] = static_cast<float>(from[i]);
           }
           return tokens;
@@ -256,15 +272,16 @@ at::Tensor token_attention(const at::Tensor& query, const at::Tensor& key_pool, 
         scores.assign(group * width, kMinusInfinity);
         for (int64_t first = 0; first < count; first += kPageTokens) {
           const int tokens = gather(keys, first);
-          kernels.dots(queries.const_data_ptr<float>() + first_head * stride, heads, buffer.data(), tokens, row_stride,
-                       static_cast<float>(scale), weights.data());
+          kernels.dots(queries.const_data_ptr<float>() + first_head * stride, heads, buffer.data(), tokens,
+                       row_stride, static_cast<float>(scale), weights.data());
           for (int64_t h = 0; h < group; ++h)
             std::copy_n(weights.data() + h * kPageTokens, tokens, scores.data() + h * width + first);
         }
         std::vector<float> normaliser(group, 0.0f);
         for (int64_t h = 0; h < group && width > 0; ++h) {
           float* begin_scores = scores.data() + h * width;
-          normaliser[h] = kernels.exponentials(begin_scores, width, *std::max_element(begin_scores, begin_scores + count));
+          normaliser[h] = kernels.exponentials(begin_scores, width,
+                                               *std::max_element(begin_scores, begin_scores + count));
         }
         std::fill(sums.begin(), sums.end(), 0.0f);
         for (int64_t first = 0; first < count; first += kPageTokens) {

@@ -54,7 +54,8 @@ at::Tensor quest_scores(const at::Tensor& query, const at::Tensor& bounds, const
                         const at::Tensor& lengths, double scale, bool mean) {
   const char* op = "spot::quest_scores";
   const c10::DeviceGuard guard(query.device());
-  const at::Tensor queries = query.contiguous(), table = page_table.contiguous(), visible = lengths.contiguous();
+  const at::Tensor queries = query.contiguous(), table = page_table.contiguous(),
+                   visible = lengths.contiguous();
   at::Tensor scores =
       at::empty({query.size(0), bounds.size(0), table.size(1)}, query.options().dtype(at::kFloat));
   kernels::QuestScoreParams params;
@@ -83,8 +84,9 @@ at::Tensor estimate_logits(const at::Tensor& query, const at::Tensor& codes, con
                            const at::Tensor& counts, double scale) {
   const char* op = "spot::estimate_logits";
   const c10::DeviceGuard guard(query.device());
-  const at::Tensor queries = query.contiguous(), table = page_table.contiguous(), visible = lengths.contiguous(),
-                   blocks = indices.contiguous(), number = counts.contiguous();
+  const at::Tensor queries = query.contiguous(), table = page_table.contiguous(),
+                   visible = lengths.contiguous(), blocks = indices.contiguous(),
+                   number = counts.contiguous();
   at::Tensor logits =
       at::empty({query.size(0), query.size(1), blocks.size(2) * 16}, query.options().dtype(at::kFloat));
   kernels::EstimateLogitsParams params;
@@ -139,8 +141,8 @@ PrunedTokens prune_tokens(const at::Tensor& logits, const at::Tensor& indices, c
 }
 
 at::Tensor token_attention(const at::Tensor& query, const at::Tensor& key_pool, const at::Tensor& value_pool,
-                           const at::Tensor& page_table, const at::Tensor& lengths, const at::Tensor& positions,
-                           const at::Tensor& counts, double scale) {
+                           const at::Tensor& page_table, const at::Tensor& lengths,
+                           const at::Tensor& positions, const at::Tensor& counts, double scale) {
   const c10::DeviceGuard guard(query.device());
   AttentionCall call(query, key_pool, value_pool, page_table, lengths, key_pool.size(0), scale);
   const at::Tensor tokens = positions.contiguous(), number = counts.contiguous();

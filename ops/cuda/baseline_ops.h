@@ -1,4 +1,5 @@
-// The CUDA kernels behind ops/baseline_ops.h; same arguments, already checked there. Launches may begin while their
+// The CUDA kernels behind ops/baseline_ops.h; same arguments, already checked there. Launches may begin while
+// their
 // predecessor drains; nothing waits for the device.
 #pragma once
 
@@ -17,7 +18,7 @@ at::Tensor estimate_logits(const at::Tensor& query, const at::Tensor& codes, con
 PrunedTokens prune_tokens(const at::Tensor& logits, const at::Tensor& indices, const at::Tensor& counts,
                           const at::Tensor& lengths, double p, int64_t floor);
 at::Tensor token_attention(const at::Tensor& query, const at::Tensor& key_pool, const at::Tensor& value_pool,
-                           const at::Tensor& page_table, const at::Tensor& lengths, const at::Tensor& positions,
-                           const at::Tensor& counts, double scale);
+                           const at::Tensor& page_table, const at::Tensor& lengths,
+                           const at::Tensor& positions, const at::Tensor& counts, double scale);
 
 }  // namespace spot::ops::cuda

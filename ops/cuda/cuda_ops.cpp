@@ -53,8 +53,9 @@ int64_t selection_width(const SelectArguments& arguments, const kernels::SelectP
   }
   int64_t most = blocks;
   if (!arguments.top_p) {
-    const double tokens = arguments.budget_fraction > 0 ? std::ceil(arguments.budget_fraction * static_cast<double>(16 * blocks))
-                                                        : static_cast<double>(arguments.budget);
+    const double tokens = arguments.budget_fraction > 0
+                              ? std::ceil(arguments.budget_fraction * static_cast<double>(16 * blocks))
+                              : static_cast<double>(arguments.budget);
     most = (static_cast<int64_t>(tokens) + 15) / 16;
   }
   if (arguments.top_p && arguments.cap > 0) most = arguments.cap / 16;
@@ -83,8 +84,9 @@ void* zeroed_workspace(const at::Tensor& like, size_t bytes) {
   return grown.back().mutable_data_ptr();
 }
 
-AttentionCall::AttentionCall(const at::Tensor& query_, const at::Tensor& key_pool, const at::Tensor& value_pool,
-              const at::Tensor& page_table, const at::Tensor& lengths_, int64_t groups, double scale)
+AttentionCall::AttentionCall(const at::Tensor& query_, const at::Tensor& key_pool,
+                             const at::Tensor& value_pool, const at::Tensor& page_table,
+                             const at::Tensor& lengths_, int64_t groups, double scale)
     : query(query_.contiguous()),
       table(table_rows(page_table)),
       lengths(lengths_.contiguous()),
@@ -114,13 +116,14 @@ AttentionCall::AttentionCall(const at::Tensor& query_, const at::Tensor& key_poo
   params.overlap = kernels::Overlap::kLaunch;
   params.out = output.mutable_data_ptr();
   params.workspace_bytes = kernels::sparse_decode_workspace_bytes(params.batch, params.num_heads,
-                                                                params.num_kv_heads, params.head_dim);
+                                                                  params.num_kv_heads, params.head_dim);
   params.workspace = zeroed_workspace(query, params.workspace_bytes);
 }
 
-kernels::SelectorKeyAppendParams append_params(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
-                                               const KeyPreparation& preparation, const at::Tensor& positions,
-                                               const std::string& format, double global_scale) {
+kernels::SelectorKeyAppendParams append_params(at::Tensor pool, const at::Tensor& slots,
+                                               const at::Tensor& keys, const KeyPreparation& preparation,
+                                               const at::Tensor& positions, const std::string& format,
+                                               double global_scale) {
   kernels::SelectorKeyAppendParams params;
   params.format = cpu::parse_key_format(format);
   params.key_heads = narrow(keys.size(1));
@@ -153,7 +156,8 @@ void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::T
                    positions =
                        preparation.positions.defined() ? preparation.positions.contiguous() : at::Tensor();
   check(kernels::selector_key_append(
-            append_params(pool, where, values, preparation, positions, format, global_scale), native_stream(pool)),
+            append_params(pool, where, values, preparation, positions, format, global_scale),
+            native_stream(pool)),
         "spot::append_projected_keys");
 }
 
@@ -265,7 +269,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_and_attend(
   params.covered_share = with_mass ? chosen.mass.mutable_data_ptr<float>() : nullptr;
   params.attention = call.params;
   // A copy made here is no history.
-  const bool in_place = call.query.is_same(query) && call.table.is_same(page_table) && call.lengths.is_same(lengths);
+  const bool in_place =
+      call.query.is_same(query) && call.table.is_same(page_table) && call.lengths.is_same(lengths);
   params.overlap = history_settled && in_place ? kernels::Overlap::kHistory : kernels::Overlap::kLaunch;
   if (call.output.numel() != 0)
     check(kernels::select_and_attend(params, native_stream(query)), "spot::select_and_attend");

@@ -15,7 +15,8 @@
 
 namespace spot::ops::cuda {
 
-// Scratch on `like`'s device, one a device and current stream, zeroed once. Kernels that use it keep their counters in its
+// Scratch on `like`'s device, one a device and current stream, zeroed once. Kernels that use it keep their
+// counters in its
 // first kCounterBytes (kernels/types.h) and leave those zeroed; the rest holds anything.
 void* zeroed_workspace(const at::Tensor& like, size_t bytes);
 
@@ -34,9 +35,10 @@ void append_projected_keys(at::Tensor pool, const at::Tensor& slots, const at::T
                            const KeyPreparation& preparation, const std::string& format, double global_scale);
 // The launch that append_projected_keys makes; all tensors are contiguous but for the keys' tokens, and
 // outlive it.
-kernels::SelectorKeyAppendParams append_params(at::Tensor pool, const at::Tensor& slots, const at::Tensor& keys,
-                                               const KeyPreparation& preparation, const at::Tensor& positions,
-                                               const std::string& format, double global_scale);
+kernels::SelectorKeyAppendParams append_params(at::Tensor pool, const at::Tensor& slots,
+                                               const at::Tensor& keys, const KeyPreparation& preparation,
+                                               const at::Tensor& positions, const std::string& format,
+                                               double global_scale);
 at::Tensor score_blocks(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,
                         const at::Tensor& page_table, const at::Tensor& lengths, const std::string& format,
                         double global_scale, int64_t max_blocks, bool history_settled);

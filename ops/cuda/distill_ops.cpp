@@ -33,7 +33,8 @@ AttentionMass attention_mass(const at::Tensor& query, const at::Tensor& key, con
   const int64_t width = padded(strip.width);
   const at::Tensor mass = at::empty({strip.tokens.size(0), groups, width}, query.options().dtype(at::kFloat));
   const int64_t chunk = kernels::mass_chunk(narrow(query.size(2)));
-  const at::Tensor chunk_sums = at::empty({mass.size(0), groups, (width + chunk - 1) / chunk}, mass.options());
+  const at::Tensor chunk_sums =
+      at::empty({mass.size(0), groups, (width + chunk - 1) / chunk}, mass.options());
   kernels::TeacherMassParams p;
   p.data_type = data_type(query);
   p.strip = strip_of(strip, width, query);
@@ -56,9 +57,9 @@ AttentionMass attention_mass(const at::Tensor& query, const at::Tensor& key, con
   return {mass.narrow(2, 0, strip.width), chunk_sums.sum(-1)};
 }
 
-SelectorKl selector_kl(at::Tensor mass, const at::Tensor& total, const at::Tensor& query, const at::Tensor& key,
-                       const at::Tensor& weight, const QueryStrip& strip, int64_t k_train,
-                       at::Tensor grad_key) {
+SelectorKl selector_kl(at::Tensor mass, const at::Tensor& total, const at::Tensor& query,
+                       const at::Tensor& key, const at::Tensor& weight, const QueryStrip& strip,
+                       int64_t k_train, at::Tensor grad_key) {
   const c10::DeviceGuard guard(query.device());
   const int64_t rows = mass.size(0), width = padded(strip.width), heads = query.size(1), dim = query.size(2);
   const int64_t chunks = (width + kernels::kKlChunk - 1) / kernels::kKlChunk;

@@ -8,8 +8,8 @@ namespace spot::ops::cuda {
 
 AttentionMass attention_mass(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
                              const QueryStrip& strip, double scale, int64_t groups);
-SelectorKl selector_kl(at::Tensor mass, const at::Tensor& total, const at::Tensor& query, const at::Tensor& key,
-                       const at::Tensor& weight, const QueryStrip& strip, int64_t k_train,
-                       at::Tensor grad_key);
+SelectorKl selector_kl(at::Tensor mass, const at::Tensor& total, const at::Tensor& query,
+                       const at::Tensor& key, const at::Tensor& weight, const QueryStrip& strip,
+                       int64_t k_train, at::Tensor grad_key);
 
 }  // namespace spot::ops::cuda

@@ -32,20 +32,23 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& factor, double epsilo
   return y;
 }
 
-bool rotation_fits(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos, const at::Tensor& sin) {
+bool rotation_fits(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos,
+                   const at::Tensor& sin) {
   const auto in_fours = [](const at::Tensor& t) {
     return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (4 * t.element_size()) == 0;
   };
-  const bool dtype = x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-  return dtype && x.stride(2) == 1 && x.stride(0) % 4 == 0 && x.stride(1) % 4 == 0 && x.size(1) >= 1 && x.size(2) % 4 == 0 &&
-         cos.size(1) % 4 == 0 && cos.size(1) >= 4 && 2 * cos.size(1) <= x.size(2) && in_fours(x) && in_fours(cos) && in_fours(sin) &&
-         cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat && cos.is_contiguous() && sin.is_contiguous() &&
+  const bool dtype =
+      x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+  return dtype && x.stride(2) == 1 && x.stride(0) % 4 == 0 && x.stride(1) % 4 == 0 && x.size(1) >= 1 &&
+         x.size(2) % 4 == 0 && cos.size(1) % 4 == 0 && cos.size(1) >= 4 && 2 * cos.size(1) <= x.size(2) &&
+         in_fours(x) && in_fours(cos) && in_fours(sin) && cos.scalar_type() == at::kFloat &&
+         sin.scalar_type() == at::kFloat && cos.is_contiguous() && sin.is_contiguous() &&
          cos.device() == x.device() && sin.device() == x.device() && positions.device() == x.device() &&
          positions.scalar_type() == at::kLong && positions.is_contiguous() && positions.numel() == x.size(0);
 }
 
-at::Tensor rotate_heads(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos, const at::Tensor& sin,
-                        bool backwards) {
+at::Tensor rotate_heads(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos,
+                        const at::Tensor& sin, bool backwards) {
   const c10::DeviceGuard guard(x.device());
   at::Tensor y = at::empty(x.sizes(), x.options());
   kernels::RotateHeadsParams params;
@@ -101,7 +104,8 @@ PrologueOutputs attention_prologue(const AttentionPrologue& a, const std::option
   out.query = at::empty({tokens, a.num_heads, dim}, options);
   out.key = at::empty({tokens, a.num_kv_heads, dim}, options);
   out.value = at::empty_like(out.key);
-  const at::Tensor positions = a.positions.contiguous(), slots = a.slots.defined() ? a.slots.contiguous() : at::Tensor();
+  const at::Tensor positions = a.positions.contiguous(),
+                   slots = a.slots.defined() ? a.slots.contiguous() : at::Tensor();
   kernels::AttentionPrologueParams params;
   params.type = data_type(a.projected);
   params.num_tokens = tokens;
@@ -135,9 +139,9 @@ PrologueOutputs attention_prologue(const AttentionPrologue& a, const std::option
     params.selector_queries = s->projected.const_data_ptr();
     params.selector_token_stride = s->projected.stride(0);
     params.selector_query = out.selector_query.mutable_data_ptr();
-    params.selector_keys =
-        append_params(s->pool, slots, s->projected.narrow(1, 4 * 128, key_heads * 128).unflatten(1, {key_heads, 128}),
-                      s->preparation, positions, s->format, s->global_scale);
+    params.selector_keys = append_params(
+        s->pool, slots, s->projected.narrow(1, 4 * 128, key_heads * 128).unflatten(1, {key_heads, 128}),
+        s->preparation, positions, s->format, s->global_scale);
     params.hidden = s->hidden.const_data_ptr();
     params.hidden_stride = s->hidden.stride(0);
     params.hidden_size = narrow(s->hidden.size(1));

@@ -10,9 +10,10 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& factor, double epsilo
 at::Tensor gated_product(const at::Tensor& gate, const at::Tensor& x, bool silu);
 
 // Whether the kernel takes these. `backwards` turns by the negative angles.
-bool rotation_fits(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos, const at::Tensor& sin);
-at::Tensor rotate_heads(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos, const at::Tensor& sin,
-                        bool backwards);
+bool rotation_fits(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos,
+                   const at::Tensor& sin);
+at::Tensor rotate_heads(const at::Tensor& x, const at::Tensor& positions, const at::Tensor& cos,
+                        const at::Tensor& sin, bool backwards);
 
 // Whether the kernel takes this head size and these strides.
 bool prologue_fits(const AttentionPrologue& attention);

@@ -60,7 +60,8 @@ at::Tensor causal_attention_cpu(const at::Tensor& query, const at::Tensor& key, 
   return output.permute({2, 0, 1, 3}).reshape({tokens, heads, dim});
 }
 
-// torch's flash kernel aligns the causal mask to the last key, as chunked prefill needs it, and reads grouped KV
+// torch's flash kernel aligns the causal mask to the last key, as chunked prefill needs it, and reads grouped
+// KV
 // heads in place; scaled_dot_product_attention would not choose it for a chunk.
 at::Tensor causal_attention_flash(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                   int64_t start, double scale, at::Tensor* logsumexp) {

@@ -35,7 +35,8 @@ at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, double
     scores.masked_fill_(future, -std::numeric_limits<double>::infinity());
     const at::Tensor probabilities = at::softmax(scores, -1);
     // [groups, count, visible]
-    at::Tensor mean = groups == 1 ? probabilities.mean(at::IntArrayRef({0, 1})).unsqueeze(0) : probabilities.mean(1);
+    at::Tensor mean =
+        groups == 1 ? probabilities.mean(at::IntArrayRef({0, 1})).unsqueeze(0) : probabilities.mean(1);
     if (reduction == BlockReduction::none) {
       mass.narrow(0, first, count).narrow(2, 0, visible).copy_(mean.transpose(0, 1));
       continue;

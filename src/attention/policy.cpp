@@ -66,8 +66,10 @@ Selection SelectionPolicy::select_decode(const AttentionInputs& inputs, const Kv
                                          const BatchView& view, bool flags) {
   Selection selection = select_blocks(score_decode(inputs, cache, view), view.lengths, rule(inputs.layer));
   if (prunes_tokens())
-    add_tokens(selection, surviving_tokens(inputs.layer, inputs.query, view.page_table, view.lengths, inputs.scale, selection),
-               flags);
+    add_tokens(
+        selection,
+        surviving_tokens(inputs.layer, inputs.query, view.page_table, view.lengths, inputs.scale, selection),
+        flags);
   return selection;
 }
 
@@ -79,10 +81,13 @@ Selection SelectionPolicy::select_chunk(const AttentionInputs& inputs, const KvC
     if (!prunes_tokens()) return selection;
     const int64_t blocks = (chunk.start + chunk.count + kBlockSize - 1) / kBlockSize;
     const at::Tensor table =
-        sequence_pages(cache, inputs.batch.sequences[chunk.sequence], blocks, inputs.query.device()).to(at::kInt);
-    add_tokens(selection, surviving_tokens(inputs.layer, rows_of(inputs.query, chunk),
-                                           table.unsqueeze(0).expand({chunk.count, -1}), lengths, inputs.scale, selection),
-               true);
+        sequence_pages(cache, inputs.batch.sequences[chunk.sequence], blocks, inputs.query.device())
+            .to(at::kInt);
+    add_tokens(
+        selection,
+        surviving_tokens(inputs.layer, rows_of(inputs.query, chunk),
+                         table.unsqueeze(0).expand({chunk.count, -1}), lengths, inputs.scale, selection),
+        true);
     return selection;
   };
   if (query_tile == 1) return pruned(select_blocks(scores, lengths, rule(inputs.layer)));
@@ -183,7 +188,8 @@ at::Tensor SpotPolicy::score_decode(const AttentionInputs& inputs, const KvCache
                : selector_.project_query(inputs.layer, inputs.hidden, inputs.batch.positions),
       prepared ? inputs.selector_weight.view({-1, groups(), inputs.selector_query.size(1)})
                : selector_.project_weight(inputs.layer, inputs.hidden),
-      keys_.pool(inputs.layer), view.page_table, view.lengths, to_string(keys_.format()), keys_.global_scale(),
+      keys_.pool(inputs.layer), view.page_table, view.lengths, to_string(keys_.format()),
+      keys_.global_scale(),
       /*max_blocks=*/0, /*history_settled=*/prepared);
 }
 

@@ -63,10 +63,12 @@ class SelectionPolicy {
 
   // Whether single tokens of the chosen blocks are dropped again, by surviving_tokens.
   virtual bool prunes_tokens() const { return false; }
-  // Which tokens of the blocks chosen for some rows, each with its query, page table and length as the operators
+  // Which tokens of the blocks chosen for some rows, each with its query, page table and length as the
+  // operators
   // take them, are attended to.
-  virtual ops::PrunedTokens surviving_tokens(int64_t layer, const at::Tensor& query, const at::Tensor& page_table,
-                                             const at::Tensor& lengths, double scale, const Selection& blocks) const {
+  virtual ops::PrunedTokens surviving_tokens(int64_t layer, const at::Tensor& query,
+                                             const at::Tensor& page_table, const at::Tensor& lengths,
+                                             double scale, const Selection& blocks) const {
     return {};
   }
 
@@ -160,7 +162,8 @@ class QuestPolicy : public SelectionPolicy {
   void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) override;
   at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
                          const QueryChunk& chunk) override;
-  at::Tensor score_decode(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
+  at::Tensor score_decode(const AttentionInputs& inputs, const KvCache& cache,
+                          const BatchView& view) override;
 
  protected:
   // append(), and the 4-bit copy of the new keys where codes and ranges are defined.
@@ -178,7 +181,8 @@ class QuestPolicy : public SelectionPolicy {
 // estimated weights reach p. With grouped queries, Quest keeps a set per KV head (as above), each query head
 // prunes that set by itself, and the KV head attends to the union, as in the paper. The copy holds, for each
 // token and KV head, head_dim codes of 0..15 and float16 scale and minimum. Choices of ours: reserved tokens
-// are pruned like any other; contexts up to the rule's floor are not pruned; the estimated weights are integers
+// are pruned like any other; contexts up to the rule's floor are not pruned; the estimated weights are
+// integers
 // relative to the largest one, exact and alike on every device (kernels/prune_tokens.h), where the authors
 // bisect a threshold until 1e-5.
 class TwilightPolicy : public QuestPolicy {
@@ -192,7 +196,8 @@ class TwilightPolicy : public QuestPolicy {
   void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) override;
   bool prunes_tokens() const override { return true; }
   ops::PrunedTokens surviving_tokens(int64_t layer, const at::Tensor& query, const at::Tensor& page_table,
-                                     const at::Tensor& lengths, double scale, const Selection& blocks) const override;
+                                     const at::Tensor& lengths, double scale,
+                                     const Selection& blocks) const override;
 
  private:
   double p_;

@@ -17,8 +17,10 @@ void QuestPolicy::append_summaries(const AttentionInputs& inputs, const KvCache&
                                    const at::Tensor& codes, const at::Tensor& ranges) {
   const at::Tensor &bounds = bounds_.at(inputs.layer), &keys = cache.keys(inputs.layer);
   if (cache.num_pages() != bounds.size(1) || keys.scalar_type() != bounds.scalar_type())
-    fail("Quest holds bounds of {} pages in {}, the KV cache has {} in {}; they share page ids and must be alike",
-         bounds.size(1), c10::toString(bounds.scalar_type()), cache.num_pages(), c10::toString(keys.scalar_type()));
+    fail(
+        "Quest holds bounds of {} pages in {}, the KV cache has {} in {}; they share page ids and must be alike",
+        bounds.size(1), c10::toString(bounds.scalar_type()), cache.num_pages(),
+        c10::toString(keys.scalar_type()));
   ops::append_key_summaries(bounds, codes, ranges, keys, view.slots);
 }
 
@@ -41,8 +43,8 @@ void QuestPolicy::import_pages(const std::vector<int32_t>& pages, const PolicySt
 }
 
 at::Tensor QuestPolicy::score_decode(const AttentionInputs& inputs, const KvCache&, const BatchView& view) {
-  return ops::quest_scores(inputs.query, bounds_.at(inputs.layer), view.page_table, view.lengths, inputs.scale,
-                           scope_ != SelectorScope::layer);
+  return ops::quest_scores(inputs.query, bounds_.at(inputs.layer), view.page_table, view.lengths,
+                           inputs.scale, scope_ != SelectorScope::layer);
 }
 
 at::Tensor QuestPolicy::score_chunk(const AttentionInputs& inputs, const KvCache& cache,
@@ -50,18 +52,22 @@ at::Tensor QuestPolicy::score_chunk(const AttentionInputs& inputs, const KvCache
   const int64_t length = chunk.start + chunk.count, blocks = (length + kBlockSize - 1) / kBlockSize;
   const at::Tensor pages =
       sequence_pages(cache, inputs.batch.sequences[chunk.sequence], blocks, inputs.query.device());
-  const at::Tensor bounds =
-      bounds_.at(inputs.layer).index_select(1, pages).to(at::kFloat).permute({2, 0, 3, 1});  // [2, Hkv, d, blocks]
+  const at::Tensor bounds = bounds_.at(inputs.layer)
+                                .index_select(1, pages)
+                                .to(at::kFloat)
+                                .permute({2, 0, 3, 1});  // [2, Hkv, d, blocks]
   const int64_t group = inputs.query.size(1) / num_kv_heads_, dim = inputs.query.size(2);
   const at::Tensor query = (inputs.query.narrow(0, chunk.first, chunk.count).to(at::kFloat) * inputs.scale)
                                .view({chunk.count, num_kv_heads_, group, dim})
                                .permute({1, 2, 0, 3})
                                .reshape({num_kv_heads_, group * chunk.count, dim});
   // max(q m, q M) is q M where q > 0 and q m where q < 0.
-  const at::Tensor bound = (at::matmul(query.clamp_min(0), bounds[1]) + at::matmul(query.clamp_max(0), bounds[0]))
-                               .view({num_kv_heads_, group, chunk.count, blocks});
-  at::Tensor scores = scope_ == SelectorScope::layer ? bound.mean(at::IntArrayRef({0, 1})).unsqueeze(1)  // [count, 1, blocks]
-                                                     : bound.amax(1).transpose(0, 1);  // [count, Hkv, blocks]
+  const at::Tensor bound =
+      (at::matmul(query.clamp_min(0), bounds[1]) + at::matmul(query.clamp_max(0), bounds[0]))
+          .view({num_kv_heads_, group, chunk.count, blocks});
+  at::Tensor scores = scope_ == SelectorScope::layer
+                          ? bound.mean(at::IntArrayRef({0, 1})).unsqueeze(1)  // [count, 1, blocks]
+                          : bound.amax(1).transpose(0, 1);                    // [count, Hkv, blocks]
   const auto integers = inputs.batch.positions.options();
   const at::Tensor own_block = at::div(at::arange(chunk.start, length, integers), kBlockSize, "floor");
   const at::Tensor future = at::arange(blocks, integers).unsqueeze(0) > own_block.unsqueeze(1);

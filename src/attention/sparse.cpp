@@ -141,8 +141,9 @@ at::Tensor SparseAttention::attend_chunk(const AttentionInputs& inputs, const Qu
   for (int64_t done = 0; done < chunk.count; done += step) {
     const int64_t count = std::min(step, chunk.count - done);
     auto part = [&](const at::Tensor& x) { return x.narrow(0, done, count); };
-    parts.push_back(ops::sparse_decode_attention(part(query), keys, values, table.expand({count, -1}), part(lengths),
-                                                 part(selection.indices), part(selection.counts), inputs.scale));
+    parts.push_back(ops::sparse_decode_attention(part(query), keys, values, table.expand({count, -1}),
+                                                 part(lengths), part(selection.indices),
+                                                 part(selection.counts), inputs.scale));
   }
   return parts.size() == 1 ? parts[0] : at::cat(parts);
 }

@@ -5,8 +5,8 @@
 
 namespace spot {
 
-TwilightPolicy::TwilightPolicy(const ModelConfig& model, int64_t num_pages, at::ScalarType dtype, at::Device device,
-                               const SelectionRule& rule, double p)
+TwilightPolicy::TwilightPolicy(const ModelConfig& model, int64_t num_pages, at::ScalarType dtype,
+                               at::Device device, const SelectionRule& rule, double p)
     : QuestPolicy(model, num_pages, dtype, device, rule), p_(p) {
   if (!(p > 0 && p <= 1))
     fail("Twilight prunes to the mass p, which is {}; it must be above 0 and at most 1", p);
@@ -16,8 +16,7 @@ TwilightPolicy::TwilightPolicy(const ModelConfig& model, int64_t num_pages, at::
   const int64_t slots = num_pages * kPageSize;
   for (int64_t layer : model.full_attention_layers()) {
     const auto on_device = at::TensorOptions(device);
-    codes_[layer] =
-        at::zeros({model.num_kv_heads, slots, model.head_dim / 2}, on_device.dtype(at::kByte));
+    codes_[layer] = at::zeros({model.num_kv_heads, slots, model.head_dim / 2}, on_device.dtype(at::kByte));
     ranges_[layer] = at::zeros({model.num_kv_heads, slots, 2}, on_device.dtype(at::kHalf));
   }
 }
@@ -56,14 +55,15 @@ ops::PrunedTokens TwilightPolicy::surviving_tokens(int64_t layer, const at::Tens
                                                    double scale, const Selection& blocks) const {
   const int64_t rows = query.size(0), width = blocks.indices.size(2) * kBlockSize, floor = rule(layer).floor;
   // In parts, so that the logits of a chunk's queries stay small; a decode step is one.
-  const int64_t step = std::min(std::max<int64_t>(1, (int64_t{1} << 26) / std::max<int64_t>(1, query.size(1) * width)),
-                                ops::kMaxAttentionParts / query.size(1));
+  const int64_t step =
+      std::min(std::max<int64_t>(1, (int64_t{1} << 26) / std::max<int64_t>(1, query.size(1) * width)),
+               ops::kMaxAttentionParts / query.size(1));
   std::vector<at::Tensor> positions, counts;
   for (int64_t done = 0; done < rows; done += step) {
     auto part = [&](const at::Tensor& x) { return x.narrow(0, done, std::min(step, rows - done)); };
     const at::Tensor logits =
-        ops::estimate_logits(part(query), codes_.at(layer), ranges_.at(layer), part(page_table), part(lengths),
-                             part(blocks.indices), part(blocks.counts), scale);
+        ops::estimate_logits(part(query), codes_.at(layer), ranges_.at(layer), part(page_table),
+                             part(lengths), part(blocks.indices), part(blocks.counts), scale);
     const ops::PrunedTokens kept =
         ops::prune_tokens(logits, part(blocks.indices), part(blocks.counts), part(lengths), p_, floor);
     positions.push_back(kept.positions);

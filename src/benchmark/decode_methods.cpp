@@ -31,14 +31,16 @@ struct Sizes {
 };
 
 template <typename Tensors>
-std::shared_ptr<std::vector<Tensors>> for_every_set(const DecodeScene& scene, const std::function<Tensors(int64_t)>& make) {
+std::shared_ptr<std::vector<Tensors>> for_every_set(const DecodeScene& scene,
+                                                    const std::function<Tensors(int64_t)>& make) {
   auto made = std::make_shared<std::vector<Tensors>>();
   for (int64_t i = 0; i < scene.sets(); ++i) made->push_back(make(i));
   return made;
 }
 
 // Tokens and mass of every set's selection.
-void describe(const DecodeScene& scene, DecodeMethod& method, const std::function<Selection(int64_t)>& chosen) {
+void describe(const DecodeScene& scene, DecodeMethod& method,
+              const std::function<Selection(int64_t)>& chosen) {
   for (int64_t i = 0; i < scene.sets(); ++i) {
     Selection of_set = chosen(i);
     const at::Tensor counts = of_set.token_counts.defined() ? of_set.token_counts : of_set.counts * 16;
@@ -55,8 +57,9 @@ std::string describe(const ops::SelectArguments& rule) {
 }
 
 // Select, attend and the whole step of a method whose blocks come from `score`.
-void add_block_stages(const DecodeScene& scene, DecodeMethod& method, const std::function<at::Tensor(int64_t)>& score,
-                      double score_bytes, const std::function<ops::SelectArguments(int64_t)>& rule) {
+void add_block_stages(const DecodeScene& scene, DecodeMethod& method,
+                      const std::function<at::Tensor(int64_t)>& score, double score_bytes,
+                      const std::function<ops::SelectArguments(int64_t)>& rule) {
   const Sizes sizes(scene);
   const auto scores = for_every_set<at::Tensor>(scene, score);
   const auto chosen = for_every_set<Selection>(scene, [&](int64_t i) {
@@ -66,20 +69,22 @@ void add_block_stages(const DecodeScene& scene, DecodeMethod& method, const std:
   describe(scene, method, [&](int64_t i) { return (*chosen)[i]; });
   const double attend_bytes = sizes.kv(method.tokens);
   method.stages.push_back({"score", [=](int64_t i) { score(i); }, score_bytes});
-  method.stages.push_back({"select", [=, &scene](int64_t i) { ops::select_blocks((*scores)[i], scene.set(i).lengths, rule(i)); },
-                           4.0 * static_cast<double>((*scores)[0].numel())});
+  method.stages.push_back(
+      {"select", [=, &scene](int64_t i) { ops::select_blocks((*scores)[i], scene.set(i).lengths, rule(i)); },
+       4.0 * static_cast<double>((*scores)[0].numel())});
   method.stages.push_back({"attend",
                            [=, &scene](int64_t i) {
                              const DecodeSet& s = scene.set(i);
                              ops::sparse_decode_attention(s.query, s.keys, s.values, s.page_table, s.lengths,
-                                                          (*chosen)[i].indices, (*chosen)[i].counts, scene.scale());
+                                                          (*chosen)[i].indices, (*chosen)[i].counts,
+                                                          scene.scale());
                            },
                            attend_bytes});
   method.stages.push_back({"step",
                            [=, &scene](int64_t i) {
                              const DecodeSet& s = scene.set(i);
-                             ops::select_and_attend(score(i), s.query, s.keys, s.values, s.page_table, s.lengths,
-                                                    scene.scale(), rule(i), false, true);
+                             ops::select_and_attend(score(i), s.query, s.keys, s.values, s.page_table,
+                                                    s.lengths, scene.scale(), rule(i), false, true);
                            },
                            score_bytes + attend_bytes});
 }
@@ -90,7 +95,8 @@ at::Tensor quest_score(const DecodeScene& scene, int64_t i) {
 }
 
 // Bisects x of [low, high] for the least whose method covers the mass.
-std::optional<DecodeMethod> at_mass(double low, double high, double step, double mass, const std::function<DecodeMethod(double)>& make) {
+std::optional<DecodeMethod> at_mass(double low, double high, double step, double mass,
+                                    const std::function<DecodeMethod(double)>& make) {
   DecodeMethod best = make(high);
   if (best.mass < mass) return {};
   while (high - low > step) {
@@ -114,7 +120,8 @@ double mean(const std::vector<double>& values) {
 }
 
 DecodeMethod dense_torch(const DecodeScene& scene, const std::string& backend) {
-  const int64_t heads = scene.shape().num_kv_heads, dim = scene.shape().head_dim, batch = scene.batch(), length = scene.length();
+  const int64_t heads = scene.shape().num_kv_heads, dim = scene.shape().head_dim, batch = scene.batch(),
+                length = scene.length();
   DecodeMethod method{"dense, torch " + backend, "all tokens", {}, {}, {}, static_cast<double>(length), 1};
   // The pools' memory read as contiguous keys and values: other numbers than the pages', as many bytes.
   auto step = [=, &scene](int64_t i) {
@@ -124,7 +131,8 @@ DecodeMethod dense_torch(const DecodeScene& scene, const std::string& backend) {
     if (backend == "flash")
       at::_scaled_dot_product_flash_attention(query, key, value, 0.0, false, false, scene.scale());
     else if (backend == "cudnn")
-      at::_scaled_dot_product_cudnn_attention(query, key, value, std::nullopt, false, 0.0, false, false, scene.scale());
+      at::_scaled_dot_product_cudnn_attention(query, key, value, std::nullopt, false, 0.0, false, false,
+                                              scene.scale());
     else
       at::scaled_dot_product_attention(query, key, value, std::nullopt, 0.0, false, scene.scale(), true);
   };
@@ -137,7 +145,8 @@ DecodeMethod dense_ours(const DecodeScene& scene) {
   method.stages.push_back({"step",
                            [&scene](int64_t i) {
                              const DecodeSet& s = scene.set(i);
-                             ops::sparse_decode_attention(s.query, s.keys, s.values, s.page_table, s.lengths, {}, {}, scene.scale());
+                             ops::sparse_decode_attention(s.query, s.keys, s.values, s.page_table, s.lengths,
+                                                          {}, {}, scene.scale());
                            },
                            Sizes(scene).kv(method.tokens)});
   return method;
@@ -146,24 +155,29 @@ DecodeMethod dense_ours(const DecodeScene& scene) {
 DecodeMethod spot_method(const DecodeScene& scene, int64_t key_heads, const ops::SelectArguments& rule) {
   const int kind = key_heads == 1 ? 0 : 1;
   DecodeMethod method{key_heads == 1 ? "spot, shared INT4" : "spot, per-head INT4", describe(rule), {}};
-  const double key_bytes = static_cast<double>(ops::page_head_bytes("int4")) / 16 * static_cast<double>(key_heads);
+  const double key_bytes =
+      static_cast<double>(ops::page_head_bytes("int4")) / 16 * static_cast<double>(key_heads);
   method.stages.push_back({"append",
                            [=, &scene](int64_t i) {
                              const DecodeSet& s = scene.set(i);
-                             ops::append_selector_keys(s.selector_keys[kind], s.slots, s.new_keys[kind], "int4", 1.0);
+                             ops::append_selector_keys(s.selector_keys[kind], s.slots, s.new_keys[kind],
+                                                       "int4", 1.0);
                            },
-                           static_cast<double>(scene.batch()) * (key_bytes + 128.0 * static_cast<double>(key_heads) * Sizes(scene).number)});
+                           static_cast<double>(scene.batch()) *
+                               (key_bytes + 128.0 * static_cast<double>(key_heads) * Sizes(scene).number)});
   auto score = [=, &scene](int64_t i) {
     const DecodeSet& s = scene.set(i);
     // As in a decode step, where the kernel before has written nothing but the newest key.
-    return ops::score_blocks(s.selector_query, s.selector_weight, s.selector_keys[kind], s.page_table, s.lengths, "int4", 1.0, 0, true);
+    return ops::score_blocks(s.selector_query, s.selector_weight, s.selector_keys[kind], s.page_table,
+                             s.lengths, "int4", 1.0, 0, true);
   };
   auto of_set = [=, &scene](int64_t i) {
     ops::SelectArguments its = rule;
     its.temperature *= scene.set(i).temperature;
     return its;
   };
-  add_block_stages(scene, method, score, static_cast<double>(scene.batch() * scene.length()) * key_bytes, of_set);
+  add_block_stages(scene, method, score, static_cast<double>(scene.batch() * scene.length()) * key_bytes,
+                   of_set);
   return method;
 }
 
@@ -176,7 +190,9 @@ DecodeMethod quest_method(const DecodeScene& scene, const ops::SelectArguments& 
                              ops::append_key_summaries(s.bounds, {}, {}, s.keys, s.slots);
                            },
                            sizes.kv(8) + sizes.bounds(1)});
-  add_block_stages(scene, method, [&scene](int64_t i) { return quest_score(scene, i); }, sizes.bounds(sizes.blocks), [=](int64_t) { return rule; });
+  add_block_stages(
+      scene, method, [&scene](int64_t i) { return quest_score(scene, i); }, sizes.bounds(sizes.blocks),
+      [=](int64_t) { return rule; });
   return method;
 }
 
@@ -187,17 +203,22 @@ DecodeMethod twilight_method(const DecodeScene& scene, const ops::SelectArgument
     at::Tensor scores, indices, counts, logits;
     ops::PrunedTokens kept;
   };
-  auto select = [=, &scene](int64_t i, const at::Tensor& scores) { return ops::select_blocks(scores, scene.set(i).lengths, rule); };
+  auto select = [=, &scene](int64_t i, const at::Tensor& scores) {
+    return ops::select_blocks(scores, scene.set(i).lengths, rule);
+  };
   auto estimate = [=, &scene](int64_t i, const at::Tensor& indices, const at::Tensor& counts) {
     const DecodeSet& s = scene.set(i);
-    return ops::estimate_logits(s.query, s.codes, s.ranges, s.page_table, s.lengths, indices, counts, scene.scale());
+    return ops::estimate_logits(s.query, s.codes, s.ranges, s.page_table, s.lengths, indices, counts,
+                                scene.scale());
   };
-  auto prune = [=, &scene](int64_t i, const at::Tensor& logits, const at::Tensor& indices, const at::Tensor& counts) {
+  auto prune = [=, &scene](int64_t i, const at::Tensor& logits, const at::Tensor& indices,
+                           const at::Tensor& counts) {
     return ops::prune_tokens(logits, indices, counts, scene.set(i).lengths, p, rule.floor);
   };
   auto attend = [=, &scene](int64_t i, const ops::PrunedTokens& kept) {
     const DecodeSet& s = scene.set(i);
-    return ops::token_attention(s.query, s.keys, s.values, s.page_table, s.lengths, kept.positions, kept.counts, scene.scale());
+    return ops::token_attention(s.query, s.keys, s.values, s.page_table, s.lengths, kept.positions,
+                                kept.counts, scene.scale());
   };
   const auto made = for_every_set<Made>(scene, [&](int64_t i) {
     const at::Tensor scores = quest_score(scene, i);
@@ -212,7 +233,8 @@ DecodeMethod twilight_method(const DecodeScene& scene, const ops::SelectArgument
   });
   const double candidates = first.counts.to(at::kDouble).mean().item<double>() * 16;
   const double logit_bytes = 4 * sizes.batch * sizes.heads * candidates;
-  const double score_bytes = sizes.bounds(sizes.blocks), estimate_bytes = sizes.four_bits(candidates), attend_bytes = sizes.kv(method.tokens);
+  const double score_bytes = sizes.bounds(sizes.blocks), estimate_bytes = sizes.four_bits(candidates),
+               attend_bytes = sizes.kv(method.tokens);
   method.stages = {
       {"append",
        [&scene](int64_t i) {
@@ -221,9 +243,12 @@ DecodeMethod twilight_method(const DecodeScene& scene, const ops::SelectArgument
        },
        sizes.kv(8) + sizes.bounds(1) + sizes.four_bits(1)},
       {"score", [&scene](int64_t i) { quest_score(scene, i); }, score_bytes},
-      {"select", [=](int64_t i) { select(i, (*made)[i].scores); }, 4.0 * static_cast<double>(first.scores.numel())},
-      {"estimate", [=](int64_t i) { estimate(i, (*made)[i].indices, (*made)[i].counts); }, estimate_bytes + logit_bytes},
-      {"prune", [=](int64_t i) { prune(i, (*made)[i].logits, (*made)[i].indices, (*made)[i].counts); }, logit_bytes},
+      {"select", [=](int64_t i) { select(i, (*made)[i].scores); },
+       4.0 * static_cast<double>(first.scores.numel())},
+      {"estimate", [=](int64_t i) { estimate(i, (*made)[i].indices, (*made)[i].counts); },
+       estimate_bytes + logit_bytes},
+      {"prune", [=](int64_t i) { prune(i, (*made)[i].logits, (*made)[i].indices, (*made)[i].counts); },
+       logit_bytes},
       {"attend", [=](int64_t i) { attend(i, (*made)[i].kept); }, attend_bytes},
       {"step",
        [=, &scene](int64_t i) {
@@ -249,19 +274,22 @@ ops::SelectArguments top_p_rule(double p, const ops::SelectArguments& tiers) {
 }
 
 std::optional<DecodeMethod> spot_at_mass(const DecodeScene& scene, int64_t key_heads, double mass) {
-  return at_mass(0.0, 1.0, 1.0 / 512, mass, [&](double p) { return spot_method(scene, key_heads, top_p_rule(p, scene.tiers())); });
+  return at_mass(0.0, 1.0, 1.0 / 512, mass,
+                 [&](double p) { return spot_method(scene, key_heads, top_p_rule(p, scene.tiers())); });
 }
 
 std::optional<DecodeMethod> quest_at_mass(const DecodeScene& scene, double mass) {
-  return at_mass(0.0, static_cast<double>(scene.length()), 32, mass,
-                 [&](double tokens) { return quest_method(scene, top_k_rule(static_cast<int64_t>(tokens) / 16 * 16, scene.tiers())); });
+  return at_mass(0.0, static_cast<double>(scene.length()), 32, mass, [&](double tokens) {
+    return quest_method(scene, top_k_rule(static_cast<int64_t>(tokens) / 16 * 16, scene.tiers()));
+  });
 }
 
 std::optional<DecodeMethod> twilight_at_mass(const DecodeScene& scene, double mass) {
   std::optional<DecodeMethod> best;
   for (int64_t part : {32, 16, 8, 4, 2, 1}) {
     const ops::SelectArguments rule = top_k_rule(scene.length() / part, scene.tiers());
-    auto found = at_mass(0.0, 1.0, 1.0 / 512, mass, [&](double p) { return twilight_method(scene, rule, p); });
+    auto found =
+        at_mass(0.0, 1.0, 1.0 / 512, mass, [&](double p) { return twilight_method(scene, rule, p); });
     if (found && (!best || found->stages.back().bytes < best->stages.back().bytes)) best = std::move(found);
   }
   return best;

@@ -12,19 +12,21 @@ void check_recording(const ModelConfig& model, int64_t text_tokens, int64_t leng
   if (length < kPageSize || length % kPageSize != 0)
     fail("a recording of {} tokens a sequence: give a positive multiple of {}", length, kPageSize);
   if (length > model.max_position_embeddings)
-    fail("a recording of {} tokens a sequence passes the model's limit of {} positions; give shorter lengths", length,
-         model.max_position_embeddings);
+    fail("a recording of {} tokens a sequence passes the model's limit of {} positions; give shorter lengths",
+         length, model.max_position_embeddings);
   if (batch * length > text_tokens)
-    fail("the text has {} tokens, {} sequences of {} need {}; give a longer text, or smaller lengths or batches", text_tokens, batch,
-         length, batch * length);
+    fail(
+        "the text has {} tokens, {} sequences of {} need {}; give a longer text, or smaller lengths or batches",
+        text_tokens, batch, length, batch * length);
 }
 
-DecodeScene record_decode(const Backbone& backbone, const Selector& selector, const std::vector<int32_t>& text, int64_t length,
-                          int64_t batch, int64_t chunk) {
+DecodeScene record_decode(const Backbone& backbone, const Selector& selector,
+                          const std::vector<int32_t>& text, int64_t length, int64_t batch, int64_t chunk) {
   const ModelConfig& model = backbone.config();
   check_recording(model, static_cast<int64_t>(text.size()), length, batch);
   KvCache cache(model, batch * length / kPageSize, backbone.dtype(), backbone.device(), batch);
-  SelectorCache keys(selector.config(), selector.layers(), cache.num_pages(), CacheFormat::int4, backbone.device());
+  SelectorCache keys(selector.config(), selector.layers(), cache.num_pages(), CacheFormat::int4,
+                     backbone.device());
   SelectionRule all;  // every block, so that each layer's inputs are the dense model's
   all.mode = SelectionMode::top_k;
   all.budget_fraction = 1;
@@ -45,9 +47,11 @@ DecodeScene record_decode(const Backbone& backbone, const Selector& selector, co
     set.page_table = event.view.page_table.clone();
     set.lengths = event.view.lengths.clone();
     set.slots = event.view.slots.clone();
-    set.selector_query = prepared ? inputs.selector_query.clone() : selector.project_query(event.layer, inputs.hidden, positions);
-    set.selector_weight = (prepared ? inputs.selector_weight.clone() : selector.project_weight(event.layer, inputs.hidden))
-                              .view({batch, selector.groups(), selector.config().num_heads});
+    set.selector_query = prepared ? inputs.selector_query.clone()
+                                  : selector.project_query(event.layer, inputs.hidden, positions);
+    set.selector_weight =
+        (prepared ? inputs.selector_weight.clone() : selector.project_weight(event.layer, inputs.hidden))
+            .view({batch, selector.groups(), selector.config().num_heads});
     set.selector_keys[kind] = keys.pool(event.layer);
     set.new_keys[kind] = selector.project_key(event.layer, inputs.hidden, positions);
     set.temperature = selector.temperature(event.layer);
@@ -64,7 +68,8 @@ DecodeScene record_decode(const Backbone& backbone, const Selector& selector, co
     for (int64_t done = 0; done < length - 1;) {
       // No chunk of one token: that would be a decode step.
       const int64_t left = length - 1 - done, count = left == chunk + 1 ? left : std::min(chunk, left);
-      backbone.forward(make_batch(cache, {sequences[i]}, {{begin + done, begin + done + count}}), attention, cache);
+      backbone.forward(make_batch(cache, {sequences[i]}, {{begin + done, begin + done + count}}), attention,
+                       cache);
       done += count;
       progress.update(i * length + done);
     }
@@ -72,8 +77,13 @@ DecodeScene record_decode(const Backbone& backbone, const Selector& selector, co
   }
   backbone.forward(make_batch(cache, sequences, last), attention, cache);
 
-  const ops::SelectArguments tiers = select_arguments(SelectionRule::from_defaults(selector.config().selection));
-  return {{model.architecture, model.num_heads, model.num_kv_heads, model.head_dim}, length, batch, std::move(sets), tiers};
+  const ops::SelectArguments tiers =
+      select_arguments(SelectionRule::from_defaults(selector.config().selection));
+  return {{model.architecture, model.num_heads, model.num_kv_heads, model.head_dim},
+          length,
+          batch,
+          std::move(sets),
+          tiers};
 }
 
 }  // namespace spot

@@ -30,7 +30,8 @@ struct StageTimer::Stage {
 #endif
 };
 
-StageTimer::StageTimer(at::Device device, int64_t sets, int64_t rounds) : device_(device), sets_(sets), rounds_(rounds) {}
+StageTimer::StageTimer(at::Device device, int64_t sets, int64_t rounds)
+    : device_(device), sets_(sets), rounds_(rounds) {}
 StageTimer::~StageTimer() = default;
 
 void StageTimer::add(const std::string& name, const StageWork& work) {
@@ -39,7 +40,8 @@ void StageTimer::add(const std::string& name, const StageWork& work) {
   stage->work = work;
 #ifdef SPOT_TORCH_CUDA
   if (device_.is_cuda()) {
-    // Capture must not run on the default stream; kernels' workspaces are made in the warm-up, on the same stream.
+    // Capture must not run on the default stream; kernels' workspaces are made in the warm-up, on the same
+    // stream.
     static const c10::cuda::CUDAStream stream = c10::cuda::getStreamFromPool(false, device_.index());
     const c10::cuda::CUDAGuard device(device_);
     c10::cuda::getCurrentCUDAStream().synchronize();
@@ -84,7 +86,8 @@ std::map<std::string, double> StageTimer::measure() {
         stage->graph.replay();
         end.record(stream);
         end.synchronize();
-        stage->microseconds.push_back(1e3 * static_cast<double>(start.elapsed_time(end)) / static_cast<double>(stage->calls));
+        stage->microseconds.push_back(1e3 * static_cast<double>(start.elapsed_time(end)) /
+                                      static_cast<double>(stage->calls));
       }
   }
 #endif
@@ -94,7 +97,8 @@ std::map<std::string, double> StageTimer::measure() {
       for (auto& stage : stages_) {
         const auto begin = Clock::now();
         for (int64_t set = 0; set < sets_; ++set) stage->work(set);
-        stage->microseconds.push_back(1e6 * std::chrono::duration<double>(Clock::now() - begin).count() / static_cast<double>(sets_));
+        stage->microseconds.push_back(1e6 * std::chrono::duration<double>(Clock::now() - begin).count() /
+                                      static_cast<double>(sets_));
       }
   for (auto& stage : stages_) {
     auto& times = stage->microseconds;
@@ -132,7 +136,8 @@ int64_t free_bytes(at::Device device) {
 
 Bandwidth measure_bandwidth(at::Device device) {
   const int64_t count = device.is_cuda() ? int64_t{1} << 29 : int64_t{1} << 24;  // float32
-  const at::Tensor from = at::ones({count}, at::TensorOptions(device).dtype(at::kFloat)), to = at::empty_like(from);
+  const at::Tensor from = at::ones({count}, at::TensorOptions(device).dtype(at::kFloat)),
+                   to = at::empty_like(from);
   StageTimer timer(device, 1, 7);
   timer.add("read", [&](int64_t) { from.sum(); });
   timer.add("copy", [&](int64_t) { to.copy_(from); });

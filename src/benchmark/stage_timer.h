@@ -14,15 +14,18 @@ namespace spot {
 // Work on one of several sets of buffers, which are used in turn so that caches do not flatter.
 using StageWork = std::function<void(int64_t set)>;
 
-// On a GPU every stage becomes one CUDA graph of at least 16 calls over the sets; clocks are warmed by a second of replays, then
-// the stages are replayed in turn, round by round, so that drift reaches all alike. On the CPU (and for a torch without CUDA) the
+// On a GPU every stage becomes one CUDA graph of at least 16 calls over the sets; clocks are warmed by a
+// second of replays, then
+// the stages are replayed in turn, round by round, so that drift reaches all alike. On the CPU (and for a
+// torch without CUDA) the
 // same rounds by wall time, one call over each set.
 class StageTimer {
  public:
   StageTimer(at::Device device, int64_t sets, int64_t rounds);
   ~StageTimer();
 
-  // Runs the work once over every set, then captures it. Throws c10::Error as the work does; then nothing was added.
+  // Runs the work once over every set, then captures it. Throws c10::Error as the work does; then nothing was
+  // added.
   void add(const std::string& name, const StageWork& work);
   // Microseconds of one call, the median over rounds, by name.
   std::map<std::string, double> measure();

@@ -82,7 +82,7 @@ struct SafetensorsFile::Mapping {
     if (!std::filesystem::exists(path, code)) fail("{}: no such file", path.string());
     const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (file < 0) fail("{}: cannot be opened: {}", path.string(), std::strerror(errno));
-    struct stat info {};
+    struct stat info{};
     if (::fstat(file, &info) != 0 || !S_ISREG(info.st_mode)) {
       ::close(file);
       fail("{}: is not a regular file", path.string());
@@ -236,8 +236,7 @@ at::Tensor SafetensorsFile::tensor(const std::string& name) const {
     std::memcpy(copy.data_ptr(), data, found.end - found.begin);
     return copy;
   }
-  return at::from_blob(
-      data, found.shape, [keep = mapping_](void*) {}, options);
+  return at::from_blob(data, found.shape, [keep = mapping_](void*) {}, options);
 }
 
 void write_safetensors(const std::filesystem::path& path,

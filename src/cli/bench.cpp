@@ -44,19 +44,22 @@ void synchronize(const at::Device& device) {
 // Most bytes that torch's allocator held on the device since the last reset; 0 on the CPU.
 double peak_gib(const at::Device& device) {
   if (!device.is_cuda()) return 0;
-  return static_cast<double>(at::accelerator::getDeviceStats(device.index()).allocated_bytes[0].peak) / (1 << 30);
+  return static_cast<double>(at::accelerator::getDeviceStats(device.index()).allocated_bytes[0].peak) /
+         (1 << 30);
 }
 
-// A context without the cost of its prefill: keys and values are drawn at random (so are selector keys, through random
+// A context without the cost of its prefill: keys and values are drawn at random (so are selector keys,
+// through random
 // hidden states), which decode cannot tell apart by time.
-void fill_with_noise(const Backbone& backbone, AttentionRun& run, const std::vector<int64_t>& sequences, int64_t context,
-                     int64_t chunk) {
+void fill_with_noise(const Backbone& backbone, AttentionRun& run, const std::vector<int64_t>& sequences,
+                     int64_t context, int64_t chunk) {
   const ModelConfig& config = backbone.config();
   KvCache& cache = run.cache();
   for (int64_t sequence : sequences) {
     for (int64_t start = 0; start < context; start += chunk) {
       const int64_t count = std::min(chunk, context - start);
-      const Batch batch = make_batch(cache, {sequence}, {std::vector<int32_t>(static_cast<size_t>(count), 0)});
+      const Batch batch =
+          make_batch(cache, {sequence}, {std::vector<int32_t>(static_cast<size_t>(count), 0)});
       BatchView view;
       view.update(cache, batch, 0);
       const auto options = at::TensorOptions().device(backbone.device()).dtype(backbone.dtype());
@@ -69,7 +72,8 @@ void fill_with_noise(const Backbone& backbone, AttentionRun& run, const std::vec
                                      1.0,
                                      batch};
         cache.write(layer, view.slots, inputs.key, inputs.value);
-        if (run.sparse() && run.sparse()->policy().covers(layer)) run.sparse()->policy().append(inputs, cache, view);
+        if (run.sparse() && run.sparse()->policy().covers(layer))
+          run.sparse()->policy().append(inputs, cache, view);
       }
     }
   }
@@ -82,7 +86,8 @@ Measurement measure(const Options& options, const Backbone& backbone, const std:
   if (device.is_cuda()) at::accelerator::resetPeakStats(device.index());
   std::optional<Selector> selector;
   if (kind == AttentionKind::spot) {
-    selector.emplace(SelectorConfig::from_preset(options.preset), backbone.config(), device, backbone.dtype());
+    selector.emplace(SelectorConfig::from_preset(options.preset), backbone.config(), device,
+                     backbone.dtype());
     selector->join(backbone);
   }
   AttentionSpec spec = options.rule.spec(kind, selector ? &*selector : nullptr);
@@ -96,9 +101,11 @@ Measurement measure(const Options& options, const Backbone& backbone, const std:
   auto start = std::chrono::steady_clock::now();
   if (options.prefill) {
     std::vector<int32_t> prompt(static_cast<size_t>(options.context));
-    for (size_t i = 0; i < prompt.size(); ++i) prompt[i] = static_cast<int32_t>((i * 7919 + 13) % static_cast<size_t>(backbone.config().vocab_size));
+    for (size_t i = 0; i < prompt.size(); ++i)
+      prompt[i] = static_cast<int32_t>((i * 7919 + 13) % static_cast<size_t>(backbone.config().vocab_size));
     for (int64_t sequence : sequences)
-      prefill(backbone, run.backend(), run.cache(), sequence, prompt, options.chunk, fmt::format("prefill, {}", attention));
+      prefill(backbone, run.backend(), run.cache(), sequence, prompt, options.chunk,
+              fmt::format("prefill, {}", attention));
     synchronize(device);
     result.prefill_seconds = seconds_between(start, std::chrono::steady_clock::now());
   } else {
@@ -134,21 +141,30 @@ void run(const Options& options) {
   synchronize(device);
   const double load_seconds = seconds_between(begin, std::chrono::steady_clock::now());
   Table table{{"attention", "prefill s", "decode ms/step", "tokens/s", "vs first", "peak GiB"}, {}};
-  nlohmann::json json = {{"context", options.context}, {"batch", options.batch}, {"device", device.str()},
-                         {"dtype", std::string(c10::toString(backbone.dtype()))}, {"rule", options.rule.rule(nullptr).describe()},
-                         {"load_seconds", load_seconds}, {"random_weights", options.random}, {"cuda_graph", device.is_cuda() && !options.eager}};
+  nlohmann::json json = {{"context", options.context},
+                         {"batch", options.batch},
+                         {"device", device.str()},
+                         {"dtype", std::string(c10::toString(backbone.dtype()))},
+                         {"rule", options.rule.rule(nullptr).describe()},
+                         {"load_seconds", load_seconds},
+                         {"random_weights", options.random},
+                         {"cuda_graph", device.is_cuda() && !options.eager}};
   double first = 0;
   for (const std::string& attention : options.attentions) {
     const Measurement m = measure(options, backbone, attention);
     if (first == 0) first = m.decode_ms;
-    table.rows.push_back({m.attention, options.prefill ? fmt::format("{:.2f}", m.prefill_seconds) : "-", fmt::format("{:.3f}", m.decode_ms),
+    table.rows.push_back({m.attention, options.prefill ? fmt::format("{:.2f}", m.prefill_seconds) : "-",
+                          fmt::format("{:.3f}", m.decode_ms),
                           fmt::format("{:.1f}", 1000.0 * static_cast<double>(options.batch) / m.decode_ms),
                           fmt::format("{:.2f}x", first / m.decode_ms), fmt::format("{:.2f}", m.peak_gib)});
-    json["runs"].push_back({{"attention", m.attention}, {"prefill_seconds", m.prefill_seconds}, {"decode_ms", m.decode_ms},
+    json["runs"].push_back({{"attention", m.attention},
+                            {"prefill_seconds", m.prefill_seconds},
+                            {"decode_ms", m.decode_ms},
                             {"peak_gib", m.peak_gib}});
   }
-  fmt::print("{} on {}, {}, {} in {:.1f} s, context {}, batch {}, {}{}\n{}", backbone.config().architecture, device.str(),
-             c10::toString(backbone.dtype()), options.random ? "random weights" : "loaded", load_seconds, options.context, options.batch, options.rule.rule(nullptr).describe(),
+  fmt::print("{} on {}, {}, {} in {:.1f} s, context {}, batch {}, {}{}\n{}", backbone.config().architecture,
+             device.str(), c10::toString(backbone.dtype()), options.random ? "random weights" : "loaded",
+             load_seconds, options.context, options.batch, options.rule.rule(nullptr).describe(),
              options.prefill ? "" : ", random keys and values instead of a prefill", table.to_text());
   if (!options.out.empty()) write_file_atomically(options.out, json.dump(1) + "\n");
 }
@@ -157,20 +173,33 @@ void run(const Options& options) {
 
 void add_bench(CLI::App& app) {
   auto options = std::make_shared<Options>();
-  CLI::App& command = *app.add_subcommand("bench", "Measure prefill and decode of a whole model, medians of single steps");
+  CLI::App& command =
+      *app.add_subcommand("bench", "Measure prefill and decode of a whole model, medians of single steps");
   add_bench_decode(command);
   add_bench_distill(command);
   options->model.add(command);
   command.get_option("--model")->required(false);  // the subcommands have none
   options->rule.add(command);
   command.add_flag("--random", options->random, "Random weights of the shapes in MODEL/config.json");
-  command.add_option("--attention", options->attentions, "Attentions to compare; the first is the reference")->delimiter(',')->capture_default_str();
-  command.add_option("--preset", options->preset, "Preset of the (untrained) selector")->capture_default_str();
-  command.add_option("--context", options->context, "Tokens in the cache of each sequence")->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--batch", options->batch, "Sequences")->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--steps", options->steps, "Decode steps that are timed")->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--prefill-chunk", options->chunk, "Tokens a forward call of prefill")->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_flag("--prefill", options->prefill, "Run and time the prefill instead of filling the cache with random numbers");
+  command.add_option("--attention", options->attentions, "Attentions to compare; the first is the reference")
+      ->delimiter(',')
+      ->capture_default_str();
+  command.add_option("--preset", options->preset, "Preset of the (untrained) selector")
+      ->capture_default_str();
+  command.add_option("--context", options->context, "Tokens in the cache of each sequence")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option("--batch", options->batch, "Sequences")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option("--steps", options->steps, "Decode steps that are timed")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option("--prefill-chunk", options->chunk, "Tokens a forward call of prefill")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_flag("--prefill", options->prefill,
+                   "Run and time the prefill instead of filling the cache with random numbers");
   command.add_flag("--eager", options->eager, "No CUDA graph");
   command.add_option("--out", options->out, "JSON file for the numbers");
   command.callback([options, &command] {

@@ -88,11 +88,13 @@ Work count_work(const ModelConfig& m, const Selector& selector, int64_t length, 
   const auto scored = static_cast<double>(selector.config().num_heads * selector.config().head_dim);
   const SelectionDefaults& selection = selector.config().selection;
   const bool residual = selector.config().distillation.teacher_scope == TeacherScope::residual;
-  const double seen = std::max(0.0, tokens / static_cast<double>(documents) -
-                                        static_cast<double>(residual ? selection.sinks + selection.recency : 0));
+  const double seen =
+      std::max(0.0, tokens / static_cast<double>(documents) -
+                        static_cast<double>(residual ? selection.sinks + selection.recency : 0));
   // A projection takes two products: the hidden states' gradient is not wanted.
-  work.distillation = layers * seen * seen / 2 * static_cast<double>(documents) * (2 * attended + 3 * 2 * scored) +
-                      2 * 2 * tokens * static_cast<double>(selector.num_parameters());
+  work.distillation =
+      layers * seen * seen / 2 * static_cast<double>(documents) * (2 * attended + 3 * 2 * scored) +
+      2 * 2 * tokens * static_cast<double>(selector.num_parameters());
   return work;
 }
 
@@ -182,10 +184,9 @@ void run(const Options& options) {
   row("distillation step", step_ms, step_tflops);
   fmt::print(
       "{} on {}, {}, {} sequences of {} tokens ({} documents each), preset {}, {} loss, teacher scope {}, matmul peak {:.1f} "
-      "TFLOP/s ({}), peak memory {:.2f} GiB, "
-      "loss {:.4f}\n{}",
-      model.architecture, describe_device(device), c10::toString(backbone.dtype()), options.sequences, options.length,
-      options.documents, options.preset, shape["distillation"]["loss"].get<std::string>(),
+      "TFLOP/s ({}), peak memory {:.2f} GiB, loss {:.4f}\n{}",
+      model.architecture, describe_device(device), c10::toString(backbone.dtype()), options.sequences,
+      options.length, options.documents, options.preset, shape["distillation"]["loss"].get<std::string>(),
       shape["distillation"]["teacher_scope"].get<std::string>(), peak,
       options.peak_tflops > 0 ? "given" : "measured", gib, loss, table.to_text());
   if (options.out.empty()) return;
@@ -224,8 +225,7 @@ void add_bench_distill(CLI::App& parent) {
       ->capture_default_str();
   command.add_option("--loss", options->loss, "dense or sparse; the preset's by default")
       ->check(CLI::IsMember({"dense", "sparse"}));
-  command
-      .add_option("--teacher-scope", options->teacher_scope, "all or residual; the preset's by default")
+  command.add_option("--teacher-scope", options->teacher_scope, "all or residual; the preset's by default")
       ->check(CLI::IsMember({"all", "residual"}));
   command.add_option("--length", options->length, "Tokens of a sequence")
       ->check(CLI::PositiveNumber)

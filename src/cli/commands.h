@@ -10,7 +10,7 @@ class ProcessGroup;
 void add_distill(CLI::App& app, const ProcessGroup* group);  // nullptr: this process is alone
 void add_generate(CLI::App& app);
 void add_bench(CLI::App& app);
-void add_bench_decode(CLI::App& parent);  // below bench
+void add_bench_decode(CLI::App& parent);   // below bench
 void add_bench_distill(CLI::App& parent);  // below bench
 void add_eval(CLI::App& app);
 void add_eval_ruler(CLI::App& parent);  // below eval

@@ -13,21 +13,34 @@ namespace {
 void add_text(CLI::App& parent) {
   auto options = std::make_shared<EvalOptions>();
   auto eval = std::make_shared<TextEvalOptions>();
-  CLI::App& command = *parent.add_subcommand("text", "Perplexity, captured attention mass and calibration on running text");
+  CLI::App& command =
+      *parent.add_subcommand("text", "Perplexity, captured attention mass and calibration on running text");
   options->add(command)->required();
-  command.add_option("--length", eval->length, "Tokens a sequence")->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--sequences", eval->sequences, "Sequences")->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--skip", eval->skip, "First position that is scored")->check(CLI::NonNegativeNumber)->capture_default_str();
-  command.add_option("--chunk", eval->chunk, "Tokens a forward call")->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--measured-queries", eval->measured_queries, "Queries a chunk whose true attention is computed")
-      ->check(CLI::PositiveNumber)->capture_default_str();
+  command.add_option("--length", eval->length, "Tokens a sequence")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option("--sequences", eval->sequences, "Sequences")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option("--skip", eval->skip, "First position that is scored")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command.add_option("--chunk", eval->chunk, "Tokens a forward call")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      .add_option("--measured-queries", eval->measured_queries,
+                  "Queries a chunk whose true attention is computed")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   command.callback([options, eval] {
     prepare_output(options->out);
     const Backbone backbone = options->model.load();
     const std::optional<Selector> selector = options->selector.load(options->model, backbone);
     const Selector* chosen = selector ? &*selector : nullptr;
     const auto tokens = Tokenizer::load(options->model.folder).encode(options->read_text());
-    deliver(evaluate_text(backbone, chosen, tokens, options->parse_methods(chosen, false), *eval), "spot eval text", options->out);
+    deliver(evaluate_text(backbone, chosen, tokens, options->parse_methods(chosen, false), *eval),
+            "spot eval text", options->out);
   });
 }
 
@@ -35,13 +48,23 @@ void add_needle(CLI::App& parent) {
   auto options = std::make_shared<EvalOptions>();
   auto needle = std::make_shared<NeedleOptions>();
   auto lengths = std::make_shared<std::vector<int64_t>>(1, needle->length);
-  CLI::App& command = *parent.add_subcommand("needle", "Multi-key needle retrieval, every method after the same dense prefill");
+  CLI::App& command = *parent.add_subcommand(
+      "needle", "Multi-key needle retrieval, every method after the same dense prefill");
   options->add(command)->required();
-  command.add_option("--length", *lengths, "Tokens a prompt; several, comma-separated, give heat maps of depth by length")
-      ->delimiter(',')->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--samples", needle->samples, "Prompts a length; their needles lie at up to ten depths, evenly spread")
-      ->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--distractors", needle->distractors, "Needles with other keys")->check(CLI::NonNegativeNumber)->capture_default_str();
+  command
+      .add_option("--length", *lengths,
+                  "Tokens a prompt; several, comma-separated, give heat maps of depth by length")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      .add_option("--samples", needle->samples,
+                  "Prompts a length; their needles lie at up to ten depths, evenly spread")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option("--distractors", needle->distractors, "Needles with other keys")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   command.add_option("--seed", needle->seed, "Seed of the prompts")->capture_default_str();
   command.callback([options, needle, lengths] {
     prepare_output(options->out);

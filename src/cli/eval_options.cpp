@@ -59,18 +59,22 @@ EvalMethod parse_method(const std::string& word, const RuleOptions& base, const 
     }
     if (equals == std::string::npos || equals + 1 == option.size() ||
         !set_option(rule, option.substr(0, equals), option.substr(equals + 1)))
-      fail("method '{}': '{}' is not p=SHARE, k=TOKENS, k=PERCENT%, dense=LAYERS, cache=FORMAT or prefill=sparse", word, option);
+      fail(
+          "method '{}': '{}' is not p=SHARE, k=TOKENS, k=PERCENT%, dense=LAYERS, cache=FORMAT or prefill=sparse",
+          word, option);
   }
   const AttentionKind kind = attention_kind_from_string(word.substr(0, colon));
   if (kind != AttentionKind::spot && rule.cache_format != base.cache_format)
     fail("method '{}': only spot has a cache of selector keys; leave out cache=", word);
   EvalMethod method{word, rule.spec(kind, selector)};
   // As `spot generate --sparse-prefill` does it.
-  if (sparse_prefill) method.spec.sparse.prefill = PrefillMode::sparse, method.spec.sparse.query_tile = kBlockSize;
+  if (sparse_prefill)
+    method.spec.sparse.prefill = PrefillMode::sparse, method.spec.sparse.query_tile = kBlockSize;
   return method;
 }
 
-// Commas separate methods and the options of one: what has no name of an attention goes on with the one before.
+// Commas separate methods and the options of one: what has no name of an attention goes on with the one
+// before.
 std::vector<std::string> join_options(const std::vector<std::string>& words) {
   std::vector<std::string> joined;
   for (const std::string& word : words) {
@@ -89,18 +93,20 @@ CLI::Option* EvalOptions::add(CLI::App& command) {
   selector.add(command);
   rule.add(command);
   command
-      .add_option("--methods", methods,
-                  "Comma-separated attentions, each with an optional rule, format of selector keys and number of "
-                  "dense first layers: spot:p=0.9, spot:k=1024,cache=mxfp4, streaming:k=1024, oracle:p=0.8, "
-                  "quest:k=10%,dense=2, twilight:p=0.95,k=25% (Quest proposes k, p is kept of it); in eval ruler "
-                  "spot:k=10%,prefill=sparse reads the context sparsely too, one block set per 16 queries. Default: "
-                  "spot as its selector says, streaming and oracle at 1024 tokens")
+      .add_option(
+          "--methods", methods,
+          "Comma-separated attentions, each with an optional rule, format of selector keys and number of "
+          "dense first layers: spot:p=0.9, spot:k=1024,cache=mxfp4, streaming:k=1024, oracle:p=0.8, "
+          "quest:k=10%,dense=2, twilight:p=0.95,k=25% (Quest proposes k, p is kept of it); in eval ruler "
+          "spot:k=10%,prefill=sparse reads the context sparsely too, one block set per 16 queries. Default: "
+          "spot as its selector says, streaming and oracle at 1024 tokens")
       ->delimiter(',');
   command.add_option("--out", out, "Folder for report.html and report.json");
   return command.add_option("--text", text_files, "Text files");
 }
 
-std::vector<EvalMethod> EvalOptions::parse_methods(const Selector* selector, bool with_dense, bool may_prefill) const {
+std::vector<EvalMethod> EvalOptions::parse_methods(const Selector* selector, bool with_dense,
+                                                   bool may_prefill) const {
   std::vector<std::string> words = join_options(methods);
   if (words.empty()) {
     words = {"streaming:k=1024", "oracle:k=1024"};
@@ -113,7 +119,8 @@ std::vector<EvalMethod> EvalOptions::parse_methods(const Selector* selector, boo
     parsed.push_back(parse_method(word, rule, selector));
     const AttentionSpec& spec = parsed.back().spec;
     if (spec.sparse.prefill == PrefillMode::sparse && (!may_prefill || spec.kind == AttentionKind::dense))
-      fail("method '{}': only the sparse methods of `spot eval ruler` have prefill=sparse; leave it out", word);
+      fail("method '{}': only the sparse methods of `spot eval ruler` have prefill=sparse; leave it out",
+           word);
   }
   return parsed;
 }

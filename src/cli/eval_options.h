@@ -24,14 +24,17 @@ struct EvalOptions {
 
   // Returns the option --text.
   CLI::Option* add(CLI::App& command);
-  // The methods named on the command line (or the default ones), dense first if asked for. Those with prefill=sparse are
+  // The methods named on the command line (or the default ones), dense first if asked for. Those with
+  // prefill=sparse are
   // refused unless `may_prefill`.
-  std::vector<EvalMethod> parse_methods(const Selector* selector, bool with_dense, bool may_prefill = false) const;
+  std::vector<EvalMethod> parse_methods(const Selector* selector, bool with_dense,
+                                        bool may_prefill = false) const;
   // The text files, one after the other.
   std::string read_text() const;
 };
 
-// Makes the folder of the reports and writes a file there, so that a full disk is met before the work. Empty: nothing.
+// Makes the folder of the reports and writes a file there, so that a full disk is met before the work. Empty:
+// nothing.
 void prepare_output(const std::string& out);
 
 // Prints the summary, and writes report.json and report.html into `out` unless that is empty.

@@ -77,7 +77,8 @@ void write_prompts(const Options& options, const TextCodec& codec, const std::st
     for (RulerTask task : options.eval.tasks)
       for (int64_t length : options.eval.lengths)
         for (double depth : depths)
-          for (int64_t i = options.eval.first_sample; i < options.eval.first_sample + options.eval.samples; ++i)
+          for (int64_t i = options.eval.first_sample; i < options.eval.first_sample + options.eval.samples;
+               ++i)
             out << prompt_json(generator.make(task, length, i, depth), length, i).dump() << "\n";
   });
   fmt::print("prompts: {}\n", options.prompts_file);
@@ -108,11 +109,10 @@ void run(Options options) {
 
 void add_eval_ruler(CLI::App& parent) {
   auto options = std::make_shared<Options>();
-  CLI::App& command =
-      *parent.add_subcommand("ruler",
-                             "The RULER tasks at any length, every method after the same dense prefill (or its own sparse "
-                             "one: METHOD:RULE,prefill=sparse); "
-                             "with --out, a run that was interrupted goes on where it stopped");
+  CLI::App& command = *parent.add_subcommand(
+      "ruler",
+      "The RULER tasks at any length, every method after the same dense prefill (or its own sparse "
+      "one: METHOD:RULE,prefill=sparse); with --out, a run that was interrupted goes on where it stopped");
   options->add(command)->description(
       "Text files that the essay tasks hide their needles in (niah_single_2 and _3, "
       "niah_multikey_1, niah_multivalue, niah_multiquery)");

@@ -20,14 +20,17 @@ struct Options {
   int64_t kv_bytes = 2;
 };
 
-// Parameters of a decoder layer stack as published: embeddings, projections, norms; each linear-attention layer by its own shapes.
+// Parameters of a decoder layer stack as published: embeddings, projections, norms; each linear-attention
+// layer by its own shapes.
 int64_t backbone_parameters(const ModelConfig& c) {
-  const int64_t mlp = 3 * c.hidden_size * c.intermediate_size + (c.mlp_bias ? 2 * c.intermediate_size + c.hidden_size : 0);
+  const int64_t mlp =
+      3 * c.hidden_size * c.intermediate_size + (c.mlp_bias ? 2 * c.intermediate_size + c.hidden_size : 0);
   int64_t total = c.vocab_size * c.hidden_size * (c.tie_word_embeddings ? 1 : 2) + c.hidden_size;
   for (int64_t layer = 0; layer < c.num_layers; ++layer) {
     total += mlp + 2 * c.hidden_size;
     if (c.is_full_attention(layer)) {
-      const int64_t q = c.num_heads * c.head_dim * (c.attention_output_gate ? 2 : 1), kv = c.num_kv_heads * c.head_dim;
+      const int64_t q = c.num_heads * c.head_dim * (c.attention_output_gate ? 2 : 1),
+                    kv = c.num_kv_heads * c.head_dim;
       total += c.hidden_size * (q + 2 * kv + c.num_heads * c.head_dim) + (c.qk_norm ? 2 * c.head_dim : 0);
       if (c.attention_bias) total += q + 2 * kv + c.hidden_size;
     } else {
@@ -43,11 +46,17 @@ int64_t backbone_parameters(const ModelConfig& c) {
 // Selector parameters of one layer, for layers not in dense_layers.
 int64_t selector_parameters(const SelectorConfig& s, const ModelConfig& c, int64_t layers) {
   const int64_t groups = s.scope == SelectorScope::kv_group ? c.num_kv_heads : 1;
-  const int64_t norm = s.key_norm == KeyNorm::layernorm ? 2 * s.head_dim : s.key_norm == KeyNorm::rmsnorm ? s.head_dim : 0;
-  return layers * (c.hidden_size * (s.num_heads * s.head_dim + s.key_heads * s.head_dim + groups * s.num_heads) + norm);
+  const int64_t norm = s.key_norm == KeyNorm::layernorm ? 2 * s.head_dim
+                       : s.key_norm == KeyNorm::rmsnorm ? s.head_dim
+                                                        : 0;
+  return layers *
+         (c.hidden_size * (s.num_heads * s.head_dim + s.key_heads * s.head_dim + groups * s.num_heads) +
+          norm);
 }
 
-std::string in_gib(double bytes) { return fmt::format("{:.2f} GiB", bytes / (1 << 30)); }
+std::string in_gib(double bytes) {
+  return fmt::format("{:.2f} GiB", bytes / (1 << 30));
+}
 
 void run(const Options& options) {
   const ModelConfig model = ModelConfig::load(options.model);
@@ -64,34 +73,44 @@ void run(const Options& options) {
     ++selected;
   }
   const int64_t weights = backbone_parameters(model), extra = selector_parameters(selector, model, selected);
-  fmt::print("{} ({}): {} layers, hidden {}, {} query heads and {} KV heads of {} dims, vocabulary {}, positions {}\n", model.architecture,
-             model.model_type, model.num_layers, model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim, model.vocab_size,
-             model.max_position_embeddings);
-  fmt::print("parameters: {:.1f}M; {} full-attention layers, {} linear-attention layers\n", static_cast<double>(weights) / 1e6, full.size(),
+  fmt::print(
+      "{} ({}): {} layers, hidden {}, {} query heads and {} KV heads of {} dims, vocabulary {}, positions {}\n",
+      model.architecture, model.model_type, model.num_layers, model.hidden_size, model.num_heads,
+      model.num_kv_heads, model.head_dim, model.vocab_size, model.max_position_embeddings);
+  fmt::print("parameters: {:.1f}M; {} full-attention layers, {} linear-attention layers\n",
+             static_cast<double>(weights) / 1e6, full.size(),
              model.num_layers - static_cast<int64_t>(full.size()));
   fmt::print("selector ({}): {:.2f}M parameters ({:.2f}% of the backbone), in {} layers: {}\n",
-             options.selector.empty() ? "preset " + options.preset : options.selector, static_cast<double>(extra) / 1e6,
+             options.selector.empty() ? "preset " + options.preset : options.selector,
+             static_cast<double>(extra) / 1e6,
              100.0 * static_cast<double>(extra) / static_cast<double>(weights), selected, with);
 
-  const double kv = static_cast<double>(2 * model.num_kv_heads * model.head_dim * options.kv_bytes * static_cast<int64_t>(full.size()));
+  const double kv = static_cast<double>(2 * model.num_kv_heads * model.head_dim * options.kv_bytes *
+                                        static_cast<int64_t>(full.size()));
   const auto& l = model.linear;
-  const double state = static_cast<double>(model.num_layers - static_cast<int64_t>(full.size())) *
-                       static_cast<double>(4 * l.num_value_heads * l.key_head_dim * l.value_head_dim +
-                                           options.kv_bytes * l.conv_kernel *
-                                               (2 * l.num_key_heads * l.key_head_dim + l.num_value_heads * l.value_head_dim));
-  const double memory = options.memory_gib * (1 << 30) - static_cast<double>((weights + extra) * options.kv_bytes) - state;
+  const double state =
+      static_cast<double>(model.num_layers - static_cast<int64_t>(full.size())) *
+      static_cast<double>(4 * l.num_value_heads * l.key_head_dim * l.value_head_dim +
+                          options.kv_bytes * l.conv_kernel *
+                              (2 * l.num_key_heads * l.key_head_dim + l.num_value_heads * l.value_head_dim));
+  const double memory =
+      options.memory_gib * (1 << 30) - static_cast<double>((weights + extra) * options.kv_bytes) - state;
   fmt::print("KV cache: {:.0f} bytes a token, all layers ({} bytes a number)", kv, options.kv_bytes);
   if (state > 0) fmt::print("; recurrent state {} a sequence", in_gib(state));
   fmt::print("\n\n");
-  Table table{{"selector cache", "bytes/token/layer", "bytes/token", "of KV", fmt::format("longest context in {:g} GiB", options.memory_gib)}, {}};
+  Table table{{"selector cache", "bytes/token/layer", "bytes/token", "of KV",
+               fmt::format("longest context in {:g} GiB", options.memory_gib)},
+              {}};
   auto row = [&](const std::string& name, double per_layer) {
     const double bytes = per_layer * static_cast<double>(selected);
     const double longest = std::floor(memory / (kv + bytes));
-    table.rows.push_back({name, fmt::format("{:g}", per_layer), fmt::format("{:g}", bytes), fmt::format("{:.2f}%", 100 * bytes / kv),
+    table.rows.push_back({name, fmt::format("{:g}", per_layer), fmt::format("{:g}", bytes),
+                          fmt::format("{:.2f}%", 100 * bytes / kv),
                           memory <= 0 ? "weights do not fit" : fmt::format("{:.0f} tokens", longest)});
   };
   row("none (dense)", 0);
-  for (CacheFormat format : {CacheFormat::bf16, CacheFormat::int8, CacheFormat::int4, CacheFormat::mxfp4, CacheFormat::nvfp4}) {
+  for (CacheFormat format :
+       {CacheFormat::bf16, CacheFormat::int8, CacheFormat::int4, CacheFormat::mxfp4, CacheFormat::nvfp4}) {
     const SelectorCache one(selector, {0}, 1, format, at::kCPU);
     row(to_string(format), one.bytes_per_token());
   }
@@ -102,13 +121,17 @@ void run(const Options& options) {
 
 void add_inspect(CLI::App& app) {
   auto options = std::make_shared<Options>();
-  CLI::App& command = *app.add_subcommand("inspect", "Show a checkpoint, its selector's overhead and its memory use");
+  CLI::App& command =
+      *app.add_subcommand("inspect", "Show a checkpoint, its selector's overhead and its memory use");
   command.add_option("model", options->model, "Folder of a Hugging Face checkpoint")->required();
   command.add_option("--preset", options->preset, "Selector preset: spot or paper")->capture_default_str();
   command.add_option("--selector", options->selector, "A distilled selector instead of a preset");
-  command.add_option("--memory", options->memory_gib, "Memory in GiB for weights and caches")->check(CLI::PositiveNumber)->capture_default_str();
+  command.add_option("--memory", options->memory_gib, "Memory in GiB for weights and caches")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   command.add_option("--bytes", options->kv_bytes, "Bytes a number of weights and KV cache (2: bfloat16)")
-      ->check(CLI::IsMember({1, 2, 4}))->capture_default_str();
+      ->check(CLI::IsMember({1, 2, 4}))
+      ->capture_default_str();
   command.callback([options] { run(*options); });
 }
 

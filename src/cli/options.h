@@ -2,7 +2,6 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
-
 #include <optional>
 #include <string>
 
@@ -33,7 +32,8 @@ struct SelectorOptions {
   std::optional<Selector> load(const ModelOptions& model, const Backbone& backbone) const;
 };
 
-// --top-p | --top-k-tokens | --top-k-share, and the reserved tiers. Twilight takes p together with one of the others.
+// --top-p | --top-k-tokens | --top-k-share, and the reserved tiers. Twilight takes p together with one of the
+// others.
 struct RuleOptions {
   std::optional<double> p, share, temperature;
   std::optional<int64_t> budget, sinks, recency, floor, cap;

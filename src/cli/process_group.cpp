@@ -1,13 +1,13 @@
 #include "cli/process_group.h"
 
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 #include <atomic>
 #include <chrono>
 #include <future>
 #include <memory>
 #include <thread>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 #include "core/error.h"
 
@@ -20,8 +20,9 @@ void finish(const Start& start) {
   try {
     start()->wait();
   } catch (const std::exception& e) {
-    fail("another process of this run has ended or does not answer ({}); continue from the last checkpoint with --resume",
-         first_line(e));
+    fail(
+        "another process of this run has ended or does not answer ({}); continue from the last checkpoint with --resume",
+        first_line(e));
   }
 }
 

@@ -2,15 +2,16 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include <cstdint>
 #include <string>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 namespace spot::cli {
 
-// Every process of the group calls sum() and gather() equally often and in the same order. Both return when the result
+// Every process of the group calls sum() and gather() equally often and in the same order. Both return when
+// the result
 // is there, and throw Error when another process has died or does not answer within the group's timeout.
 class ProcessGroup {
  public:
@@ -22,10 +23,12 @@ class ProcessGroup {
 
   // Adds each tensor over all processes, in place, by one collective; all lie on one device.
   void sum(std::vector<at::Tensor>& tensors) const;
-  // whole = the processes' parts in the order of their ranks; both contiguous, whole.numel() == count * part.numel().
+  // whole = the processes' parts in the order of their ranks; both contiguous, whole.numel() == count *
+  // part.numel().
   void gather(at::Tensor& whole, const at::Tensor& part) const;
 
-  // Prints the line on standard error unless another process has printed its own: one failure ends them all, and a
+  // Prints the line on standard error unless another process has printed its own: one failure ends them all,
+  // and a
   // user needs to read of it once. Takes up to five seconds.
   void report_failure(const std::string& line) const;
 

@@ -25,7 +25,8 @@ std::string sentence(const std::exception& e) {
 // CLI11's own sentence in one line, its largest number shortened from 309 digits.
 std::string usage_sentence(const CLI::ParseError& e) {
   static const std::regex line_breaks("\\s*\\n\\s*"), largest("1797693134862315[0-9.]*");
-  return std::regex_replace(std::regex_replace(std::string(e.what()), line_breaks, " "), largest, "any number");
+  return std::regex_replace(std::regex_replace(std::string(e.what()), line_breaks, " "), largest,
+                            "any number");
 }
 
 }  // namespace
@@ -36,7 +37,9 @@ int run_program(int argc, const char* const* argv, const ProcessGroup* group) {
   CLI::App app{"SpotAttention: learned sparse attention for frozen pretrained language models"};
   app.require_subcommand(1);
   app.set_version_flag("--version", "spot " SPOT_VERSION);
-  app.set_config("--config", "", "Read options from a TOML file: a section [distill], names as on the command line without the dashes");
+  app.set_config(
+      "--config", "",
+      "Read options from a TOML file: a section [distill], names as on the command line without the dashes");
   app.allow_config_extras(false);
   add_distill(app, group);
   add_generate(app);
@@ -52,7 +55,9 @@ int run_program(int argc, const char* const* argv, const ProcessGroup* group) {
     return e.get_exit_code();
   } catch (const CLI::ParseError& e) {
     if (e.get_exit_code() == 0) return talks ? app.exit(e) : 0;  // help and version
-    if (talks) fmt::print(stderr, "error: {}; `spot --help` and `spot COMMAND --help` list what there is\n", usage_sentence(e));
+    if (talks)
+      fmt::print(stderr, "error: {}; `spot --help` and `spot COMMAND --help` list what there is\n",
+                 usage_sentence(e));
     return 2;
   } catch (const std::exception& e) {
     const std::string line = "error: " + sentence(e);

@@ -1,5 +1,7 @@
-// The program as a function of a shared library, for a process that has joined a group of torch.distributed. The installed
-// torch packages lack the headers of gloo and NCCL, without which C++ can use a group but not make one; tools/distill.py does.
+// The program as a function of a shared library, for a process that has joined a group of torch.distributed.
+// The installed
+// torch packages lack the headers of gloo and NCCL, without which C++ can use a group but not make one;
+// tools/distill.py does.
 #include <cstdio>
 
 #include "cli/program.h"

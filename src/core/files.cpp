@@ -28,8 +28,8 @@ nlohmann::json read_json(const fs::path& path) {
   try {
     return nlohmann::json::parse(bytes);
   } catch (const nlohmann::json::parse_error& e) {
-    fail("{}: not valid JSON at byte {} of {}; the file may be truncated, fetch it again", path.string(), e.byte,
-         bytes.size());
+    fail("{}: not valid JSON at byte {} of {}; the file may be truncated, fetch it again", path.string(),
+         e.byte, bytes.size());
   }
 }
 
@@ -67,13 +67,15 @@ void write_file_atomically(const fs::path& path, const std::function<void(std::o
 }
 
 void write_file_atomically(const fs::path& path, std::string_view bytes) {
-  write_file_atomically(path, [&](std::ostream& out) { out.write(bytes.data(), static_cast<std::streamsize>(bytes.size())); });
+  write_file_atomically(
+      path, [&](std::ostream& out) { out.write(bytes.data(), static_cast<std::streamsize>(bytes.size())); });
 }
 
 void make_folder(const fs::path& path) {
   std::error_code code;
   fs::create_directories(path, code);
-  if (code || !fs::is_directory(path)) fail("{}: cannot be created as a folder: {}", path.string(), code.message());
+  if (code || !fs::is_directory(path))
+    fail("{}: cannot be created as a folder: {}", path.string(), code.message());
 }
 
 void remove_folder(const fs::path& path) {

@@ -17,14 +17,17 @@ std::string read_file(const std::filesystem::path& path);
 nlohmann::json read_json(const std::filesystem::path& path);
 
 // Writes through a temporary file in the same folder, flushed to disk and renamed over `path`: a reader sees
-// the old file or the new one. On any failure (full disk included) the temporary file is removed and Error thrown.
+// the old file or the new one. On any failure (full disk included) the temporary file is removed and Error
+// thrown.
 void write_file_atomically(const std::filesystem::path& path, std::string_view bytes);
-void write_file_atomically(const std::filesystem::path& path, const std::function<void(std::ostream&)>& write);
+void write_file_atomically(const std::filesystem::path& path,
+                           const std::function<void(std::ostream&)>& write);
 
 // Creates a folder and its parents; throws Error if that fails.
 void make_folder(const std::filesystem::path& path);
 
-// Removes a folder with all it holds, as far as that can be done; links are removed, not followed. Stands in for
+// Removes a folder with all it holds, as far as that can be done; links are removed, not followed. Stands in
+// for
 // std::filesystem::remove_all: torch 2.11 exports one of its own, which crashes.
 void remove_folder(const std::filesystem::path& path);
 

@@ -23,20 +23,31 @@ bool silent = false;
 
 }  // namespace
 
-void silence() { silent = true; }
-bool is_silent() { return silent; }
+void silence() {
+  silent = true;
+}
+bool is_silent() {
+  return silent;
+}
 
 Progress::Progress(std::string label, int64_t total)
-    : label_(std::move(label)), total_(std::max<int64_t>(total, 1)), terminal_(::isatty(STDERR_FILENO) == 1),
-      start_(std::chrono::steady_clock::now()), last_(start_) {}
+    : label_(std::move(label)),
+      total_(std::max<int64_t>(total, 1)),
+      terminal_(::isatty(STDERR_FILENO) == 1),
+      start_(std::chrono::steady_clock::now()),
+      last_(start_) {}
 
 Progress::~Progress() {
   if (drawn_) draw(true);
 }
 
-void Progress::start_from(int64_t done) { base_ = done_ = done; }
+void Progress::start_from(int64_t done) {
+  base_ = done_ = done;
+}
 
-double Progress::seconds() const { return between(start_, std::chrono::steady_clock::now()); }
+double Progress::seconds() const {
+  return between(start_, std::chrono::steady_clock::now());
+}
 
 void Progress::update(int64_t done, const std::string& note) {
   done_ = done;
@@ -61,7 +72,8 @@ void Progress::draw(bool final) {
   if (!note_.empty()) line += " " + note_;
   line += fmt::format(", {} elapsed", clock_text(elapsed));
   if (!final && done_ > base_) {
-    line += fmt::format(", {} left", clock_text(elapsed * static_cast<double>(total_ - done_) / static_cast<double>(done_ - base_)));
+    line += fmt::format(", {} left", clock_text(elapsed * static_cast<double>(total_ - done_) /
+                                                static_cast<double>(done_ - base_)));
   }
   if (terminal_) {
     fmt::print(stderr, "\r{}\x1b[K{}", line, final ? "\n" : "");

@@ -1,4 +1,5 @@
-// README.md of a distilled selector: what it is, for which checkpoint, how it was trained, what its probabilities mean.
+// README.md of a distilled selector: what it is, for which checkpoint, how it was trained, what its
+// probabilities mean.
 #pragma once
 
 #include <nlohmann/json.hpp>
@@ -7,8 +8,10 @@
 
 namespace spot {
 
-// Markdown made of selector.json as distill() writes it (config, backbone, layers, and the run under "notes") and of the run's
+// Markdown made of selector.json as distill() writes it (config, backbone, layers, and the run under "notes")
+// and of the run's
 // metrics; what either lacks (held-out losses, a calibration) the card leaves out. `name` is the folder's.
-std::string selector_card(const std::string& name, const nlohmann::json& selector, const std::vector<nlohmann::json>& metrics);
+std::string selector_card(const std::string& name, const nlohmann::json& selector,
+                          const std::vector<nlohmann::json>& metrics);
 
 }  // namespace spot

@@ -12,8 +12,7 @@ void add_coverage(const at::Tensor& mass, const at::Tensor& scores, const at::Te
   const at::Tensor block_mass = mass.view({rows, groups, blocks, block_size}).sum(-1) / total;
   const at::Tensor block_score = scores.view({rows, groups, blocks, block_size}).amax(-1);
   const auto cumulative = [&](const at::Tensor& rank_by) {
-    const at::Tensor order =
-        std::get<1>(at::sort(rank_by, /*stable=*/true, /*dim=*/-1, /*descending=*/true));
+    const at::Tensor order = std::get<1>(at::sort(rank_by, /*stable=*/true, /*dim=*/-1, /*descending=*/true));
     return at::cumsum(block_mass.gather(-1, order), -1);
   };
   const at::Tensor student = cumulative(block_score), best = cumulative(block_mass);

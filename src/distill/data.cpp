@@ -222,8 +222,7 @@ void TrainingData::restore(const nlohmann::json& state) {
   if (state.at("corpus") != fingerprint_)
     fail(
         "the training text has changed since the checkpoint was written (names or sizes of its {} files); "
-        "restore it, or "
-        "start a new run",
+        "restore it, or start a new run",
         num_files());
   const int64_t epoch = state.at("epoch"), window_next = state.at("window_next");
   sequences_ = state.at("sequences");

@@ -46,7 +46,8 @@ at::Tensor DistillAttention::forward(const AttentionInputs& inputs) {
     if (!output.defined()) output = at::empty_like(inputs.query);
     output.narrow(0, first, count).copy_(attended);
     if (have_logsumexp) {
-      if (!logsumexp.defined()) logsumexp = at::empty({inputs.query.size(1), inputs.query.size(0)}, sums.options());
+      if (!logsumexp.defined())
+        logsumexp = at::empty({inputs.query.size(1), inputs.query.size(0)}, sums.options());
       logsumexp.narrow(1, first, count).copy_(sums);
     }
     starts.push_back(first);

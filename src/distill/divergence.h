@@ -6,7 +6,9 @@
 namespace spot {
 
 // What a sum of masses is held above before something is divided by it.
-inline double smallest_mass(at::ScalarType type) { return type == at::kDouble ? 1e-300 : 1e-37; }
+inline double smallest_mass(at::ScalarType type) {
+  return type == at::kDouble ? 1e-300 : 1e-37;
+}
 
 // KL over the entries of one tile, restricted to the k highest scores of each row (all, for k >= E), with or
 // without a rest bucket; see LayerLossOptions. scores [R, G, E] with -inf outside the active set, mass [R, G,

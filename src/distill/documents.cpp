@@ -143,13 +143,14 @@ bool begins_as_text(const fs::path& path) {
                       [](char c) { return (c > 0 && c < '\t') || (c > '\r' && c < '\x1b'); });
 }
 
-// Regular files in a folder and the folders below it; hidden ones, links and folders that may not be read are left out.
+// Regular files in a folder and the folders below it; hidden ones, links and folders that may not be read are
+// left out.
 // (torch 2.11 exports parts of std::filesystem's recursive iterator that do not fit others.)
 std::vector<fs::path> files_below(const fs::path& folder) {
   std::vector<fs::path> files;
   std::error_code code;
-  for (fs::directory_iterator entry(folder, fs::directory_options::skip_permission_denied, code), end; !code && entry != end;
-       entry.increment(code)) {
+  for (fs::directory_iterator entry(folder, fs::directory_options::skip_permission_denied, code), end;
+       !code && entry != end; entry.increment(code)) {
     const fs::path& path = entry->path();
     std::error_code unknown;
     if (path.filename().string().starts_with(".") || entry->is_symlink(unknown)) continue;

@@ -129,9 +129,10 @@ class Initializer {
                      query = unrotated(inputs.query);
     std::vector<at::Tensor> columns;
     for (const Target& target : targets())
-      columns.push_back((target.is_key ? key : query)
-                            .select(1, target.backbone_head)
-                            .index_select(1, at::tensor(target.dims.backbone, hidden.options().dtype(at::kLong))));
+      columns.push_back(
+          (target.is_key ? key : query)
+              .select(1, target.backbone_head)
+              .index_select(1, at::tensor(target.dims.backbone, hidden.options().dtype(at::kLong))));
     columns.push_back(at::ones({hidden.size(0), 1}, hidden.options()));
     const at::Tensor wanted = at::cat(columns, 1);
     Sums& sums = sums_[inputs.layer];
@@ -149,12 +150,14 @@ class Initializer {
     const auto tokens = static_cast<double>(sums.tokens);
     at::Tensor system = sums.squares.to(at::kDouble) / tokens;
     if (!system.isfinite().all().item<bool>() || !sums.products.isfinite().all().item<bool>())
-      fail("layer {}: a hidden state, query or key of the backbone is not finite; run it in float32 or bfloat16",
-           layer);
+      fail(
+          "layer {}: a hidden state, query or key of the backbone is not finite; run it in float32 or bfloat16",
+          layer);
     // A thousandth of the mean variance keeps directions that the text hardly uses from deciding anything.
     system.diagonal().add_(1e-3 * system.diagonal().mean());
-    const at::Tensor fitted =
-        at::linalg_solve(system, sums.products.to(at::kDouble) / tokens).t().to(at::kFloat);  // [columns, hidden]
+    const at::Tensor fitted = at::linalg_solve(system, sums.products.to(at::kDouble) / tokens)
+                                  .t()
+                                  .to(at::kFloat);  // [columns, hidden]
 
     const std::vector<at::Tensor> weights = selector_.parameters(layer);  // query, key, mix, norm
     int64_t column = 0;

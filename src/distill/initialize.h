@@ -2,12 +2,16 @@
 // and keys, so that it finds the right tokens before its first step.
 //
 // Source: ours (the paper names no initialisation). A selector head and a backbone head compute the same kind
-// of product, so a head's queries and keys, RoPE undone, are fitted from the hidden states by ridge regression
+// of product, so a head's queries and keys, RoPE undone, are fitted from the hidden states by ridge
+// regression
 // on the first training sequences; that needs no knowledge of an architecture's biases, norms or gates.
-//   - The rotated dims of a selector key take the dims of one KV head whose frequencies are the same, the plain
-//     dims those of the next KV head that rotate least. With a key per head, each has two KV heads of its own.
+//   - The rotated dims of a selector key take the dims of one KV head whose frequencies are the same, the
+//     plain
+//     dims those of the next KV head that rotate least. With a key per head, each has two KV heads of its
+//     own.
 //   - Selector head h takes the queries of the h-th query head of those KV heads.
-//   - The mixing weights are the regression of the constant 1, plus a tenth of their random start so that heads
+//   - The mixing weights are the regression of the constant 1, plus a tenth of their random start so that
+//     heads
 //     can part, times the gain of a small grid with the least KL: the student's sharpness.
 #pragma once
 
@@ -23,9 +27,11 @@ namespace spot {
 // Tokens that initialize_from_backbone should see: enough to determine the regression.
 int64_t initialization_tokens(const ModelConfig& backbone);
 
-// Overwrites query, key and mixing weights of every layer of `selector` (dims without a counterpart keep their
+// Overwrites query, key and mixing weights of every layer of `selector` (dims without a counterpart keep
+// their
 // random start); norms stay. `options` is the loss that the gain is chosen by. Two frozen forward passes over
-// the first sequence and one over the others; holds hidden_size^2 float32 numbers a layer meanwhile. Deterministic
+// the first sequence and one over the others; holds hidden_size^2 float32 numbers a layer meanwhile.
+// Deterministic
 // for a given device and thread count. Throws Error when a hidden state, query or key is not finite.
 void initialize_from_backbone(const Backbone& backbone, Selector& selector,
                               const std::vector<TokenSequence>& sequences, const LayerLossOptions& options);

@@ -61,8 +61,7 @@ void check(const LayerLossInputs& in, const LayerLossOptions& o) {
       o.tile_bytes < 0)
     fail(
         "layer_loss: block_size must be positive; sinks, recency, measured_queries, tile_rows and tile_bytes "
-        "must not "
-        "be negative");
+        "must not be negative");
   if (o.loss == DistillLoss::sparse && o.k_train < o.block_size)
     fail("layer_loss: k_train is {}, it must be at least a block of {} tokens", o.k_train, o.block_size);
   for (double budget : o.budgets)

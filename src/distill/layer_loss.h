@@ -16,19 +16,16 @@ namespace spot {
 // group) of softmax over positions 0..i, and s the selector's scores. All distributions below are
 // renormalised on their set.
 //   loss dense       KL over A.
-//   loss sparse      KL over S: the k_train tokens of A with the highest s (the student's own choice, so S
-//   follows it);
-//                    ties go to the lower index. k_train >= |A| is the dense loss.
-//   rest_bucket      with sparse: teacher and student are normalised over A, and A \ S counts as one more
-//   outcome, so
-//                    that the student's mass outside S stays calibrated.
+//   loss sparse        KL over S: the k_train tokens of A with the highest s (the student's own choice, so S
+//                      follows it); ties go to the lower index. k_train >= |A| is the dense loss.
+//   rest_bucket        with sparse: teacher and student are normalised over A, and A \ S counts as one more
+//                      outcome, so that the student's mass outside S stays calibrated.
 //   teacher block_max  outcomes are blocks of block_size tokens counted from the document's start: teacher
-//   mass is the
-//                    largest p in the block (renormalised), student score the largest s. S then has
-//                    k_train / block_size blocks.
-//   scope residual   A leaves out what dual top-p reserves: whole blocks holding the first `sinks` tokens,
-//   and blocks
-//                    from (i + 1 - recency) / block_size on. Queries whose A is empty are not counted.
+//                      mass is the largest p in the block (renormalised), student score the largest s. S then
+//                      has k_train / block_size blocks.
+//   scope residual     A leaves out what dual top-p reserves: whole blocks holding the first `sinks` tokens,
+//                      and blocks from (i + 1 - recency) / block_size on. Queries whose A is empty are not
+//                      counted.
 // The groups are those of the selector's weights: group g of G sees num_heads / G consecutive query heads;
 // the loss is the mean over counted queries and groups.
 struct LayerLossOptions {
@@ -43,17 +40,20 @@ struct LayerLossOptions {
   // block score. A budget below 1 is a share of |A|, else a number of tokens; both are rounded up to whole
   // blocks.
   std::vector<double> budgets;
-  // That on at most so many counted queries, in evenly spaced runs of 16; 0: on all, which keeps the fused kernels
+  // That on at most so many counted queries, in evenly spaced runs of 16; 0: on all, which keeps the fused
+  // kernels
   // from being used.
   int64_t measured_queries = 0;
   bool gradients = true;  // false: the gradients stay undefined
-  // What gradients are multiplied by, and whether they are rounded to the types of what they belong to, in one pass.
+  // What gradients are multiplied by, and whether they are rounded to the types of what they belong to, in
+  // one pass.
   double gradient_weight = 1.0;
   bool gradients_rounded = false;
   // Queries handled at once; 0 picks a number that keeps the working set near `tile_bytes`.
   int64_t tile_rows = 0;
   int64_t tile_bytes = 0;  // 0: 24 MiB on the CPU, 512 MiB elsewhere
-  // The operators of ops/distill_ops.h, which strips of queries from several documents run through: on GPUs that
+  // The operators of ops/distill_ops.h, which strips of queries from several documents run through: on GPUs
+  // that
   // have them fused, never, or wherever they cover the loss (for tests: their ATen form is no faster).
   enum class Operators { fused, never, always } operators = Operators::fused;
 };
@@ -80,10 +80,11 @@ struct LayerLossInputs {
 // All tensors lie on the inputs' device. Accumulation is float32, or float64 for float64 inputs. On GPUs the
 // gradients of bfloat16 inputs pass one rounding to bfloat16, of their scores' gradients.
 struct LayerLoss {
-  at::Tensor loss;                               // 0-dim float64: the mean; 0 when nothing is counted
-  at::Tensor grad_query, grad_key, grad_weight;  // of the mean times gradient_weight; shapes of the selector inputs
-  int64_t queries = 0;                           // counted
-  at::Tensor covered;                            // [budgets] float64, mean over measured queries and groups
+  at::Tensor loss;  // 0-dim float64: the mean; 0 when nothing is counted
+  at::Tensor grad_query, grad_key,
+      grad_weight;             // of the mean times gradient_weight; shapes of the selector inputs
+  int64_t queries = 0;         // counted
+  at::Tensor covered;          // [budgets] float64, mean over measured queries and groups
   at::Tensor covered_oracle;   // the same for blocks ranked by their true mass: what no selector can exceed
   at::Tensor teacher_entropy;  // 0-dim float64, nats, of p on A
 };

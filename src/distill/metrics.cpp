@@ -44,15 +44,17 @@ Series series(const std::string& label, const std::vector<nlohmann::json>& entri
   return thin(label, steps, values);
 }
 
-// "x_per_layer" over the run: a row a layer, a column a stretch of steps, named by its last one; each value is the mean over
+// "x_per_layer" over the run: a row a layer, a column a stretch of steps, named by its last one; each value
+// is the mean over
 // the stretch, divided by that of `divisor` where one is given.
-HeatMap layers_over_time(const std::string& title, const std::vector<nlohmann::json>& entries, const std::string& name,
-                         const std::string& divisor = "") {
+HeatMap layers_over_time(const std::string& title, const std::vector<nlohmann::json>& entries,
+                         const std::string& name, const std::string& divisor = "") {
   HeatMap map{.title = title, .x_label = "up to step", .y_label = "layer"};
   std::vector<const nlohmann::json*> measured;
   for (const nlohmann::json& entry : entries)
     if (entry.contains(name)) measured.push_back(&entry);
-  for (const auto& layer : entries.back().at("layers")) map.rows.push_back(fmt::format("{}", layer.get<int64_t>()));
+  for (const auto& layer : entries.back().at("layers"))
+    map.rows.push_back(fmt::format("{}", layer.get<int64_t>()));
   map.values.resize(map.rows.size());
   const size_t columns = std::min<size_t>(measured.size(), 12);
   double highest = 0.0;
@@ -114,15 +116,19 @@ void write_loss_page(const std::filesystem::path& path, const std::vector<nlohma
       if (name.starts_with(captured)) p.insert(name.substr(captured.size()));
     }
 
-  LineChart loss{.title = "Loss", .x_label = "step", .y_label = "KL, nats", .series = {series("training", entries, "loss")}};
+  LineChart loss{.title = "Loss",
+                 .x_label = "step",
+                 .y_label = "KL, nats",
+                 .series = {series("training", entries, "loss")}};
   loss.y_from_zero = true;
   const Series held_out = series("held-out text", entries, "held_out_loss");
   if (!held_out.x.empty()) loss.series.push_back(held_out);
   page.chart(loss);
   page.chart(layers_over_time("Loss by layer", entries, "loss_per_layer"));
 
-  LineChart mass{
-      .title = "Attention mass inside the selector's best blocks, by budget", .x_label = "step", .y_label = "share"};
+  LineChart mass{.title = "Attention mass inside the selector's best blocks, by budget",
+                 .x_label = "step",
+                 .y_label = "share"};
   for (const std::string& budget : budgets) {
     mass.series.push_back(series(budget, entries, "covered_" + budget));
     mass.series.push_back(series(budget + " oracle", entries, oracle + budget));
@@ -138,17 +144,24 @@ void write_loss_page(const std::filesystem::path& path, const std::vector<nlohma
     page.paragraph(
         "On held-out text, at temperature 1: the attention mass that the selector predicts for the blocks it takes (p) and the "
         "mass that lies there. Reserved blocks are left out; temperatures are fitted after the last step.");
-    LineChart predicted{.title = "Captured mass at each predicted p", .x_label = "step", .y_label = "captured"};
-    for (const std::string& value : p) predicted.series.push_back(series("p " + value, entries, captured + value));
+    LineChart predicted{
+        .title = "Captured mass at each predicted p", .x_label = "step", .y_label = "captured"};
+    for (const std::string& value : p)
+      predicted.series.push_back(series("p " + value, entries, captured + value));
     page.chart(predicted);
     page.chart(layers_over_time("Distance of captured mass from p by layer, mean over p", entries,
                                 "held_out_calibration_error" + layers_end));
   }
 
   page.heading("Progress");
-  page.chart(LineChart{.title = "Learning rate", .x_label = "step", .y_label = "rate", .series = {series("rate", entries, "lr")}});
-  LineChart speed{
-      .title = "Speed", .x_label = "step", .y_label = "tokens/s", .series = {series("all processes", entries, "tokens_per_second")}};
+  page.chart(LineChart{.title = "Learning rate",
+                       .x_label = "step",
+                       .y_label = "rate",
+                       .series = {series("rate", entries, "lr")}});
+  LineChart speed{.title = "Speed",
+                  .x_label = "step",
+                  .y_label = "tokens/s",
+                  .series = {series("all processes", entries, "tokens_per_second")}};
   speed.y_from_zero = true;
   page.chart(speed);
 

@@ -23,7 +23,8 @@ class MetricsLog {
   std::vector<nlohmann::json> entries_;
 };
 
-// A self-contained page: loss, captured mass and calibration, over the steps and by layer; learning rate and speed; the
+// A self-contained page: loss, captured mass and calibration, over the steps and by layer; learning rate and
+// speed; the
 // layers' last values.
 void write_loss_page(const std::filesystem::path& path, const std::vector<nlohmann::json>& entries);
 

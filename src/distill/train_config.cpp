@@ -118,7 +118,8 @@ void TrainConfig::validate() const {
   require(held_out_sequences >= 0, "held_out_sequences", held_out_sequences, "0 or more");
   require(held_out_interval >= 1, "held_out_interval", held_out_interval, "at least 1");
   require(checkpoint_interval >= 1, "checkpoint_interval", checkpoint_interval, "at least 1");
-  require(calibration_length >= 0, "calibration_length", calibration_length, "0 (the sequence length) or more");
+  require(calibration_length >= 0, "calibration_length", calibration_length,
+          "0 (the sequence length) or more");
   require(store == "float32" || store == "bfloat16", "store", store, "float32 or bfloat16");
   for (const double budget : budgets)
     require(budget > 0.0 && std::isfinite(budget), "a budget", budget, "positive");

@@ -100,24 +100,27 @@ class Run {
       fail("distillation: sequence_length is {}, the backbone reaches {} positions",
            config.data.sequence_length, backbone.config().max_position_embeddings);
     if (config.calibration_length > backbone.config().max_position_embeddings)
-      fail("distillation: calibration_length is {}, the backbone reaches {} positions", config.calibration_length,
-           backbone.config().max_position_embeddings);
+      fail("distillation: calibration_length is {}, the backbone reaches {} positions",
+           config.calibration_length, backbone.config().max_position_embeddings);
     const SelectorConfig& shape = selector.config();
     const int64_t least = shape.selection.sinks + shape.selection.recency + 2 * shape.block_size;
     if (shape.distillation.teacher_scope == TeacherScope::residual && config.data.sequence_length < least)
-      fail("distillation: of {} tokens the first {} and the last {} are left out, nothing remains to learn; give sequences of {} or "
-           "more, or teacher_scope all",
-           config.data.sequence_length, shape.selection.sinks, shape.selection.recency, least);
+      fail(
+          "distillation: of {} tokens the first {} and the last {} are left out, nothing remains to learn; give sequences of {} or "
+          "more, or teacher_scope all",
+          config.data.sequence_length, shape.selection.sinks, shape.selection.recency, least);
     const Replicas& r = hooks.replicas;
     if (r.count < 1 || r.rank < 0 || r.rank >= r.count || (r.count > 1 && !r.sum))
       fail("distillation: there is no replica {} of {}", r.rank, r.count);
     if (config.sequences_per_step < r.count)
-      fail("distillation: {} processes cannot share a step of {} sequences; start fewer, or raise sequences_per_step",
-           r.count, config.sequences_per_step);
+      fail(
+          "distillation: {} processes cannot share a step of {} sequences; start fewer, or raise sequences_per_step",
+          r.count, config.sequences_per_step);
     if (backbone.is_sharded() && config.sequences_per_step % r.count != 0)
-      fail("distillation: with a sharded backbone all {} processes run in step, but {} sequences a step do not divide "
-           "evenly among them; change sequences_per_step",
-           r.count, config.sequences_per_step);
+      fail(
+          "distillation: with a sharded backbone all {} processes run in step, but {} sequences a step do not divide "
+          "evenly among them; change sequences_per_step",
+          r.count, config.sequences_per_step);
   }
 
   TrainResult run(bool resume) {
@@ -138,8 +141,9 @@ class Run {
     if (config_.calibrate && config_.calibration_length > 0 && !held_out_.empty()) {
       calibration_contexts_ = data_.held_out(config_.held_out_sequences, config_.calibration_length);
       if (calibration_contexts_.empty())
-        fail("distillation: the held-out text has no {} tokens to calibrate on; lower calibration_length or give more text",
-             config_.calibration_length);
+        fail(
+            "distillation: the held-out text has no {} tokens to calibrate on; lower calibration_length or give more text",
+            config_.calibration_length);
     }
 
     const SignalGuard signals(hooks_.handle_signals);
@@ -183,7 +187,8 @@ class Run {
   }
 
   double sum_over_replicas(double value) const {
-    const at::Tensor sum = at::full({1}, value, at::TensorOptions().dtype(at::kDouble).device(backbone_.device()));
+    const at::Tensor sum =
+        at::full({1}, value, at::TensorOptions().dtype(at::kDouble).device(backbone_.device()));
     sum_over_replicas({sum});
     return sum.item<double>();
   }
@@ -197,9 +202,10 @@ class Run {
                                         selector_.config().to_json().dump());
     const auto mark = static_cast<double>(std::hash<std::string>{}(run) % (1 << 20));
     if (any_replica(sum_over_replicas(mark) != mark * static_cast<double>(r.count)))
-      fail("distillation: the {} processes do not continue the same run; give all the same options, model and output "
-           "folder ({}, on a file system they share)",
-           r.count, config_.output.string());
+      fail(
+          "distillation: the {} processes do not continue the same run; give all the same options, model and output "
+          "folder ({}, on a file system they share)",
+          r.count, config_.output.string());
   }
 
   const std::vector<int64_t>& starts_of(const TokenSequence& s) const {
@@ -266,7 +272,8 @@ class Run {
   void measure_held_out(nlohmann::json& metrics) {
     const Replicas& r = hooks_.replicas;
     const auto count = static_cast<int64_t>(held_out_.size());
-    // The processes of a sharded backbone run equally many forward passes: where shares differ, each runs all.
+    // The processes of a sharded backbone run equally many forward passes: where shares differ, each runs
+    // all.
     const bool shared = !backbone_.is_sharded() || count % r.count == 0;
     std::vector<TokenSequence> own;
     for (int64_t i = 0; i < count; ++i)
@@ -297,8 +304,7 @@ class Run {
       if (!std::isfinite(loss))
         fail(
             "step {}: the loss of layer {} is {}; lower peak_lr, or run the backbone in float32 or bfloat16 "
-            "if it overflows "
-            "(checkpoints up to here are unharmed)",
+            "if it overflows (checkpoints up to here are unharmed)",
             step_ + 1, selector_.layers()[l], loss);
     }
   }
@@ -410,15 +416,19 @@ class Run {
   // Every replica fits for itself: all selectors stay equal, and a sharded backbone needs all to take part.
   void finish() {
     if (config_.calibrate && !held_out_.empty()) {
-      const Calibration fitted = calibrate(backbone_, selector_, calibration_contexts_.empty() ? held_out_ : calibration_contexts_, {},
-                                           hooks_.show_progress && is_writer());
+      const Calibration fitted =
+          calibrate(backbone_, selector_, calibration_contexts_.empty() ? held_out_ : calibration_contexts_,
+                    {}, hooks_.show_progress && is_writer());
       selector_.selection().temperature = fitted.temperature;
       calibration_ = fitted.to_json();
     }
     if (!is_writer()) return;
-    selector_.save(config_.output, fingerprint_, notes(), config_.store == "bfloat16" ? at::kBFloat16 : at::kFloat);
-    const std::string name = (config_.output / "").parent_path().filename().string();  // also of a path that ends with a slash
-    write_file_atomically(config_.output / "README.md", selector_card(name, read_json(config_.output / "selector.json"), log_->entries()));
+    selector_.save(config_.output, fingerprint_, notes(),
+                   config_.store == "bfloat16" ? at::kBFloat16 : at::kFloat);
+    const std::string name =
+        (config_.output / "").parent_path().filename().string();  // also of a path that ends with a slash
+    write_file_atomically(config_.output / "README.md",
+                          selector_card(name, read_json(config_.output / "selector.json"), log_->entries()));
     write_loss_page(config_.output / "loss.html", log_->entries());
   }
 

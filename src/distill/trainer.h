@@ -17,12 +17,14 @@
 namespace spot {
 
 // Data parallelism: every replica runs distill() with the same config and an equal selector, takes the
-// sequences i = rank, rank + count, ... of each step (and of the held-out ones), and sums gradients and measures
+// sequences i = rank, rank + count, ... of each step (and of the held-out ones), and sums gradients and
+// measures
 // with the others. Rank 0 writes all files; all replicas read the output folder and the corpus. Nothing in a
 // checkpoint depends on the number of replicas, so that another number may continue it.
 struct Replicas {
   int64_t rank = 0, count = 1;
-  // Adds each tensor over all replicas, in place; called on all replicas in the same order. Tensors lie on the
+  // Adds each tensor over all replicas, in place; called on all replicas in the same order. Tensors lie on
+  // the
   // backbone's device.
   std::function<void(std::vector<at::Tensor>&)> sum;
 };
@@ -53,11 +55,13 @@ struct TrainResult {
 // config.output receives
 //   selector.safetensors, selector.json   at the end
 //   README.md                             its card, at the end
-//   checkpoint-STEP/                      selector, optimizer and place in the data; appears whole or not at all
+//   checkpoint-STEP/                      selector, optimizer and place in the data; appears whole or not at
+//   all
 //   metrics.jsonl                         one object a step, see docs/distillation.md
 //   loss.html                             plots of it
 // With `resume` the newest checkpoint there is continued, bit for bit as if never interrupted (same device
-// and numbers of threads and replicas). Throws Error when the output already holds a run and `resume` is false; when the
+// and numbers of threads and replicas). Throws Error when the output already holds a run and `resume` is
+// false; when the
 // checkpoint was made with another config, selector, backbone or corpus; and when a loss is not finite,
 // naming layer and step.
 TrainResult distill(const Backbone& backbone, Selector& selector, const Encode& encode, int32_t end_of_text,

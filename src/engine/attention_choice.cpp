@@ -8,12 +8,13 @@
 namespace spot {
 namespace {
 
-constexpr std::array<std::pair<AttentionKind, const char*>, 6> kKinds = {{{AttentionKind::dense, "dense"},
-                                                                          {AttentionKind::spot, "spot"},
-                                                                          {AttentionKind::streaming, "streaming"},
-                                                                          {AttentionKind::oracle, "oracle"},
-                                                                          {AttentionKind::quest, "quest"},
-                                                                          {AttentionKind::twilight, "twilight"}}};
+constexpr std::array<std::pair<AttentionKind, const char*>, 6> kKinds = {
+    {{AttentionKind::dense, "dense"},
+     {AttentionKind::spot, "spot"},
+     {AttentionKind::streaming, "streaming"},
+     {AttentionKind::oracle, "oracle"},
+     {AttentionKind::quest, "quest"},
+     {AttentionKind::twilight, "twilight"}}};
 
 }  // namespace
 
@@ -29,12 +30,16 @@ AttentionKind attention_kind_from_string(const std::string& word) {
   fail("attention '{}' is unknown; choose dense, spot, streaming, oracle, quest or twilight", word);
 }
 
-Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector, int64_t num_pages) {
+Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector,
+                   int64_t num_pages) {
   Policy made;
   switch (spec.kind) {
-    case AttentionKind::dense: fail("dense attention selects nothing and has no policy");
+    case AttentionKind::dense:
+      fail("dense attention selects nothing and has no policy");
     case AttentionKind::spot: {
-      if (!selector) fail("attention 'spot' needs a selector; name one with --selector, or distil one with `spot distill`");
+      if (!selector)
+        fail(
+            "attention 'spot' needs a selector; name one with --selector, or distil one with `spot distill`");
       made.keys = std::make_unique<SelectorCache>(selector->config(), selector->layers(), num_pages,
                                                   spec.cache_format.value_or(selector->config().cache_format),
                                                   backbone.device());
@@ -44,20 +49,23 @@ Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Se
     case AttentionKind::streaming:
       made.policy = std::make_unique<StreamingPolicy>(spec.rule.budget, spec.rule.sinks);
       break;
-    case AttentionKind::oracle: made.policy = std::make_unique<OraclePolicy>(spec.rule); break;
+    case AttentionKind::oracle:
+      made.policy = std::make_unique<OraclePolicy>(spec.rule);
+      break;
     case AttentionKind::quest:
-      made.policy = std::make_unique<QuestPolicy>(backbone.config(), num_pages, backbone.dtype(), backbone.device(), spec.rule);
+      made.policy = std::make_unique<QuestPolicy>(backbone.config(), num_pages, backbone.dtype(),
+                                                  backbone.device(), spec.rule);
       break;
     case AttentionKind::twilight:
-      made.policy =
-          std::make_unique<TwilightPolicy>(backbone.config(), num_pages, backbone.dtype(), backbone.device(), spec.rule, spec.rule.p);
+      made.policy = std::make_unique<TwilightPolicy>(backbone.config(), num_pages, backbone.dtype(),
+                                                     backbone.device(), spec.rule, spec.rule.p);
       break;
   }
   return made;
 }
 
-AttentionRun::AttentionRun(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector, int64_t max_tokens,
-                           int64_t num_sequences) {
+AttentionRun::AttentionRun(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector,
+                           int64_t max_tokens, int64_t num_sequences) {
   const int64_t num_pages = (max_tokens + kPageSize - 1) / kPageSize + num_sequences;
   cache_ = std::make_unique<KvCache>(backbone.config(), num_pages, backbone.dtype(), backbone.device());
   if (spec.kind == AttentionKind::dense) {
@@ -70,6 +78,8 @@ AttentionRun::AttentionRun(const AttentionSpec& spec, const Backbone& backbone, 
   backend_ = std::move(sparse);
 }
 
-BatchView& AttentionRun::view() { return sparse_ ? sparse_->view() : static_cast<DenseAttention&>(*backend_).view(); }
+BatchView& AttentionRun::view() {
+  return sparse_ ? sparse_->view() : static_cast<DenseAttention&>(*backend_).view();
+}
 
 }  // namespace spot

@@ -19,24 +19,28 @@ AttentionKind attention_kind_from_string(const std::string& word);
 
 struct AttentionSpec {
   AttentionKind kind = AttentionKind::dense;
-  // streaming takes rule.budget (tokens) and rule.sinks; twilight takes a top_k rule for Quest, and prunes to rule.p
+  // streaming takes rule.budget (tokens) and rule.sinks; twilight takes a top_k rule for Quest, and prunes to
+  // rule.p
   SelectionRule rule;
   SparseOptions sparse;
   std::optional<CacheFormat> cache_format;  // of the selector's keys; without it the selector's own
 };
 
-// A policy with the caches it feeds. `selector` is needed for spot only (Error without it) and must outlive the result.
+// A policy with the caches it feeds. `selector` is needed for spot only (Error without it) and must outlive
+// the result.
 struct Policy {
   std::unique_ptr<SelectorCache> keys;
   std::unique_ptr<SelectionPolicy> policy;
 };
-Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector, int64_t num_pages);
+Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector,
+                   int64_t num_pages);
 
-// KV cache, policy and backend of one run over at most `max_tokens` tokens in all (each sequence rounded up to whole pages).
+// KV cache, policy and backend of one run over at most `max_tokens` tokens in all (each sequence rounded up
+// to whole pages).
 class AttentionRun {
  public:
-  AttentionRun(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector, int64_t max_tokens,
-               int64_t num_sequences = 1);
+  AttentionRun(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector,
+               int64_t max_tokens, int64_t num_sequences = 1);
   KvCache& cache() { return *cache_; }
   AttentionBackend& backend() { return *backend_; }
   BatchView& view();  // the backend's

@@ -62,7 +62,9 @@ void DecodeStep::refresh(const std::vector<int32_t>& tokens) {
   view_.page_table.narrow(1, 0, table.size(1)).copy_(table);
 }
 
-at::Tensor DecodeStep::forward() { return backbone_.logits(backbone_.forward(batch_, attention_, cache_)); }
+at::Tensor DecodeStep::forward() {
+  return backbone_.logits(backbone_.forward(batch_, attention_, cache_));
+}
 
 at::Tensor DecodeStep::run(const std::vector<int32_t>& tokens) {
   const c10::InferenceMode inference;
@@ -76,13 +78,16 @@ at::Tensor DecodeStep::run(const std::vector<int32_t>& tokens) {
 
 void DecodeStep::capture() {
 #ifdef SPOT_TORCH_CUDA
-  if (!backbone_.device().is_cuda()) fail("a decode step on {} cannot be captured; CUDA graphs need a CUDA device", backbone_.device().str());
+  if (!backbone_.device().is_cuda())
+    fail("a decode step on {} cannot be captured; CUDA graphs need a CUDA device", backbone_.device().str());
   const c10::InferenceMode inference;
   const c10::cuda::CUDAGuard device(backbone_.device());
-  // Lengths of 0 would leave nothing to attend to: the warm-up runs as if each sequence's next token were its last.
+  // Lengths of 0 would leave nothing to attend to: the warm-up runs as if each sequence's next token were its
+  // last.
   for (int64_t i = 0; i < batch_.num_sequences(); ++i) {
     const int64_t length = cache_.length(batch_.sequences[i]);
-    if (length >= max_tokens_) fail("sequence {} is full: the decode step was made for {} tokens", batch_.sequences[i], max_tokens_);
+    if (length >= max_tokens_)
+      fail("sequence {} is full: the decode step was made for {} tokens", batch_.sequences[i], max_tokens_);
   }
   std::vector<KvCache::Mark> marks;
   for (int64_t id : batch_.sequences) marks.push_back(cache_.mark(id));

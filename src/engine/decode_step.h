@@ -12,21 +12,26 @@
 
 namespace spot {
 
-// Holds one token of each sequence per step in buffers that never move, so that the step can be captured once and
-// replayed: lengths, page tables and slots are refreshed in place, and budgets that depend on the data stay on the device.
+// Holds one token of each sequence per step in buffers that never move, so that the step can be captured once
+// and
+// replayed: lengths, page tables and slots are refreshed in place, and budgets that depend on the data stay
+// on the device.
 class DecodeStep {
  public:
-  // `view` is the backend's (DenseAttention::view(), SparseAttention::view()) and is fixed from now on. Each sequence can
+  // `view` is the backend's (DenseAttention::view(), SparseAttention::view()) and is fixed from now on. Each
+  // sequence can
   // grow to `max_tokens` tokens. All arguments outlive this object.
   DecodeStep(const Backbone& backbone, AttentionBackend& attention, BatchView& view, KvCache& cache,
              std::vector<int64_t> sequences, int64_t max_tokens);
   ~DecodeStep();
 
-  // Runs tokens[i] of sequences[i]; returns float32 logits [sequences, vocab_size], overwritten by the next call. Throws Error
+  // Runs tokens[i] of sequences[i]; returns float32 logits [sequences, vocab_size], overwritten by the next
+  // call. Throws Error
   // when a sequence is full or a token is outside the vocabulary.
   at::Tensor run(const std::vector<int32_t>& tokens);
 
-  // Captures the step in a CUDA graph; later run() calls replay it. Throws Error on the CPU and in builds against a torch without
+  // Captures the step in a CUDA graph; later run() calls replay it. Throws Error on the CPU and in builds
+  // against a torch without
   // CUDA. The capture itself runs steps that write beyond the sequences' ends, which later tokens overwrite.
   void capture();
 

@@ -61,9 +61,10 @@ GenerateResult generate(const Backbone& backbone, AttentionBackend& attention, K
     if (prompt.empty()) fail("a prompt holds no token; give some text");
     const auto needed = static_cast<int64_t>(prompt.size()) + options.max_new_tokens;
     if (needed > config.max_position_embeddings) {
-      fail("the prompt's {} tokens plus {} new ones pass the model's limit of {} positions; shorten the prompt or ask for "
-           "fewer tokens",
-           prompt.size(), options.max_new_tokens, config.max_position_embeddings);
+      fail(
+          "the prompt's {} tokens plus {} new ones pass the model's limit of {} positions; shorten the prompt or ask for "
+          "fewer tokens",
+          prompt.size(), options.max_new_tokens, config.max_position_embeddings);
     }
   }
   OpenSequences sequences(cache, prompts.size());
@@ -104,11 +105,13 @@ GenerateResult generate(const Backbone& backbone, AttentionBackend& attention, K
     std::vector<int64_t> ids;
     std::vector<std::vector<int32_t>> tokens;
     for (size_t i : active) ids.push_back(sequences[i]), tokens.push_back({next[i]});
-    const at::Tensor logits = backbone.logits(backbone.forward(make_batch(cache, ids, tokens), attention, cache)).cpu();
+    const at::Tensor logits =
+        backbone.logits(backbone.forward(make_batch(cache, ids, tokens), attention, cache)).cpu();
     std::vector<size_t> still;
     for (size_t row = 0; row < active.size(); ++row) {
       result.decode_tokens++;
-      if (accept(active[row], samplers[active[row]].sample(logits[static_cast<int64_t>(row)]))) still.push_back(active[row]);
+      if (accept(active[row], samplers[active[row]].sample(logits[static_cast<int64_t>(row)])))
+        still.push_back(active[row]);
     }
     active = std::move(still);
   }

@@ -10,12 +10,15 @@
 namespace spot {
 
 void SamplingOptions::check() const {
-  if (!(temperature >= 0) || !std::isfinite(temperature)) fail("temperature is {}; give 0 (greedy) or more", temperature);
+  if (!(temperature >= 0) || !std::isfinite(temperature))
+    fail("temperature is {}; give 0 (greedy) or more", temperature);
   if (!(top_p > 0 && top_p <= 1)) fail("sampling top-p is {}; give a share in (0, 1]", top_p);
   if (top_k < 0) fail("sampling top-k is {}; give 0 (all tokens) or more", top_k);
 }
 
-Sampler::Sampler(const SamplingOptions& options) : options_(options), random_(options.seed) { options_.check(); }
+Sampler::Sampler(const SamplingOptions& options) : options_(options), random_(options.seed) {
+  options_.check();
+}
 
 int32_t Sampler::sample(const at::Tensor& logits) {
   const at::Tensor row = logits.to(at::kCPU, at::kFloat).contiguous();
@@ -43,7 +46,8 @@ int32_t Sampler::sample(const at::Tensor& logits) {
   double nucleus = 0;
   int64_t kept = 0;
   while (kept < keep && nucleus < options_.top_p * total) nucleus += weights[kept++];
-  // 53 random bits: the same draw from every standard library, which uniform_real_distribution does not promise.
+  // 53 random bits: the same draw from every standard library, which uniform_real_distribution does not
+  // promise.
   double left = static_cast<double>(random_() >> 11) * 0x1p-53 * nucleus;
   for (int64_t i = 0; i < kept; ++i) {
     left -= weights[i];

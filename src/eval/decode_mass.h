@@ -16,8 +16,8 @@ struct DecodeMass {
       const Selection row = event.selection.row(i);
       const at::Tensor key =
           event.cache.gather(event.cache.keys(event.layer), event.inputs.batch.sequences[i], position + 1);
-      const at::Tensor mass = attention_mass(event.inputs.query.narrow(0, i, 1), key, event.inputs.scale, position,
-                                             row.groups(), mass_reduction(row));
+      const at::Tensor mass = attention_mass(event.inputs.query.narrow(0, i, 1), key, event.inputs.scale,
+                                             position, row.groups(), mass_reduction(row));
       captured += captured_mass(mass, row, event.rule).total.mean().item<double>();
       terms += 1;
     }

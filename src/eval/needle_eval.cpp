@@ -24,7 +24,8 @@ struct Contestant {
   SparseAttention* sparse = nullptr;
 };
 
-Contestant make_contestant(const EvalMethod& method, const Backbone& backbone, const Selector* selector, KvCache& cache) {
+Contestant make_contestant(const EvalMethod& method, const Backbone& backbone, const Selector* selector,
+                           KvCache& cache) {
   Contestant made;
   if (method.spec.kind == AttentionKind::dense) {
     made.backend = std::make_unique<DenseAttention>(cache);
@@ -37,34 +38,41 @@ Contestant make_contestant(const EvalMethod& method, const Backbone& backbone, c
   return made;
 }
 
-// Reads `question` and writes the answer, one token a step. Returns the answer's tokens and the seconds of the steps.
-std::pair<std::vector<int32_t>, double> answer_question(const Backbone& backbone, AttentionBackend& attention, KvCache& cache,
-                                                        int64_t sequence, const std::vector<int32_t>& question) {
+// Reads `question` and writes the answer, one token a step. Returns the answer's tokens and the seconds of
+// the steps.
+std::pair<std::vector<int32_t>, double> answer_question(const Backbone& backbone, AttentionBackend& attention,
+                                                        KvCache& cache, int64_t sequence,
+                                                        const std::vector<int32_t>& question) {
   std::vector<int32_t> output;
   Sampler greedy{SamplingOptions{}};
   const auto start = std::chrono::steady_clock::now();
   at::Tensor hidden;
-  for (int32_t token : question) hidden = backbone.forward(make_batch(cache, {sequence}, {{token}}), attention, cache);
+  for (int32_t token : question)
+    hidden = backbone.forward(make_batch(cache, {sequence}, {{token}}), attention, cache);
   for (int64_t i = 0; i < kAnswerTokens; ++i) {
     output.push_back(greedy.sample(backbone.logits(hidden)[0]));
-    if (i + 1 < kAnswerTokens) hidden = backbone.forward(make_batch(cache, {sequence}, {{output.back()}}), attention, cache);
+    if (i + 1 < kAnswerTokens)
+      hidden = backbone.forward(make_batch(cache, {sequence}, {{output.back()}}), attention, cache);
   }
   return {output, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
 }
 
 }  // namespace
 
-int64_t NeedleMethodResult::num_correct() const { return std::count(correct.begin(), correct.end(), true); }
+int64_t NeedleMethodResult::num_correct() const {
+  return std::count(correct.begin(), correct.end(), true);
+}
 
-NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* selector, const Tokenizer& tokenizer,
-                                  const std::vector<NeedlePrompt>& prompts, const NeedleOptions& options,
-                                  const std::vector<EvalMethod>& methods) {
+NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* selector,
+                                  const Tokenizer& tokenizer, const std::vector<NeedlePrompt>& prompts,
+                                  const NeedleOptions& options, const std::vector<EvalMethod>& methods) {
   const c10::InferenceMode inference;
   if (options.length + kAnswerTokens > backbone.config().max_position_embeddings) {
-    fail("needle evaluation: length {} plus {} answer tokens pass the model's limit of {} positions", options.length, kAnswerTokens,
-         backbone.config().max_position_embeddings);
+    fail("needle evaluation: length {} plus {} answer tokens pass the model's limit of {} positions",
+         options.length, kAnswerTokens, backbone.config().max_position_embeddings);
   }
-  KvCache cache(backbone.config(), (options.length + kAnswerTokens) / kPageSize + 2, backbone.dtype(), backbone.device());
+  KvCache cache(backbone.config(), (options.length + kAnswerTokens) / kPageSize + 2, backbone.dtype(),
+                backbone.device());
   std::vector<Contestant> contestants;
   std::vector<SelectionPolicy*> policies;
   NeedleEvalResult result;
@@ -98,7 +106,8 @@ NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* sele
       if (!c.sparse) continue;
       // The true mass needs dense attention, so it is measured on a second, untimed reading of the question.
       c.sparse->set_observer([&sum = masses[m]](const SelectionEvent& event) { sum(event); });
-      for (int32_t token : prompt.question) backbone.forward(make_batch(cache, {sequence}, {{token}}), *c.backend, cache);
+      for (int32_t token : prompt.question)
+        backbone.forward(make_batch(cache, {sequence}, {{token}}), *c.backend, cache);
       c.sparse->set_observer({});
       cache.rollback(sequence, after_context);
     }
@@ -112,7 +121,8 @@ NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* sele
     if (!contestants[m].sparse) continue;
     double attended = 0, visible = 0, rows = 0;
     for (const auto& [layer, counter] : contestants[m].sparse->counters())
-      attended += counter.tokens_attended, visible += static_cast<double>(counter.tokens_visible), rows += counter.rows;
+      attended += counter.tokens_attended, visible += static_cast<double>(counter.tokens_visible),
+          rows += counter.rows;
     if (visible > 0) method.attended_share = attended / visible, method.attended_tokens = attended / rows;
     if (masses[m].terms > 0) method.captured_mass = masses[m].captured / static_cast<double>(masses[m].terms);
   }

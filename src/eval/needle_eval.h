@@ -1,4 +1,5 @@
-// Retrieval under sparse attention: multi-key needle prompts, answered by several methods after one dense prefill.
+// Retrieval under sparse attention: multi-key needle prompts, answered by several methods after one dense
+// prefill.
 #pragma once
 
 #include <nlohmann/json.hpp>
@@ -44,11 +45,13 @@ struct NeedleSweep {
   void add_to(Page& page) const;
 };
 
-// Each prompt's context is prefilled densely once. Then every method reads the question token by token and writes the
-// answer greedily, all through its own (sparse) decode, so that finding the needle falls to the method. A method of kind dense is
+// Each prompt's context is prefilled densely once. Then every method reads the question token by token and
+// writes the
+// answer greedily, all through its own (sparse) decode, so that finding the needle falls to the method. A
+// method of kind dense is
 // the reference.
-NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* selector, const Tokenizer& tokenizer,
-                                  const std::vector<NeedlePrompt>& prompts, const NeedleOptions& options,
-                                  const std::vector<EvalMethod>& methods);
+NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* selector,
+                                  const Tokenizer& tokenizer, const std::vector<NeedlePrompt>& prompts,
+                                  const NeedleOptions& options, const std::vector<EvalMethod>& methods);
 
 }  // namespace spot

@@ -9,7 +9,9 @@
 namespace spot {
 namespace {
 
-std::set<double> depth_levels(const NeedleEvalResult& result) { return {result.depths.begin(), result.depths.end()}; }
+std::set<double> depth_levels(const NeedleEvalResult& result) {
+  return {result.depths.begin(), result.depths.end()};
+}
 
 double share_at_depth(const NeedleEvalResult& result, size_t method, double depth) {
   double right = 0, all = 0;
@@ -25,12 +27,19 @@ Interval exact_match_interval(const NeedleMethodResult& method) {
 }  // namespace
 
 nlohmann::json NeedleEvalResult::to_json() const {
-  nlohmann::json json = {{"length", options.length}, {"distractors", options.distractors}, {"samples", depths.size()},
-                         {"seed", options.seed}, {"prefill_seconds", prefill_seconds}, {"depths", depths}};
+  nlohmann::json json = {{"length", options.length},           {"distractors", options.distractors},
+                         {"samples", depths.size()},           {"seed", options.seed},
+                         {"prefill_seconds", prefill_seconds}, {"depths", depths}};
   for (const NeedleMethodResult& m : methods) {
     const Interval interval = exact_match_interval(m);
-    json["methods"].push_back({{"name", m.name}, {"exact_match", m.num_correct()}, {"interval", {interval.low, interval.high}}, {"correct", m.correct}, {"outputs", m.outputs},
-                               {"attended_share", m.attended_share}, {"attended_tokens", m.attended_tokens}, {"captured_mass", m.captured_mass},
+    json["methods"].push_back({{"name", m.name},
+                               {"exact_match", m.num_correct()},
+                               {"interval", {interval.low, interval.high}},
+                               {"correct", m.correct},
+                               {"outputs", m.outputs},
+                               {"attended_share", m.attended_share},
+                               {"attended_tokens", m.attended_tokens},
+                               {"captured_mass", m.captured_mass},
                                {"milliseconds_per_token", m.milliseconds_per_token}});
   }
   return json;
@@ -43,15 +52,18 @@ nlohmann::json NeedleSweep::to_json() const {
 }
 
 Table NeedleSweep::summary() const {
-  Table table{{"attention", "length", "exact match", "attended", "captured mass", "ms/token", "speed vs first"}, {}};
+  Table table{
+      {"attention", "length", "exact match", "attended", "captured mass", "ms/token", "speed vs first"}, {}};
   for (const NeedleEvalResult& result : lengths) {
     for (const NeedleMethodResult& m : result.methods) {
       const Interval interval = exact_match_interval(m);
-      table.rows.push_back({m.name, std::to_string(result.options.length),
-                            fmt::format("{}/{} [{:.2f}, {:.2f}]", m.num_correct(), m.correct.size(), interval.low, interval.high),
-                            fmt::format("{:.1f}%", 100 * m.attended_share), fmt::format("{:.3f}", m.captured_mass),
-                            fmt::format("{:.2f}", m.milliseconds_per_token),
-                            fmt::format("{:.2f}x", result.methods.front().milliseconds_per_token / m.milliseconds_per_token)});
+      table.rows.push_back(
+          {m.name, std::to_string(result.options.length),
+           fmt::format("{}/{} [{:.2f}, {:.2f}]", m.num_correct(), m.correct.size(), interval.low,
+                       interval.high),
+           fmt::format("{:.1f}%", 100 * m.attended_share), fmt::format("{:.3f}", m.captured_mass),
+           fmt::format("{:.2f}", m.milliseconds_per_token),
+           fmt::format("{:.2f}x", result.methods.front().milliseconds_per_token / m.milliseconds_per_token)});
     }
   }
   return table;
@@ -60,15 +72,18 @@ Table NeedleSweep::summary() const {
 void NeedleSweep::add_to(Page& page) const {
   const NeedleEvalResult& first = lengths.front();
   page.heading("Multi-key needles");
-  page.paragraph(fmt::format("{} prompts a length, {} distractor needles each, seed {}. The context is prefilled densely once; each "
-                             "method then reads the question and writes the answer token by token. In brackets: Wilson's 95% "
-                             "interval.",
-                             first.depths.size(), first.options.distractors, first.options.seed));
+  page.paragraph(fmt::format(
+      "{} prompts a length, {} distractor needles each, seed {}. The context is prefilled densely once; each "
+      "method then reads the question and writes the answer token by token. In brackets: Wilson's 95% "
+      "interval.",
+      first.depths.size(), first.options.distractors, first.options.seed));
   page.add(summary());
   for (const NeedleEvalResult& result : lengths) {
-    BarChart match{.title = fmt::format("Exact match at {} tokens", result.options.length), .y_label = "share",
+    BarChart match{.title = fmt::format("Exact match at {} tokens", result.options.length),
+                   .y_label = "share",
                    .groups = {"exact match", "tokens attended", "captured mass"}};
-    BarChart speed{.title = fmt::format("Decode step at {} tokens", result.options.length), .y_label = "ms a token",
+    BarChart speed{.title = fmt::format("Decode step at {} tokens", result.options.length),
+                   .y_label = "ms a token",
                    .groups = {"ms a token"}};
     for (const NeedleMethodResult& m : result.methods) {
       match.names.push_back(m.name), speed.names.push_back(m.name);
@@ -89,12 +104,18 @@ void NeedleSweep::add_to(Page& page) const {
     page.chart(map);
     return;
   }
-  LineChart by_length{.title = "Exact match by length", .x_label = "tokens", .y_label = "share", .log_x = true, .y_from_zero = true};
+  LineChart by_length{.title = "Exact match by length",
+                      .x_label = "tokens",
+                      .y_label = "share",
+                      .log_x = true,
+                      .y_from_zero = true};
   for (size_t m = 0; m < first.methods.size(); ++m) {
     Series series{.name = first.methods[m].name, .dashed = m == 0};
-    HeatMap map{.title = "Exact match, " + first.methods[m].name, .x_label = "tokens", .y_label = "needle depth"};
+    HeatMap map{
+        .title = "Exact match, " + first.methods[m].name, .x_label = "tokens", .y_label = "needle depth"};
     for (const NeedleEvalResult& result : lengths) {
-      series.x.push_back(static_cast<double>(result.options.length)), series.y.push_back(exact_match_interval(result.methods[m]).mean);
+      series.x.push_back(static_cast<double>(result.options.length)),
+          series.y.push_back(exact_match_interval(result.methods[m]).mean);
       map.columns.push_back(std::to_string(result.options.length));
     }
     for (double depth : depth_levels(first)) {  // the same at every length

@@ -15,15 +15,18 @@ namespace {
 
 // Everyday words; a key is two of them, so 64 * 63 keys.
 constexpr std::array<const char*, 64> kWords = {
-    "amber",  "anchor", "apple",  "arrow",  "autumn", "badger", "basket", "beacon", "blossom", "bridge", "bronze",
-    "candle", "canyon", "castle", "cedar",  "cherry", "cloud",  "copper", "coral",  "crystal", "desert", "dragon",
-    "eagle",  "ember",  "falcon", "feather", "forest", "garden", "ginger", "glacier", "hammer", "harbor", "hazel",
-    "honey",  "island", "ivory",  "jacket", "jungle", "kettle", "ladder", "lantern", "lemon",  "marble", "meadow",
-    "mirror", "nectar", "ocean",  "olive",  "orchid", "pebble", "pepper", "planet", "ribbon", "river",  "saddle",
-    "silver", "spider", "stone",  "sunset", "thunder", "timber", "velvet", "walnut", "winter"};
+    "amber",   "anchor", "apple",  "arrow",  "autumn", "badger",  "basket", "beacon", "blossom", "bridge",
+    "bronze",  "candle", "canyon", "castle", "cedar",  "cherry",  "cloud",  "copper", "coral",   "crystal",
+    "desert",  "dragon", "eagle",  "ember",  "falcon", "feather", "forest", "garden", "ginger",  "glacier",
+    "hammer",  "harbor", "hazel",  "honey",  "island", "ivory",   "jacket", "jungle", "kettle",  "ladder",
+    "lantern", "lemon",  "marble", "meadow", "mirror", "nectar",  "ocean",  "olive",  "orchid",  "pebble",
+    "pepper",  "planet", "ribbon", "river",  "saddle", "silver",  "spider", "stone",  "sunset",  "thunder",
+    "timber",  "velvet", "walnut", "winter"};
 
 // Uniform below n. The modulo's bias is below 1e-15, and every platform draws the same.
-int64_t below(std::mt19937_64& random, int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
+int64_t below(std::mt19937_64& random, int64_t n) {
+  return static_cast<int64_t>(random() % static_cast<uint64_t>(n));
+}
 
 }  // namespace
 
@@ -31,7 +34,8 @@ std::vector<NeedlePrompt> make_needle_prompts(const Tokenizer& tokenizer, const 
                                               const NeedleOptions& options) {
   const auto text = tokenizer.encode(filler);
   if (text.size() < 64) fail("needle prompts: the filler text has {} tokens; give a longer one", text.size());
-  if (options.distractors > 2000) fail("needle prompts: {} distractors; give at most 2000", options.distractors);
+  if (options.distractors > 2000)
+    fail("needle prompts: {} distractors; give at most 2000", options.distractors);
   std::mt19937_64 random(options.seed);
   std::vector<NeedlePrompt> prompts;
   for (int64_t sample = 0; sample < options.samples; ++sample) {
@@ -50,8 +54,8 @@ std::vector<NeedlePrompt> make_needle_prompts(const Tokenizer& tokenizer, const 
     prompt.depth = (static_cast<double>(sample % levels) + 0.5) / static_cast<double>(levels);
     prompt.answer = new_value();
     const std::string key = new_key();
-    prompt.question = tokenizer.encode(
-        fmt::format("\nWhat is the special magic number for {}? The special magic number for {} is:", key, key));
+    prompt.question = tokenizer.encode(fmt::format(
+        "\nWhat is the special magic number for {}? The special magic number for {} is:", key, key));
 
     std::vector<std::pair<double, std::vector<int32_t>>> needles;
     auto needle = [&](const std::string& k, const std::string& v) {
@@ -63,7 +67,8 @@ std::vector<NeedlePrompt> make_needle_prompts(const Tokenizer& tokenizer, const 
       const std::string other = new_key();
       needles.emplace_back(depth, needle(other, new_value()));
     }
-    std::stable_sort(needles.begin(), needles.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+    std::stable_sort(needles.begin(), needles.end(),
+                     [](const auto& a, const auto& b) { return a.first < b.first; });
     auto room = options.length - static_cast<int64_t>(prompt.question.size());
     for (const auto& [depth, ids] : needles) room -= static_cast<int64_t>(ids.size());
     if (room < 0) {
@@ -73,7 +78,8 @@ std::vector<NeedlePrompt> make_needle_prompts(const Tokenizer& tokenizer, const 
     const auto begin = below(random, static_cast<int64_t>(text.size()));
     int64_t taken = 0;
     auto take_until = [&](int64_t until) {
-      for (; taken < until; ++taken) prompt.context.push_back(text[(begin + taken) % static_cast<int64_t>(text.size())]);
+      for (; taken < until; ++taken)
+        prompt.context.push_back(text[(begin + taken) % static_cast<int64_t>(text.size())]);
     };
     for (const auto& [depth, ids] : needles) {
       take_until(static_cast<int64_t>(depth * static_cast<double>(room)));

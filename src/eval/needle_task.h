@@ -1,4 +1,5 @@
-// Multi-key needle prompts: facts "The special magic number for KEY is: VALUE." hidden in running text, one asked.
+// Multi-key needle prompts: facts "The special magic number for KEY is: VALUE." hidden in running text, one
+// asked.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,8 @@ struct NeedleOptions {
   uint64_t seed = 1;
 };
 
-// `filler` is running text, drawn from at random offsets; it is repeated if it is shorter than a prompt. Throws Error
+// `filler` is running text, drawn from at random offsets; it is repeated if it is shorter than a prompt.
+// Throws Error
 // when the length has no room for the needles, or when the filler is too short to draw from.
 std::vector<NeedlePrompt> make_needle_prompts(const Tokenizer& tokenizer, const std::string& filler,
                                               const NeedleOptions& options);

@@ -59,8 +59,7 @@ std::string track_question(const Chain& chain) {
 std::string track_prefix(const Chain& chain) {
   return fmt::format(
       " Answer: According to the chain of variable assignments in the text above, {} variables are assigned "
-      "the value {}, "
-      "they are:",
+      "the value {}, they are:",
       chain.names.size(), chain.value);
 }
 
@@ -150,14 +149,12 @@ Draft build_frequent_words(const Request& request) {
   Draft draft;
   draft.context =
       "Read the coded text below and count how often each coded word occurs in it. Find the three words that "
-      "occur most "
-      "often.\n";
+      "occur most often.\n";
   for (const std::string& word : all) draft.context += word + " ";
   draft.context.back() = '\n';
   draft.question =
       "Question: Explain nothing and leave the dots '...' out of account. Which three words occur most often "
-      "in the coded "
-      "text above?";
+      "in the coded text above?";
   draft.answer_prefix =
       " Answer: According to the coded text above, the three most frequently appeared words are:";
   draft.references.assign(coded.begin() + 1, coded.begin() + 4);

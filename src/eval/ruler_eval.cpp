@@ -44,13 +44,15 @@ std::vector<Job> list_jobs(const RulerEvalOptions& options) {
   return jobs;
 }
 
-// One method's attention, over the shared cache or, where it reads the context by itself, over one of its own.
+// One method's attention, over the shared cache or, where it reads the context by itself, over one of its
+// own.
 class MethodRun {
  public:
   MethodRun(const EvalMethod& method, const Backbone& backbone, const Selector* selector, KvCache& shared)
       : backbone_(backbone),
         own_cache_(method.spec.sparse.prefill == PrefillMode::sparse
-                       ? std::make_unique<KvCache>(backbone.config(), shared.num_pages(), backbone.dtype(), backbone.device())
+                       ? std::make_unique<KvCache>(backbone.config(), shared.num_pages(), backbone.dtype(),
+                                                   backbone.device())
                        : nullptr),
         cache_(own_cache_ ? *own_cache_ : shared) {
     if (method.spec.kind == AttentionKind::dense) {
@@ -70,12 +72,14 @@ class MethodRun {
     backend_ = std::move(sparse);
   }
 
-  // Feeds on the dense prefill that methods share; null for dense attention and where the method has its own prefill.
+  // Feeds on the dense prefill that methods share; null for dense attention and where the method has its own
+  // prefill.
   SelectionPolicy* shared_policy() const { return own_cache_ ? nullptr : policy_.policy.get(); }
 
   // The answer after the context that `shared_sequence` holds, which stays as it was.
-  RulerOutcome answer_after(const std::vector<int32_t>& context, int64_t shared_sequence, const std::vector<int32_t>& question,
-                            const RulerSample& sample, const TextCodec& codec, const RulerEvalOptions& options) {
+  RulerOutcome answer_after(const std::vector<int32_t>& context, int64_t shared_sequence,
+                            const std::vector<int32_t>& question, const RulerSample& sample,
+                            const TextCodec& codec, const RulerEvalOptions& options) {
     if (!own_cache_) {
       const KvCache::Mark after_context = cache_.mark(shared_sequence);
       RulerOutcome outcome = answer(shared_sequence, question, sample, codec, options);
@@ -90,7 +94,8 @@ class MethodRun {
   }
 
  private:
-  // Reads `question` (every token selects for itself, as in decode) and writes the answer, one token a step, behind what
+  // Reads `question` (every token selects for itself, as in decode) and writes the answer, one token a step,
+  // behind what
   // `sequence` holds.
   RulerOutcome answer(int64_t sequence, const std::vector<int32_t>& question, const RulerSample& sample,
                       const TextCodec& codec, const RulerEvalOptions& options) {

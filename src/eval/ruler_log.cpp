@@ -82,7 +82,7 @@ void RulerLog::append(const nlohmann::json& entry) {
 }
 
 void RulerLog::write(const std::string& line) {
-  struct stat before {};
+  struct stat before{};
   if (::fstat(descriptor_, &before) != 0)
     fail("{}: cannot be written: {}", file_.string(), std::strerror(errno));
   size_t done = 0;

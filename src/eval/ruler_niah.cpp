@@ -54,19 +54,16 @@ constexpr std::array<Wording, kRulerWordings> kWordings = {{
     {{"A special magic {kind} is hidden in the text below. Memorise it: you will be asked for the {kind} "
       "afterwards.\n",
       "Some special magic {kind}s are hidden in the text below. Memorise them: you will be asked for the "
-      "{kind}s "
-      "afterwards.\n"},
+      "{kind}s afterwards.\n"},
      "One of the special magic {kind}s for {key} is: {value}.",
      {"What is the special magic {kind} for {query} that the text above mentions?",
       "What are all the special magic {kind}s for {query} that the text above mentions?"},
      {" The special magic {kind} for {query} mentioned in the provided text is",
       " The special magic {kind}s for {query} mentioned in the provided text are"}},
     {{"Somewhere in the following pages a record with a {kind} has been filed. Keep it in mind, a question "
-      "about it "
-      "follows.\n",
+      "about it follows.\n",
       "Somewhere in the following pages records with {kind}s have been filed. Keep them in mind, a question "
-      "about them "
-      "follows.\n"},
+      "about them follows.\n"},
      "For the record: the {kind} filed under the name {key} is {value}.",
      {"Which {kind} has been filed under the name {query}?",
       "Which {kind}s have been filed under the name {query}?"},

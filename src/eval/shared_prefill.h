@@ -1,4 +1,5 @@
-// One dense prefill that feeds several policies, so that methods are compared after the same context at one cost.
+// One dense prefill that feeds several policies, so that methods are compared after the same context at one
+// cost.
 #pragma once
 
 #include <vector>

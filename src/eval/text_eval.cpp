@@ -26,16 +26,18 @@ struct TokenSums {
   std::vector<double> nll = std::vector<double>(kPositionBuckets, 0.0), kl = nll, agreement = nll;
 
   // log_probs and dense_log_probs [rows, vocab] of positions `first`..; targets [rows] int64.
-  void add(const at::Tensor& log_probs, const at::Tensor& dense_log_probs, const at::Tensor& targets, int64_t first,
-           int64_t length) {
-    const at::Tensor rows = at::stack({-log_probs.gather(1, targets.unsqueeze(1)).squeeze(1),
-                                       (dense_log_probs.exp() * (dense_log_probs - log_probs)).sum(1),
-                                       (log_probs.argmax(1) == dense_log_probs.argmax(1)).to(log_probs.dtype())})
-                                .to(at::kCPU, at::kDouble);
+  void add(const at::Tensor& log_probs, const at::Tensor& dense_log_probs, const at::Tensor& targets,
+           int64_t first, int64_t length) {
+    const at::Tensor rows =
+        at::stack({-log_probs.gather(1, targets.unsqueeze(1)).squeeze(1),
+                   (dense_log_probs.exp() * (dense_log_probs - log_probs)).sum(1),
+                   (log_probs.argmax(1) == dense_log_probs.argmax(1)).to(log_probs.dtype())})
+            .to(at::kCPU, at::kDouble);
     const auto values = rows.accessor<double, 2>();
     for (int64_t i = 0; i < values.size(1); ++i) {
       const int64_t bucket = (first + i) * kPositionBuckets / length;
-      tokens[bucket] += 1, nll[bucket] += values[0][i], kl[bucket] += values[1][i], agreement[bucket] += values[2][i];
+      tokens[bucket] += 1, nll[bucket] += values[0][i], kl[bucket] += values[1][i],
+          agreement[bucket] += values[2][i];
     }
   }
 
@@ -53,7 +55,8 @@ struct TokenSums {
   }
 };
 
-// Of the heaviest blocks (or tokens, as the selection goes), as many as it holds: the share that it holds. By row and
+// Of the heaviest blocks (or tokens, as the selection goes), as many as it holds: the share that it holds. By
+// row and
 // group.
 at::Tensor oracle_recall(const at::Tensor& mass, const Selection& selection) {
   const at::Tensor chosen = chosen_columns(mass, selection), count = chosen.sum(2, true);
@@ -79,8 +82,9 @@ class Measurer {
       const at::Tensor key = event.cache.gather(event.cache.keys(event.layer), sequence, one.start + 1);
       const Selection selection = event.selection.row(row);
       const at::Tensor lengths = selection.lengths;
-      const at::Tensor mass = attention_mass(event.inputs.query.narrow(0, one.first, 1), key, event.inputs.scale, one.start,
-                                             selection.groups(), mass_reduction(selection));
+      const at::Tensor mass =
+          attention_mass(event.inputs.query.narrow(0, one.first, 1), key, event.inputs.scale, one.start,
+                         selection.groups(), mass_reduction(selection));
       const CapturedMass captured = captured_mass(mass, selection, event.rule);
       LayerMeasures& layer = layers_[event.layer];
       layer.queries += 1;
@@ -96,7 +100,8 @@ class Measurer {
         rule.mode = SelectionMode::top_p, rule.p = p, rule.cap = 0;
         // Without the floor: it would add mass that p did not ask for.
         rule.floor = rule.sinks + rule.recency + kPageSize;
-        layer.calibration[p] += captured_mass(mass, select_blocks(scores, lengths, rule), rule).residual.mean().item<double>();
+        layer.calibration[p] +=
+            captured_mass(mass, select_blocks(scores, lengths, rule), rule).residual.mean().item<double>();
       }
     }
   }
@@ -113,7 +118,9 @@ double since(std::chrono::steady_clock::time_point start) {
 
 }  // namespace
 
-double MethodResult::perplexity() const { return std::exp(nll); }
+double MethodResult::perplexity() const {
+  return std::exp(nll);
+}
 
 double MethodResult::attended_share() const {
   double sum = 0;
@@ -121,16 +128,19 @@ double MethodResult::attended_share() const {
   return layers.empty() ? 1.0 : sum / static_cast<double>(layers.size());
 }
 
-TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector, const std::vector<int32_t>& tokens,
-                             const std::vector<EvalMethod>& methods, const TextEvalOptions& options) {
+TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
+                             const std::vector<int32_t>& tokens, const std::vector<EvalMethod>& methods,
+                             const TextEvalOptions& options) {
   const c10::InferenceMode inference;
   const auto available = static_cast<int64_t>(tokens.size());
-  if (options.sequences < 1 || options.length < 2 || options.chunk < 1) fail("evaluation: sequences, length and chunk must be positive");
+  if (options.sequences < 1 || options.length < 2 || options.chunk < 1)
+    fail("evaluation: sequences, length and chunk must be positive");
   if (available < options.sequences * options.length) {
-    fail("evaluation: the text has {} tokens, {} sequences of {} need {}; give more text or ask for less", available,
-         options.sequences, options.length, options.sequences * options.length);
+    fail("evaluation: the text has {} tokens, {} sequences of {} need {}; give more text or ask for less",
+         available, options.sequences, options.length, options.sequences * options.length);
   }
-  if (options.skip >= options.length - 1) fail("evaluation: skip {} leaves nothing of length {} to score", options.skip, options.length);
+  if (options.skip >= options.length - 1)
+    fail("evaluation: skip {} leaves nothing of length {} to score", options.skip, options.length);
   if (options.length > backbone.config().max_position_embeddings) {
     fail("evaluation: length {} passes the model's limit of {} positions", options.length,
          backbone.config().max_position_embeddings);
@@ -140,7 +150,8 @@ TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
   result.dense.name = "dense";
   result.methods.resize(methods.size());
   std::vector<TokenSums> sums(methods.size() + 1);  // dense first
-  Progress progress("evaluate", options.sequences * options.length * static_cast<int64_t>(methods.size() + 1));
+  Progress progress("evaluate",
+                    options.sequences * options.length * static_cast<int64_t>(methods.size() + 1));
   int64_t done = 0;
 
   for (int64_t s = 0; s < options.sequences; ++s) {
@@ -154,7 +165,8 @@ TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
       if (m) {
         MethodResult& method = result.methods[m - 1];
         method.name = methods[m - 1].name;
-        runs.back()->sparse()->set_observer(Measurer(runs.back()->sparse()->policy(), options, method.layers));
+        runs.back()->sparse()->set_observer(
+            Measurer(runs.back()->sparse()->policy(), options, method.layers));
       }
     }
     // All methods advance chunk by chunk together, so that logits are compared without being kept.
@@ -166,7 +178,8 @@ TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
       const int64_t first = std::max(start, options.skip), last = std::min(end, options.length - 1);
       at::Tensor dense_log_probs, targets;
       if (first < last) {
-        targets = at::tensor(std::vector<int64_t>(at_offset + first + 1, at_offset + last + 1), at::kLong).to(backbone.device());
+        targets = at::tensor(std::vector<int64_t>(at_offset + first + 1, at_offset + last + 1), at::kLong)
+                      .to(backbone.device());
       }
       for (size_t m = 0; m < runs.size(); ++m) {
         const auto clock = std::chrono::steady_clock::now();
@@ -175,7 +188,8 @@ TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
         sums[m].seconds += since(clock);
         progress.update(done += end - start, m ? methods[m - 1].name : "dense");
         if (first >= last) continue;
-        const at::Tensor log_probs = at::log_softmax(backbone.logits(hidden.slice(0, first - start, last - start)), 1);
+        const at::Tensor log_probs =
+            at::log_softmax(backbone.logits(hidden.slice(0, first - start, last - start)), 1);
         if (!m) dense_log_probs = log_probs;
         sums[m].add(log_probs, dense_log_probs, targets, first, options.length);
       }
@@ -189,11 +203,13 @@ TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
     sums[m + 1].finish(result.methods[m]);
     for (auto& [layer, measures] : result.methods[m].layers) {
       for (auto& [p, captured] : measures.calibration) captured /= static_cast<double>(measures.queries);
-      // Where a method's floor made it dense, nothing was selected and all was attended; all methods are compared on
+      // Where a method's floor made it dense, nothing was selected and all was attended; all methods are
+      // compared on
       // the same queries.
       const auto dense = static_cast<double>(queries - measures.queries);
       measures.queries = queries;
-      for (double* mean : {&measures.attended_share, &measures.captured_mass, &measures.captured_residual, &measures.oracle_recall})
+      for (double* mean : {&measures.attended_share, &measures.captured_mass, &measures.captured_residual,
+                           &measures.oracle_recall})
         *mean = (*mean + dense) / static_cast<double>(queries);
     }
   }

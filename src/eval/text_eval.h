@@ -18,10 +18,10 @@ struct EvalMethod {
 };
 
 struct TextEvalOptions {
-  int64_t length = 8192;        // tokens a sequence
+  int64_t length = 8192;  // tokens a sequence
   int64_t sequences = 2;
-  int64_t chunk = 512;          // tokens a forward call
-  int64_t skip = 1024;          // positions below are not scored: contexts near the floor are dense anyway
+  int64_t chunk = 512;            // tokens a forward call
+  int64_t skip = 1024;            // positions below are not scored: contexts near the floor are dense anyway
   int64_t measured_queries = 16;  // queries a chunk on which the true attention is computed
   std::vector<double> calibration_p = {0.5, 0.6, 0.7, 0.8, 0.9, 0.95};
 };
@@ -61,9 +61,11 @@ struct TextEvalResult {
   void add_to(Page& page) const;
 };
 
-// `tokens` is one long text; sequence i is tokens [i * length, (i + 1) * length). Throws Error when it is too short.
+// `tokens` is one long text; sequence i is tokens [i * length, (i + 1) * length). Throws Error when it is too
+// short.
 // `selector` may be null when no method needs it.
-TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector, const std::vector<int32_t>& tokens,
-                             const std::vector<EvalMethod>& methods, const TextEvalOptions& options);
+TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
+                             const std::vector<int32_t>& tokens, const std::vector<EvalMethod>& methods,
+                             const TextEvalOptions& options);
 
 }  // namespace spot

@@ -16,11 +16,13 @@ double mean_over_layers(const MethodResult& method, Measure measure) {
   return method.layers.empty() ? 1.0 : sum / static_cast<double>(method.layers.size());
 }
 
-LineChart by_layer(const TextEvalResult& result, const std::string& title, const std::string& label, Measure measure) {
+LineChart by_layer(const TextEvalResult& result, const std::string& title, const std::string& label,
+                   Measure measure) {
   LineChart chart{.title = title, .x_label = "layer", .y_label = label, .y_from_zero = true};
   for (const MethodResult& method : result.methods) {
     Series series{.name = method.name};
-    for (const auto& [layer, m] : method.layers) series.x.push_back(static_cast<double>(layer)), series.y.push_back(m.*measure);
+    for (const auto& [layer, m] : method.layers)
+      series.x.push_back(static_cast<double>(layer)), series.y.push_back(m.*measure);
     chart.series.push_back(series);
   }
   return chart;
@@ -28,8 +30,8 @@ LineChart by_layer(const TextEvalResult& result, const std::string& title, const
 
 using Buckets = std::vector<double> MethodResult::*;
 
-LineChart by_position(const TextEvalResult& result, const std::string& title, const std::string& label, Buckets buckets,
-                      bool with_dense) {
+LineChart by_position(const TextEvalResult& result, const std::string& title, const std::string& label,
+                      Buckets buckets, bool with_dense) {
   LineChart chart{.title = title, .x_label = "position", .y_label = label};
   auto add = [&](const MethodResult& method, bool dashed) {
     Series series{.name = method.name, .y = method.*buckets, .dashed = dashed};
@@ -68,7 +70,8 @@ nlohmann::json method_json(const MethodResult& method) {
                             {"captured_mass", m.captured_mass},
                             {"captured_residual_mass", m.captured_residual},
                             {"oracle_recall", m.oracle_recall}};
-    for (const auto& [p, captured] : m.calibration) entry["calibration"].push_back({{"p", p}, {"captured_residual_mass", captured}});
+    for (const auto& [p, captured] : m.calibration)
+      entry["calibration"].push_back({{"p", p}, {"captured_residual_mass", captured}});
     json["layers"].push_back(entry);
   }
   return json;
@@ -77,17 +80,23 @@ nlohmann::json method_json(const MethodResult& method) {
 }  // namespace
 
 nlohmann::json TextEvalResult::to_json() const {
-  nlohmann::json json = {{"length", options.length}, {"sequences", options.sequences}, {"skip", options.skip}, {"dense", method_json(dense)}};
+  nlohmann::json json = {{"length", options.length},
+                         {"sequences", options.sequences},
+                         {"skip", options.skip},
+                         {"dense", method_json(dense)}};
   for (const MethodResult& method : methods) json["methods"].push_back(method_json(method));
   return json;
 }
 
 Table TextEvalResult::summary() const {
-  Table table{{"attention", "perplexity", "vs dense", "KL (nats)", "same argmax", "attended", "captured mass", "oracle recall"}, {}};
+  Table table{{"attention", "perplexity", "vs dense", "KL (nats)", "same argmax", "attended", "captured mass",
+               "oracle recall"},
+              {}};
   auto row = [&](const MethodResult& m) {
     table.rows.push_back({m.name, fmt::format("{:.4f}", m.perplexity()),
-                          fmt::format("{:+.2f}%", 100 * (m.perplexity() / dense.perplexity() - 1)), fmt::format("{:.4f}", m.kl),
-                          fmt::format("{:.1f}%", 100 * m.argmax_agreement), fmt::format("{:.1f}%", 100 * m.attended_share()),
+                          fmt::format("{:+.2f}%", 100 * (m.perplexity() / dense.perplexity() - 1)),
+                          fmt::format("{:.4f}", m.kl), fmt::format("{:.1f}%", 100 * m.argmax_agreement),
+                          fmt::format("{:.1f}%", 100 * m.attended_share()),
                           fmt::format("{:.3f}", mean_over_layers(m, &LayerMeasures::captured_mass)),
                           fmt::format("{:.3f}", mean_over_layers(m, &LayerMeasures::oracle_recall))});
   };
@@ -98,19 +107,24 @@ Table TextEvalResult::summary() const {
 
 void TextEvalResult::add_to(Page& page) const {
   page.heading("Running text");
-  page.paragraph(fmt::format("{} sequences of {} tokens, positions from {} on; every query selects for itself. Captured mass: "
-                             "true head-averaged attention on the selected blocks, {} queries a chunk.",
-                             options.sequences, options.length, options.skip, options.measured_queries));
+  page.paragraph(fmt::format(
+      "{} sequences of {} tokens, positions from {} on; every query selects for itself. Captured mass: "
+      "true head-averaged attention on the selected blocks, {} queries a chunk.",
+      options.sequences, options.length, options.skip, options.measured_queries));
   page.add(summary());
-  page.chart(by_position(*this, "Negative log-likelihood by position", "nats a token", &MethodResult::nll_by_position, true));
-  page.chart(by_position(*this, "KL from dense attention's logits by position", "nats", &MethodResult::kl_by_position, false));
+  page.chart(by_position(*this, "Negative log-likelihood by position", "nats a token",
+                         &MethodResult::nll_by_position, true));
+  page.chart(by_position(*this, "KL from dense attention's logits by position", "nats",
+                         &MethodResult::kl_by_position, false));
   page.chart(by_position(*this, "Same likeliest token as dense attention, by position", "share",
                          &MethodResult::agreement_by_position, false));
   page.chart(by_layer(*this, "Captured attention mass", "mass", &LayerMeasures::captured_mass));
   page.chart(by_layer(*this, "Share of tokens attended", "share", &LayerMeasures::attended_share));
   page.chart(by_layer(*this, "Recall of the oracle's blocks", "recall", &LayerMeasures::oracle_recall));
   for (const MethodResult& method : methods) {
-    LineChart chart{.title = "Calibration of " + method.name + ": captured residual mass against p", .x_label = "p", .y_label = "captured"};
+    LineChart chart{.title = "Calibration of " + method.name + ": captured residual mass against p",
+                    .x_label = "p",
+                    .y_label = "captured"};
     for (const auto& [layer, m] : method.layers) {
       if (m.calibration.empty()) continue;
       Series series{.name = fmt::format("{}", layer)};

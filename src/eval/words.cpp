@@ -34,15 +34,13 @@ constexpr std::string_view kAdjectives =
     "regal remote rigid ripe robust rocky rosy rough round royal rugged rural rusty sacred salty sandy "
     "scarce "
     "scarlet secret serene severe shady shaky shallow sharp shiny short shy silent silken simple sincere "
-    "sleepy "
-    "slender slim slippery slow sly small smart smooth snowy sober soft solar solemn solid sorry sour "
+    "sleepy slender slim slippery slow sly small smart smooth snowy sober soft solar solemn solid sorry sour "
     "southern "
     "spare sparse spicy spiral splendid square stable stale stark steady steep sticky stiff stormy strange "
     "strict strong sturdy subtle sudden sullen sunny superb sweet swift tall tame tangy tart tasty tender "
     "tense "
     "thick thin thirsty thorny tidy timid tiny tired tough tranquil tropical true turquoise typical upper "
-    "urban "
-    "vacant vague vast verbal vibrant violet vital vivid warm wary watery wavy weak wealthy weary "
+    "urban vacant vague vast verbal vibrant violet vital vivid warm wary watery wavy weak wealthy weary "
     "western wet white whole wicked wide wild wise witty wooden woolen worthy yellow young zealous";
 
 constexpr std::string_view kNouns =
@@ -60,8 +58,7 @@ constexpr std::string_view kNouns =
     "circus citizen clarinet cliff clock cloth cloud clover coast coat cobra cocoa coffee coin collar comet "
     "compass cook coral cord cottage cotton cousin cowboy crab cradle crane crater crayon creek cricket crow "
     "crown crystal cup curtain cushion dairy daisy dancer dawn deer dentist desk diary dice dinner dish "
-    "doctor "
-    "dolphin donkey door dove dragon drawer dream dress drum duck dune eagle easel echo eclipse elbow "
+    "doctor dolphin donkey door dove dragon drawer dream dress drum duck dune eagle easel echo eclipse elbow "
     "elephant "
     "elm ember emerald engine envelope equator fabric factory falcon family farmer fashion father feather "
     "fence "
@@ -70,12 +67,10 @@ constexpr std::string_view kNouns =
     "gazelle geyser ghost ginger giraffe glacier glass globe glove goat goose grain granite grape grass "
     "gravel "
     "grove guitar gull hail hammer hammock harbor harp harvest hat hawk hazel hedge helmet herb hero hill "
-    "hinge "
-    "honey hook horizon horn horse hotel hound hut iceberg igloo insect iron island jacket jaguar jar "
+    "hinge honey hook horizon horn horse hotel hound hut iceberg igloo insect iron island jacket jaguar jar "
     "jasmine "
     "jelly jewel journal judge jug juice jungle kayak kennel kettle key kingdom kite kitten knight knot "
-    "ladder "
-    "lagoon lake lamb lamp lantern lark lava lawn leaf leather lemon lentil leopard letter library "
+    "ladder lagoon lake lamb lamp lantern lark lava lawn leaf leather lemon lentil leopard letter library "
     "lighthouse "
     "lily lime linen lion lizard lobster locket loom lotus lumber lynx magnet mango mantle map maple marble "
     "market marsh mask mast meadow medal melon merchant meteor mill mineral mirror mist mitten moat monkey "
@@ -102,8 +97,7 @@ constexpr std::string_view kNouns =
     "turkey turnip turtle tweed umbrella uncle unicorn valley vase velvet vest viking village vine vineyard "
     "viola violin volcano voyage wagon waiter wall walnut walrus warehouse waterfall wax weasel weaver wheat "
     "wheel whisker whistle widow willow window wine wing winter wizard wolf wreath wrench yacht yard yarn "
-    "zebra "
-    "zipper";
+    "zebra zipper";
 
 constexpr std::string_view kVerbs =
     "accept achieve admire adopt advise agree allow amuse announce applaud argue arrange arrive "
@@ -112,8 +106,7 @@ constexpr std::string_view kVerbs =
     "bring build bury calculate carry carve celebrate chase choose clap climb collect combine compare "
     "complain "
     "compose conceal confess confirm connect consider contain continue convince count cover create cross "
-    "crush "
-    "decide declare decorate defend deliver depend descend describe deserve destroy detect develop dig "
+    "crush decide declare decorate defend deliver depend descend describe deserve destroy detect develop dig "
     "discover "
     "discuss divide doubt drag drift drink drive earn eat employ encourage enjoy enter escape examine expand "
     "expect explain explore extend fade fetch fight find float flow fold follow forget forgive gather gaze "
@@ -124,10 +117,8 @@ constexpr std::string_view kVerbs =
     "launch learn lend lift listen live load lower manage marry measure melt mend mention migrate mingle "
     "move "
     "multiply navigate notice obey observe obtain offer operate paint participate pause perform persuade "
-    "plant "
-    "polish possess pour praise preach predict prefer prepare preserve pretend prevent produce promise "
-    "protect "
-    "prove provide publish pull punish pursue race reach receive recognize recommend reduce reflect "
+    "plant polish possess pour praise preach predict prefer prepare preserve pretend prevent produce promise "
+    "protect prove provide publish pull punish pursue race reach receive recognize recommend reduce reflect "
     "refuse relax release remain remember remind remove repair repeat replace reply request rescue retire "
     "return reveal rinse roam roar sail satisfy save scatter scrape scream search seem select send serve "
     "settle "
@@ -137,8 +128,7 @@ constexpr std::string_view kVerbs =
     "translate "
     "travel tremble trust try tumble twist understand unite unlock unpack vanish visit wait wake walk wander "
     "warn wash waste watch wear weave welcome whisper win wink wipe wonder work worry wrap wrestle write "
-    "yawn "
-    "yell";
+    "yawn yell";
 
 std::vector<std::string> split(std::string_view text) {
   std::istringstream in{std::string(text)};

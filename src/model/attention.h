@@ -43,7 +43,9 @@ class AttentionBackend {
  public:
   virtual ~AttentionBackend() = default;
   // Called before forward() with the same layer, hidden and batch.
-  virtual AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) { return {}; }
+  virtual AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) {
+    return {};
+  }
   // Called once a forward pass and full-attention layer, in layer order. Returns [T, num_heads, head_dim] in
   // the dtype of query. Query t of a sequence attends to that sequence's positions <= its own.
   virtual at::Tensor forward(const AttentionInputs& inputs) = 0;

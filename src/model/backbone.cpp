@@ -56,7 +56,8 @@ at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const At
   AttentionPreparation wanted = pass.attention.prepare(layer, x, pass.batch);
   at::Tensor projected;
   if (wanted.selector) {
-    std::tie(projected, wanted.selector->projected) = project_both(x, weights.qkv, wanted.selector_projection);
+    std::tie(projected, wanted.selector->projected) =
+        project_both(x, weights.qkv, wanted.selector_projection);
   } else {
     projected = linear(x, weights.qkv);
   }
@@ -164,7 +165,8 @@ Backbone Backbone::load(const std::filesystem::path& folder, at::Device device,
 Backbone Backbone::load(const std::filesystem::path& folder, const ModelConfig& config, at::Device device,
                         std::optional<at::ScalarType> dtype, const Shards& shards) {
   const at::NoGradGuard no_grad;
-  return Backbone(std::make_shared<const Weights>(Weights{load_weights(folder, config, device, dtype, shards)}));
+  return Backbone(
+      std::make_shared<const Weights>(Weights{load_weights(folder, config, device, dtype, shards)}));
 }
 
 Backbone Backbone::random(const ModelConfig& config, at::Device device, at::ScalarType dtype, uint64_t seed) {
@@ -249,8 +251,7 @@ Batch make_batch(KvCache& cache, const std::vector<int64_t>& sequences,
     if (start + count > config.max_position_embeddings) {
       fail(
           "a sequence of {} tokens exceeds the model's {} positions; shorten the prompt or the answer, or "
-          "extend the "
-          "model with YaRN",
+          "extend the model with YaRN",
           start + count, config.max_position_embeddings);
     }
     pages += cache.pages_needed(sequences[i], count);
@@ -269,8 +270,7 @@ Batch make_batch(KvCache& cache, const std::vector<int64_t>& sequences,
   if (pages > cache.num_free_pages()) {
     fail(
         "the KV cache of {} tokens is full: the batch needs {} more pages of {} tokens, {} are free; make "
-        "the cache "
-        "larger or the requests shorter or fewer",
+        "the cache larger or the requests shorter or fewer",
         cache.num_pages() * kPageSize, pages, kPageSize, cache.num_free_pages());
   }
   for (size_t i = 0; i < sequences.size(); ++i) cache.extend(sequences[i], batch.query_lengths[i]);

@@ -23,7 +23,8 @@ class Backbone {
   static Backbone load(const std::filesystem::path& folder, at::Device device,
                        std::optional<at::ScalarType> dtype = {});
   // The same with a config that differs from the folder's in what does not change the weights, such as YaRN.
-  // With several `shards` each process keeps its part of the layers, and every forward() is one of all processes.
+  // With several `shards` each process keeps its part of the layers, and every forward() is one of all
+  // processes.
   static Backbone load(const std::filesystem::path& folder, const ModelConfig& config, at::Device device,
                        std::optional<at::ScalarType> dtype = {}, const Shards& shards = {});
   // Random weights of the given shape (normal, standard deviation 0.02), for benchmarks and tests.

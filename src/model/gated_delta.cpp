@@ -90,8 +90,7 @@ Shape expect_layer(const at::Tensor& mixed_qkv, const at::Tensor& z, const at::T
       s.num_value_heads % (key_channels / (2 * s.key_head_dim)) != 0)
     fail(
         "gated delta rule: {} channels do not divide into queries and keys of {} dims and {} value heads of "
-        "{}; "
-        "check the convolution weight {} and recurrent_states {}",
+        "{}; check the convolution weight {} and recurrent_states {}",
         channels, s.key_head_dim, s.num_value_heads, s.value_head_dim, shape_text(w.conv),
         shape_text(recurrent_states));
   s.num_key_heads = key_channels / (2 * s.key_head_dim);

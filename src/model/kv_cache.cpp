@@ -198,15 +198,13 @@ void KvCache::extend(int64_t id, int64_t count) {
   if (sequence.length + count > config_.max_position_embeddings) {
     fail(
         "a sequence of {} tokens exceeds the model's {} positions; shorten the prompt or the answer, or "
-        "extend the "
-        "model with YaRN",
+        "extend the model with YaRN",
         sequence.length + count, config_.max_position_embeddings);
   }
   if (needed > num_free_pages()) {
     fail(
         "the KV cache of {} tokens is full: {} more tokens need {} pages of {} tokens, {} are free; make the "
-        "cache "
-        "larger or the request shorter",
+        "cache larger or the request shorter",
         num_pages_ * kPageSize, count, needed, kPageSize, num_free_pages());
   }
   for (int64_t i = 0; i < needed; ++i) {

@@ -14,12 +14,15 @@ struct LayerWeights;
 // One of `count` processes.
 struct Shards {
   int64_t rank = 0, count = 1;
-  // whole = the processes' equally long parts in the order of their ranks. All processes call it in the same order.
+  // whole = the processes' equally long parts in the order of their ranks. All processes call it in the same
+  // order.
   std::function<void(at::Tensor& whole, const at::Tensor& part)> gather;
 };
 
-// Each process keeps 1 / count of every layer's matrices, as one flat stretch, and gathers a layer just before its use.
-// Norms, biases, embedding and head stay whole. docs/distillation.md argues why layers are not split in other ways.
+// Each process keeps 1 / count of every layer's matrices, as one flat stretch, and gathers a layer just
+// before its use.
+// Norms, biases, embedding and head stay whole. docs/distillation.md argues why layers are not split in other
+// ways.
 class ShardedLayers {
  public:
   explicit ShardedLayers(Shards shards) : shards_(std::move(shards)) {}

@@ -21,9 +21,9 @@ struct LineChart {
 
 struct BarChart {
   std::string title, y_label;
-  std::vector<std::string> groups;                // along x
-  std::vector<std::string> names;                 // one bar a group each
-  std::vector<std::vector<double>> values;        // [names][groups]
+  std::vector<std::string> groups;          // along x
+  std::vector<std::string> names;           // one bar a group each
+  std::vector<std::vector<double>> values;  // [names][groups]
 };
 
 struct HeatMap {

@@ -11,7 +11,8 @@ namespace {
 
 // Columns a terminal needs for UTF-8 text without wide characters: its code points.
 size_t display_width(const std::string& text) {
-  return static_cast<size_t>(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
+  return static_cast<size_t>(
+      std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
 }
 
 void check_widths(const Table& table) {
@@ -56,9 +57,15 @@ std::string Table::to_html() const {
   return html + "</table>\n";
 }
 
-void Page::heading(const std::string& text) { body_ += "<h2>" + escape_html(text) + "</h2>\n"; }
-void Page::paragraph(const std::string& text) { body_ += "<p>" + escape_html(text) + "</p>\n"; }
-void Page::preformatted(const std::string& text) { body_ += "<pre>" + escape_html(text) + "</pre>\n"; }
+void Page::heading(const std::string& text) {
+  body_ += "<h2>" + escape_html(text) + "</h2>\n";
+}
+void Page::paragraph(const std::string& text) {
+  body_ += "<p>" + escape_html(text) + "</p>\n";
+}
+void Page::preformatted(const std::string& text) {
+  body_ += "<pre>" + escape_html(text) + "</pre>\n";
+}
 
 std::string Page::html() const {
   return fmt::format(R"(<!doctype html>

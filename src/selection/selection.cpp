@@ -72,8 +72,11 @@ at::Tensor block_max(const at::Tensor& token_scores) {
 }
 
 Selection Selection::row(int64_t index) const {
-  return {indices.narrow(0, index, 1), counts.narrow(0, index, 1), predicted_mass.narrow(0, index, 1),
-          lengths.narrow(0, index, 1), tokens.defined() ? tokens.narrow(0, index, 1) : at::Tensor(),
+  return {indices.narrow(0, index, 1),
+          counts.narrow(0, index, 1),
+          predicted_mass.narrow(0, index, 1),
+          lengths.narrow(0, index, 1),
+          tokens.defined() ? tokens.narrow(0, index, 1) : at::Tensor(),
           token_counts.defined() ? token_positions.narrow(0, index, 1) : at::Tensor(),
           token_counts.defined() ? token_counts.narrow(0, index, 1) : at::Tensor()};
 }
@@ -89,7 +92,8 @@ at::Tensor token_flags(const Selection& selection) {
   const at::Tensor block = at::div(token, kBlockSize, "floor").to(at::kInt);
   const at::Tensor place = at::searchsorted(sorted, block) * kBlockSize + token.remainder(kBlockSize);
   // One column more takes what is not there.
-  at::Tensor flags = at::zeros({selection.rows(), selection.groups(), width + 1}, token.options().dtype(at::kBool));
+  at::Tensor flags =
+      at::zeros({selection.rows(), selection.groups(), width + 1}, token.options().dtype(at::kBool));
   return flags.scatter_(2, place.masked_fill(missing, width), true).narrow(2, 0, width).contiguous();
 }
 

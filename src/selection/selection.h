@@ -19,11 +19,11 @@ enum class SelectionMode { top_k, top_p };
 // blocks of the first `sinks` tokens and those from floor((L - recency) / 16) on; when L <= floor all blocks
 // are kept. Beyond that
 //   top_k: ceil(K / 16) blocks in all, the reserved ones counted in and always kept, the rest by score
-//   descending; top_p: a softmax at `temperature` over the residual (not reserved) block scores, quantised to
-//   integers; the
-//          shortest prefix in (score descending, index ascending) order whose mass reaches p; extended down
-//          the same order until `floor` tokens are kept in all; then cut to `cap` tokens, the reserved ones
-//          always kept.
+//          descending.
+//   top_p: a softmax at `temperature` over the residual (not reserved) block scores, quantised to integers;
+//          the shortest prefix in (score descending, index ascending) order whose mass reaches p; extended
+//          down the same order until `floor` tokens are kept in all; then cut to `cap` tokens, the reserved
+//          ones always kept.
 // A NaN score counts as -inf. Source: SpotAttention section 2.3; kernels/select_reference.h is the exact
 // text.
 struct SelectionRule {
@@ -81,7 +81,8 @@ at::Tensor token_flags(const Selection& selection);
 // A bool mask [rows, groups, blocks] of the chosen blocks.
 at::Tensor block_mask(const Selection& selection, int64_t blocks);
 
-// A bool mask [rows, groups, length] of the attended tokens (not causal inside a tile unless they were pruned).
+// A bool mask [rows, groups, length] of the attended tokens (not causal inside a tile unless they were
+// pruned).
 at::Tensor token_mask(const Selection& selection, int64_t length);
 
 // Tokens kept and visible, each summed over the rows (kept: averaged over groups): scalar tensors, float64

@@ -63,7 +63,8 @@ struct SelectorConfig {
   SelectionDefaults selection;
   DistillationFields distillation;
 
-  // "paper": the published architecture and loss (a key per head, sparse KL, bf16 cache), from random weights.
+  // "paper": the published architecture and loss (a key per head, sparse KL, bf16 cache), from random
+  // weights.
   // "spot": ours (shared key, started from the backbone). Throws Error on another name.
   static SelectorConfig from_preset(const std::string& name);
   // Absent fields take the preset's value (field "preset", default "spot"). Throws Error on an unknown field,

@@ -146,7 +146,8 @@ at::Tensor Selector::project_key(int64_t layer, const at::Tensor& hidden, const 
     const at::Tensor weight = weights.norm_weight.to(x.scalar_type());
     if (x.is_cuda() && config_.key_norm == KeyNorm::layernorm) {
       // The same, with its gradient, in a few passes over memory instead of thirty.
-      x = at::layer_norm(x, {config_.head_dim}, weight, weights.norm_bias.to(x.scalar_type()), config_.norm_eps);
+      x = at::layer_norm(x, {config_.head_dim}, weight, weights.norm_bias.to(x.scalar_type()),
+                         config_.norm_eps);
     } else {
       if (config_.key_norm == KeyNorm::layernorm) x = x - x.mean(-1, true);
       x = x * at::rsqrt(x.square().mean(-1, true) + config_.norm_eps);

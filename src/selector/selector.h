@@ -55,10 +55,12 @@ class Selector {
                                        const std::filesystem::path& model_folder);
 
   // Writes folder/selector.safetensors (float32, query and key projections in the type of `matrices`) and
-  // folder/selector.json, each atomically, weights first. `notes` (an object: steps, tokens, losses, ...) is kept under
+  // folder/selector.json, each atomically, weights first. `notes` (an object: steps, tokens, losses, ...) is
+  // kept under
   // "notes".
   void save(const std::filesystem::path& folder, const std::string& fingerprint,
-            const nlohmann::json& notes = nlohmann::json::object(), at::ScalarType matrices = at::kFloat) const;
+            const nlohmann::json& notes = nlohmann::json::object(),
+            at::ScalarType matrices = at::kFloat) const;
 
   const SelectorConfig& config() const { return config_; }
   // Temperatures may be fitted after training; save() keeps what is set here.
@@ -108,10 +110,10 @@ class Selector {
 
  private:
   struct LayerWeights {
-    at::Tensor query_key;               // [(num_heads + key_heads) * head_dim, hidden_size]: the memory of the next two
-    at::Tensor query;                   // [num_heads * head_dim, hidden_size]
-    at::Tensor key;                     // [key_heads * head_dim, hidden_size]
-    at::Tensor mix;                     // [groups * num_heads, hidden_size]
+    at::Tensor query_key;  // [(num_heads + key_heads) * head_dim, hidden_size]: the memory of the next two
+    at::Tensor query;      // [num_heads * head_dim, hidden_size]
+    at::Tensor key;        // [key_heads * head_dim, hidden_size]
+    at::Tensor mix;        // [groups * num_heads, hidden_size]
     at::Tensor norm_weight, norm_bias;  // [head_dim] float32; undefined where the norm has none
   };
   Selector() = default;

@@ -51,8 +51,7 @@ void check_backbone(const json& stored, const json& actual, const std::string& s
     if (!unknown && *found != value)
       fail(
           "{} was distilled for another backbone: its {} is {}, this model's is {}; use the model it was "
-          "made for or "
-          "distil a selector for this one",
+          "made for or distil a selector for this one",
           source, name, found->dump(), value.dump());
   }
 }
@@ -72,7 +71,8 @@ fs::path Selector::resolve(const std::string& selector, const fs::path& model_fo
   fail("the selector folder {} does not exist", selector);
 }
 
-void Selector::save(const fs::path& folder, const std::string& fingerprint, const json& notes, at::ScalarType matrices) const {
+void Selector::save(const fs::path& folder, const std::string& fingerprint, const json& notes,
+                    at::ScalarType matrices) const {
   make_folder(folder);
   std::vector<std::pair<std::string, at::Tensor>> tensors, values;
   for (const auto& [name, tensor] : named_parameters()) {
@@ -128,8 +128,8 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
         fail("{}: tensor {} is {}; config and backbone make it {}", file.path().string(), tensor_name,
              fmt::join(tensor.sizes(), "x"), fmt::join(shape, "x"));
       if (tensor.scalar_type() != at::kFloat && tensor.scalar_type() != at::kBFloat16)
-        fail("{}: tensor {} is of {}, selectors are stored in float32 or bfloat16", file.path().string(), tensor_name,
-             c10::toString(tensor.scalar_type()));
+        fail("{}: tensor {} is of {}, selectors are stored in float32 or bfloat16", file.path().string(),
+             tensor_name, c10::toString(tensor.scalar_type()));
       tensor = tensor.to(at::kFloat);
       if (!at::isfinite(tensor).all().item<bool>())
         fail("{}: tensor {} holds values that are not finite; train the selector again", file.path().string(),

@@ -26,7 +26,8 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
 
 class WideLinear : public torch::autograd::Function<WideLinear> {
  public:
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& weight) {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x,
+                            const at::Tensor& weight) {
     context->save_for_backward({x, weight});
     const int64_t rows = weight.size(0);
     return product(x, pieces(weight).view({kPieces * rows, -1}).t()).view({-1, kPieces, rows}).sum(1);

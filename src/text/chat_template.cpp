@@ -122,8 +122,7 @@ ChatTemplate ChatTemplate::load(const fs::path& folder) {
     if (jinja.empty()) {
       fail(
           "{}: has no chat template (no chat_template.jinja, and no chat_template in tokenizer_config.json); "
-          "this is a "
-          "base model, give it plain text",
+          "this is a base model, give it plain text",
           folder.string());
     }
     const json bos = config.contains("bos_token") ? config.at("bos_token") : json();

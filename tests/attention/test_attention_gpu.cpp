@@ -124,7 +124,8 @@ TEST(GpuAttention, PoliciesScoreAsOnTheCpu) {
   rule.floor = 0;
   Side cpu(model, config, rule, {}, seed, at::kCPU),
       gpu(model, config, rule, {}, seed, at::Device(at::kCUDA, 0));
-  QuestPolicy cpu_quest(model, 200, at::kBFloat16, cpu.device, rule), gpu_quest(model, 200, at::kBFloat16, gpu.device, rule);
+  QuestPolicy cpu_quest(model, 200, at::kBFloat16, cpu.device, rule),
+      gpu_quest(model, 200, at::kBFloat16, gpu.device, rule);
   OraclePolicy oracle(rule, 2);
   SparseAttention cpu_side(cpu.cache, cpu_quest), gpu_side(gpu.cache, gpu_quest);
   const Tokens prompt = random_tokens(model, {500, 90}), step = random_tokens(model, {1, 1});
@@ -150,7 +151,8 @@ TEST(GpuAttention, PoliciesScoreAsOnTheCpu) {
   }
 }
 
-// Both sides keep the same tokens but where rounding decides, and a captured step does what an eager one does.
+// Both sides keep the same tokens but where rounding decides, and a captured step does what an eager one
+// does.
 TEST(GpuAttention, QuestAndTwilightMatchTheCpu) {
   const uint64_t seed = fresh_seed();
   const ModelConfig model = small_model(64, 1, 8, 2, 64);
@@ -161,7 +163,8 @@ TEST(GpuAttention, QuestAndTwilightMatchTheCpu) {
   rule.sinks = 16;
   rule.recency = 64;
   rule.floor = 128;
-  Side cpu(model, config, rule, {}, seed, at::kCPU), gpu(model, config, rule, {}, seed, at::Device(at::kCUDA, 0));
+  Side cpu(model, config, rule, {}, seed, at::kCPU),
+      gpu(model, config, rule, {}, seed, at::Device(at::kCUDA, 0));
   for (bool prune : {false, true}) {
     auto policy = [&](const Side& side) -> std::unique_ptr<SelectionPolicy> {
       if (prune) return std::make_unique<TwilightPolicy>(model, 200, at::kBFloat16, side.device, rule, 0.9);
@@ -169,13 +172,15 @@ TEST(GpuAttention, QuestAndTwilightMatchTheCpu) {
     };
     const auto on_cpu = policy(cpu), on_gpu = policy(gpu);
     SparseAttention cpu_side(cpu.cache, *on_cpu), gpu_side(gpu.cache, *on_gpu);
-    for (const std::vector<int64_t>& counts : {std::vector<int64_t>{700, 90}, {1, 1}, {1, 1}, {37, 5}, {1, 1}}) {
+    for (const std::vector<int64_t>& counts :
+         {std::vector<int64_t>{700, 90}, {1, 1}, {1, 1}, {37, 5}, {1, 1}}) {
       const Tokens tokens = random_tokens(model, counts);
       const PrefillMode mode = counts[0] == 37 ? PrefillMode::sparse : PrefillMode::dense;
       cpu_side.set_prefill(mode);
       gpu_side.set_prefill(mode);
       const at::Tensor expected = forward(cpu, cpu_side, tokens, true);
-      EXPECT_LT(relative_difference(forward(gpu, gpu_side, tokens, true), expected), 0.03) << prune << " " << counts[0];
+      EXPECT_LT(relative_difference(forward(gpu, gpu_side, tokens, true), expected), 0.03)
+          << prune << " " << counts[0];
     }
     const auto cpu_counts = cpu_side.counters().at(0), gpu_counts = gpu_side.counters().at(0);
     EXPECT_EQ(gpu_counts.rows, cpu_counts.rows);

@@ -54,7 +54,8 @@ TEST(CausalAttention, ChunksOfALongSequenceJoinUp) {
   EXPECT_LT(largest_difference(whole, expected[0].transpose(0, 1)), 1e-5);
   at::Tensor logsumexp;
   EXPECT_TRUE(at::equal(causal_attention(query, key, value, 0, 0.2, &logsumexp), whole));
-  at::Tensor logits = at::einsum("qhd,hkd->hqk", {query.to(at::kDouble), key.to(at::kDouble).repeat_interleave(2, 0)}) * 0.2;
+  at::Tensor logits =
+      at::einsum("qhd,hkd->hqk", {query.to(at::kDouble), key.to(at::kDouble).repeat_interleave(2, 0)}) * 0.2;
   logits.masked_fill_(at::ones({length, length}, at::kBool).triu_(1), -INFINITY);
   EXPECT_LT(largest_difference(logsumexp, at::logsumexp(logits, {-1})), 1e-5);
   for (int64_t start = 0; start < length;) {

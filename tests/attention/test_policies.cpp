@@ -124,7 +124,8 @@ TEST(Policies, SelectionsOfChunksAndDecodeAgree) {
   policies.push_back(std::make_unique<SpotPolicy>(selector, keys, rule));
   policies.push_back(std::make_unique<OraclePolicy>(rule, 2));
   policies.push_back(std::make_unique<OraclePolicy>(rule, 1, BlockReduction::max));
-  policies.push_back(std::make_unique<QuestPolicy>(model, 60, at::kFloat, at::kCPU, rule, SelectorScope::layer));
+  policies.push_back(
+      std::make_unique<QuestPolicy>(model, 60, at::kFloat, at::kCPU, rule, SelectorScope::layer));
   policies.push_back(std::make_unique<QuestPolicy>(model, 60, at::kFloat, at::kCPU, rule));
   policies.push_back(std::make_unique<StreamingPolicy>(96, 16));
   policies.push_back(std::make_unique<TwilightPolicy>(model, 60, at::kFloat, at::kCPU, rule, 0.8));

@@ -231,7 +231,8 @@ TEST(Twilight, WholeMassOfAllBlocksIsDenseAttention) {
   }
 }
 
-// Equal weights are kept or dropped together, as a threshold can only do, and a key of equal numbers survives a
+// Equal weights are kept or dropped together, as a threshold can only do, and a key of equal numbers survives
+// a
 // scale of zero.
 TEST(Twilight, FlatAndEqualKeys) {
   fresh_seed();
@@ -247,9 +248,8 @@ TEST(Twilight, FlatAndEqualKeys) {
   Pass step = history.next({1});
   step.key.fill_(0.25);
   step.query.fill_(1);
-  attention.set_observer([&](const SelectionEvent& event) {
-    EXPECT_EQ(attended(event.selection, 0, 0, 201).size(), 201u);
-  });
+  attention.set_observer(
+      [&](const SelectionEvent& event) { EXPECT_EQ(attended(event.selection, 0, 0, 201).size(), 201u); });
   const at::Tensor output = attention.forward(step.inputs(0, 1));
   EXPECT_TRUE(at::isfinite(output).all().item<bool>());
 }

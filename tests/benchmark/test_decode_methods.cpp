@@ -11,7 +11,9 @@ namespace {
 
 const DecodeShape kShape = {"small", 8, 2, 64};
 
-double normal_cdf(double x) { return 0.5 * std::erfc(-x / std::sqrt(2.0)); }
+double normal_cdf(double x) {
+  return 0.5 * std::erfc(-x / std::sqrt(2.0));
+}
 
 }  // namespace
 
@@ -31,8 +33,9 @@ TEST(DecodeScene, IsAsConcentratedAsItSays) {
 TEST(DecodeMethods, HoldTheMassThatIsAskedFor) {
   const DecodeScene scene(kShape, 4096, 2, 2, {}, at::kFloat, at::kCPU, 4);
   for (double mass : {0.7, 0.9}) {
-    std::vector<std::optional<DecodeMethod>> methods = {spot_at_mass(scene, 1, mass), spot_at_mass(scene, 4, mass), quest_at_mass(scene, mass),
-                                                        twilight_at_mass(scene, mass)};
+    std::vector<std::optional<DecodeMethod>> methods = {
+        spot_at_mass(scene, 1, mass), spot_at_mass(scene, 4, mass), quest_at_mass(scene, mass),
+        twilight_at_mass(scene, mass)};
     for (const auto& method : methods) {
       ASSERT_TRUE(method);
       EXPECT_GE(method->mass, mass) << method->name;
@@ -56,7 +59,8 @@ TEST(DecodeMethods, StagesRunAndCoverTheStep) {
       {spot_method(scene, 1, top_k_rule(640)), {"append", "score", "select", "attend", "step"}},
       {spot_method(scene, 4, top_p_rule(0.8)), {"append", "score", "select", "attend", "step"}},
       {quest_method(scene, top_k_rule(640)), {"append", "score", "select", "attend", "step"}},
-      {twilight_method(scene, top_k_rule(768), 0.9), {"append", "score", "select", "estimate", "prune", "attend", "step"}}};
+      {twilight_method(scene, top_k_rule(768), 0.9),
+       {"append", "score", "select", "estimate", "prune", "attend", "step"}}};
   for (const auto& [method, names] : all) {
     std::set<std::string> seen;
     for (const DecodeStage& stage : method.stages) {

@@ -19,8 +19,10 @@ constexpr int64_t kLength = 1024, kBatch = 2;
 
 struct Recorded {
   Backbone backbone = Backbone::load("models/tiny-qwen3", at::kCPU);
-  Selector selector = Selector::load("spot", "models/tiny-qwen3", backbone.config(), backbone.fingerprint(), at::kCPU);
-  std::vector<int32_t> text = Tokenizer::load("models/tiny-qwen3").encode(read_file("docs/method.md") + read_file("docs/accuracy.md"));
+  Selector selector =
+      Selector::load("spot", "models/tiny-qwen3", backbone.config(), backbone.fingerprint(), at::kCPU);
+  std::vector<int32_t> text = Tokenizer::load("models/tiny-qwen3")
+                                  .encode(read_file("docs/method.md") + read_file("docs/accuracy.md"));
   DecodeScene scene = record_decode(backbone, selector, text, kLength, kBatch, 300);
 };
 
@@ -38,7 +40,8 @@ class OwnRun {
     for (int64_t i = 0; i < kBatch; ++i) {
       sequences_.push_back(cache_.open_sequence());
       const auto begin = recorded().text.begin() + i * kLength;
-      recorded().backbone.forward(make_batch(cache_, {sequences_[i]}, {{begin, begin + kLength - 1}}), prefill, cache_);
+      recorded().backbone.forward(make_batch(cache_, {sequences_[i]}, {{begin, begin + kLength - 1}}),
+                                  prefill, cache_);
       last_.push_back({begin[kLength - 1]});
       marks_.push_back(cache_.mark(sequences_[i]));
     }
@@ -46,7 +49,8 @@ class OwnRun {
   KvCache& cache() { return cache_; }
   int64_t sequence(int64_t i) const { return sequences_[i]; }
 
-  // Counters and captured mass of the step with this layer alone sparse, which leaves the layers before it as they were recorded.
+  // Counters and captured mass of the step with this layer alone sparse, which leaves the layers before it as
+  // they were recorded.
   std::pair<SparseAttention::Counters, double> step(const SelectionRule& rule, int64_t sparse_layer) {
     policy_.set_rule(rule);
     DecodeMass mass;
@@ -88,7 +92,8 @@ void expect_same(OwnRun& run, const SelectionRule& rule, const DecodeMethod& met
   for (const size_t i : {size_t{0}, size_t{3}, layers.size() - 1}) {
     const auto [counters, mass] = run.step(rule, layers[i]);
     EXPECT_EQ(counters.rows, kBatch);
-    EXPECT_DOUBLE_EQ(method.set_tokens[i], counters.tokens_attended / kBatch) << method.setting << " in layer " << layers[i];
+    EXPECT_DOUBLE_EQ(method.set_tokens[i], counters.tokens_attended / kBatch)
+        << method.setting << " in layer " << layers[i];
     EXPECT_NEAR(method.set_mass[i], mass, 1e-5) << method.setting << " in layer " << layers[i];
   }
 }
@@ -125,10 +130,13 @@ TEST(DecodeRecord, QuestsBoundsBoundEveryTokenOfAPage) {
   const DecodeScene& scene = recorded().scene;
   for (int64_t i = 0; i < scene.sets(); ++i) {
     const DecodeSet& s = scene.set(i);
-    const at::Tensor bound = ops::quest_scores(s.query, s.bounds, s.page_table, s.lengths, scene.scale(), true);  // [B, Hkv, blocks]
+    const at::Tensor bound = ops::quest_scores(s.query, s.bounds, s.page_table, s.lengths, scene.scale(),
+                                               true);  // [B, Hkv, blocks]
     for (int64_t row = 0; row < kBatch; ++row) {
-      const at::Tensor keys = s.keys.index_select(1, s.page_table[row].to(at::kLong));  // [Hkv, blocks, 16, d]
-      const at::Tensor query = s.query[row].view({scene.shape().num_kv_heads, -1, 1, scene.shape().head_dim, 1});
+      const at::Tensor keys =
+          s.keys.index_select(1, s.page_table[row].to(at::kLong));  // [Hkv, blocks, 16, d]
+      const at::Tensor query =
+          s.query[row].view({scene.shape().num_kv_heads, -1, 1, scene.shape().head_dim, 1});
       const at::Tensor best = at::matmul(keys.unsqueeze(1), query).squeeze(-1).amax({1, 3}) * scene.scale();
       EXPECT_GE((bound[row] - best).min().item<double>(), -1e-4);
       EXPECT_GT((bound[row] - best).max().item<double>(), 0);
@@ -138,13 +146,15 @@ TEST(DecodeRecord, QuestsBoundsBoundEveryTokenOfAPage) {
 
 TEST(DecodeRecord, SpotAgreesWithSparseAttentionsOwnCounters) {
   const Recorded& r = recorded();
-  SelectorCache keys(r.selector.config(), r.selector.layers(), kBatch * kLength / 16, CacheFormat::int4, at::kCPU);
+  SelectorCache keys(r.selector.config(), r.selector.layers(), kBatch * kLength / 16, CacheFormat::int4,
+                     at::kCPU);
   SpotPolicy policy(r.selector, keys, top_p(0.9));
   OwnRun run(policy, keys.num_pages());
   const int64_t key_heads = r.selector.config().key_heads;
   EXPECT_TRUE(r.scene.has_selector(key_heads));
   EXPECT_FALSE(r.scene.has_selector(5 - key_heads));
-  for (const double p : {0.7, 0.9}) expect_same(run, top_p(p), spot_method(r.scene, key_heads, top_p_rule(p, r.scene.tiers())));
+  for (const double p : {0.7, 0.9})
+    expect_same(run, top_p(p), spot_method(r.scene, key_heads, top_p_rule(p, r.scene.tiers())));
   expect_same(run, top_k(640), spot_method(r.scene, key_heads, top_k_rule(640, r.scene.tiers())));
 }
 
@@ -155,14 +165,17 @@ TEST(DecodeRecord, QuestAgreesWithSparseAttentionsOwnCounters) {
   expect_same(run, top_k(640), quest_method(r.scene, top_k_rule(640, r.scene.tiers())));
 }
 
-// Appending the newest keys, as the benchmark does before it scores, changes nothing that a method then chooses.
+// Appending the newest keys, as the benchmark does before it scores, changes nothing that a method then
+// chooses.
 TEST(DecodeRecord, StagesRunAndLeaveTheSceneAsItWas) {
   const Recorded& r = recorded();
   const int64_t key_heads = r.selector.config().key_heads;
   StageTimer timer(at::kCPU, r.scene.sets(), 1);
   const auto make = [&] {
-    return std::vector<DecodeMethod>{spot_method(r.scene, key_heads, top_p_rule(0.7, r.scene.tiers())), quest_method(r.scene, top_k_rule(512)),
-                                     twilight_method(r.scene, top_k_rule(768), 0.9), dense_ours(r.scene), dense_torch(r.scene, "sdpa")};
+    return std::vector<DecodeMethod>{spot_method(r.scene, key_heads, top_p_rule(0.7, r.scene.tiers())),
+                                     quest_method(r.scene, top_k_rule(512)),
+                                     twilight_method(r.scene, top_k_rule(768), 0.9), dense_ours(r.scene),
+                                     dense_torch(r.scene, "sdpa")};
   };
   const std::vector<DecodeMethod> before = make();
   for (const DecodeMethod& method : before)
@@ -175,10 +188,12 @@ TEST(DecodeRecord, StagesRunAndLeaveTheSceneAsItWas) {
   }
   // The mean over layers is what the method reports.
   const std::vector<double>& tokens = before[0].set_tokens;
-  EXPECT_DOUBLE_EQ(before[0].tokens, std::accumulate(tokens.begin(), tokens.end(), 0.0) / static_cast<double>(tokens.size()));
+  EXPECT_DOUBLE_EQ(before[0].tokens,
+                   std::accumulate(tokens.begin(), tokens.end(), 0.0) / static_cast<double>(tokens.size()));
 }
 
-// The other kinds of selector: a key a head, a block set a KV head; heads in groups of three; a hybrid's few attention layers.
+// The other kinds of selector: a key a head, a block set a KV head; heads in groups of three; a hybrid's few
+// attention layers.
 TEST(DecodeRecord, TakesAnySelectorAndHeads) {
   ModelConfig model = ModelConfig::load("models/tiny-qwen3.5");
   model.num_heads = 9;
@@ -201,7 +216,8 @@ TEST(DecodeRecord, TakesAnySelectorAndHeads) {
     EXPECT_EQ(s.selector_weight.sizes(), (std::vector<int64_t>{1, 3, 4}));
     EXPECT_EQ(method.set_tokens[i], 512);
     // Each KV head's heads are held by its own set.
-    const at::Tensor scores = ops::score_blocks(s.selector_query, s.selector_weight, s.selector_keys[1], s.page_table, s.lengths, "int4", 1.0);
+    const at::Tensor scores = ops::score_blocks(s.selector_query, s.selector_weight, s.selector_keys[1],
+                                                s.page_table, s.lengths, "int4", 1.0);
     SelectionRule rule = top_k(512);
     rule.sinks = 64;
     rule.floor = 400;

@@ -11,8 +11,8 @@
 #include <random>
 #include <string>
 
-#include "core/files.h"
 #include "core/error.h"
+#include "core/files.h"
 
 namespace spot::testing {
 

@@ -56,8 +56,7 @@ TEST(Checkpoint, RefusesBrokenIndexes) {
   expect_error(open, {"two.safetensors", "no such file"});
   write_index(folder, {{"a", "one.safetensors"}, {"b", "one.safetensors"}});
   expect_error(open, {"one.safetensors", "'b'"});
-  for (const char* escape :
-       {"../one.safetensors", "/etc/passwd", "sub/one.safetensors", "", "..", "."}) {
+  for (const char* escape : {"../one.safetensors", "/etc/passwd", "sub/one.safetensors", "", "..", "."}) {
     write_index(folder, {{"a", escape}});
     expect_error(open, {"'a'", "no file name"});
   }

@@ -3,7 +3,6 @@
 import random
 import subprocess
 
-import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file

@@ -1,4 +1,5 @@
-// The loss of layer_loss by its definition, query by query in float64, differentiated by autograd; and random inputs to feed both.
+// The loss of layer_loss by its definition, query by query in float64, differentiated by autograd; and random
+// inputs to feed both.
 #pragma once
 
 #include <ATen/ATen.h>

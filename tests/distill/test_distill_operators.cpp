@@ -1,12 +1,12 @@
 // The ATen form of the distillation operators against their definition, row by row in float64.
-#include "ops/distill_ops.h"
-
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <random>
+
+#include "ops/distill_ops.h"
 
 namespace spot {
 namespace {
@@ -37,10 +37,12 @@ void expect_near(const at::Tensor& got, const at::Tensor& want, const char* name
 
 TEST_F(DistillOperators, MassIsOfTheSoftmaxOverAllKeys) {
   for (int trial = 0; trial < 12; ++trial) {
-    const int64_t tokens = draw(20, 60), sinks = trial % 3 ? draw(0, 5) : 0, recency = trial % 3 ? draw(0, 6) : 0;
+    const int64_t tokens = draw(20, 60), sinks = trial % 3 ? draw(0, 5) : 0,
+                  recency = trial % 3 ? draw(0, 6) : 0;
     const int64_t first = draw(sinks + recency, tokens - 2), rows = draw(1, tokens - first);
     const ops::QueryStrip s = strip_of(first, rows, sinks, recency);
-    const at::Tensor query = at::randn({tokens, 4, 6}, at::kDouble), key = at::randn({tokens, 2, 6}, at::kDouble);
+    const at::Tensor query = at::randn({tokens, 4, 6}, at::kDouble),
+                     key = at::randn({tokens, 2, 6}, at::kDouble);
     at::Tensor logits = at::einsum("qhd,khd->hqk", {query, key.repeat_interleave(2, 1)}) * 0.7;
     logits.masked_fill_(at::ones({tokens, tokens}, at::kBool).triu(1), -INFINITY);
     const at::Tensor whole = at::softmax(logits, -1), logsumexp = at::logsumexp(logits, {-1});
@@ -53,20 +55,23 @@ TEST_F(DistillOperators, MassIsOfTheSoftmaxOverAllKeys) {
       const ops::AttentionMass got = ops::attention_mass(query, key, logsumexp, s, 0.7, groups);
       expect_near(got.mass, want, "mass");
       expect_near(got.total, want.sum(-1), "total");
-      if (sinks == 0 && recency == 0) expect_near(got.total, at::ones({rows, groups}, at::kDouble), "total of all");
+      if (sinks == 0 && recency == 0)
+        expect_near(got.total, at::ones({rows, groups}, at::kDouble), "total of all");
     }
   }
 }
 
 TEST_F(DistillOperators, DivergenceIsOfTheRenormalisedTeacher) {
   for (int trial = 0; trial < 12; ++trial) {
-    const int64_t tokens = draw(20, 60), sinks = draw(0, 5), recency = draw(0, 6), key_heads = trial % 2 ? 4 : 1;
+    const int64_t tokens = draw(20, 60), sinks = draw(0, 5), recency = draw(0, 6),
+                  key_heads = trial % 2 ? 4 : 1;
     const int64_t first = draw(sinks + recency, tokens - 2), rows = draw(1, tokens - first);
     const int64_t k_train = draw(0, 1) * draw(1, 30);
-    SCOPED_TRACE(fmt::format("trial {}: {} tokens, rows {} from {}, {} sinks, recency {}, k_train {}", trial, tokens, rows,
-                             first, sinks, recency, k_train));
+    SCOPED_TRACE(fmt::format("trial {}: {} tokens, rows {} from {}, {} sinks, recency {}, k_train {}", trial,
+                             tokens, rows, first, sinks, recency, k_train));
     const ops::QueryStrip s = strip_of(first, rows, sinks, recency);
-    const at::Tensor query = at::randn({tokens, 4, 6}, at::kDouble), key = at::randn({tokens, key_heads, 6}, at::kDouble),
+    const at::Tensor query = at::randn({tokens, 4, 6}, at::kDouble),
+                     key = at::randn({tokens, key_heads, 6}, at::kDouble),
                      weight = at::randn({tokens, 4}, at::kDouble);
     // Attention may leave the keys any share of its mass, or none.
     at::Tensor mass = at::rand({rows, s.width}, at::kDouble) * at::rand({rows, 1}, at::kDouble).pow(20);
@@ -77,13 +82,15 @@ TEST_F(DistillOperators, DivergenceIsOfTheRenormalisedTeacher) {
       mass[r].narrow(0, seen, s.width - seen).zero_();
     }
 
-    const at::Tensor q = query.clone().requires_grad_(), k = key.clone().requires_grad_(), w = weight.clone().requires_grad_();
+    const at::Tensor q = query.clone().requires_grad_(), k = key.clone().requires_grad_(),
+                     w = weight.clone().requires_grad_();
     at::Tensor sum = at::zeros({}, at::kDouble), want_loss = at::zeros({rows}, at::kDouble),
                want_entropy = at::zeros({rows}, at::kDouble);
     for (int64_t r = 0; r < rows; ++r) {
       if (r == silent) continue;
       const int64_t t = first + r, seen = t - recency + 1 - sinks;
-      const at::Tensor dots = at::einsum("hd,khd->kh", {q[t], k.narrow(0, sinks, seen).expand({seen, 4, 6})}).relu();
+      const at::Tensor dots =
+          at::einsum("hd,khd->kh", {q[t], k.narrow(0, sinks, seen).expand({seen, 4, 6})}).relu();
       at::Tensor scores = dots.mv(w[t]), teacher = mass[r].narrow(0, 0, seen);
       const at::Tensor all = teacher / teacher.sum();
       want_entropy[r] = -(all * all.log()).sum();
@@ -101,7 +108,8 @@ TEST_F(DistillOperators, DivergenceIsOfTheRenormalisedTeacher) {
     if (sum.requires_grad()) sum.backward();
 
     at::Tensor grad_key = at::zeros({key_heads, tokens, 6}, at::kDouble);
-    const ops::SelectorKl got = ops::selector_kl(mass.clone(), mass.sum(-1), query, key, weight, s, k_train, grad_key);
+    const ops::SelectorKl got =
+        ops::selector_kl(mass.clone(), mass.sum(-1), query, key, weight, s, k_train, grad_key);
     expect_near(got.loss, want_loss, "loss");
     expect_near(got.entropy, want_entropy, "entropy");
     expect_near(got.grad_query, grad(q).narrow(0, first, rows), "grad_query");

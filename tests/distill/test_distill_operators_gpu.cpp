@@ -78,8 +78,8 @@ TEST_F(DistillOperatorsGpu, MatchTheirCpuForm) {
     at::Tensor grad_key = at::zeros({key_heads, tokens, 128}), gpu_grad_key = grad_key.cuda();
     ASSERT_TRUE(ops::fuses_kl(q.cuda(), k.cuda()));
     const ops::SelectorKl want = ops::selector_kl(teacher.clone(), total, q, k, w, strip, k_train, grad_key);
-    const ops::SelectorKl got =
-        ops::selector_kl(teacher.cuda(), total.cuda(), q.cuda(), k.cuda(), w.cuda(), on_gpu(strip), k_train, gpu_grad_key);
+    const ops::SelectorKl got = ops::selector_kl(teacher.cuda(), total.cuda(), q.cuda(), k.cuda(), w.cuda(),
+                                                 on_gpu(strip), k_train, gpu_grad_key);
     // A top-k set may differ in a key near its edge, here and there.
     const double edge = k_train > 0 ? 2e-2 : 0.0;
     EXPECT_LE(norm_error(got.loss, want.loss), 1e-4 + edge);
@@ -87,8 +87,8 @@ TEST_F(DistillOperatorsGpu, MatchTheirCpuForm) {
     EXPECT_LE(norm_error(got.grad_weight, want.grad_weight), 1e-3 + edge);
     EXPECT_LE(norm_error(got.grad_query, want.grad_query), 4e-3 + edge);
     EXPECT_LE(norm_error(gpu_grad_key, grad_key), 4e-3 + edge);
-    const ops::SelectorKl measured =
-        ops::selector_kl(teacher.cuda(), total.cuda(), q.cuda(), k.cuda(), w.cuda(), on_gpu(strip), k_train, {});
+    const ops::SelectorKl measured = ops::selector_kl(teacher.cuda(), total.cuda(), q.cuda(), k.cuda(),
+                                                      w.cuda(), on_gpu(strip), k_train, {});
     EXPECT_TRUE(at::equal(measured.loss, got.loss));
   }
 }
@@ -103,7 +103,8 @@ TEST_F(DistillOperatorsGpu, NanReachesTheLoss) {
   query[200][2][5] = NAN;
   for (const int64_t k_train : {0, 50}) {
     const at::Tensor mass = at::full({300, 304}, 1.0 / 300, tokens.options().dtype(at::kFloat));
-    const at::Tensor loss = ops::selector_kl(mass, mass.sum(-1), query, key, weight, strip, k_train, {}).loss.isnan();
+    const at::Tensor loss =
+        ops::selector_kl(mass, mass.sum(-1), query, key, weight, strip, k_train, {}).loss.isnan();
     EXPECT_TRUE(loss[200].item<bool>());
     EXPECT_EQ(loss.sum().item<int64_t>(), 1);
   }

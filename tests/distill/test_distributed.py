@@ -89,8 +89,18 @@ def start(count, words, timeout=PATIENCE / 2):
 
 
 def torchrun(count, words):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", str(free_port())]
-    return subprocess.run([*launcher, SCRIPT, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(count),
+        "--master-port",
+        str(free_port()),
+    ]
+    return subprocess.run(
+        [*launcher, SCRIPT, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 def finish(processes, seconds=PATIENCE):
@@ -152,7 +162,13 @@ def test_metrics_are_flat_and_complete(reference):
         assert captured == sorted(captured) and 0 < captured[0] and captured[-1] <= 1
         assert 0 < line["held_out_calibration_error"] < 1
     page = (reference / "loss.html").read_text()
-    for title in ("Loss by layer", "Mass at budget 0.1 by layer", "Distance of captured mass", "Learning rate", "Speed"):
+    for title in (
+        "Loss by layer",
+        "Mass at budget 0.1 by layer",
+        "Distance of captured mass",
+        "Learning rate",
+        "Speed",
+    ):
         assert title in page
 
 

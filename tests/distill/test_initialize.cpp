@@ -1,5 +1,3 @@
-#include "distill/initialize.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
@@ -8,6 +6,7 @@
 #include "attention/dense.h"
 #include "core/files.h"
 #include "distill/distill_attention.h"
+#include "distill/initialize.h"
 #include "distill/train_config.h"
 #include "text/tokenizer.h"
 
@@ -30,7 +29,8 @@ std::vector<TokenSequence> random_sequences(const ModelConfig& model, int64_t co
   return sequences;
 }
 
-// The smallest cosine over tokens between a selector's rotated key or query and the backbone's, layer by layer.
+// The smallest cosine over tokens between a selector's rotated key or query and the backbone's, layer by
+// layer.
 class Comparison : public AttentionBackend {
  public:
   Comparison(const Selector& selector, std::vector<int64_t> selector_dims, std::vector<int64_t> backbone_dims)
@@ -70,7 +70,8 @@ TEST(StartFromBackbone, RotatedDimsAreTheBackbonesOwnKeysAndQueries) {
     ModelConfig model = small_model(48, 2, s.heads, s.kv_heads, s.head_dim);
     model.architecture = "LlamaForCausalLM";
     model.model_type = "llama";
-    model.qk_norm = false;  // then keys are linear in the hidden state, and the fit is exact but for the ridge
+    model.qk_norm =
+        false;  // then keys are linear in the hidden state, and the fit is exact but for the ridge
     model.rope.rotary_dim = s.rotary;
     if (s.yarn > 1) model.set_yarn(s.yarn);
     const Backbone backbone = Backbone::random(model, at::kCPU, at::kFloat, random_int(0, 1 << 30));

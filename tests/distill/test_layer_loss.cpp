@@ -1,4 +1,5 @@
-// Losses, gradients and coverage of layer_loss: those of the definition (layer_loss_reference.h) and of finite differences.
+// Losses, gradients and coverage of layer_loss: those of the definition (layer_loss_reference.h) and of
+// finite differences.
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <gtest/gtest.h>
@@ -133,10 +134,11 @@ TEST(LayerLoss, OperatorsMatchTheDefinition) {
     for (int64_t start = 0; start < tokens; start += pick(1, 50)) in.document_starts.push_back(start);
     add_logsumexp(in);
     if (trial % 3 == 0) in.query_rows = at::arange(pick(0, tokens - 1), tokens, pick(1, 5), at::kLong);
-    SCOPED_TRACE(fmt::format("trial {}: {} tokens, {} of {} heads, {} groups, tiles of {}, scope {}, blocks of {}, {} sinks, "
-                             "recency {}",
-                             trial, tokens, in.selector_key.size(1), heads, groups, o.tile_rows, static_cast<int>(o.scope),
-                             o.block_size, o.sinks, o.recency));
+    SCOPED_TRACE(fmt::format(
+        "trial {}: {} tokens, {} of {} heads, {} groups, tiles of {}, scope {}, blocks of {}, {} sinks, "
+        "recency {}",
+        trial, tokens, in.selector_key.size(1), heads, groups, o.tile_rows, static_cast<int>(o.scope),
+        o.block_size, o.sinks, o.recency));
     expect_matches(in, o, 1e-10);
   }
 }
@@ -201,7 +203,8 @@ TEST(LayerLoss, CudaAgreesWithTheDefinition) {
 }
 
 double norm_error(const at::Tensor& got, const at::Tensor& want) {
-  return (got.cpu().to(at::kDouble) - want).norm().item<double>() / std::max(want.norm().item<double>(), 1e-12);
+  return (got.cpu().to(at::kDouble) - want).norm().item<double>() /
+         std::max(want.norm().item<double>(), 1e-12);
 }
 
 // The fused kernels against the definition in float64, from the same bfloat16 inputs.
@@ -232,7 +235,8 @@ TEST(LayerLoss, CudaKernelsMatchTheDefinition) {
         SCOPED_TRACE(fmt::format("trial {}: head_dim {}, {} key heads, scope {}", trial, head_dim, key_heads,
                                  static_cast<int>(o.scope)));
         const Reference want = reference(in, o);
-        for (at::Tensor* t : {&in.query, &in.key, &in.logsumexp, &in.selector_query, &in.selector_key, &in.selector_weight})
+        for (at::Tensor* t :
+             {&in.query, &in.key, &in.logsumexp, &in.selector_query, &in.selector_key, &in.selector_weight})
           *t = t->cuda();
         const LayerLoss got = layer_loss(in, o);
         EXPECT_NEAR(got.loss.item<double>(), want.loss, 1e-3 * want.loss);
@@ -282,13 +286,15 @@ TEST(LayerLoss, OperatorsAgreeOnTheResidualTeacher) {
 void check_slopes(LayerLossInputs in, const LayerLossOptions& o) {
   const LayerLoss at_point = layer_loss(in, o);
   using Field = at::Tensor LayerLossInputs::*;
-  const std::vector<std::pair<Field, at::Tensor>> fields = {{&LayerLossInputs::selector_query, at_point.grad_query},
-                                                            {&LayerLossInputs::selector_key, at_point.grad_key},
-                                                            {&LayerLossInputs::selector_weight, at_point.grad_weight}};
+  const std::vector<std::pair<Field, at::Tensor>> fields = {
+      {&LayerLossInputs::selector_query, at_point.grad_query},
+      {&LayerLossInputs::selector_key, at_point.grad_key},
+      {&LayerLossInputs::selector_weight, at_point.grad_weight}};
   for (const auto& [field, grad] : fields) {
     const at::Tensor original = in.*field, direction = at::randn_like(original);
     const double slope = (grad * direction).sum().item<double>();
-    // A step may cross a kink (another top-k set, another largest token, a ReLU): the smallest of several steps' errors is that
+    // A step may cross a kink (another top-k set, another largest token, a ReLU): the smallest of several
+    // steps' errors is that
     // of one which does not.
     double best = 1e300;
     for (const double step : {1e-5, 1e-6, 1e-7}) {

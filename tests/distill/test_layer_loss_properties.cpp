@@ -1,4 +1,5 @@
-// What holds of layer_loss whatever the loss is: parts add up to the whole, what should not matter does not, edges stay finite,
+// What holds of layer_loss whatever the loss is: parts add up to the whole, what should not matter does not,
+// edges stay finite,
 // memory is linear, and what does not fit is refused.
 #include <ATen/ATen.h>
 #include <c10/core/Allocator.h>
@@ -74,7 +75,8 @@ TEST(LayerLoss, GradientsWeightedAndRoundedOnce) {
       o.loss = DistillLoss::dense;
       o.operators = operators;
       o.tile_rows = 16;
-      LayerLossInputs in = draw({.tokens = 47, .head_dim = 32, .key_heads = key_heads, .dim = 64}, seed, at::kBFloat16);
+      LayerLossInputs in =
+          draw({.tokens = 47, .head_dim = 32, .key_heads = key_heads, .dim = 64}, seed, at::kBFloat16);
       in.selector_weight = in.selector_weight.to(at::kFloat);
       add_logsumexp(in);
       if (key_heads == 4) in.query_rows = at::arange(3, 47, 2, at::kLong);  // strips with gaps
@@ -192,7 +194,9 @@ TEST(LayerLoss, MemoryIsLinearInTheLength) {
 }
 
 TEST(LayerLoss, RefusesWhatDoesNotFit) {
-  const auto message = [](const LayerLossInputs& in, const LayerLossOptions& o) { return error_of([&] { layer_loss(in, o); }); };
+  const auto message = [](const LayerLossInputs& in, const LayerLossOptions& o) {
+    return error_of([&] { layer_loss(in, o); });
+  };
   const LayerLossInputs good = draw({.tokens = 20}, fresh_seed());
   EXPECT_NO_THROW(layer_loss(good, {}));
   LayerLossInputs in = good;

@@ -407,7 +407,9 @@ TEST(Trainer, RefusesImpossibleRuns) {
       message_of([&] { setup.run(selector); }).find("sequence_length is 5000, the backbone reaches 4096"),
       std::string::npos);
   setup.config.data.sequence_length = 63;
-  EXPECT_NE(message_of([&] { setup.run(selector); }).find("of 63 tokens the first 16 and the last 16 are left out"), std::string::npos);
+  EXPECT_NE(
+      message_of([&] { setup.run(selector); }).find("of 63 tokens the first 16 and the last 16 are left out"),
+      std::string::npos);
   setup.config.data.sequence_length = 64;
   setup.config.steps = 0;
   EXPECT_NE(message_of([&] { setup.run(selector); }).find("steps is 0"), std::string::npos);
@@ -475,9 +477,11 @@ TEST(Trainer, CalibratesOnLongerContextsThanItTrainsOn) {
   setup.config.calibration_length = 900;
   Selector selector = setup.selector();
   setup.run(selector);
-  const Selector loaded = Selector::load(setup.config.output.string(), "", setup.backbone.config(), setup.backbone.fingerprint(), at::kCPU);
+  const Selector loaded = Selector::load(setup.config.output.string(), "", setup.backbone.config(),
+                                         setup.backbone.fingerprint(), at::kCPU);
   // As many contexts as held-out sequences, each with more measured queries than 400 tokens have.
-  const std::vector<TokenSequence> contexts = TrainingData(setup.config.data, bytes_as_tokens, kEos).held_out(setup.config.held_out_sequences, 900);
+  const std::vector<TokenSequence> contexts =
+      TrainingData(setup.config.data, bytes_as_tokens, kEos).held_out(setup.config.held_out_sequences, 900);
   const Calibration expected = calibrate(setup.backbone, selector, contexts, {}, false);
   ASSERT_FALSE(contexts.empty());
   EXPECT_EQ(loaded.config().selection.temperature, expected.temperature);

@@ -9,8 +9,8 @@
 #include <random>
 #include <set>
 
-#include "core/files.h"
 #include "core/error.h"
+#include "core/files.h"
 #include "distill/data.h"
 #include "distill/documents.h"
 #include "text/unicode.h"

@@ -1,4 +1,5 @@
-// Whole decode steps on a GPU, captured and not, with everything fused, against the same backend left to do its own
+// Whole decode steps on a GPU, captured and not, with everything fused, against the same backend left to do
+// its own
 // stores and projections. Needs a CUDA build of torch and a GPU.
 #include <gtest/gtest.h>
 
@@ -57,9 +58,11 @@ TEST_P(GpuDecodeStep, CapturedAndFusedEqualsUnprepared) {
   spec.rule.mode = SelectionMode::top_k;
   spec.rule.budget = 1 << 20;  // everything is chosen: no near-equal blocks that swap places
   const int64_t room = 1200;
-  const std::vector<std::vector<int32_t>> prompts = {std::vector<int32_t>(700, 3), std::vector<int32_t>(33, 5)};
+  const std::vector<std::vector<int32_t>> prompts = {std::vector<int32_t>(700, 3),
+                                                     std::vector<int32_t>(33, 5)};
   std::vector<std::vector<at::Tensor>> logits;
-  for (int way = 0; way < 4; ++way) {  // unprepared, prepared, captured, captured and with one projection for both
+  for (int way = 0; way < 4;
+       ++way) {  // unprepared, prepared, captured, captured and with one projection for both
     if (way == 3) selector.join(backbone);
     AttentionRun run(spec, backbone, &selector, 2 * room, 2);
     Unprepared plain(run.backend());
@@ -80,5 +83,6 @@ TEST_P(GpuDecodeStep, CapturedAndFusedEqualsUnprepared) {
 
 INSTANTIATE_TEST_SUITE_P(, GpuDecodeStep,
                          ::testing::Combine(::testing::Bool(), ::testing::Values(64, 128, 256),
-                                            ::testing::Values(AttentionKind::dense, AttentionKind::spot, AttentionKind::quest,
+                                            ::testing::Values(AttentionKind::dense, AttentionKind::spot,
+                                                              AttentionKind::quest,
                                                               AttentionKind::twilight)));

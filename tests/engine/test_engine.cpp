@@ -1,9 +1,8 @@
+#include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
-#include <ATen/ATen.h>
-
-#include <limits>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <random>
 
@@ -18,7 +17,8 @@ namespace {
 ModelConfig small_config() {
   ModelConfig config;
   config.architecture = "LlamaForCausalLM", config.model_type = "llama";
-  config.hidden_size = 48, config.num_layers = 3, config.num_heads = 6, config.num_kv_heads = 2, config.head_dim = 16;
+  config.hidden_size = 48, config.num_layers = 3, config.num_heads = 6, config.num_kv_heads = 2,
+  config.head_dim = 16;
   config.intermediate_size = 64, config.vocab_size = 101, config.max_position_embeddings = 4096;
   config.rope.rotary_dim = 16;
   config.layer_kinds.assign(3, LayerKind::full_attention);
@@ -60,7 +60,8 @@ TEST(Sampler, RefusesNanAndBadOptions) {
 
 TEST(Generate, BatchedAndChunkedRunsEqualSingleOnes) {
   const Backbone backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, 11);
-  const std::vector<std::vector<int32_t>> prompts = {random_tokens(37, 101), random_tokens(5, 101), random_tokens(90, 101)};
+  const std::vector<std::vector<int32_t>> prompts = {random_tokens(37, 101), random_tokens(5, 101),
+                                                     random_tokens(90, 101)};
   GenerateOptions options;
   options.max_new_tokens = 9;
   options.prefill_chunk = 16;
@@ -84,18 +85,22 @@ TEST(Generate, EverySparseAttentionWithTheWholeContextEqualsDense) {
   GenerateOptions options;
   options.max_new_tokens = 6;
   AttentionRun dense(AttentionSpec{}, backbone, nullptr, 800);
-  const auto expected = generate(backbone, dense.backend(), dense.cache(), {prompt}, options).sequences[0].tokens;
-  for (AttentionKind kind : {AttentionKind::spot, AttentionKind::streaming, AttentionKind::oracle, AttentionKind::quest}) {
+  const auto expected =
+      generate(backbone, dense.backend(), dense.cache(), {prompt}, options).sequences[0].tokens;
+  for (AttentionKind kind :
+       {AttentionKind::spot, AttentionKind::streaming, AttentionKind::oracle, AttentionKind::quest}) {
     AttentionSpec spec;
     spec.kind = kind;
     spec.rule.mode = SelectionMode::top_k;
     spec.rule.budget = 4096;
     spec.cache_format = CacheFormat::f32;
     AttentionRun run(spec, backbone, &selector, 800);
-    EXPECT_EQ(generate(backbone, run.backend(), run.cache(), {prompt}, options).sequences[0].tokens, expected) << to_string(kind);
+    EXPECT_EQ(generate(backbone, run.backend(), run.cache(), {prompt}, options).sequences[0].tokens, expected)
+        << to_string(kind);
     const auto counters = run.sparse()->counters();
     ASSERT_EQ(counters.size(), 3u);
-    for (const auto& [layer, c] : counters) EXPECT_EQ(c.tokens_attended, static_cast<double>(c.tokens_visible));
+    for (const auto& [layer, c] : counters)
+      EXPECT_EQ(c.tokens_attended, static_cast<double>(c.tokens_visible));
   }
 }
 
@@ -165,11 +170,13 @@ TEST(Decode, PreparedAndJoinedEqualUnprepared) {
         for (int32_t i = 0; i < 200; ++i) tokens[i % 3 == 0].push_back(i * 31 % 97);
         at::Tensor all = backbone.forward(make_batch(run.cache(), ids, tokens), backend, run.cache());
         for (int32_t step = 0; step < 5; ++step)
-          all = at::cat({all, backbone.forward(make_batch(run.cache(), ids, {{step}, {90 - step}}), backend, run.cache())});
+          all = at::cat({all, backbone.forward(make_batch(run.cache(), ids, {{step}, {90 - step}}), backend,
+                                               run.cache())});
         hidden.push_back(all);
       }
       for (int way : {1, 2})
-        EXPECT_LT(((hidden[way] - hidden[0]).norm() / hidden[0].norm()).item<double>(), 1e-4) << "way " << way;
+        EXPECT_LT(((hidden[way] - hidden[0]).norm() / hidden[0].norm()).item<double>(), 1e-4)
+            << "way " << way;
     }
     // Only the memory has moved.
     const std::vector<at::Tensor> after = selector.parameters();

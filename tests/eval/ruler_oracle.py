@@ -24,8 +24,14 @@ NEEDLES = [
 ]
 # Needles in a prompt, those asked included; None: as many as fill it.
 NEEDLE_COUNTS = {
-    "niah_single_1": 1, "niah_single_2": 1, "niah_single_3": 1, "niah_multikey_1": 4,
-    "niah_multikey_2": None, "niah_multikey_3": None, "niah_multivalue": 4, "niah_multiquery": 4,
+    "niah_single_1": 1,
+    "niah_single_2": 1,
+    "niah_single_3": 1,
+    "niah_multikey_1": 4,
+    "niah_multikey_2": None,
+    "niah_multikey_3": None,
+    "niah_multivalue": 4,
+    "niah_multiquery": 4,
 }
 
 
@@ -74,7 +80,7 @@ def numbered(text):
 
 def most_common(words, count):
     ranked = collections.Counter(words).most_common()
-    assert ranked[count - 1][1] > ranked[count][1], f"rank {count} is not clear: {ranked[count - 1:count + 1]}"
+    assert ranked[count - 1][1] > ranked[count][1], f"rank {count} is not clear: {ranked[count - 1 : count + 1]}"
     return ranked
 
 
@@ -109,16 +115,26 @@ QUESTIONS = [  # question -> the facts to follow, each a pattern with the last a
     (r"Who was the first director of the (\w+ [A-Z]\w+)\?", [r"The {} stands[^\n]* first director was (\w+ \w+)\."]),
     (r"On which river does the town of (\w+) lie\?", [r"{} is a town on the river (\w+)\."]),
     (r"Who is the mayor of ([A-Z]\w+)\?", [r"The mayor of {} is (\w+ \w+)\."]),
-    (r"In which town does the institution stand where \w+ (\w+) worked\?",
-     [r"years {} worked at the (\w+ \w+)\.", r"The {} stands in the town of (\w+)\."]),
-    (r"Who founded the institution where \w+ (\w+) worked\?",
-     [r"years {} worked at the (\w+ \w+)\.", r"The {} stands[^\n]* founded in \d+ by (\w+ \w+)\."]),
-    (r"Who was the first director of the institution where \w+ (\w+) worked\?",
-     [r"years {} worked at the (\w+ \w+)\.", r"The {} stands[^\n]* first director was (\w+ \w+)\."]),
-    (r"On which river lies the town where (.+) was born\?",
-     [r"{} was born in the town of (\w+) in", r"{} is a town on the river (\w+)\."]),
-    (r"Who is the mayor of the town where (.+) was born\?",
-     [r"{} was born in the town of (\w+) in", r"The mayor of {} is (\w+ \w+)\."]),
+    (
+        r"In which town does the institution stand where \w+ (\w+) worked\?",
+        [r"years {} worked at the (\w+ \w+)\.", r"The {} stands in the town of (\w+)\."],
+    ),
+    (
+        r"Who founded the institution where \w+ (\w+) worked\?",
+        [r"years {} worked at the (\w+ \w+)\.", r"The {} stands[^\n]* founded in \d+ by (\w+ \w+)\."],
+    ),
+    (
+        r"Who was the first director of the institution where \w+ (\w+) worked\?",
+        [r"years {} worked at the (\w+ \w+)\.", r"The {} stands[^\n]* first director was (\w+ \w+)\."],
+    ),
+    (
+        r"On which river lies the town where (.+) was born\?",
+        [r"{} was born in the town of (\w+) in", r"{} is a town on the river (\w+)\."],
+    ),
+    (
+        r"Who is the mayor of the town where (.+) was born\?",
+        [r"{} was born in the town of (\w+) in", r"The mayor of {} is (\w+ \w+)\."],
+    ),
 ]
 
 
@@ -166,7 +182,9 @@ def main():
         except AssertionError as e:
             sys.exit(f"{sample['task']}, wording {sample['wording']}: {e}")
         if sorted(answers) != sorted(sample["references"]):
-            sys.exit(f"{sample['task']}, wording {sample['wording']}: solved {answers}, references {sample['references']}")
+            sys.exit(
+                f"{sample['task']}, wording {sample['wording']}: solved {answers}, references {sample['references']}"
+            )
     for case in data["scores"]:
         expected = score(case["task"], case["output"], case["references"])
         if abs(expected - case["score"]) > 1e-12:

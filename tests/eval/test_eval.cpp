@@ -1,6 +1,5 @@
-#include <gtest/gtest.h>
-
 #include <ATen/ATen.h>
+#include <gtest/gtest.h>
 
 #include <cmath>
 #include <random>
@@ -18,7 +17,9 @@ const Tokenizer& tokenizer() {
   return instance;
 }
 
-std::string filler() { return read_file("LICENSE"); }
+std::string filler() {
+  return read_file("LICENSE");
+}
 
 size_t occurrences(const std::string& text, const std::string& part) {
   size_t n = 0;
@@ -30,7 +31,8 @@ size_t occurrences(const std::string& text, const std::string& part) {
 Backbone random_backbone(uint64_t seed) {
   ModelConfig config;
   config.architecture = "LlamaForCausalLM", config.model_type = "llama";
-  config.hidden_size = 32, config.num_layers = 2, config.num_heads = 4, config.num_kv_heads = 2, config.head_dim = 8;
+  config.hidden_size = 32, config.num_layers = 2, config.num_heads = 4, config.num_kv_heads = 2,
+  config.head_dim = 8;
   config.intermediate_size = 48, config.vocab_size = 4096, config.max_position_embeddings = 8192;
   config.rope.rotary_dim = 8;
   config.layer_kinds.assign(2, LayerKind::full_attention);
@@ -51,7 +53,8 @@ TEST(NeedleTask, PromptsHaveTheirLengthAndTheirNeedle) {
   ASSERT_EQ(prompts.size(), 12u);
   for (const NeedlePrompt& prompt : prompts) {
     EXPECT_EQ(prompt.context.size() + prompt.question.size(), 2048u);
-    const std::string text = tokenizer().decode(prompt.context), question = tokenizer().decode(prompt.question);
+    const std::string text = tokenizer().decode(prompt.context),
+                      question = tokenizer().decode(prompt.question);
     EXPECT_EQ(occurrences(text, "The special magic number for"), 10u);
     const size_t start = question.find("for ") + 4;
     const std::string key = question.substr(start, question.find('?') - start);
@@ -79,7 +82,8 @@ TEST(NeedleEval, AFullBudgetGivesDenseAnswersAndAllTheMass) {
   const NeedleOptions options{.length = 900, .distractors = 3, .samples = 3};
   const auto prompts = make_needle_prompts(tokenizer(), filler(), options);
   const auto result = evaluate_needles(backbone, nullptr, tokenizer(), prompts, options,
-                                       {{"dense", {}}, method("oracle", AttentionKind::oracle, 4096),
+                                       {{"dense", {}},
+                                        method("oracle", AttentionKind::oracle, 4096),
                                         method("window", AttentionKind::streaming, 512)});
   EXPECT_EQ(result.methods[0].outputs, result.methods[1].outputs);
   EXPECT_NEAR(result.methods[1].captured_mass, 1.0, 1e-4);
@@ -93,7 +97,8 @@ TEST(NeedleEval, AFullBudgetGivesDenseAnswersAndAllTheMass) {
   auto maps = [](const NeedleSweep& s) {
     Page page("t");
     s.add_to(page);
-    return occurrences(page.html(), "<svg viewBox") - 2 * s.lengths.size();  // besides two bar charts a length
+    return occurrences(page.html(), "<svg viewBox") -
+           2 * s.lengths.size();  // besides two bar charts a length
   };
   EXPECT_EQ(maps(sweep), 1u);
   sweep.lengths.push_back(result);
@@ -106,13 +111,15 @@ TEST(TextEval, MeasuresAgreeWithWhatIsKnown) {
   const Backbone backbone = random_backbone(4);
   const auto tokens = tokenizer().encode(filler());
   TextEvalOptions options;
-  options.length = 1000, options.sequences = 2, options.chunk = 130, options.skip = 600, options.measured_queries = 4;
+  options.length = 1000, options.sequences = 2, options.chunk = 130, options.skip = 600,
+  options.measured_queries = 4;
   const SelectorConfig config = SelectorConfig::from_preset("spot");
   const Selector selector(config, backbone.config(), at::kCPU);
   EvalMethod spot = method("spot", AttentionKind::spot, 608);
-  const auto result = evaluate_text(backbone, &selector, tokens,
-                                    {method("all", AttentionKind::oracle, 4096), method("oracle", AttentionKind::oracle, 608), spot},
-                                    options);
+  const auto result = evaluate_text(
+      backbone, &selector, tokens,
+      {method("all", AttentionKind::oracle, 4096), method("oracle", AttentionKind::oracle, 608), spot},
+      options);
   EXPECT_EQ(result.dense.scored_tokens, 2 * 399);
   EXPECT_NEAR(result.methods[0].nll, result.dense.nll, 1e-4);
   EXPECT_NEAR(result.methods[0].kl, 0, 1e-5);
@@ -120,7 +127,8 @@ TEST(TextEval, MeasuresAgreeWithWhatIsKnown) {
   EXPECT_NEAR(result.methods[0].layers.at(1).captured_mass, 1.0, 1e-4);
   // The oracle's recall of its own blocks is whole up to the reserved ones; no method captures more than it.
   for (int64_t layer : {0, 1}) {
-    const LayerMeasures &oracle = result.methods[1].layers.at(layer), &learned = result.methods[2].layers.at(layer);
+    const LayerMeasures &oracle = result.methods[1].layers.at(layer),
+                        &learned = result.methods[2].layers.at(layer);
     EXPECT_GE(oracle.captured_mass, learned.captured_mass - 1e-6);
     EXPECT_GE(oracle.oracle_recall, learned.oracle_recall);
     EXPECT_LT(learned.attended_share, 1.0);
@@ -135,7 +143,8 @@ TEST(TextEval, MeasuresAgreeWithWhatIsKnown) {
   double kl = 0, agreement = 0;
   for (int bucket = 6; bucket < 10; ++bucket) {
     const int tokens = bucket == 9 ? 99 : 100;
-    kl += tokens * learned.kl_by_position[bucket], agreement += tokens * learned.agreement_by_position[bucket];
+    kl += tokens * learned.kl_by_position[bucket],
+        agreement += tokens * learned.agreement_by_position[bucket];
   }
   EXPECT_NEAR(kl / 399, learned.kl, 1e-9);
   EXPECT_NEAR(agreement / 399, learned.argmax_agreement, 1e-9);

@@ -8,7 +8,15 @@ import pytest
 from tests.conftest import ROOT
 
 SAMPLES = 6
-METHODS = ["dense", "oracle:k=512", "quest:k=1024", "twilight:p=0.95,k=25%", "spot:k=512,cache=int4", "spot:p=0.7,cache=bf16", "spot:p=0.7,cache=int4"]
+METHODS = [
+    "dense",
+    "oracle:k=512",
+    "quest:k=1024",
+    "twilight:p=0.95,k=25%",
+    "spot:k=512,cache=int4",
+    "spot:p=0.7,cache=bf16",
+    "spot:p=0.7,cache=int4",
+]
 MODELS = pytest.mark.parametrize("model", ["tiny-qwen3", "tiny-qwen3.5"])
 # Of SAMPLES, one below what was measured with every method and both models: another CPU may round another way.
 FEWEST_RIGHT = 5
@@ -18,8 +26,26 @@ CONTROL, MOST_RIGHT = "streaming:k=512", 1
 
 def evaluate(build_folder, kind, model, methods, out, *options):
     """The report of `spot eval` with a shipped model and its selector."""
-    command = [build_folder / "spot", "eval", kind, "--model", ROOT / "models" / model, "--selector", "spot", "--text", ROOT / "LICENSE",
-               "--samples", str(SAMPLES), "--threads", "1", "--methods", ",".join(methods), "--out", out, *options]
+    command = [
+        build_folder / "spot",
+        "eval",
+        kind,
+        "--model",
+        ROOT / "models" / model,
+        "--selector",
+        "spot",
+        "--text",
+        ROOT / "LICENSE",
+        "--samples",
+        str(SAMPLES),
+        "--threads",
+        "1",
+        "--methods",
+        ",".join(methods),
+        "--out",
+        out,
+        *options,
+    ]
     subprocess.run(command, check=True, cwd=ROOT)
     return json.loads((out / "report.json").read_text())
 
@@ -27,7 +53,9 @@ def evaluate(build_folder, kind, model, methods, out, *options):
 @pytest.mark.timeout(300)
 @MODELS
 def test_methods_find_the_needle(build_folder, model, tmp_path):
-    report = evaluate(build_folder, "needle", model, [*METHODS, CONTROL], tmp_path, "--length", "4096", "--distractors", "32")
+    report = evaluate(
+        build_folder, "needle", model, [*METHODS, CONTROL], tmp_path, "--length", "4096", "--distractors", "32"
+    )
     methods = {m["name"]: m for m in report["lengths"][0]["methods"]}
     assert methods.keys() == {*METHODS, CONTROL}
     right = {name: method["exact_match"] for name, method in methods.items()}
@@ -42,8 +70,20 @@ def test_methods_find_the_needle(build_folder, model, tmp_path):
 @MODELS
 def test_needles_in_a_wording_that_no_training_saw(build_folder, model, tmp_path):
     """The value before the key, three other needles: both models answered all, dense and with a quarter of the tokens."""
-    report = evaluate(build_folder, "ruler", model, ["spot:k=1024,cache=int4", CONTROL], tmp_path, "--lengths", "4096", "--tasks", "niah_multikey_1",
-                      "--wording", "3", "--stop-at-newline")
+    report = evaluate(
+        build_folder,
+        "ruler",
+        model,
+        ["spot:k=1024,cache=int4", CONTROL],
+        tmp_path,
+        "--lengths",
+        "4096",
+        "--tasks",
+        "niah_multikey_1",
+        "--wording",
+        "3",
+        "--stop-at-newline",
+    )
     scores = {m["method"]: m["score"]["mean"] for m in report["measures"]}
     assert min(scores["dense"], scores["spot:k=1024,cache=int4"]) >= 100 * FEWEST_RIGHT / SAMPLES
     assert scores[CONTROL] <= 100 * MOST_RIGHT / SAMPLES

@@ -218,7 +218,8 @@ TEST_F(RulerEval, SparsePrefillReadsTheContextByItself) {
   sparse.spec.sparse.prefill = PrefillMode::sparse;
   const std::vector<EvalMethod> neighbours = {method("dense", AttentionKind::dense, 64), sparse,
                                               method("quest", AttentionKind::quest, 160)};
-  // One random model in eight answers alike whatever it attends to; then another one shows that the prefill was sparse.
+  // One random model in eight answers alike whatever it attends to; then another one shows that the prefill
+  // was sparse.
   bool differs = false;
   for (uint64_t model = 0; model < 12 && !differs; ++model) {
     backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, seed + model);
@@ -241,7 +242,8 @@ TEST_F(RulerEval, SparsePrefillReadsTheContextByItself) {
       AttentionRun reference(sparse.spec, backbone, nullptr, 701);
       GenerateOptions asked;
       asked.max_new_tokens = sample.max_new_tokens, asked.prefill_chunk = options.prefill_chunk;
-      const GenerateResult generated = generate(backbone, reference.backend(), reference.cache(), {prompt}, asked);
+      const GenerateResult generated =
+          generate(backbone, reference.backend(), reference.cache(), {prompt}, asked);
       EXPECT_EQ(alone.records[r].outcomes[0].output, codec.decode(generated.sequences[0].tokens));
       EXPECT_EQ(together.records[r].outcomes[1].output, alone.records[r].outcomes[0].output);
       EXPECT_EQ(together.records[r].outcomes[0].output, without.records[r].outcomes[0].output);

@@ -92,9 +92,11 @@ TEST_F(Ruler, PromptsFitTheirLengthAndComeClose) {
       // Two units of haystack at most are missing, or 1/256 of the length. (One more coded word can add one
       // to several ranks' counts at once.)
       const int64_t unit = s.prompt_tokens / s.haystack_size + 1, units = task == RulerTask::fwe ? 8 : 2;
-      // With more words than the lists hold, other sizes have other common words: ten that stand 30 times each.
+      // With more words than the lists hold, other sizes have other common words: ten that stand 30 times
+      // each.
       const int64_t other_words = task == RulerTask::cwe && lowest == 30000 ? 300 : 0;
-      EXPECT_LE(length - s.prompt_tokens - s.max_new_tokens, std::max(length / 256, units * unit) + other_words);
+      EXPECT_LE(length - s.prompt_tokens - s.max_new_tokens,
+                std::max(length / 256, units * unit) + other_words);
       EXPECT_EQ(s.context.back(), '\n');
     }
   }

@@ -20,7 +20,8 @@ inline void check(cudaError_t error) {
     throw std::runtime_error(std::string("CUDA error ") + std::to_string(static_cast<int>(error)));
 }
 
-// kEmulated chooses the sizes for slow devices: the emulator, and a GPU under SPOT_SMALL_TESTS (compute-sanitizer).
+// kEmulated chooses the sizes for slow devices: the emulator, and a GPU under SPOT_SMALL_TESTS
+// (compute-sanitizer).
 #if defined(SPOT_EMULATED)
 inline constexpr bool kEmulated = true;
 inline void* device_allocate(size_t bytes) {

@@ -41,7 +41,8 @@ struct Pool {
         values(type, testing::normal(random, static_cast<size_t>(pages) * kPageTokens * heads * dim)),
         device(values.bytes) {}
   const float* key(int32_t head, int64_t slot) const {
-    return values.values.data() + head * head_stride + slot / kPageTokens * page_stride + slot % kPageTokens * token_stride;
+    return values.values.data() + head * head_stride + slot / kPageTokens * page_stride +
+           slot % kPageTokens * token_stride;
   }
 };
 
@@ -54,7 +55,8 @@ struct Quantised {
     scale = rounded_to_half((*high - *low) / 15.0f);
     minimum = rounded_to_half(*low);
     for (int32_t i = 0; i < dim; ++i) {
-      const float code = scale > 0 ? std::clamp(std::nearbyint((key[i] - minimum) / scale), 0.0f, 15.0f) : 0.0f;
+      const float code =
+          scale > 0 ? std::clamp(std::nearbyint((key[i] - minimum) / scale), 0.0f, 15.0f) : 0.0f;
       codes[i / 2] |= static_cast<uint8_t>(static_cast<int>(code) << (i % 2 * 4));
     }
   }
@@ -68,12 +70,14 @@ TEST(BaselineKernels, SummariesOfNewTokens) {
         const int32_t heads = 3;
         const int64_t pages = 9;
         Pool pool(random, type, heads, dim, pages, tokens_first);
-        // Sequences: a decode token on page 4; one that fills page 2 and goes on on page 7; a page's first token.
+        // Sequences: a decode token on page 4; one that fills page 2 and goes on on page 7; a page's first
+        // token.
         std::vector<int64_t> slots = {4 * 16 + 5};
         for (int64_t offset = 11; offset < 16; ++offset) slots.push_back(2 * 16 + offset);
         for (int64_t offset = 0; offset < 3; ++offset) slots.push_back(7 * 16 + offset);
         slots.push_back(0);
-        const std::vector<std::pair<int64_t, int>> touched = {{4, 6}, {2, 16}, {7, 3}, {0, 1}};  // page, tokens
+        const std::vector<std::pair<int64_t, int>> touched = {
+            {4, 6}, {2, 16}, {7, 3}, {0, 1}};  // page, tokens
         Buffer<int64_t> device_slots(slots);
         Buffer<uint16_t> bounds(heads * pages * 2 * dim), ranges(heads * pages * 16 * 2);
         Buffer<uint8_t> codes(heads * pages * 16 * dim / 2);
@@ -83,7 +87,8 @@ TEST(BaselineKernels, SummariesOfNewTokens) {
         p.num_kv_heads = heads;
         p.head_dim = dim;
         p.keys = pool.device.data();
-        p.page_stride = pool.page_stride, p.head_stride = pool.head_stride, p.token_stride = pool.token_stride;
+        p.page_stride = pool.page_stride, p.head_stride = pool.head_stride,
+        p.token_stride = pool.token_stride;
         p.slots = device_slots.data();
         p.num_pages = pages;
         p.bounds = bounds.data();
@@ -95,9 +100,11 @@ TEST(BaselineKernels, SummariesOfNewTokens) {
         const std::vector<uint8_t> got_codes = codes.download();
         for (int32_t head = 0; head < heads; ++head) {
           for (int64_t page = 0; page < pages; ++page) {
-            const auto entry = std::find_if(touched.begin(), touched.end(), [&](auto& x) { return x.first == page; });
+            const auto entry =
+                std::find_if(touched.begin(), touched.end(), [&](auto& x) { return x.first == page; });
             for (int32_t i = 0; i < dim; ++i) {
-              const double *at = &got_bounds[((head * pages + page) * 2) * dim + i], low = at[0], high = at[dim];
+              const double *at = &got_bounds[((head * pages + page) * 2) * dim + i], low = at[0],
+                           high = at[dim];
               if (entry == touched.end()) {
                 EXPECT_TRUE(std::isnan(low) && std::isnan(high));
                 continue;
@@ -132,10 +139,12 @@ TEST(BaselineKernels, QuestScoresMatch) {
           const int32_t kv_heads = 2, heads = kv_heads * group;
           const PageTable pages(random, {1 + static_cast<int32_t>(random() % 2200), 1, 16 * 17});
           const int32_t rows = 3, width = pages.max_blocks() + 2;
-          std::vector<float> bounds = testing::normal(random, static_cast<size_t>(kv_heads) * pages.num_pages * 2 * dim);
+          std::vector<float> bounds =
+              testing::normal(random, static_cast<size_t>(kv_heads) * pages.num_pages * 2 * dim);
           for (size_t page = 0; page < bounds.size(); page += 2 * dim)
             for (int32_t i = 0; i < dim; ++i)
-              if (bounds[page + i] > bounds[page + dim + i]) std::swap(bounds[page + i], bounds[page + dim + i]);
+              if (bounds[page + i] > bounds[page + dim + i])
+                std::swap(bounds[page + i], bounds[page + dim + i]);
           const Typed queries(type, testing::normal(random, rows * heads * dim)), typed(type, bounds);
           Buffer<uint8_t> device_queries(queries.bytes), device_bounds(typed.bytes);
           Buffer<int32_t> table(pages.table), lengths(pages.lengths);
@@ -170,9 +179,11 @@ TEST(BaselineKernels, QuestScoresMatch) {
                 for (int32_t h = 0; h < group; ++h) {
                   double bound = 0;
                   const float* q = queries.values.data() + (row * heads + kv * group + h) * dim;
-                  const float* low = typed.values.data() + (int64_t{kv} * pages.num_pages + pages.page(row, block)) * 2 * dim;
+                  const float* low = typed.values.data() +
+                                     (int64_t{kv} * pages.num_pages + pages.page(row, block)) * 2 * dim;
                   for (int32_t i = 0; i < dim; ++i)
-                    bound += std::max(static_cast<double>(q[i]) * low[i], static_cast<double>(q[i]) * low[dim + i]);
+                    bound += std::max(static_cast<double>(q[i]) * low[i],
+                                      static_cast<double>(q[i]) * low[dim + i]);
                   largest = std::max(largest, bound * 0.25), sum += bound * 0.25;
                 }
                 ASSERT_NEAR(score, mean ? sum / group : largest, 1e-3);
@@ -205,7 +216,8 @@ TEST(BaselineKernels, EstimatesMatch) {
           selected.insert(selected.end(), chosen.begin(), chosen.end());
         }
         Buffer<uint8_t> device_queries(queries.bytes), device_codes(codes), device_ranges(ranges.bytes);
-        Buffer<int32_t> table(pages.table), lengths(pages.lengths), device_selected(selected), device_counts(counts);
+        Buffer<int32_t> table(pages.table), lengths(pages.lengths), device_selected(selected),
+            device_counts(counts);
         Buffer<float> logits(static_cast<size_t>(rows) * heads * most * 16);
         EstimateLogitsParams p;
         p.type = type;
@@ -254,7 +266,8 @@ TEST(BaselineKernels, EstimatesMatch) {
             }
           }
         // Float32 sums of products that nearly cancel; with 256 of them 2.3e-5 was seen on an H100.
-        EXPECT_LT(testing::relative_error(seen, expected), dim == 256 ? 5e-5 : 2e-5) << dim << " group " << group;
+        EXPECT_LT(testing::relative_error(seen, expected), dim == 256 ? 5e-5 : 2e-5)
+            << dim << " group " << group;
       }
 }
 
@@ -284,8 +297,8 @@ std::vector<bool> keep(const float* logits, int32_t n, float top_p) {
   return kept;
 }
 
-void expect_pruned(Random& random, int32_t kv_heads, int32_t group, const std::vector<int32_t>& row_counts, int32_t most,
-                   float top_p, float deviation, bool round) {
+void expect_pruned(Random& random, int32_t kv_heads, int32_t group, const std::vector<int32_t>& row_counts,
+                   int32_t most, float top_p, float deviation, bool round) {
   const int32_t rows = static_cast<int32_t>(row_counts.size()), heads = kv_heads * group, floor = 100;
   std::vector<int32_t> selected, counts, lengths;
   for (int32_t row = 0; row < rows; ++row) {
@@ -298,7 +311,8 @@ void expect_pruned(Random& random, int32_t kv_heads, int32_t group, const std::v
       counts.push_back(count);
     }
   }
-  std::vector<float> logits = testing::normal(random, static_cast<size_t>(rows) * heads * most * 16, deviation);
+  std::vector<float> logits =
+      testing::normal(random, static_cast<size_t>(rows) * heads * most * 16, deviation);
   for (int32_t row = 0; row < rows; ++row)
     for (int32_t head = 0; head < heads; ++head)
       for (int32_t i = 0; i < most * 16; ++i) {
@@ -337,8 +351,9 @@ void expect_pruned(Random& random, int32_t kv_heads, int32_t group, const std::v
       const int32_t n = counts[list] * 16, row = list / kv_heads;
       std::vector<bool> kept(n, lengths[row] <= floor);
       for (int32_t h = 0; h < group && lengths[row] > floor; ++h) {
-        const auto head = keep(
-            logits.data() + (static_cast<size_t>(row) * heads + list % kv_heads * group + h) * most * 16, n, top_p);
+        const auto head =
+            keep(logits.data() + (static_cast<size_t>(row) * heads + list % kv_heads * group + h) * most * 16,
+                 n, top_p);
         for (int32_t i = 0; i < n; ++i) kept[i] = kept[i] || head[i];
       }
       std::vector<int32_t> expected;
@@ -347,7 +362,8 @@ void expect_pruned(Random& random, int32_t kv_heads, int32_t group, const std::v
         if (kept[i] && token < lengths[row]) expected.push_back(token);
       }
       ASSERT_EQ(got_counts[list], static_cast<int32_t>(expected.size())) << "list " << list << " of " << n;
-      ASSERT_TRUE(std::equal(expected.begin(), expected.end(), got.begin() + static_cast<int64_t>(list) * most * 16));
+      ASSERT_TRUE(
+          std::equal(expected.begin(), expected.end(), got.begin() + static_cast<int64_t>(list) * most * 16));
     }
   }
 }
@@ -357,13 +373,14 @@ TEST(BaselineKernels, PruningIsExact) {
   for (float top_p : {0.05f, 0.5f, 0.95f, 1.0f})
     for (float deviation : {0.0f, 1.0f, 6.0f})
       for (bool round : {false, true})
-        expect_pruned(random, 2, 1 + static_cast<int32_t>(random() % 4), {40, 2, 1, 0}, 41, top_p, deviation, round);
+        expect_pruned(random, 2, 1 + static_cast<int32_t>(random() % 4), {40, 2, 1, 0}, 41, top_p, deviation,
+                      round);
 }
 
 TEST(BaselineKernels, PruningOfManyCandidatesIsExact) {
   Random random(fresh_seed());
-  expect_pruned(random, 1, 2, {700}, 700, 0.9f, 3.0f, false);      // more than fit in shared memory at once
-  expect_pruned(random, 1, 1, {2200}, 2300, 0.95f, 2.0f, false);   // more than fit in registers
+  expect_pruned(random, 1, 2, {700}, 700, 0.9f, 3.0f, false);     // more than fit in shared memory at once
+  expect_pruned(random, 1, 1, {2200}, 2300, 0.95f, 2.0f, false);  // more than fit in registers
 }
 
 TEST(BaselineKernels, TokenAttentionMatches) {
@@ -385,9 +402,11 @@ TEST(BaselineKernels, TokenAttentionMatches) {
               if (random() % 5 < 2) tokens[list * most + count++] = token;
             counts.push_back(count);
           }
-          Buffer<uint8_t> device_queries(queries.bytes), workspace(sparse_decode_workspace_bytes(rows, heads, kv_heads, dim));
+          Buffer<uint8_t> device_queries(queries.bytes),
+              workspace(sparse_decode_workspace_bytes(rows, heads, kv_heads, dim));
           workspace.fill(0);
-          Buffer<int32_t> table(pages.table), lengths(pages.lengths), device_tokens(tokens), device_counts(counts);
+          Buffer<int32_t> table(pages.table), lengths(pages.lengths), device_tokens(tokens),
+              device_counts(counts);
           Buffer<uint16_t> out(rows * heads * dim);
           SparseDecodeAttentionParams p;
           p.type = type;
@@ -399,7 +418,8 @@ TEST(BaselineKernels, TokenAttentionMatches) {
           p.queries = device_queries.data();
           p.keys = keys.device.data();
           p.values = values.device.data();
-          p.page_stride = keys.page_stride, p.head_stride = keys.head_stride, p.token_stride = keys.token_stride;
+          p.page_stride = keys.page_stride, p.head_stride = keys.head_stride,
+          p.token_stride = keys.token_stride;
           p.page_table = table.data();
           p.page_table_stride = pages.stride;
           p.lengths = lengths.data();
@@ -424,7 +444,8 @@ TEST(BaselineKernels, TokenAttentionMatches) {
               for (int32_t i = 0; i < counts[list]; ++i) {
                 double dot = 0;
                 for (int32_t d = 0; d < dim; ++d)
-                  dot += static_cast<double>(queries.values[(row * heads + head) * dim + d]) * keys.key(kv, slot(i))[d];
+                  dot += static_cast<double>(queries.values[(row * heads + head) * dim + d]) *
+                         keys.key(kv, slot(i))[d];
                 const double weight = std::exp(dot * 0.125);
                 weights += weight;
                 for (int32_t d = 0; d < dim; ++d) sum[d] += weight * values.key(kv, slot(i))[d];
@@ -439,11 +460,17 @@ TEST(BaselineKernels, TokenAttentionMatches) {
 
 TEST(BaselineKernels, RefuseWhatTheyCannotDo) {
   EXPECT_EQ(key_summary_append(KeySummaryAppendParams{.num_tokens = 1}, nullptr), cudaErrorInvalidValue);
-  EXPECT_EQ(quest_score(QuestScoreParams{.batch = 1, .num_heads = 3, .num_kv_heads = 2}, nullptr), cudaErrorInvalidValue);
-  EXPECT_EQ(estimate_logits(EstimateLogitsParams{.batch = 1, .num_heads = 34, .num_kv_heads = 2}, nullptr), cudaErrorInvalidValue);
-  EXPECT_EQ(prune_tokens(PruneTokensParams{.batch = 1, .num_heads = 4, .num_kv_heads = 2, .max_selected = 65537}, nullptr),
+  EXPECT_EQ(quest_score(QuestScoreParams{.batch = 1, .num_heads = 3, .num_kv_heads = 2}, nullptr),
             cudaErrorInvalidValue);
-  EXPECT_EQ(token_attention(SparseDecodeAttentionParams{.batch = 1, .num_heads = 4, .num_kv_heads = 2}, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(estimate_logits(EstimateLogitsParams{.batch = 1, .num_heads = 34, .num_kv_heads = 2}, nullptr),
+            cudaErrorInvalidValue);
+  EXPECT_EQ(
+      prune_tokens(PruneTokensParams{.batch = 1, .num_heads = 4, .num_kv_heads = 2, .max_selected = 65537},
+                   nullptr),
+      cudaErrorInvalidValue);
+  EXPECT_EQ(
+      token_attention(SparseDecodeAttentionParams{.batch = 1, .num_heads = 4, .num_kv_heads = 2}, nullptr),
+      cudaErrorInvalidValue);
 }
 
 }  // namespace

@@ -39,7 +39,8 @@ struct Strip {
         int recency = 0, int block = 1)
       : num_tokens(num_tokens_) {
     for (int r = 0; r < rows; ++r) {
-      const int token = first + r * every, begin = *(std::upper_bound(starts.begin(), starts.end(), token) - 1);
+      const int token = first + r * every,
+                begin = *(std::upper_bound(starts.begin(), starts.end(), token) - 1);
       const int from = begin + (sinks + block - 1) / block * block,
                 to = begin + std::max(0, token - begin + 1 - recency) / block * block;
       if (to <= from) continue;
@@ -59,8 +60,8 @@ struct Strip {
 };
 struct DeviceStrip {
   explicit DeviceStrip(const Strip& s)
-      : tokens(s.tokens), low(s.low), last(s.last),
-        strip{tokens.data(), low.data(), last.data(), s.rows(), s.first_key, s.width, s.num_tokens} {}
+      : tokens(s.tokens), low(s.low), last(s.last), strip{tokens.data(), low.data(), last.data(), s.rows(),
+                                                          s.first_key,   s.width,    s.num_tokens} {}
   Buffer<int32_t> tokens, low, last;
   QueryStrip strip;
 };
@@ -81,7 +82,8 @@ class DistillKernels : public ::testing::Test {
   }
   // As a residual teacher has them.
   Strip draw_residual(int num_tokens, int longest, int first, int rows) {
-    return Strip(num_tokens, draw_starts(num_tokens, longest), first, rows, 1, draw(0, 40), draw(0, 70), draw(1, 16));
+    return Strip(num_tokens, draw_starts(num_tokens, longest), first, rows, 1, draw(0, 40), draw(0, 70),
+                 draw(1, 16));
   }
 
   void expect_teacher(const Strip& s, DataType type, int num_heads, int num_kv_heads, int dim, int groups) {
@@ -382,8 +384,9 @@ TEST_F(DistillKernels, DivergenceOfTheStudentsOwnTopKeys) {
 TEST_F(DistillKernels, TopMembersAmongTies) {
   for (int trial = 0; trial < (kEmulated ? 8 : 60); ++trial) {
     const int num_tokens = draw(1, 700), first = draw(0, num_tokens - 1);
-    const Strip s = trial % 2 ? Strip(num_tokens, draw_starts(num_tokens, 300), first, std::min(num_tokens - first, 10))
-                              : draw_residual(num_tokens, 300, first, std::min(num_tokens - first, 10));
+    const Strip s =
+        trial % 2 ? Strip(num_tokens, draw_starts(num_tokens, 300), first, std::min(num_tokens - first, 10))
+                  : draw_residual(num_tokens, 300, first, std::min(num_tokens - first, 10));
     if (s.rows() == 0) continue;
     const int k = draw(1, 200), levels = draw(1, 12), stride = draw(1, 3);
     const size_t area = static_cast<size_t>(s.rows()) * s.width;
@@ -395,9 +398,9 @@ TEST_F(DistillKernels, TopMembersAmongTies) {
     const DeviceStrip strip(s);
     const Buffer<float> device_scores(scores), device_mass(mass), logsumexp(s.rows() * stride),
         entropy(s.rows());
-    check(top_members({strip.strip, k, device_scores.data(), device_mass.data(),
-                       logsumexp.data(), stride, entropy.data()},
-                      nullptr));
+    check(top_members(
+        {strip.strip, k, device_scores.data(), device_mass.data(), logsumexp.data(), stride, entropy.data()},
+        nullptr));
     const std::vector<float> got = device_mass.download(), sums = logsumexp.download(),
                              entropies = entropy.download();
     for (int r = 0; r < s.rows(); ++r) {

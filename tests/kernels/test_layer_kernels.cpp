@@ -1,4 +1,5 @@
-// rms_norm, gated_product, rotate_heads and attention_prologue against float64 on the host, on the GPU or emulated.
+// rms_norm, gated_product, rotate_heads and attention_prologue against float64 on the host, on the GPU or
+// emulated.
 #include "kernels/attention_prologue.h"
 #include "kernels/gated_product.h"
 #include "kernels/rms_norm.h"
@@ -149,7 +150,8 @@ class Prologue {
         key_offset_(c.heads * query_stride_),
         value_offset_(key_offset_ + c.kv_heads * c.dim),
         selector_offset_(value_offset_ + c.kv_heads * c.dim),
-        stride_(selector_offset_ + (4 + c.selector_key_heads) * kKeyDim + 2 * static_cast<int64_t>(random() % 5)),
+        stride_(selector_offset_ + (4 + c.selector_key_heads) * kKeyDim +
+                2 * static_cast<int64_t>(random() % 5)),
         hidden_size_(2 * (1 + random() % 600)),
         hidden_stride_(hidden_size_ + 2 * static_cast<int64_t>(random() % 3)),
         mix_rows_(4 * (1 + random() % 2)),
@@ -182,11 +184,12 @@ class Prologue {
   Outputs run(int64_t first, int64_t count, Overlap overlap) const {
     const int64_t size = bytes_of(c_.type);
     const auto bytes = [&](int64_t n) { return static_cast<size_t>(n * size); };
-    Buffer<uint8_t> projected(projected_.bytes), hidden(hidden_.bytes), query(bytes(count * c_.heads * c_.dim)),
-        key(bytes(count * c_.kv_heads * c_.dim)), value(bytes(count * c_.kv_heads * c_.dim)),
-        key_pool(bytes(pool_size())), value_pool(bytes(pool_size())),
-        selector_query(bytes(count * 4 * kKeyDim)),
-        selector_pool(static_cast<size_t>(kPages * page_bytes(c_.format, std::max(1, c_.selector_key_heads))));
+    Buffer<uint8_t> projected(projected_.bytes), hidden(hidden_.bytes),
+        query(bytes(count * c_.heads * c_.dim)), key(bytes(count * c_.kv_heads * c_.dim)),
+        value(bytes(count * c_.kv_heads * c_.dim)), key_pool(bytes(pool_size())),
+        value_pool(bytes(pool_size())), selector_query(bytes(count * 4 * kKeyDim)),
+        selector_pool(
+            static_cast<size_t>(kPages * page_bytes(c_.format, std::max(1, c_.selector_key_heads))));
     Buffer<float> qk_norm(qk_norm_), cos(cos_), sin(sin_), selector_cos(selector_cos_),
         selector_sin(selector_sin_), key_weight(key_weight_), key_bias(key_bias_), mix(mix_),
         weight(count * mix_rows_);
@@ -245,8 +248,9 @@ class Prologue {
     }
     p.overlap = overlap;
     check(attention_prologue(p, nullptr));
-    return {query.download(),      key.download(),            value.download(),        key_pool.download(),
-            value_pool.download(), selector_query.download(), selector_pool.download(), weight.download()};
+    return {query.download(),         key.download(),        value.download(),
+            key_pool.download(),      value_pool.download(), selector_query.download(),
+            selector_pool.download(), weight.download()};
   }
 
   void compare(const Outputs& out, const std::string& what) const {
@@ -255,7 +259,8 @@ class Prologue {
       const float* row = projected_.values.data() + t * stride_;
       const float *c = cos_.data() + positions_[t] * c_.pairs, *s = sin_.data() + positions_[t] * c_.pairs;
       for (int32_t h = 0; h < c_.heads; ++h)
-        head(row + h * query_stride_, c_.dim, c_.norm ? qk_norm_.data() + h * c_.dim : nullptr, c, s, c_.pairs, query);
+        head(row + h * query_stride_, c_.dim, c_.norm ? qk_norm_.data() + h * c_.dim : nullptr, c, s,
+             c_.pairs, query);
       for (int32_t h = 0; h < c_.kv_heads; ++h) {
         head(row + key_offset_ + h * c_.dim, c_.dim,
              c_.norm ? qk_norm_.data() + (c_.heads + h) * c_.dim : nullptr, c, s, c_.pairs, key);
@@ -316,8 +321,8 @@ class Prologue {
         head(row + h * kKeyDim, kKeyDim, nullptr, c, s, c_.selector_turns ? kRotaryPairs : 0, query);
       for (int h = 0; h < c_.selector_key_heads && slots_[t] >= 0; ++h) {
         float prepared[kKeyDim];
-        prepare_selector_key(row + (4 + h) * kKeyDim, c_.key_norm, key_weight_.data(), key_bias_.data(), 1e-6f,
-                             c_.selector_turns ? c : nullptr, s, prepared);
+        prepare_selector_key(row + (4 + h) * kKeyDim, c_.key_norm, key_weight_.data(), key_bias_.data(),
+                             1e-6f, c_.selector_turns ? c : nullptr, s, prepared);
         encode_key(c_.format, prepared, static_cast<int>(slots_[t] % kPageTokens),
                    pool.data() + slots_[t] / kPageTokens * page_bytes(c_.format, c_.selector_key_heads) +
                        h * page_head_bytes(c_.format),
@@ -337,7 +342,8 @@ class Prologue {
   }
 
   PrologueCase c_;
-  int64_t tokens_, query_stride_, key_offset_, value_offset_, selector_offset_, stride_, hidden_size_, hidden_stride_, mix_rows_;
+  int64_t tokens_, query_stride_, key_offset_, value_offset_, selector_offset_, stride_, hidden_size_,
+      hidden_stride_, mix_rows_;
   Typed projected_, hidden_;
   std::vector<float> qk_norm_, cos_, sin_, selector_cos_, selector_sin_, key_weight_, key_bias_, mix_;
   std::vector<int64_t> positions_, slots_;
@@ -361,22 +367,26 @@ TEST(AttentionPrologue, MatchesFloat64OnEveryLayout) {
         const int64_t tokens = 1 + static_cast<int64_t>(random() % 7);
         const Prologue prologue(random, c, tokens);
         const auto out = prologue.run(0, tokens, random() % 2 ? Overlap::kLaunch : Overlap::kNone);
-        prologue.compare(out, "type " + std::to_string(static_cast<int>(type)) + " dim " + std::to_string(dim) +
-                                  " group " + std::to_string(group) + " pairs " + std::to_string(c.pairs));
+        prologue.compare(out, "type " + std::to_string(static_cast<int>(type)) + " dim " +
+                                  std::to_string(dim) + " group " + std::to_string(group) + " pairs " +
+                                  std::to_string(c.pairs));
       }
 }
 
 TEST(AttentionPrologue, TakesTheSelectorAlong) {
   Random random(testing::fresh_seed());
-  for (KeyFormat format : {KeyFormat::kBf16, KeyFormat::kInt8, KeyFormat::kInt4, KeyFormat::kMxfp4, KeyFormat::kNvfp4})
+  for (KeyFormat format :
+       {KeyFormat::kBf16, KeyFormat::kInt8, KeyFormat::kInt4, KeyFormat::kMxfp4, KeyFormat::kNvfp4})
     for (int key_heads : {1, 4})
       for (KeyNorm norm : {KeyNorm::kNone, KeyNorm::kLayerNorm, KeyNorm::kRmsNorm}) {
-        PrologueCase c{kTypes[random() % 3], 8, 2, 128, 64, true, false, true, key_heads, norm, format, random() % 4 != 0};
+        PrologueCase c{kTypes[random() % 3], 8, 2, 128, 64, true, false, true, key_heads, norm, format,
+                       random() % 4 != 0};
         const int64_t tokens = 1 + static_cast<int64_t>(random() % 9);
         const Prologue prologue(random, c, tokens);
         const auto out = prologue.run(0, tokens, Overlap::kLaunch);
         prologue.compare(out, "format " + std::to_string(static_cast<int>(format)) + " key heads " +
-                                  std::to_string(key_heads) + " norm " + std::to_string(static_cast<int>(norm)));
+                                  std::to_string(key_heads) + " norm " +
+                                  std::to_string(static_cast<int>(norm)));
       }
 }
 
@@ -404,8 +414,10 @@ TEST(RotateHeads, TurnsPairsAndBackAgain) {
   std::normal_distribution<double> normal;
   for (const DataType type : kTypes)
     for (const bool backwards : {false, true}) {
-      const int tokens = 19, heads = 3, dim = 24, half = backwards ? 12 : 8, positions = 40, stride = heads * dim + 4;
-      std::vector<float> drawn(static_cast<size_t>(tokens) * stride), cos(positions * half), sin(positions * half);
+      const int tokens = 19, heads = 3, dim = 24, half = backwards ? 12 : 8, positions = 40,
+                stride = heads * dim + 4;
+      std::vector<float> drawn(static_cast<size_t>(tokens) * stride), cos(positions * half),
+          sin(positions * half);
       for (float& v : drawn) v = static_cast<float>(normal(random));
       for (size_t i = 0; i < cos.size(); ++i) {
         const double angle = 3 * normal(random);
@@ -415,7 +427,8 @@ TEST(RotateHeads, TurnsPairsAndBackAgain) {
       std::vector<int64_t> chosen(tokens);
       for (int64_t& p : chosen) p = static_cast<int64_t>(std::abs(normal(random)) * 1000) % positions;
       const Typed x(type, drawn);
-      const Buffer<uint8_t> input(x.bytes), output(static_cast<size_t>(tokens) * heads * dim * bytes_of(type));
+      const Buffer<uint8_t> input(x.bytes),
+          output(static_cast<size_t>(tokens) * heads * dim * bytes_of(type));
       const Buffer<float> cos_table(cos), sin_table(sin);
       const Buffer<int64_t> position_list(chosen);
       RotateHeadsParams p;
@@ -444,10 +457,12 @@ TEST(RotateHeads, TurnsPairsAndBackAgain) {
             }
             const int64_t angle = chosen[t] * half + d % half;
             const double s = (d < half) == backwards ? sin[angle] : -sin[angle];
-            want.push_back(static_cast<double>(from[d]) * cos[angle] + from[d < half ? d + half : d - half] * s);
+            want.push_back(static_cast<double>(from[d]) * cos[angle] +
+                           from[d < half ? d + half : d - half] * s);
           }
         }
-      expect_close(numbers(type, output.download()), want, rounding(type), backwards ? "backwards" : "forwards");
+      expect_close(numbers(type, output.download()), want, rounding(type),
+                   backwards ? "backwards" : "forwards");
     }
 }
 

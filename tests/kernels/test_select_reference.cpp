@@ -58,7 +58,8 @@ TEST(SelectReference, TopKKeepsTheReservedAndTheBest) {
       p.top_k_share = static_cast<double>(1 + random() % 999) / 1000;
       p.top_k_tokens = 1;
     }
-    const int32_t budget = trial % 4 == 1 ? static_cast<int32_t>(std::ceil(p.top_k_share * length)) : p.top_k_tokens;
+    const int32_t budget =
+        trial % 4 == 1 ? static_cast<int32_t>(std::ceil(p.top_k_share * length)) : p.top_k_tokens;
     std::vector<float> scores = testing::normal(random, n, 2.0f);
     if (trial % 3 == 0)
       for (float& s : scores) s = std::round(s);  // ties
@@ -70,8 +71,7 @@ TEST(SelectReference, TopKKeepsTheReservedAndTheBest) {
       continue;
     }
     const std::set<int32_t> reserved = reserved_blocks(p, length), chosen(selected.begin(), selected.end());
-    const int32_t expected =
-        std::min(n, std::max((budget + 15) / 16, static_cast<int32_t>(reserved.size())));
+    const int32_t expected = std::min(n, std::max((budget + 15) / 16, static_cast<int32_t>(reserved.size())));
     EXPECT_EQ(static_cast<int32_t>(selected.size()),
               static_cast<int32_t>(reserved.size()) < n ? expected : n);
     for (int32_t b : reserved) EXPECT_TRUE(chosen.count(b));

@@ -33,13 +33,28 @@ class Layer:
     def __init__(self, shape, hidden_size=40, num_slots=7):
         num_key_heads, num_value_heads, key_dim, value_dim = shape
         config = Qwen3_5TextConfig(
-            hidden_size=hidden_size, linear_num_key_heads=num_key_heads, linear_num_value_heads=num_value_heads,
-            linear_key_head_dim=key_dim, linear_value_head_dim=value_dim, linear_conv_kernel_dim=4, num_hidden_layers=4,
-            num_attention_heads=2, num_key_value_heads=1, head_dim=16, rms_norm_eps=EPSILON)
+            hidden_size=hidden_size,
+            linear_num_key_heads=num_key_heads,
+            linear_num_value_heads=num_value_heads,
+            linear_key_head_dim=key_dim,
+            linear_value_head_dim=value_dim,
+            linear_conv_kernel_dim=4,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            rms_norm_eps=EPSILON,
+        )
         self.config = config
         module = Qwen3_5GatedDeltaNet(config, layer_idx=0).float().eval()
         with torch.no_grad():
-            for projection in (module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a, module.out_proj):
+            for projection in (
+                module.in_proj_qkv,
+                module.in_proj_z,
+                module.in_proj_b,
+                module.in_proj_a,
+                module.out_proj,
+            ):
                 projection.weight.normal_(0, projection.in_features**-0.5)
             module.conv1d.weight.normal_(0, 0.5)
             # From heads that forget within a token to heads that remember thousands.
@@ -65,8 +80,20 @@ class Layer:
     def ours(self, x, slots, query_lengths):
         """x [T, hidden] -> [T, hidden]."""
         m = self.module
-        arguments = [m.in_proj_qkv(x), m.in_proj_z(x), m.in_proj_b(x), m.in_proj_a(x), self.conv, self.decay_rate,
-                     m.dt_bias.detach(), m.norm.weight.detach(), EPSILON, self.conv_states, self.recurrent_states, slots]
+        arguments = [
+            m.in_proj_qkv(x),
+            m.in_proj_z(x),
+            m.in_proj_b(x),
+            m.in_proj_a(x),
+            self.conv,
+            self.decay_rate,
+            m.dt_bias.detach(),
+            m.norm.weight.detach(),
+            EPSILON,
+            self.conv_states,
+            self.recurrent_states,
+            slots,
+        ]
         if all(n == 1 for n in query_lengths):
             y = torch.ops.spot.gated_delta_decode(*arguments)
         else:
@@ -81,25 +108,30 @@ class Layer:
         state = cache.layers[0]
         return y, state.conv_states[0][0, :, -3:].t(), state.recurrent_states[0][0]
 
-
     @torch.no_grad()
     def exact(self, x):
         """The output for one sequence [L, hidden] by the layer's equations in float64, token by token."""
         m, config = self.module, self.config
         matrix = lambda projection: x.double() @ projection.weight.double().t()  # noqa: E731
-        heads, key_dim, value_dim = (config.linear_num_value_heads, config.linear_key_head_dim,
-                                     config.linear_value_head_dim)
+        heads, key_dim, value_dim = (
+            config.linear_num_value_heads,
+            config.linear_key_head_dim,
+            config.linear_value_head_dim,
+        )
         mixed = torch.nn.functional.conv1d(
-            torch.nn.functional.pad(matrix(m.in_proj_qkv).t()[None], (3, 0)), m.conv1d.weight.double(),
-            groups=self.conv.shape[1])[0].t()
+            torch.nn.functional.pad(matrix(m.in_proj_qkv).t()[None], (3, 0)),
+            m.conv1d.weight.double(),
+            groups=self.conv.shape[1],
+        )[0].t()
         keys = config.linear_num_key_heads * key_dim
         q, k, v = torch.nn.functional.silu(mixed).split([keys, keys, heads * value_dim], dim=-1)
         q, k = (t.view(len(x), -1, key_dim).repeat_interleave(heads // config.linear_num_key_heads, 1) for t in (q, k))
         q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
         v = v.view(len(x), heads, value_dim)
         beta = torch.sigmoid(matrix(m.in_proj_b))
-        decay = torch.exp(-m.A_log.double().exp() *
-                          torch.nn.functional.softplus(matrix(m.in_proj_a) + m.dt_bias.double()))
+        decay = torch.exp(
+            -m.A_log.double().exp() * torch.nn.functional.softplus(matrix(m.in_proj_a) + m.dt_bias.double())
+        )
         state, outputs = torch.zeros(heads, key_dim, value_dim, dtype=torch.float64), []
         for t in range(len(x)):
             state = state * decay[t, :, None, None]
@@ -170,7 +202,7 @@ def test_prefill_then_decode(shape, prompt):
     y, conv, recurrent = layer.theirs(x)
     slots = layer.open(1)
     parts = [layer.ours(x[:prompt], slots, [prompt])]
-    parts += [layer.ours(x[t:t + 1], slots, [1]) for t in range(prompt, len(x))]
+    parts += [layer.ours(x[t : t + 1], slots, [1]) for t in range(prompt, len(x))]
     assert_output(layer, x, torch.cat(parts), y, f"prompt of {prompt}")
     assert_same_states(layer, slots[0], conv, recurrent, f"prompt of {prompt}")
 
@@ -186,7 +218,7 @@ def test_ragged_batch(shape):
     slots = layer.open(5)
     outputs, done = [[] for _ in sequences], [0] * 5
     for call in calls:
-        flat = torch.cat([x[n:n + count] for x, n, count in zip(sequences, done, call)])
+        flat = torch.cat([x[n : n + count] for x, n, count in zip(sequences, done, call)])
         for i, part in enumerate(layer.ours(flat, slots, call).split(call)):
             outputs[i].append(part)
             done[i] += call[i]
@@ -231,9 +263,18 @@ def test_bfloat16_matches_float32_within_its_rounding():
         results = []
         for cast in (torch.bfloat16, torch.float32):
             slots = layer.open(1)
-            y = torch.ops.spot.gated_delta_prefill(*[t.to(cast) for t in inputs], layer.conv, layer.decay_rate,
-                                                   m.dt_bias.detach(), m.norm.weight.detach(), EPSILON,
-                                                   layer.conv_states, layer.recurrent_states, slots, [150])
+            y = torch.ops.spot.gated_delta_prefill(
+                *[t.to(cast) for t in inputs],
+                layer.conv,
+                layer.decay_rate,
+                m.dt_bias.detach(),
+                m.norm.weight.detach(),
+                EPSILON,
+                layer.conv_states,
+                layer.recurrent_states,
+                slots,
+                [150],
+            )
             assert y.dtype == cast
             results.append((y, layer.recurrent_states[slots].clone()))
     assert_close(results[0][0], results[1][0], "output", bound=4e-3)  # only the result was rounded

@@ -1,4 +1,5 @@
-// The CUDA kernels of ops/layer_ops.h against their ATen form on the CPU. Needs a CUDA build of torch and a GPU.
+// The CUDA kernels of ops/layer_ops.h against their ATen form on the CPU. Needs a CUDA build of torch and a
+// GPU.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
@@ -72,7 +73,8 @@ TEST(GpuLayerOps, RmsNorm) {
           expect_close(got, ops::rms_norm(x, factor, 1e-6), "width " + std::to_string(width));
           EXPECT_TRUE(at::equal(ops::rms_norm(there(x), there(factor), 1e-6), got));
           if (rows > 1) {
-            EXPECT_TRUE(at::equal(ops::rms_norm(there(x.narrow(0, 1, 1)), there(factor), 1e-6), got.narrow(0, 1, 1)));
+            EXPECT_TRUE(
+                at::equal(ops::rms_norm(there(x.narrow(0, 1, 1)), there(factor), 1e-6), got.narrow(0, 1, 1)));
           }
         }
 }
@@ -88,7 +90,8 @@ TEST(GpuLayerOps, GatedProduct) {
           expect_close(ops::gated_product(on_gpu[0], on_gpu[1], activation),
                        ops::gated_product(halves[0], halves[1], activation), activation);
           // Head by head, the gate after its query.
-          const at::Tensor heads = at::randn({rows, 3, 2 * width}).to(dtype), x = at::randn({rows, 3, width}).to(dtype);
+          const at::Tensor heads = at::randn({rows, 3, 2 * width}).to(dtype),
+                           x = at::randn({rows, 3, width}).to(dtype);
           expect_close(ops::gated_product(there(heads).narrow(2, width, width), there(x), activation),
                        ops::gated_product(heads.narrow(2, width, width), x, activation), activation);
         }
@@ -100,8 +103,8 @@ struct Layout {
   int64_t num_heads, num_kv_heads, head_dim, rotary_dim;
 };
 
-ops::AttentionPrologue random_attention(const Layout& l, at::ScalarType dtype, int64_t tokens, bool gate, bool norm,
-                                        bool stored) {
+ops::AttentionPrologue random_attention(const Layout& l, at::ScalarType dtype, int64_t tokens, bool gate,
+                                        bool norm, bool stored) {
   constexpr int64_t kPositions = 500, kPages = 8;
   ops::AttentionPrologue a;
   a.num_heads = l.num_heads;
@@ -124,7 +127,8 @@ ops::AttentionPrologue random_attention(const Layout& l, at::ScalarType dtype, i
 
 ops::AttentionPrologue there(const ops::AttentionPrologue& a) {
   ops::AttentionPrologue b = a;
-  for (at::Tensor* x : {&b.projected, &b.qk_norm, &b.cos, &b.sin, &b.positions, &b.key_pool, &b.value_pool, &b.slots})
+  for (at::Tensor* x :
+       {&b.projected, &b.qk_norm, &b.cos, &b.sin, &b.positions, &b.key_pool, &b.value_pool, &b.slots})
     *x = there(*x);
   return b;
 }
@@ -132,8 +136,8 @@ ops::AttentionPrologue there(const ops::AttentionPrologue& a) {
 ops::SelectorPrologue there(const ops::SelectorPrologue& s) {
   ops::SelectorPrologue b = s;
   ops::KeyPreparation& keys = b.preparation;
-  for (at::Tensor* x : {&b.projected, &b.hidden, &b.mix, &b.pool, &keys.norm_weight, &keys.norm_bias, &keys.cos,
-                        &keys.sin, &keys.positions})
+  for (at::Tensor* x : {&b.projected, &b.hidden, &b.mix, &b.pool, &keys.norm_weight, &keys.norm_bias,
+                        &keys.cos, &keys.sin, &keys.positions})
     *x = there(*x);
   return b;
 }
@@ -146,9 +150,12 @@ TEST(GpuLayerOps, PrologueOnEveryLayout) {
     for (int64_t dim : {16, 64, 80, 128, 256})
       for (int64_t group : {1, 2, 4, 5, 8, 16})
         for (bool gate : {false, true}) {
-          const int64_t kv_heads = random_int(1, 8), tokens = random_int(0, 3) ? random_int(1, 4) : random_int(1, 120);
-          const Layout layout{kv_heads * group, kv_heads, dim, random_int(0, 1) ? dim : 2 * random_int(1, dim / 2)};
-          const auto a = random_attention(layout, dtype, tokens, gate, random_int(0, 1), random_int(0, 2) > 0);
+          const int64_t kv_heads = random_int(1, 8),
+                        tokens = random_int(0, 3) ? random_int(1, 4) : random_int(1, 120);
+          const Layout layout{kv_heads * group, kv_heads, dim,
+                              random_int(0, 1) ? dim : 2 * random_int(1, dim / 2)};
+          const auto a =
+              random_attention(layout, dtype, tokens, gate, random_int(0, 1), random_int(0, 2) > 0);
           const auto b = there(a);
           const auto expected = ops::attention_prologue(a), got = ops::attention_prologue(b);
           const std::string what = "dim " + std::to_string(dim) + " group " + std::to_string(group);
@@ -176,7 +183,8 @@ TEST(GpuLayerOps, PrologueTakesTheSelectorAlong) {
     for (const char* format : {"bf16", "int8", "int4", "mxfp4", "nvfp4"})
       for (int64_t key_heads : {1, 4})
         for (auto norm : norms) {
-          const int64_t tokens = random_int(1, 20), hidden_size = 2 * random_int(1, 2500), groups = random_int(1, 8);
+          const int64_t tokens = random_int(1, 20), hidden_size = 2 * random_int(1, 2500),
+                        groups = random_int(1, 8);
           const auto a = random_attention({8, 2, 128, 128}, dtype, tokens, false, true, true);
           ops::SelectorPrologue s;
           s.projected = random_rows(tokens, (4 + key_heads) * 128, dtype);

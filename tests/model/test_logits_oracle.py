@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import pathlib
 import random
 import subprocess
 
@@ -22,12 +21,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-YARN_ROPE = {
-    "rope_type": "yarn",
-    "rope_theta": 1e6,
-    "factor": 4.0,
-    "original_max_position_embeddings": 128,
-}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
 
 
 def llama(**changes):
@@ -134,9 +128,7 @@ def run_tool(build_folder, folder, tmp_path, rng, sequences, dtype="float32", mo
     assert tool.is_file(), f"{tool} is not built"
     chunks = [rng.randrange(1, 90) for _ in range(4)]
     prompts = [rng.randrange(max(1, len(s) - most_steps), len(s) + 1) for s in sequences]
-    (tmp_path / "input.json").write_text(
-        json.dumps({"sequences": sequences, "chunks": chunks, "prompts": prompts})
-    )
+    (tmp_path / "input.json").write_text(json.dumps({"sequences": sequences, "chunks": chunks, "prompts": prompts}))
     output = tmp_path / "output.safetensors"
     done = subprocess.run(
         [tool, folder, tmp_path / "input.json", output, dtype],

@@ -139,11 +139,8 @@ TEST(Rope, RefusesOddDimsAndNarrowHeads) {
   testing::expect_error([&] { rope_table(config, 4, at::kCPU); }, {"7 dims"});
   config.rotary_dim = 8;
   const RopeTable table = rope_table(config, 4, at::kCPU);
-  testing::expect_error(
-      [&] {
-        apply_rope(at::zeros({1, 1, 6}), at::zeros({1}, at::kLong), table);
-      },
-      {"8 dims", "6"});
+  testing::expect_error([&] { apply_rope(at::zeros({1, 1, 6}), at::zeros({1}, at::kLong), table); },
+                        {"8 dims", "6"});
 }
 
 }  // namespace

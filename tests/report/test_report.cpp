@@ -1,6 +1,5 @@
-#include <gtest/gtest.h>
-
 #include <fmt/format.h>
+#include <gtest/gtest.h>
 
 #include <limits>
 
@@ -17,7 +16,11 @@ size_t count(const std::string& text, const std::string& part) {
 }
 
 TEST(Chart, DrawsEveryFinitePointAndLeavesOutTheRest) {
-  LineChart chart{.title = "a<b", .x_label = "x", .y_label = "y", .series = {{"s", {1, 2, 4, 8}, {1, NAN, 3, 0.5}}}, .log_x = true};
+  LineChart chart{.title = "a<b",
+                  .x_label = "x",
+                  .y_label = "y",
+                  .series = {{"s", {1, 2, 4, 8}, {1, NAN, 3, 0.5}}},
+                  .log_x = true};
   const std::string svg = to_svg(chart);
   EXPECT_EQ(count(svg, "<circle"), 3u);
   EXPECT_EQ(svg.find("nan"), std::string::npos);
@@ -33,7 +36,8 @@ TEST(Chart, EmptyAndConstantSeriesHaveAnAxis) {
 
 TEST(Chart, ManyNamesGetMoreLinesAndWideColumnNamesStandUpright) {
   LineChart chart{.title = "t"};
-  for (int i = 0; i < 18; ++i) chart.series.push_back({fmt::format("spot:k={},cache=int4", 512 * i), {1, 2}, {1, 2}});
+  for (int i = 0; i < 18; ++i)
+    chart.series.push_back({fmt::format("spot:k={},cache=int4", 512 * i), {1, 2}, {1, 2}});
   EXPECT_EQ(to_svg(chart).find("viewBox='0 0 720 340'"), std::string::npos);
   chart.series.resize(2);
   EXPECT_NE(to_svg(chart).find("viewBox='0 0 720 340'"), std::string::npos);

@@ -260,8 +260,8 @@ TEST(SelectAndAttend, IsItsTwoHalves) {
     EXPECT_TRUE(at::equal(got.indices, indices));
     EXPECT_TRUE(at::equal(got.counts, counts));
     EXPECT_TRUE(at::equal(got.predicted_mass, mass));
-    const auto unmeasured = ops::select_and_attend(scores, query, paged.key_pool, paged.value_pool, paged.page_table,
-                                                   paged.lengths, 0.125, arguments, false);
+    const auto unmeasured = ops::select_and_attend(scores, query, paged.key_pool, paged.value_pool,
+                                                   paged.page_table, paged.lengths, 0.125, arguments, false);
     EXPECT_TRUE(at::equal(unmeasured.output, got.output));
     EXPECT_TRUE(at::equal(unmeasured.indices, got.indices));
     EXPECT_EQ(unmeasured.predicted_mass.numel(), 0);

@@ -182,11 +182,12 @@ TEST(GpuOperators, AttentionMatchesAndFusesExactly) {
                 got.indices, got.counts, scale);
             EXPECT_TRUE(at::equal(halves, got.output));
             // Without masses other code selects; and what may be read early is read early.
-            const at::Tensor device_scores = scores.to(kGpu), device_query = query.to(kGpu), device_keys = keys.to(kGpu),
-                             device_values = values.to(kGpu), device_pages = table.pages.to(kGpu),
-                             device_lengths = table.lengths.to(kGpu);
-            const auto early = ops::select_and_attend(device_scores + 0, device_query, device_keys, device_values, device_pages,
-                                                      device_lengths, scale, arguments, false, true);
+            const at::Tensor device_scores = scores.to(kGpu), device_query = query.to(kGpu),
+                             device_keys = keys.to(kGpu), device_values = values.to(kGpu),
+                             device_pages = table.pages.to(kGpu), device_lengths = table.lengths.to(kGpu);
+            const auto early =
+                ops::select_and_attend(device_scores + 0, device_query, device_keys, device_values,
+                                       device_pages, device_lengths, scale, arguments, false, true);
             EXPECT_TRUE(at::equal(early.output, got.output));
             EXPECT_TRUE(at::equal(early.indices, got.indices) && at::equal(early.counts, got.counts));
             EXPECT_EQ(early.predicted_mass.numel(), 0);
@@ -213,7 +214,8 @@ TEST(GpuOperators, BaselinesMatch) {
     for (at::ScalarType dtype : {at::kBFloat16, at::kHalf})
       for (const auto& [heads, kv_heads] : {std::pair<int64_t, int64_t>{32, 8}, {6, 2}, {16, 1}}) {
         const Table table = random_table(4, random_int(3, 120));
-        const at::Tensor keys = at::randn({kv_heads, table.num_pages, 16, dim}).to(dtype), values = at::randn_like(keys);
+        const at::Tensor keys = at::randn({kv_heads, table.num_pages, 16, dim}).to(dtype),
+                         values = at::randn_like(keys);
         const at::Tensor query = at::randn({4, heads, dim}).to(dtype);
         const double scale = 1 / std::sqrt(static_cast<double>(dim));
         at::Tensor bounds = at::zeros({kv_heads, table.num_pages, 2, dim}, dtype),
@@ -227,10 +229,13 @@ TEST(GpuOperators, BaselinesMatch) {
         EXPECT_TRUE(at::equal(gpu_codes.cpu(), codes));
         EXPECT_TRUE(at::equal(gpu_ranges.cpu(), ranges));
 
-        const at::Tensor pages = table.pages.to(kGpu), lengths = table.lengths.to(kGpu), gpu_query = query.to(kGpu);
+        const at::Tensor pages = table.pages.to(kGpu), lengths = table.lengths.to(kGpu),
+                         gpu_query = query.to(kGpu);
         for (bool per_kv_head : {true, false}) {
-          const at::Tensor expected = ops::quest_scores(query, bounds, table.pages, table.lengths, scale, per_kv_head);
-          const at::Tensor got = ops::quest_scores(gpu_query, gpu_bounds, pages, lengths, scale, per_kv_head).cpu();
+          const at::Tensor expected =
+              ops::quest_scores(query, bounds, table.pages, table.lengths, scale, per_kv_head);
+          const at::Tensor got =
+              ops::quest_scores(gpu_query, gpu_bounds, pages, lengths, scale, per_kv_head).cpu();
           ASSERT_EQ(got.sizes(), expected.sizes());
           EXPECT_TRUE(at::equal(at::isinf(got), at::isinf(expected)));
           const at::Tensor seen = at::isfinite(expected);
@@ -241,22 +246,26 @@ TEST(GpuOperators, BaselinesMatch) {
         rule.budget = 1024;
         const at::Tensor scores = ops::quest_scores(query, bounds, table.pages, table.lengths, scale, true);
         const auto [indices, counts, share] = ops::select_blocks(scores, table.lengths, rule);
-        const at::Tensor logits = ops::estimate_logits(query, codes, ranges, table.pages, table.lengths, indices, counts, scale);
-        const at::Tensor got = ops::estimate_logits(gpu_query, gpu_codes, gpu_ranges, pages, lengths, indices.to(kGpu),
-                                                    counts.to(kGpu), scale)
+        const at::Tensor logits =
+            ops::estimate_logits(query, codes, ranges, table.pages, table.lengths, indices, counts, scale);
+        const at::Tensor got = ops::estimate_logits(gpu_query, gpu_codes, gpu_ranges, pages, lengths,
+                                                    indices.to(kGpu), counts.to(kGpu), scale)
                                    .cpu();
         const at::Tensor seen = at::isfinite(logits);
         EXPECT_LT(relative_difference(got.masked_select(seen), logits.masked_select(seen)), 1e-3);
         for (double p : {0.5, 0.95}) {
           const ops::PrunedTokens kept = ops::prune_tokens(logits, indices, counts, table.lengths, p, 100),
-                                  on_gpu = ops::prune_tokens(logits.to(kGpu), indices.to(kGpu), counts.to(kGpu), lengths, p, 100);
+                                  on_gpu = ops::prune_tokens(logits.to(kGpu), indices.to(kGpu),
+                                                             counts.to(kGpu), lengths, p, 100);
           ASSERT_TRUE(at::equal(on_gpu.counts.cpu(), kept.counts));
-          const at::Tensor there = at::arange(kept.positions.size(2), kept.counts.options()) < kept.counts.unsqueeze(2);
-          EXPECT_TRUE(at::equal(on_gpu.positions.cpu().masked_select(there), kept.positions.masked_select(there)));
-          const at::Tensor expected =
-              ops::token_attention(query, keys, values, table.pages, table.lengths, kept.positions, kept.counts, scale);
-          EXPECT_LT(relative_difference(ops::token_attention(gpu_query, keys.to(kGpu), values.to(kGpu), pages, lengths,
-                                                             on_gpu.positions, on_gpu.counts, scale),
+          const at::Tensor there =
+              at::arange(kept.positions.size(2), kept.counts.options()) < kept.counts.unsqueeze(2);
+          EXPECT_TRUE(
+              at::equal(on_gpu.positions.cpu().masked_select(there), kept.positions.masked_select(there)));
+          const at::Tensor expected = ops::token_attention(query, keys, values, table.pages, table.lengths,
+                                                           kept.positions, kept.counts, scale);
+          EXPECT_LT(relative_difference(ops::token_attention(gpu_query, keys.to(kGpu), values.to(kGpu), pages,
+                                                             lengths, on_gpu.positions, on_gpu.counts, scale),
                                         expected),
                     dtype == at::kHalf ? 2e-3 : 1e-2);
         }

@@ -10,9 +10,9 @@
 #include <random>
 #include <string>
 
-#include "core/files.h"
 #include "checkpoint/config.h"
 #include "core/error.h"
+#include "core/files.h"
 
 namespace spot::test {
 

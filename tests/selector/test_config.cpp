@@ -38,7 +38,8 @@ TEST(SelectorConfig, EveryFieldSurvivesJson) {
   config.scope = SelectorScope::kv_group;
   config.cache_format = CacheFormat::nvfp4;
   config.selection = {96, 48, 352, 4096, 0.75, {0.5, 1.25, 2.0}, {0, 7}};
-  config.distillation = {Start::backbone, DistillLoss::dense, 1234, Teacher::block_max, TeacherScope::residual, true};
+  config.distillation = {Start::backbone,    DistillLoss::dense,     1234,
+                         Teacher::block_max, TeacherScope::residual, true};
   const json document = json::parse(config.to_json().dump());
   EXPECT_EQ(SelectorConfig::from_json(document, "here"), config);
   // Not one field may be lost: changing any leaf must change the result or be refused.

@@ -303,12 +303,14 @@ TEST(Selector, SaveAndLoad) {
   const auto rounded = Selector::load(half, "", model, "abc", at::kCPU).named_parameters();
   for (size_t i = 0; i < saved.size(); ++i) {
     const bool large = saved[i].first.ends_with("query.weight") || saved[i].first.ends_with("key.weight");
-    EXPECT_TRUE(at::equal(rounded[i].second, large ? saved[i].second.to(at::kBFloat16).to(at::kFloat) : saved[i].second))
+    EXPECT_TRUE(at::equal(rounded[i].second,
+                          large ? saved[i].second.to(at::kBFloat16).to(at::kFloat) : saved[i].second))
         << saved[i].first;
   }
   const auto run = Selector::load(path, "", model, "abc", at::kCPU, at::kBFloat16).named_parameters();
   const auto run_half = Selector::load(half, "", model, "abc", at::kCPU, at::kBFloat16).named_parameters();
-  for (size_t i = 0; i < run.size(); ++i) EXPECT_TRUE(at::equal(run[i].second, run_half[i].second)) << run[i].first;
+  for (size_t i = 0; i < run.size(); ++i)
+    EXPECT_TRUE(at::equal(run[i].second, run_half[i].second)) << run[i].first;
   // Saving again over it replaces it whole.
   Selector(config, model, at::kCPU, at::kFloat, seed + 1).save(path, "abc");
   EXPECT_FALSE(at::equal(Selector::load(path, "", model, "abc", at::kCPU).parameters()[0], saved[0].second));

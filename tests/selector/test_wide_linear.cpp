@@ -1,11 +1,11 @@
-#include "selector/wide_linear.h"
-
 #include <ATen/Context.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <cmath>
 #include <random>
+
+#include "selector/wide_linear.h"
 
 namespace spot {
 namespace {
@@ -27,12 +27,15 @@ void compare(at::Device device, int64_t tokens, int64_t columns, int64_t rows) {
   torch::autograd::backward({result}, {grad});
 
   const at::Tensor x64 = x.to(at::kDouble), w64 = weight.detach().to(at::kDouble), g64 = grad.to(at::kDouble);
-  // Each relative to the sum of its products' sizes: three pieces leave 2^-24 of each, a sum of n in float32 about sqrt(n) times
+  // Each relative to the sum of its products' sizes: three pieces leave 2^-24 of each, a sum of n in float32
+  // about sqrt(n) times
   // that; two pieces would leave 2^-17 of each.
   const auto expect = [](const at::Tensor& got, const at::Tensor& a, const at::Tensor& b, double bound) {
     EXPECT_LE(largest((got.to(at::kDouble) - at::mm(a, b)) / at::mm(a.abs(), b.abs())), bound);
   };
-  const auto as_float32 = [](int64_t terms) { return std::ldexp(1.0 + std::sqrt(static_cast<double>(terms)), -23); };
+  const auto as_float32 = [](int64_t terms) {
+    return std::ldexp(1.0 + std::sqrt(static_cast<double>(terms)), -23);
+  };
   expect(result.detach(), x64, w64.t(), as_float32(columns));
   expect(weight.grad(), g64.t(), x64, as_float32(tokens));
   ASSERT_EQ(hidden.grad().scalar_type(), at::kBFloat16);

@@ -12,11 +12,13 @@ SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 PLAIN_CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 TOOL_TURN = r"""
     {%- elif message.role == "tool" %}
@@ -31,7 +33,8 @@ TOOL_TURN = r"""
         {%- endif %}
 """
 
-QWEN25 = r"""{%- if tools %}
+QWEN25 = (
+    r"""{%- if tools %}
     {{- '<|im_start|>system\n' }}
     {{- "# Tools\n\nYou may call one or more functions to assist with the user query." }}
     {{- "<|im_end|>\n" }}
@@ -45,20 +48,26 @@ QWEN25 = r"""{%- if tools %}
 {%- for message in messages %}
     {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
         {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
-""" + TOOL_TURN.replace("CONTENT", "message.content") + r"""
+"""
+    + TOOL_TURN.replace("CONTENT", "message.content")
+    + r"""
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n' }}
 {%- endif %}
 """
+)
 
 QWEN3_2507 = QWEN25.replace(
     r"""    {%- else %}
         {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}
-""", "")
+""",
+    "",
+)
 
-QWEN3_BODY = r"""{%- if tools %}
+QWEN3_BODY = (
+    r"""{%- if tools %}
     {{- '<|im_start|>system\n' }}
     {{- "# Tools\n\nYou may call one or more functions to assist with the user query.<|im_end|>\n" }}
 {%- else %}
@@ -102,25 +111,35 @@ QWEN3_BODY = r"""{%- if tools %}
             {{- '<|im_start|>' + message.role + '\n' + content }}
         {%- endif %}
         {{- '<|im_end|>\n' }}
-""" + TOOL_TURN.replace("CONTENT", "content") + r"""
+"""
+    + TOOL_TURN.replace("CONTENT", "content")
+    + r"""
     {%- endif %}
 {%- endfor %}
 """
+)
 
-QWEN3 = QWEN3_BODY + r"""
+QWEN3 = (
+    QWEN3_BODY
+    + r"""
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n' }}
     {%- if enable_thinking is defined and enable_thinking is false %}
         {{- '<think>\n\n</think>\n\n' }}
     {%- endif %}
 {%- endif %}"""
+)
 
-QWEN3_THINKING_2507 = QWEN3_BODY + r"""
+QWEN3_THINKING_2507 = (
+    QWEN3_BODY
+    + r"""
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n<think>\n' }}
 {%- endif %}"""
+)
 
-QWEN35 = r"""{%- macro render_content(content, do_vision_count, is_system_content=false) %}
+QWEN35 = (
+    r"""{%- macro render_content(content, do_vision_count, is_system_content=false) %}
     {%- if content is string %}
         {{- content }}
     {%- elif content is none or content is undefined %}
@@ -172,7 +191,9 @@ QWEN35 = r"""{%- macro render_content(content, do_vision_count, is_system_conten
             {{- '<|im_start|>' + message.role + '\n' + content }}
         {%- endif %}
         {{- '<|im_end|>\n' }}
-""" + TOOL_TURN.replace("CONTENT", "content") + r"""
+"""
+    + TOOL_TURN.replace("CONTENT", "content")
+    + r"""
     {%- else %}
         {{- raise_exception('Unexpected message role.') }}
     {%- endif %}
@@ -185,21 +206,26 @@ QWEN35 = r"""{%- macro render_content(content, do_vision_count, is_system_conten
         {{- '<think>\n' }}
     {%- endif %}
 {%- endif %}"""
+)
 
 # The small Qwen3.5 models think only when asked to.
-QWEN35_SMALL = QWEN35[:QWEN35.rindex("    {%- if enable_thinking")] + r"""
+QWEN35_SMALL = (
+    QWEN35[: QWEN35.rindex("    {%- if enable_thinking")]
+    + r"""
     {%- if enable_thinking is defined and enable_thinking is true %}
         {{- '<think>\n' }}
     {%- else %}
         {{- '<think>\n\n</think>\n\n' }}
     {%- endif %}
 {%- endif %}"""
+)
 
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
     "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
     "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 
 LLAMA31 = r"""{{- bos_token }}
 {%- if not date_string is defined %}
@@ -232,17 +258,30 @@ LLAMA31 = r"""{{- bos_token }}
 {%- endif %}
 """
 
-LLAMA32 = LLAMA31.replace(r"""    {%- set date_string = "26 Jul 2024" %}
-""", r"""    {%- if strftime_now is defined %}
+LLAMA32 = LLAMA31.replace(
+    r"""    {%- set date_string = "26 Jul 2024" %}
+""",
+    r"""    {%- if strftime_now is defined %}
         {%- set date_string = strftime_now("%d %b %Y") %}
     {%- else %}
         {%- set date_string = "26 Jul 2024" %}
     {%- endif %}
-""")
+""",
+)
 
-TEMPLATES = {"smollm2": SMOLLM2, "plain_chatml": PLAIN_CHATML, "qwen2.5": QWEN25, "qwen3": QWEN3, "qwen3-2507": QWEN3_2507,
-             "qwen3-thinking-2507": QWEN3_THINKING_2507, "qwen3.5": QWEN35, "qwen3.5-small": QWEN35_SMALL,
-             "llama3": LLAMA3, "llama3.1": LLAMA31, "llama3.2": LLAMA32}
+TEMPLATES = {
+    "smollm2": SMOLLM2,
+    "plain_chatml": PLAIN_CHATML,
+    "qwen2.5": QWEN25,
+    "qwen3": QWEN3,
+    "qwen3-2507": QWEN3_2507,
+    "qwen3-thinking-2507": QWEN3_THINKING_2507,
+    "qwen3.5": QWEN35,
+    "qwen3.5-small": QWEN35_SMALL,
+    "llama3": LLAMA3,
+    "llama3.1": LLAMA31,
+    "llama3.2": LLAMA32,
+}
 WITH_TOOLS = [name for name in TEMPLATES if name.startswith("qwen")]
 BOS = "<|begin_of_text|>"
 
@@ -260,7 +299,10 @@ def write_folder(folder, template, rng):
     if way == 0:
         config["chat_template"] = template
     elif way == 1:
-        config["chat_template"] = [{"name": "tool_use", "template": "{{ 1 }}"}, {"name": "default", "template": template}]
+        config["chat_template"] = [
+            {"name": "tool_use", "template": "{{ 1 }}"},
+            {"name": "default", "template": template},
+        ]
     else:
         config["chat_template"] = "{{ 'the file wins' }}"
         (folder / "chat_template.jinja").write_text(template)
@@ -270,13 +312,27 @@ def write_folder(folder, template, rng):
 def run(build_folder, folder, messages, *flags):
     (folder / "messages.json").write_text(json.dumps(messages))
     program = build_folder / "src" / "text" / "tokenize_tool"
-    result = subprocess.run([program, "chat", folder, folder / "messages.json", folder / "out", *flags],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [program, "chat", folder, folder / "messages.json", folder / "out", *flags], capture_output=True, text=True
+    )
     return result, (folder / "out").read_bytes().decode() if result.returncode == 0 else None
 
 
 def random_content(rng, role):
-    pieces = ["Hello", " world", "\n", "\n\n", "  ", "\t", "it's {{ 1 }} and {% x %}", "日本語", "\u00a0", "\x1c", "<|im_end|>", "é"]
+    pieces = [
+        "Hello",
+        " world",
+        "\n",
+        "\n\n",
+        "  ",
+        "\t",
+        "it's {{ 1 }} and {% x %}",
+        "日本語",
+        "\u00a0",
+        "\x1c",
+        "<|im_end|>",
+        "é",
+    ]
     if role == "assistant":
         pieces += ["<think>", "</think>", "<think>\nwell\n</think>\n\n", "<think>\n\n</think>\n\n"]
     text = "".join(rng.choice(pieces) for _ in range(rng.randint(0, 7)))
@@ -318,17 +374,20 @@ def test_thinking_off_closes_the_block_at_once(build_folder, tmp_path):
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
-@pytest.mark.parametrize("template, messages, parts", [
-    (None, [("user", "x")], ["no chat template", "base model"]),
-    ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", [("user", "x")], ["no known family"]),
-    (SMOLLM2.replace("named", "{{ name }}"), [("user", "x")], ["no known family", "default system"]),
-    (PLAIN_CHATML + "{# reasoning #}", [("user", "x")], ["no known family", "reasoning"]),
-    (SMOLLM2, [], ["at least one message"]),
-    (SMOLLM2, [("user", "x"), ("narrator", "y")], ["message 1", "narrator"]),
-    (LLAMA31, [("user", "x"), ("tool", "y")], ["message 1", "tool"]),
-    (QWEN35, [("user", "x"), ("system", "y")], ["message 1", "beginning"]),
-    (QWEN35, [("system", "x"), ("assistant", "y")], ["message of the user"]),
-])
+@pytest.mark.parametrize(
+    "template, messages, parts",
+    [
+        (None, [("user", "x")], ["no chat template", "base model"]),
+        ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", [("user", "x")], ["no known family"]),
+        (SMOLLM2.replace("named", "{{ name }}"), [("user", "x")], ["no known family", "default system"]),
+        (PLAIN_CHATML + "{# reasoning #}", [("user", "x")], ["no known family", "reasoning"]),
+        (SMOLLM2, [], ["at least one message"]),
+        (SMOLLM2, [("user", "x"), ("narrator", "y")], ["message 1", "narrator"]),
+        (LLAMA31, [("user", "x"), ("tool", "y")], ["message 1", "tool"]),
+        (QWEN35, [("user", "x"), ("system", "y")], ["message 1", "beginning"]),
+        (QWEN35, [("system", "x"), ("assistant", "y")], ["message of the user"]),
+    ],
+)
 def test_errors_are_clear(build_folder, tmp_path, template, messages, parts):
     if template is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))

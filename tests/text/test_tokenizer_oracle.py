@@ -6,30 +6,44 @@ import re
 import shutil
 import subprocess
 
-import pytest
-from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
-                        trainers)
-
 import corpus
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-QWEN35_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
-                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-CATEGORIES_PATTERN = (r"\p{Lu}+|\p{Ll}+|[\p{Lt}\p{Lm}\p{Lo}]+|\p{M}+|\p{Nd}|\p{Nl}|\p{N}+|\p{Pc}+|\p{P}+|\p{S}+|\s+"
-                      r"|\P{L}\x{41}")
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN35_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CATEGORIES_PATTERN = (
+    r"\p{Lu}+|\p{Ll}+|[\p{Lt}\p{Lm}\p{Lo}]+|\p{M}+|\p{Nd}|\p{Nl}|\p{N}+|\p{Pc}+|\p{P}+|\p{S}+|\s+"
+    r"|\P{L}\x{41}"
+)
 
 
 def split_then_bytes(pattern):
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
-                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def digits_then_gpt2(individual=True):
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=individual),
-                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=individual),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
 
 
 def train(text, pre_tokenizer, normalizer=None, vocab_size=3000, alphabet=None, **model):
@@ -38,8 +52,9 @@ def train(text, pre_tokenizer, normalizer=None, vocab_size=3000, alphabet=None, 
     tokenizer.decoder = decoders.ByteLevel()
     if normalizer:
         tokenizer.normalizer = normalizer
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
-                                  initial_alphabet=alphabet or pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False, initial_alphabet=alphabet or pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
     return tokenizer
 
@@ -75,13 +90,26 @@ def make_llama3(text):
     for number, word in enumerate(["Ġzyzzyva", "QQQ", "ĠĠĠĊĊ", "999", "æĹ¥æľ¬èªŀ"]):
         state["model"]["vocab"].setdefault(word, size + number)
     tokenizer = Tokenizer.from_str(json.dumps(state))
-    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>",
-                                  *(f"<|reserved_special_token_{i}|>" for i in range(20))])
+    tokenizer.add_special_tokens(
+        [
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|eot_id|>",
+            "<|start_header_id|>",
+            *(f"<|reserved_special_token_{i}|>" for i in range(20)),
+        ]
+    )
     bos = tokenizer.token_to_id("<|begin_of_text|>")
-    tokenizer.post_processor = processors.Sequence([
-        processors.ByteLevel(trim_offsets=False),
-        processors.TemplateProcessing(single="<|begin_of_text|> $A", pair="<|begin_of_text|> $A <|begin_of_text|> $B",
-                                      special_tokens=[("<|begin_of_text|>", bos)])])
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single="<|begin_of_text|> $A",
+                pair="<|begin_of_text|> $A <|begin_of_text|> $B",
+                special_tokens=[("<|begin_of_text|>", bos)],
+            ),
+        ]
+    )
     return tokenizer
 
 
@@ -94,12 +122,23 @@ def make_gpt2(text):
     state["model"]["unk_token"] = "<unk>"
     state["model"]["fuse_unk"] = bool(random.getrandbits(1))
     tokenizer = Tokenizer.from_str(json.dumps(state))
-    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True), AddedToken("<sep>", rstrip=True),
-                                  AddedToken("<both>", lstrip=True, rstrip=True), AddedToken("<|", special=True),
-                                  AddedToken("<|longer|>", special=True)])
-    tokenizer.add_tokens([AddedToken("word", single_word=True), AddedToken("caf\u0065\u0301", normalized=True),
-                          AddedToken("日本", normalized=True, single_word=True),
-                          AddedToken("raw\u0301", normalized=False)])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken("<mask>", lstrip=True),
+            AddedToken("<sep>", rstrip=True),
+            AddedToken("<both>", lstrip=True, rstrip=True),
+            AddedToken("<|", special=True),
+            AddedToken("<|longer|>", special=True),
+        ]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken("word", single_word=True),
+            AddedToken("caf\u0065\u0301", normalized=True),
+            AddedToken("日本", normalized=True, single_word=True),
+            AddedToken("raw\u0301", normalized=False),
+        ]
+    )
     tokenizer.post_processor = processors.ByteLevel()
     return tokenizer
 
@@ -108,8 +147,14 @@ def make_categories(text):
     return train(text, split_then_bytes(CATEGORIES_PATTERN), vocab_size=600)
 
 
-MAKERS = {"qwen3": make_qwen3, "qwen35": make_qwen35, "smollm2": make_smollm2, "llama3": make_llama3, "gpt2": make_gpt2,
-          "categories": make_categories}
+MAKERS = {
+    "qwen3": make_qwen3,
+    "qwen35": make_qwen35,
+    "smollm2": make_smollm2,
+    "llama3": make_llama3,
+    "gpt2": make_gpt2,
+    "categories": make_categories,
+}
 NAMES = ["tiny-qwen3", *MAKERS]
 
 
@@ -175,8 +220,10 @@ def assert_same_ids(theirs, ours, text):
         return
     at = next((i for i, (a, b) in enumerate(zip(encoding.ids, ours)) if a != b), min(len(encoding.ids), len(ours)))
     position = encoding.offsets[min(at, len(encoding.ids) - 1)][0]
-    pytest.fail(f"token {at}: {encoding.ids[at:at + 4]} against {ours[at:at + 4]} "
-                f"near {text[max(0, position - 12):position + 12]!a}")
+    pytest.fail(
+        f"token {at}: {encoding.ids[at : at + 4]} against {ours[at : at + 4]} "
+        f"near {text[max(0, position - 12) : position + 12]!a}"
+    )
 
 
 def test_ids_and_text_of_a_megabyte(pair, megabyte, request):
@@ -228,9 +275,20 @@ def test_every_code_point(tokenizer_files, build_folder, tmp_path, name, seed):
 
 def test_marks_in_any_order_normalize_alike(tokenizer_files, build_folder, tmp_path, seed):
     rng = random.Random(seed)
-    bases = ["a", "q", "\u1100", "\u0915", "\u3042", "\u0308", *corpus.DECOMPOSED, *map(chr, range(0x11380, 0x113D0)),
-             "\U00011935", "\U00016D67", "\U000105D2"]
-    marks = [*corpus.MARKS, "\u1161", "\u11a8", "\U00011930", "\U00016D67", "\U000113C9"]
+    bases = [
+        "a",
+        "q",
+        "\u1100",
+        "\u0915",
+        "\u3042",
+        "\u0308",
+        *corpus.DECOMPOSED,
+        *map(chr, range(0x11380, 0x113D0)),
+        "\U00011935",
+        "\U00016d67",
+        "\U000105d2",
+    ]
+    marks = [*corpus.MARKS, "\u1161", "\u11a8", "\U00011930", "\U00016d67", "\U000113c9"]
     text = "".join(rng.choice(bases) + "".join(rng.choices(marks, k=rng.randint(1, 5))) for _ in range(60_000))
     theirs = Tokenizer.from_file(str(tokenizer_files["qwen35"]))
     assert_same_ids(theirs, Ours(build_folder, tmp_path, tokenizer_files["qwen35"]).encode(text), text)
@@ -249,6 +307,13 @@ def test_long_runs_take_linear_time(tokenizer_files, build_folder, tmp_path, nam
     for unit in ("a", " ", "\n", "ab", "é", "日", "!", "\u0301\u0316", " \n", "1", "<|", "'"):
         text = unit * (1_000_000 // len(unit.encode()))
         (tmp_path / "in").write_text(text, encoding="utf-8", newline="")
-        command = ["timeout", "60", build_folder / "src" / "text" / "tokenize_tool", "encode", tokenizer_files[name],
-                   tmp_path / "in", tmp_path / "out"]
+        command = [
+            "timeout",
+            "60",
+            build_folder / "src" / "text" / "tokenize_tool",
+            "encode",
+            tokenizer_files[name],
+            tmp_path / "in",
+            tmp_path / "out",
+        ]
         assert subprocess.run(command).returncode == 0, ascii(unit)

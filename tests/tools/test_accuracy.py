@@ -18,15 +18,72 @@ def test_tables_add_up_and_finished_steps_are_kept(build_folder, tiny_qwen3, tmp
     threads = ["--threads", "1"]
     selectors = [tmp_path / "first", tmp_path / "second"]
     for seed, selector in enumerate(selectors):
-        subprocess.run([build_folder / "spot", "distill", "--model", tiny_qwen3, "--data", text, "--out", selector, "--length", "448",
-                        "--steps", "1", "--warmup-steps", "0", "--sequences-per-step", "1", "--seed", str(seed), *threads], check=True)
-    command = [sys.executable, ROOT / "tools" / "accuracy.py", "--model", tiny_qwen3, "--text", text, "--out", tmp_path / "out",
-               "--selector", selectors[0], "--selector", selectors[1], "--lengths", "1024", "--tasks", "vt", "--samples", "2",
-               "--sequences", "1", "--text-methods", "4", "--rules", "k=512,k=4096", "--twilight", "p=0.9,k=50%", "--needle-options", "--distractors 8",
-               "--launch", f"{ROOT}/tools/on_gpu.py --share 1 --", "--", *threads]
+        subprocess.run(
+            [
+                build_folder / "spot",
+                "distill",
+                "--model",
+                tiny_qwen3,
+                "--data",
+                text,
+                "--out",
+                selector,
+                "--length",
+                "448",
+                "--steps",
+                "1",
+                "--warmup-steps",
+                "0",
+                "--sequences-per-step",
+                "1",
+                "--seed",
+                str(seed),
+                *threads,
+            ],
+            check=True,
+        )
+    command = [
+        sys.executable,
+        ROOT / "tools" / "accuracy.py",
+        "--model",
+        tiny_qwen3,
+        "--text",
+        text,
+        "--out",
+        tmp_path / "out",
+        "--selector",
+        selectors[0],
+        "--selector",
+        selectors[1],
+        "--lengths",
+        "1024",
+        "--tasks",
+        "vt",
+        "--samples",
+        "2",
+        "--sequences",
+        "1",
+        "--text-methods",
+        "4",
+        "--rules",
+        "k=512,k=4096",
+        "--twilight",
+        "p=0.9,k=50%",
+        "--needle-options",
+        "--distractors 8",
+        "--launch",
+        f"{ROOT}/tools/on_gpu.py --share 1 --",
+        "--",
+        *threads,
+    ]
     locks = tmp_path / "locks"
-    first = subprocess.run(command, check=True, capture_output=True, text=True,
-                           env=os.environ | {"SPOT_GPUS": "cpu", "SPOT_GPU_LOCKS": str(locks)}).stdout
+    first = subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"SPOT_GPUS": "cpu", "SPOT_GPU_LOCKS": str(locks)},
+    ).stdout
     assert locks.is_dir()  # what was to start the programs did
     assert first.count("$ ") == 9  # three steps for each selector and the baselines
     data = json.loads((tmp_path / "out" / "accuracy.json").read_text())
@@ -67,13 +124,19 @@ def accuracy():
 
 
 def test_tasks_are_those_of_the_program(accuracy, build_folder, tiny_qwen3):
-    run = subprocess.run([build_folder / "spot", "eval", "ruler", "--model", tiny_qwen3, "--tasks", "no_such_task"], capture_output=True, text=True)
+    run = subprocess.run(
+        [build_folder / "spot", "eval", "ruler", "--model", tiny_qwen3, "--tasks", "no_such_task"],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode != 0
     assert run.stderr.strip().endswith("choose among " + ", ".join(accuracy.RULER_TASKS))
 
 
 def options_of(accuracy, monkeypatch, out, *words):
-    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--model", "m", "--text", "t", "--out", str(out), *words, "--", "--threads", "1"])
+    monkeypatch.setattr(
+        sys, "argv", ["accuracy.py", "--model", "m", "--text", "t", "--out", str(out), *words, "--", "--threads", "1"]
+    )
     return accuracy.parse_arguments()
 
 
@@ -81,7 +144,8 @@ def test_without_baselines_selectors_are_run_alone(accuracy, tmp_path, monkeypat
     words = ["--rules", "k=10%,p=0.7", "--steps", "ruler", "--no-baselines"]
     steps = accuracy.list_steps(options_of(accuracy, monkeypatch, tmp_path, "--selector", "one", *words))
     assert steps[0].command[steps[0].command.index("--methods") + 1] == ",".join(
-        f"spot:{rule},cache={form}" for rule in ("k=10%", "p=0.7") for form in ("bf16", "int4"))
+        f"spot:{rule},cache={form}" for rule in ("k=10%", "p=0.7") for form in ("bf16", "int4")
+    )
     with pytest.raises(SystemExit):
         options_of(accuracy, monkeypatch, tmp_path, *words)
     with pytest.raises(SystemExit):
@@ -97,24 +161,57 @@ def test_losses_are_told_once_a_selector(accuracy, tmp_path, monkeypatch):
 
 
 def test_parts_hold_every_prompt_once(accuracy, tmp_path, monkeypatch):
-    options = options_of(accuracy, monkeypatch, tmp_path, "--selector", "one", "--selector", "two", "--lengths", "4096,8192", "--tasks", "vt,qa_1",
-                         "--samples", "12", "--rules", "k=10%", "--steps", "ruler,text", "--more", "spot:k=10%,cache=mxfp4;oracle:k=5%")
+    options = options_of(
+        accuracy,
+        monkeypatch,
+        tmp_path,
+        "--selector",
+        "one",
+        "--selector",
+        "two",
+        "--lengths",
+        "4096,8192",
+        "--tasks",
+        "vt,qa_1",
+        "--samples",
+        "12",
+        "--rules",
+        "k=10%",
+        "--steps",
+        "ruler,text",
+        "--more",
+        "spot:k=10%,cache=mxfp4;oracle:k=5%",
+    )
     steps = accuracy.list_steps(options)
     parts = accuracy.list_parts(options, steps)
     assert parts[0].length >= parts[-1].length and len({part.folder for part in parts}) == len(parts)
     prompts = []
     for part in parts:
         value = {option: part.command[part.command.index(option) + 1] for option in ("--methods", "--out")}
-        assert value["--out"] == str(part.folder) and part.command[-4:-2] == ["--out", str(part.folder)] or part.step.kind == "text"
+        assert (
+            value["--out"] == str(part.folder)
+            and part.command[-4:-2] == ["--out", str(part.folder)]
+            or part.step.kind == "text"
+        )
         if part.step.kind == "ruler":
-            value |= {option: part.command[part.command.index(option) + 1] for option in ("--tasks", "--lengths", "--samples", "--first-sample")}
-            prompts += [(part.step.name, value["--tasks"], value["--lengths"], int(value["--first-sample"]) + i)
-                        for i in range(int(value["--samples"]))]
+            value |= {
+                option: part.command[part.command.index(option) + 1]
+                for option in ("--tasks", "--lengths", "--samples", "--first-sample")
+            }
+            prompts += [
+                (part.step.name, value["--tasks"], value["--lengths"], int(value["--first-sample"]) + i)
+                for i in range(int(value["--samples"]))
+            ]
         # Selectors have the further methods of spot, the baselines the others; running text has neither.
         assert ("cache=mxfp4" in value["--methods"]) == (part.step.kind == "ruler" and part.step.name != "")
         assert ("oracle:k=5%" in value["--methods"]) == (part.step.kind == "ruler" and part.step.name == "")
-    assert sorted(prompts) == [(name, task, length, sample) for name in ("", "one", "two") for task in ("qa_1", "vt") for length in ("4096", "8192")
-                               for sample in range(12)]
+    assert sorted(prompts) == [
+        (name, task, length, sample)
+        for name in ("", "one", "two")
+        for task in ("qa_1", "vt")
+        for length in ("4096", "8192")
+        for sample in range(12)
+    ]
 
 
 def test_logs_are_merged(accuracy, tmp_path):

@@ -56,11 +56,24 @@ def interleave_heads(weight, num_heads):
 
 def make_model(tied, max_position_embeddings=512, **changes):
     tokens, kinds, merges = make_vocabulary()
-    config = LlamaConfig(vocab_size=len(tokens) + 5, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
-                         num_attention_heads=6, num_key_value_heads=2, head_dim=16,
-                         max_position_embeddings=max_position_embeddings, rms_norm_eps=1e-5,
-                         rope_theta=30000.0, tie_word_embeddings=tied, bos_token_id=1,
-                         eos_token_id=2, pad_token_id=0, initializer_range=0.3, **changes)
+    config = LlamaConfig(
+        vocab_size=len(tokens) + 5,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=max_position_embeddings,
+        rms_norm_eps=1e-5,
+        rope_theta=30000.0,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.3,
+        **changes,
+    )
     model = LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -68,8 +81,18 @@ def make_model(tied, max_position_embeddings=512, **changes):
     return model, (tokens, kinds, merges)
 
 
-def write_gguf(path, model, vocabulary, quantization=None, leave_out=(), extra_tensor=None, pre="smollm", bos=False,
-               architecture="llama", rope_factors=None):
+def write_gguf(
+    path,
+    model,
+    vocabulary,
+    quantization=None,
+    leave_out=(),
+    extra_tensor=None,
+    pre="smollm",
+    bos=False,
+    architecture="llama",
+    rope_factors=None,
+):
     config, (tokens, kinds, merges) = model.config, vocabulary
     tokens = tokens + [f"[PAD{i}]" for i in range(config.vocab_size - len(tokens))]
     kinds = kinds + [gguf.TokenType.UNUSED] * (len(tokens) - len(kinds))
@@ -173,8 +196,9 @@ def test_tokenizer_and_template_come_back(tmp_path):
     write_gguf(tmp_path / "m.gguf", model, (tokens, kinds, merges))
     assert convert(tmp_path / "m.gguf", tmp_path / "out").returncode == 0
     original = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-    original.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                      pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    original.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     original.decoder = decoders.ByteLevel()
     original.add_special_tokens(tokens[:3])
     original.add_tokens([tokens[-1]])
@@ -188,8 +212,14 @@ def test_tokenizer_and_template_come_back(tmp_path):
 
 
 def test_llama3_tokenizer_adds_bos_and_its_rope_rule_is_recovered(tmp_path):
-    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192, "rope_theta": 30000.0}
+    rope = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_theta": 30000.0,
+    }
     model, vocabulary = make_model(tied=True, max_position_embeddings=16384, rope_parameters=rope)
     plain = 30000.0 ** -(np.arange(0, 16, 2) / 16)
     factors = (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
@@ -214,11 +244,13 @@ def test_errors_name_the_file_and_the_reason(tmp_path):
     (tmp_path / "text.gguf").write_text("this is no GGUF file, though it is long enough to look like one")
     must_fail(tmp_path / "text.gguf", out, "text.gguf", "not a readable GGUF file")
     model, vocabulary = make_model(tied=True)
-    cases = [({"architecture": "qwen3"}, ["architecture qwen3"]),
-             ({"pre": "tekken"}, ["pre-tokenizer tekken", "smollm"]),
-             ({"leave_out": ["blk.1.attn_k.weight"]}, ["blk.1.attn_k.weight", "missing"]),
-             ({"leave_out": ["token_embd.weight"]}, ["token_embd.weight", "missing"]),
-             ({"extra_tensor": "blk.0.attn_q.bias"}, ["blk.0.attn_q.bias"])]
+    cases = [
+        ({"architecture": "qwen3"}, ["architecture qwen3"]),
+        ({"pre": "tekken"}, ["pre-tokenizer tekken", "smollm"]),
+        ({"leave_out": ["blk.1.attn_k.weight"]}, ["blk.1.attn_k.weight", "missing"]),
+        ({"leave_out": ["token_embd.weight"]}, ["token_embd.weight", "missing"]),
+        ({"extra_tensor": "blk.0.attn_q.bias"}, ["blk.0.attn_q.bias"]),
+    ]
     for number, (changes, parts) in enumerate(cases):
         path = tmp_path / f"{number}.gguf"
         write_gguf(path, model, vocabulary, **changes)

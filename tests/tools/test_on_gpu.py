@@ -13,20 +13,31 @@ from tests.conftest import ROOT
 
 SCRIPT = ROOT / "tools" / "on_gpu.py"
 # Tells what it was given, and when it began and ended.
-WITNESS = ("import json, os, sys, time; begin = time.monotonic(); time.sleep(float(sys.argv[2])); "
-           "json.dump([os.environ.get('CUDA_VISIBLE_DEVICES'), begin, time.monotonic()], open(sys.argv[1], 'w'))")
+WITNESS = (
+    "import json, os, sys, time; begin = time.monotonic(); time.sleep(float(sys.argv[2])); "
+    "json.dump([os.environ.get('CUDA_VISIBLE_DEVICES'), begin, time.monotonic()], open(sys.argv[1], 'w'))"
+)
 
 
 @pytest.fixture()
 def start(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | {
-        "SPOT_GPU_LOCKS": str(tmp_path / "locks"), "SPOT_GPUS": "a,b,c", "PATH": os.environ["PATH"]}
+        "SPOT_GPU_LOCKS": str(tmp_path / "locks"),
+        "SPOT_GPUS": "a,b,c",
+        "PATH": os.environ["PATH"],
+    }
     started = []
 
     def run(*options, seconds=0.5, **changes):
         report = tmp_path / f"report-{len(started)}"
-        started.append(subprocess.Popen([sys.executable, SCRIPT, *options, "--", sys.executable, "-c", WITNESS, report, str(seconds)],
-                                        env=environment | changes, stderr=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(
+                [sys.executable, SCRIPT, *options, "--", sys.executable, "-c", WITNESS, report, str(seconds)],
+                env=environment | changes,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
         started[-1].report = report
         return started[-1]
 
@@ -97,8 +108,17 @@ def test_without_a_gpu_the_cpu_is_shared_and_the_environment_kept(start):
 
 
 def test_mistakes_are_told(start):
-    for options, words in ((("--gpus", "4"), "this host has 3"), (("--share", "0"), "at least 1"), (("--gpus", "0"), "this host has 3")):
+    for options, words in (
+        (("--gpus", "4"), "this host has 3"),
+        (("--share", "0"), "at least 1"),
+        (("--gpus", "0"), "this host has 3"),
+    ):
         process = start(*options)
         assert process.wait(timeout=60) == 2 and words in process.stderr.read()
-    missing = subprocess.run([sys.executable, SCRIPT, "--", "no-such-program"], env=os.environ | {"SPOT_GPUS": "a"}, capture_output=True, text=True)
+    missing = subprocess.run(
+        [sys.executable, SCRIPT, "--", "no-such-program"],
+        env=os.environ | {"SPOT_GPUS": "a"},
+        capture_output=True,
+        text=True,
+    )
     assert missing.returncode == 1 and "no-such-program cannot be started" in missing.stderr

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 
 FIRST_TOKENS = 3  # of a value; the rest of it can be copied once they are known
-COLUMNS = 2 + FIRST_TOKENS  # of a row's bindings: place of the key's last token, place that the answer follows, the value's first tokens; -1: none
+COLUMNS = (
+    2 + FIRST_TOKENS
+)  # of a row's bindings: place of the key's last token, place that the answer follows, the value's first tokens; -1: none
 MOST_TOLD = 1024  # bindings of a step
 MOST_SEEN = 128
 
@@ -58,7 +60,9 @@ class Binding:
         states = F.rms_norm(x[told[:, 0] * length + told[:, 1]], (x.shape[1],))
         logits = torch.einsum("nh,jhg->njg", states, self.matrices) @ embedding.detach().t()
         wanted = told[:, 2:]
-        losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1), ignore_index=-1, reduction="sum")
+        losses = F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1), ignore_index=-1, reduction="sum"
+        )
         return losses / (wanted >= 0).sum().clamp(min=1)
 
     @staticmethod

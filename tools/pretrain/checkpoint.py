@@ -24,9 +24,21 @@ def save(folder: pathlib.Path, config: dict, weights: dict[str, torch.Tensor], t
     temporary.chmod(0o644)
     os.replace(temporary, folder / "model.safetensors")
     _write(folder / "config.json", json.dumps(config, indent=1))
-    _write(folder / "generation_config.json", json.dumps({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 3, "do_sample": False}, indent=1))
-    _write(folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
-                                                         "pad_token": "<|pad|>", "model_max_length": config["max_position_embeddings"]}))
+    _write(
+        folder / "generation_config.json",
+        json.dumps({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 3, "do_sample": False}, indent=1),
+    )
+    _write(
+        folder / "tokenizer_config.json",
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": "<|endoftext|>",
+                "pad_token": "<|pad|>",
+                "model_max_length": config["max_position_embeddings"],
+            }
+        ),
+    )
     if not (folder / "tokenizer.json").is_file():
         shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
 
@@ -38,7 +50,9 @@ def load(folder: pathlib.Path, weights: dict[str, torch.Tensor]) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         found |= safetensors.torch.load_file(file)
     if found.keys() != weights.keys():
-        raise SystemExit(f"{folder}: tensors {sorted(found.keys() ^ weights.keys())[:4]} are not in both, checkpoint and model")
+        raise SystemExit(
+            f"{folder}: tensors {sorted(found.keys() ^ weights.keys())[:4]} are not in both, checkpoint and model"
+        )
     for name, weight in weights.items():
         if weight.shape != found[name].shape:
             raise SystemExit(f"{folder}: {name} is {tuple(found[name].shape)}, the model's is {tuple(weight.shape)}")

@@ -58,16 +58,23 @@ def _share(document: str) -> float:
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, documents: list[str]) -> np.ndarray:
-    pieces = [document[at:at + PIECE] for document in documents for at in range(0, len(document), PIECE)]
+    pieces = [document[at : at + PIECE] for document in documents for at in range(0, len(document), PIECE)]
     ids = []
     for begin in range(0, len(pieces), 4096):
-        ids += [np.array(piece.ids, np.uint16) for piece in tokenizer.encode_batch_fast(pieces[begin:begin + 4096])]
+        ids += [np.array(piece.ids, np.uint16) for piece in tokenizer.encode_batch_fast(pieces[begin : begin + 4096])]
     return np.concatenate(ids) if ids else np.zeros(0, np.uint16)
 
 
 def prepare(data: pathlib.Path, tokenizer_file: pathlib.Path, folder: pathlib.Path, held_out: float = 0.015) -> None:
     """Writes STREAM.npy, STREAM_held_out.npy (uint16) and words.json into `folder`; does nothing where they are already."""
-    source = json.dumps({"data": str(data.resolve()), "bytes": data.stat().st_size, "changed": data.stat().st_mtime_ns, "tokenizer": hashlib.md5(tokenizer_file.read_bytes()).hexdigest()})
+    source = json.dumps(
+        {
+            "data": str(data.resolve()),
+            "bytes": data.stat().st_size,
+            "changed": data.stat().st_mtime_ns,
+            "tokenizer": hashlib.md5(tokenizer_file.read_bytes()).hexdigest(),
+        }
+    )
     done = folder / "source.json"  # written last
     if done.is_file() and done.read_text() == source:
         return
@@ -91,7 +98,10 @@ def prepare(data: pathlib.Path, tokenizer_file: pathlib.Path, folder: pathlib.Pa
     for name in (*STREAMS, *(stream + "_held_out" for stream in STREAMS)):
         ids = _encode(tokenizer, parts[name])
         np.save(folder / f"{name}.npy", ids)
-        print(f"prepare: {name} {len(ids):,} tokens of {len(parts[name])} documents, {time.time() - start:.1f} s", flush=True)
+        print(
+            f"prepare: {name} {len(ids):,} tokens of {len(parts[name])} documents, {time.time() - start:.1f} s",
+            flush=True,
+        )
     sample = " ".join(documents[:: max(1, len(documents) // 300)])[:20_000_000]
     counted = collections.Counter(re.findall(r"\b[a-z]{3,9}\b", sample))
     words = sorted(word for word, count in counted.most_common(8000) if count >= 8)

@@ -30,11 +30,22 @@ class World:
         return f"{self.name()} {self.rng.choice(KINDS)}"
 
     def person(self) -> dict[str, str]:
-        return {"kind": "person", "name": self.full_name(), "town": self.name(), "teacher": self.full_name(), "works_at": self.institution_name()}
+        return {
+            "kind": "person",
+            "name": self.full_name(),
+            "town": self.name(),
+            "teacher": self.full_name(),
+            "works_at": self.institution_name(),
+        }
 
     def institution(self, name: str = "") -> dict[str, str]:
-        return {"kind": "institution", "name": name or self.institution_name(), "town": self.name(), "founder": self.full_name(),
-                "director": self.full_name()}
+        return {
+            "kind": "institution",
+            "name": name or self.institution_name(),
+            "town": self.name(),
+            "founder": self.full_name(),
+            "director": self.full_name(),
+        }
 
     def town(self, name: str = "") -> dict[str, str]:
         return {"kind": "town", "name": name or self.name(), "river": self.name(), "mayor": self.full_name()}
@@ -47,22 +58,42 @@ class World:
         if subject["kind"] == "person":
             last = name.split()[1]
             title = name
-            facts = [f"{name} was born in the town of {subject['town']} in {year}.",
-                     f"{last} learned the trade from {subject['teacher']}, whose workshop was known far beyond the region.",
-                     f"For {number} years {last} worked at the {subject['works_at']}."]
-            remarks = [f"Friends remember that {last} kept {thing} on the desk.", f"{last} used to say that every {rng.choice(words)} counts.",
-                       f"Two letters of that time tell of a long journey with {thing}.", f"There is still {thing} that {last} once repaired."]
+            facts = [
+                f"{name} was born in the town of {subject['town']} in {year}.",
+                f"{last} learned the trade from {subject['teacher']}, whose workshop was known far beyond the region.",
+                f"For {number} years {last} worked at the {subject['works_at']}.",
+            ]
+            remarks = [
+                f"Friends remember that {last} kept {thing} on the desk.",
+                f"{last} used to say that every {rng.choice(words)} counts.",
+                f"Two letters of that time tell of a long journey with {thing}.",
+                f"There is still {thing} that {last} once repaired.",
+            ]
         elif subject["kind"] == "institution":
             title = f"The {name}"
-            facts = [f"The {name} stands in the town of {subject['town']}.", f"It was founded in {year} by {subject['founder']}.",
-                     f"Its first director was {subject['director']}."]
-            remarks = [f"Visitors come above all to see {thing} in the entrance hall.", f"Its emblem shows {thing}.",
-                       f"For {number} years the cellar held nothing but {thing}.", f"By the gate, {thing} reminds of its early days."]
+            facts = [
+                f"The {name} stands in the town of {subject['town']}.",
+                f"It was founded in {year} by {subject['founder']}.",
+                f"Its first director was {subject['director']}.",
+            ]
+            remarks = [
+                f"Visitors come above all to see {thing} in the entrance hall.",
+                f"Its emblem shows {thing}.",
+                f"For {number} years the cellar held nothing but {thing}.",
+                f"By the gate, {thing} reminds of its early days.",
+            ]
         else:
             title = name
-            facts = [f"{name} is a town on the river {subject['river']}.", f"The mayor of {name} is {subject['mayor']}."]
-            remarks = [f"Around {year} some {number} thousand people lived here.", f"Its coat of arms shows {thing}.",
-                       f"Each autumn the town holds a fair for {thing}.", f"Guests are advised to see {thing} behind the market."]
+            facts = [
+                f"{name} is a town on the river {subject['river']}.",
+                f"The mayor of {name} is {subject['mayor']}.",
+            ]
+            remarks = [
+                f"Around {year} some {number} thousand people lived here.",
+                f"Its coat of arms shows {thing}.",
+                f"Each autumn the town holds a fair for {thing}.",
+                f"Guests are advised to see {thing} behind the market.",
+            ]
         rest = facts[1:] + rng.sample(remarks, rng.randint(0, len(remarks)))
         rng.shuffle(rest)
         return title + "\n" + " ".join([facts[0], *rest])
@@ -72,23 +103,46 @@ def one_step(rng, subject: dict[str, str]) -> tuple[str, str]:
     """Question and answer about one document."""
     name = subject["name"]
     if subject["kind"] == "person":
-        return rng.choice([(f"In which town was {name} born?", subject["town"]), (f"From whom did {name} learn the trade?", subject["teacher"]),
-                           (f"At which institution did {name} work?", subject["works_at"])])
+        return rng.choice(
+            [
+                (f"In which town was {name} born?", subject["town"]),
+                (f"From whom did {name} learn the trade?", subject["teacher"]),
+                (f"At which institution did {name} work?", subject["works_at"]),
+            ]
+        )
     if subject["kind"] == "institution":
-        return rng.choice([(f"In which town does the {name} stand?", subject["town"]), (f"Who founded the {name}?", subject["founder"]),
-                           (f"Who was the first director of the {name}?", subject["director"])])
-    return rng.choice([(f"On which river does the town of {name} lie?", subject["river"]), (f"Who is the mayor of {name}?", subject["mayor"])])
+        return rng.choice(
+            [
+                (f"In which town does the {name} stand?", subject["town"]),
+                (f"Who founded the {name}?", subject["founder"]),
+                (f"Who was the first director of the {name}?", subject["director"]),
+            ]
+        )
+    return rng.choice(
+        [
+            (f"On which river does the town of {name} lie?", subject["river"]),
+            (f"Who is the mayor of {name}?", subject["mayor"]),
+        ]
+    )
 
 
 def two_steps(rng, person: dict[str, str], second: dict[str, str]) -> tuple[str, str]:
     """Question and answer that join a person's document with that of the place of work or birth."""
     name = person["name"]
     if second["kind"] == "institution":
-        return rng.choice([(f"In which town does the institution stand where {name} worked?", second["town"]),
-                           (f"Who founded the institution where {name} worked?", second["founder"]),
-                           (f"Who was the first director of the institution where {name} worked?", second["director"])])
-    return rng.choice([(f"On which river lies the town where {name} was born?", second["river"]),
-                       (f"Who is the mayor of the town where {name} was born?", second["mayor"])])
+        return rng.choice(
+            [
+                (f"In which town does the institution stand where {name} worked?", second["town"]),
+                (f"Who founded the institution where {name} worked?", second["founder"]),
+                (f"Who was the first director of the institution where {name} worked?", second["director"]),
+            ]
+        )
+    return rng.choice(
+        [
+            (f"On which river lies the town where {name} was born?", second["river"]),
+            (f"Who is the mayor of the town where {name} was born?", second["mayor"]),
+        ]
+    )
 
 
 def document_row(pieces: Pieces, count: int) -> Row:
@@ -142,11 +196,18 @@ def common_words(pieces: Pieces, room: int) -> Row | None:
     """A numbered list in which some words stand more often than the others; the answer has them as they first occur."""
     rng = pieces.rng
     asked = rng.choice((3, 5, 10)) if room < 2000 else 10
-    question = (f"\nQuestion: Which {asked} words are the most common ones in the list above? Answer: The top {asked} words that appear "
-                "most often in the list are:")
+    question = (
+        f"\nQuestion: Which {asked} words are the most common ones in the list above? Answer: The top {asked} words that appear "
+        "most often in the list are:"
+    )
     many, few = rng.choice(((3, 1), (6, 1), (10, 3), (30, 3)))
     budget = 0.93 * (room - 120 - 7 * asked)
-    pool = list(dict.fromkeys(rng.choice(pieces.words) if rng.random() < 0.7 else pseudo_word(rng) for _ in range(asked + room // 8 // few)))
+    pool = list(
+        dict.fromkeys(
+            rng.choice(pieces.words) if rng.random() < 0.7 else pseudo_word(rng)
+            for _ in range(asked + room // 8 // few)
+        )
+    )
     sizes = [len(encoding.ids) for encoding in pieces.tokenizer.encode_batch([" " + word for word in pool])]
     digits = len(str(room // 8))
     listed, used = [], 0
@@ -159,8 +220,11 @@ def common_words(pieces: Pieces, room: int) -> Row | None:
     if len(listed) < asked * many + 3 * few:
         return None
     rng.shuffle(listed)
-    text = ("Here is a numbered list of words. Some of the words stand in it more often than the others. Memorise those.\n"
-            + " ".join(f"{at}. {word}" for at, word in enumerate(listed, 1)) + question)
+    text = (
+        "Here is a numbered list of words. Some of the words stand in it more often than the others. Memorise those.\n"
+        + " ".join(f"{at}. {word}" for at, word in enumerate(listed, 1))
+        + question
+    )
     row = Row().add(_encode(pieces, text), 0)
     common = set(pool[:asked])
     for at, word in enumerate((word for word in dict.fromkeys(listed) if word in common), 1):
@@ -180,9 +244,12 @@ def frequent_words(pieces: Pieces, room: int) -> Row | None:
     for rank, word in enumerate(coded, 1):
         listed += ["..." if rank == 1 else word] * int(size / (rank * rank * 1.6449))
     rng.shuffle(listed)
-    text = ("Read the coded text below and count how often each coded word occurs in it. Find the three words that occur most often.\n"
-            + " ".join(listed) + "\nQuestion: Explain nothing and leave the dots '...' out of account. Which three words occur most often "
-            "in the coded text above? Answer: According to the coded text above, the three most frequently appeared words are:")
+    text = (
+        "Read the coded text below and count how often each coded word occurs in it. Find the three words that occur most often.\n"
+        + " ".join(listed)
+        + "\nQuestion: Explain nothing and leave the dots '...' out of account. Which three words occur most often "
+        "in the coded text above? Answer: According to the coded text above, the three most frequently appeared words are:"
+    )
     row = Row().add(_encode(pieces, text), 0)
     for word in coded[1:4]:
         row.answer(_encode(pieces, " " + word), "words")

@@ -17,7 +17,11 @@ from .rows import Rows, TooLong
 TOKENS = 65_536  # of a forward pass, or one prompt
 HELD_OUT = wordings.SUITE_HELD_OUT + wordings.OWN_HELD_OUT
 # Tasks that go round several wordings which training never saw, those written last in the last of them.
-WORDINGS = {"multikey_held_out": HELD_OUT, "multikey_fresh": wordings.FRESH_HELD_OUT, "multikey_later": wordings.LATER_HELD_OUT}
+WORDINGS = {
+    "multikey_held_out": HELD_OUT,
+    "multikey_fresh": wordings.FRESH_HELD_OUT,
+    "multikey_later": wordings.LATER_HELD_OUT,
+}
 
 
 class Prompts(Rows):
@@ -28,7 +32,16 @@ class Prompts(Rows):
             return self._multikey(length, index, WORDINGS[task][index % len(WORDINGS[task])])
         return getattr(self, task)(length, index)
 
-    def _needles(self, length: int, wording, keys: list[tuple], asked: list[int], value_kind: str, depth: float, haystack: str = "essay") -> Row:
+    def _needles(
+        self,
+        length: int,
+        wording,
+        keys: list[tuple],
+        asked: list[int],
+        value_kind: str,
+        depth: float,
+        haystack: str = "essay",
+    ) -> Row:
         """keys: (key, number of values); asked: places of keys in it. The first needle lies at `depth`."""
         pieces, rng = self.pieces, self.rng
         lead, tail = (" ", "") if haystack == "essay" else ("", "\n")
@@ -39,7 +52,9 @@ class Prompts(Rows):
                 times = [depth]
             values = [pieces.item(value_kind) if value_kind != "number" else pieces.number(7) for _ in range(number)]
             values_of.append(values)
-            events += [(t, self.statement(wording, value_kind, key, value, lead, tail)) for t, value in zip(times, values)]
+            events += [
+                (t, self.statement(wording, value_kind, key, value, lead, tail)) for t, value in zip(times, values)
+            ]
         values = [value for at in asked for value in values_of[at]]
         several = int(len(values) > 1)
         intro = Row().add(pieces.fill(wording.intro[several].replace("{kind}", value_kind)), 0)
@@ -62,7 +77,9 @@ class Prompts(Rows):
     def _glue(self, length: int, index: int, value_first: float) -> Row:
         """Among held-out words of any sense. At 1,024 tokens the wordiest do not fit: others are drawn."""
         while True:
-            wording = wordings.draw_glue(self.rng, lambda count: self.rng.choices(self.pieces.words, k=count), value_first)
+            wording = wordings.draw_glue(
+                self.rng, lambda count: self.rng.choices(self.pieces.words, k=count), value_first
+            )
             try:
                 return self._multikey(length, index, wording)
             except TooLong:
@@ -109,7 +126,12 @@ def cells(lengths: list[int]) -> list[tuple[str, int, int]]:
     """(task, length, prompts), the most telling first."""
     out = []
     for length in sorted(length for length in lengths if length <= 32768):
-        out += [("multikey_held_out", length, 100), ("multikey_later", length, 60), ("multikey_fresh", length, 51), ("vt", length, 100)]
+        out += [
+            ("multikey_held_out", length, 100),
+            ("multikey_later", length, 60),
+            ("multikey_fresh", length, 51),
+            ("vt", length, 100),
+        ]
         if length >= 1024:  # nine long needles
             out += [("multikey_value_first", length, 50), ("multikey_key_first", length, 50)]
         out += [("multivalue_held_out", length, 50), ("multikey_known", length, 50)]
@@ -142,8 +164,20 @@ def markdown(results: dict) -> str:
     head = ["| --- |" + " --- |" * len(lengths)]
     columns = [f"{length // 1024}K" if length >= 1024 else str(length) for length in lengths]
     by_wording = [(wording.needle, (task, at)) for task, known in WORDINGS.items() for at, wording in enumerate(known)]
-    return "\n".join([line("exact match", columns), *head, *rows([(task, task) for task in dict.fromkeys(task for task, _ in cells_of)], exact), "",
-                      line("held-out wording", columns), *head, *rows(by_wording, of_wording)]) + "\n"
+    return (
+        "\n".join(
+            [
+                line("exact match", columns),
+                *head,
+                *rows([(task, task) for task in dict.fromkeys(task for task, _ in cells_of)], exact),
+                "",
+                line("held-out wording", columns),
+                *head,
+                *rows(by_wording, of_wording),
+            ]
+        )
+        + "\n"
+    )
 
 
 @torch.no_grad()
@@ -171,14 +205,22 @@ def evaluate(model: TinyModel, pieces: Pieces, lengths: list[int], seconds: floa
             exact += (hits | ~asked).all(1).tolist()
             first += hits[asked & (labels % 2 == 1)].tolist()
         if exact:
-            results[f"{task}@{length}"] = {"exact": round(sum(exact) / len(exact), 4), "first_tokens": round(sum(first) / len(first), 4),
-                                           "prompts": len(exact)}
+            results[f"{task}@{length}"] = {
+                "exact": round(sum(exact) / len(exact), 4),
+                "first_tokens": round(sum(first) / len(first), 4),
+                "prompts": len(exact),
+            }
             cell = results[f"{task}@{length}"]
             kinds = len(WORDINGS.get(task, []))
             if kinds:
-                cell["by_wording"] = [round(sum(part) / max(1, len(part)), 3) for part in (exact[at::kinds] for at in range(kinds))]
-            print(f"evaluation {task}@{length}: exact {cell['exact']:.3f}, first tokens {cell['first_tokens']:.3f}, {len(exact)} prompts, "
-                  f"{time.time() - start:.0f} s", flush=True)
+                cell["by_wording"] = [
+                    round(sum(part) / max(1, len(part)), 3) for part in (exact[at::kinds] for at in range(kinds))
+                ]
+            print(
+                f"evaluation {task}@{length}: exact {cell['exact']:.3f}, first tokens {cell['first_tokens']:.3f}, {len(exact)} prompts, "
+                f"{time.time() - start:.0f} s",
+                flush=True,
+            )
             file.write_text(json.dumps(results, indent=1))
     return results
 

@@ -25,7 +25,7 @@ def unit_lower_inverse(strictly_lower: torch.Tensor) -> torch.Tensor:
         eye = torch.eye(size, device=strictly_lower.device, dtype=strictly_lower.dtype)
 
         def same_block(width: int) -> torch.Tensor:
-            return (index[:, None] // width == index[None] // width)
+            return index[:, None] // width == index[None] // width
 
         block = strictly_lower * same_block(8)
         square = block @ block
@@ -83,7 +83,9 @@ def _scan(transition: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
         return torch.stack((torch.zeros_like(first_addend), first_addend), 2).flatten(1, 2)
     pair_addend = second @ first_addend + second_addend
     if odd:  # the last state follows from the pairs alone
-        before = _scan(torch.cat((second @ first, transition[:, end:]), 1), torch.cat((pair_addend, addend[:, end:]), 1))
+        before = _scan(
+            torch.cat((second @ first, transition[:, end:]), 1), torch.cat((pair_addend, addend[:, end:]), 1)
+        )
         before, last = before[:, :-1], before[:, -1:]
     else:
         before = _scan(second @ first, pair_addend)

@@ -15,27 +15,60 @@ VOCABULARY = 4096
 MAX_POSITIONS = 131072
 
 
-def published_config(model_type: str, hidden_size: int = 256, num_layers: int = 0, intermediate_size: int = 768) -> dict:
+def published_config(
+    model_type: str, hidden_size: int = 256, num_layers: int = 0, intermediate_size: int = 768
+) -> dict:
     """config.json of a model; 0 layers: 8 for qwen3, 12 for qwen3_5."""
     hybrid = model_type == "qwen3_5"
     num_layers = num_layers or (12 if hybrid else 8)
     config = dict(
-        architectures=["Qwen3_5ForCausalLM" if hybrid else "Qwen3ForCausalLM"], model_type="qwen3_5_text" if hybrid else "qwen3",
-        hidden_size=hidden_size, num_hidden_layers=num_layers, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
-        intermediate_size=intermediate_size, vocab_size=VOCABULARY, rms_norm_eps=1e-6, hidden_act="silu", attention_bias=False,
-        attention_dropout=0.0, tie_word_embeddings=True, max_position_embeddings=MAX_POSITIONS, dtype="bfloat16", use_cache=True,
-        bos_token_id=0, eos_token_id=0, pad_token_id=3, initializer_range=0.02)
+        architectures=["Qwen3_5ForCausalLM" if hybrid else "Qwen3ForCausalLM"],
+        model_type="qwen3_5_text" if hybrid else "qwen3",
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=intermediate_size,
+        vocab_size=VOCABULARY,
+        rms_norm_eps=1e-6,
+        hidden_act="silu",
+        attention_bias=False,
+        attention_dropout=0.0,
+        tie_word_embeddings=True,
+        max_position_embeddings=MAX_POSITIONS,
+        dtype="bfloat16",
+        use_cache=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=3,
+        initializer_range=0.02,
+    )
     if not hybrid:
-        return config | dict(rope_theta=1e6, rope_parameters=dict(rope_type="default", rope_theta=1e6), use_sliding_window=False,
-                             sliding_window=None, max_window_layers=num_layers)
+        return config | dict(
+            rope_theta=1e6,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6),
+            use_sliding_window=False,
+            sliding_window=None,
+            max_window_layers=num_layers,
+        )
     kinds = ["full_attention" if (at + 1) % 4 == 0 else "linear_attention" for at in range(num_layers)]
     rope = dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25)
-    return config | dict(rope_parameters=rope, layer_types=kinds, full_attention_interval=4, attn_output_gate=True,
-                         linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=64, linear_value_head_dim=64,
-                         linear_conv_kernel_dim=4)
+    return config | dict(
+        rope_parameters=rope,
+        layer_types=kinds,
+        full_attention_interval=4,
+        attn_output_gate=True,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        linear_conv_kernel_dim=4,
+    )
 
 
 # --- pieces over flattened tokens; `low` is the dtype of products
+
 
 def rms(x, weight, zero_centred: bool):
     return F.rms_norm(x, (x.shape[-1],), (1 + weight if zero_centred else weight).to(x.dtype), 1e-6)
@@ -48,7 +81,7 @@ def product(x, weight, low):
 def rotated(x, cos, sin):
     """Rotates the first 2 * cos.shape[-1] dims of each head; x [tokens, heads, dim], cos and sin [tokens, 1, rotary / 2]."""
     half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest), -1)
 
 
@@ -76,7 +109,9 @@ def attention_result(x, attended, gate, out, norm, mlp_gate, mlp_up, mlp_down, h
     return feed_forward(x + product(attended, out, low), norm, mlp_gate, mlp_up, mlp_down, hybrid, low)
 
 
-def linear_inputs(x, norm, qkv, z, b, a, conv, a_log, dt_bias, row_position, key_heads: int, key_dim: int, value_dim: int, low):
+def linear_inputs(
+    x, norm, qkv, z, b, a, conv, a_log, dt_bias, row_position, key_heads: int, key_dim: int, value_dim: int, low
+):
     """What gated_delta.chunk_terms gives, and the output gate z [tokens, channels].
 
     row_position [tokens]: place in the row; the convolution sees nothing before the row's beginning."""
@@ -93,13 +128,19 @@ def linear_inputs(x, norm, qkv, z, b, a, conv, a_log, dt_bias, row_position, key
     beta = torch.sigmoid(product(x, b, low).float())
     decay = -a_log.exp() * F.softplus(product(x, a, low).float() + dt_bias)
     chunk = gated_delta.CHUNK
-    terms = gated_delta.chunk_terms(queries.reshape(-1, chunk, key_heads, key_dim), k.reshape(-1, chunk, key_heads, key_dim),
-                                    v.reshape(-1, chunk, v.shape[1] // value_dim, value_dim), beta.view(-1, chunk, beta.shape[1]),
-                                    decay.view(-1, chunk, decay.shape[1]))
+    terms = gated_delta.chunk_terms(
+        queries.reshape(-1, chunk, key_heads, key_dim),
+        k.reshape(-1, chunk, key_heads, key_dim),
+        v.reshape(-1, chunk, v.shape[1] // value_dim, value_dim),
+        beta.view(-1, chunk, beta.shape[1]),
+        decay.view(-1, chunk, decay.shape[1]),
+    )
     return (*terms, product(x, z, low))
 
 
-def linear_result(x, states, queries, read, update, attention, z, head_norm, out, norm, mlp_gate, mlp_up, mlp_down, low):
+def linear_result(
+    x, states, queries, read, update, attention, z, head_norm, out, norm, mlp_gate, mlp_up, mlp_down, low
+):
     y = gated_delta.chunk_outputs(states, queries, read, update, attention)
     y = rms(y.reshape(len(x), -1, y.shape[-1]), head_norm, False)
     y = y.flatten(1) * F.silu(z.float())
@@ -127,9 +168,16 @@ class TinyModel:
         rope = config["rope_parameters"]
         rotary = int(config["head_dim"] * rope.get("partial_rotary_factor", 1.0))
         self.frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, rotary, 2, device=device).float() / rotary))
-        self.eager = dict(attention_inputs=attention_inputs, attention_result=attention_result, linear_inputs=linear_inputs,
-                          linear_result=linear_result, token_losses=token_losses)
-        self.pieces = {name: torch.compile(f, dynamic=False) for name, f in self.eager.items()} if compiled else self.eager
+        self.eager = dict(
+            attention_inputs=attention_inputs,
+            attention_result=attention_result,
+            linear_inputs=linear_inputs,
+            linear_result=linear_result,
+            token_losses=token_losses,
+        )
+        self.pieces = (
+            {name: torch.compile(f, dynamic=False) for name, f in self.eager.items()} if compiled else self.eager
+        )
 
     def _initial(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         c, weights = self.config, {}
@@ -148,10 +196,16 @@ class TinyModel:
                 matrix(p + "self_attn.k_proj.weight", kv_heads * dim, hidden)
                 matrix(p + "self_attn.v_proj.weight", kv_heads * dim, hidden)
                 matrix(p + "self_attn.o_proj.weight", hidden, heads * dim, 0.1)
-                weights[p + "self_attn.q_norm.weight"], weights[p + "self_attn.k_norm.weight"] = centre(dim), centre(dim)
+                weights[p + "self_attn.q_norm.weight"], weights[p + "self_attn.k_norm.weight"] = (
+                    centre(dim),
+                    centre(dim),
+                )
             else:
                 value_heads = c["linear_num_value_heads"]
-                keys, values = c["linear_num_key_heads"] * c["linear_key_head_dim"], value_heads * c["linear_value_head_dim"]
+                keys, values = (
+                    c["linear_num_key_heads"] * c["linear_key_head_dim"],
+                    value_heads * c["linear_value_head_dim"],
+                )
                 matrix(p + "linear_attn.in_proj_qkv.weight", 2 * keys + values, hidden)
                 matrix(p + "linear_attn.in_proj_z.weight", values, hidden)
                 matrix(p + "linear_attn.in_proj_b.weight", value_heads, hidden, 0.5)
@@ -168,11 +222,16 @@ class TinyModel:
             matrix(p + "mlp.gate_proj.weight", inner, hidden)
             matrix(p + "mlp.up_proj.weight", inner, hidden)
             matrix(p + "mlp.down_proj.weight", hidden, inner, 0.1)
-            weights[p + "input_layernorm.weight"], weights[p + "post_attention_layernorm.weight"] = centre(hidden), centre(hidden)
+            weights[p + "input_layernorm.weight"], weights[p + "post_attention_layernorm.weight"] = (
+                centre(hidden),
+                centre(hidden),
+            )
         weights["model.norm.weight"] = centre(hidden)
         return weights
 
-    def hidden_states(self, tokens: torch.Tensor, positions: torch.Tensor | None = None, eager: bool = False, watch=None) -> torch.Tensor:
+    def hidden_states(
+        self, tokens: torch.Tensor, positions: torch.Tensor | None = None, eager: bool = False, watch=None
+    ) -> torch.Tensor:
         """tokens [rows, length], positions [rows * length] for RoPE -> [rows * length, hidden] before the last norm.
 
         The hybrid wants the length to be a multiple of 64. watch(x, q, k): called with the input of the middle attention layer and with the
@@ -186,36 +245,83 @@ class TinyModel:
         x = F.embedding(tokens.reshape(-1), w["model.embed_tokens.weight"])
         for at, kind in enumerate(self.kinds):
             of = lambda *names: [w[f"model.layers.{at}.{name}"] for name in names]  # noqa: E731, B023
-            mlp = of("post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+            mlp = of(
+                "post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"
+            )
             if kind == "full_attention":
                 names = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
-                q, k, v, gate = f["attention_inputs"](x, *of("input_layernorm.weight", *(f"self_attn.{n}.weight" for n in names)), cos, sin,
-                                                      dim, self.hybrid, low)
+                q, k, v, gate = f["attention_inputs"](
+                    x,
+                    *of("input_layernorm.weight", *(f"self_attn.{n}.weight" for n in names)),
+                    cos,
+                    sin,
+                    dim,
+                    self.hybrid,
+                    low,
+                )
                 q, k, v = (t.view(rows, length, -1, dim).transpose(1, 2) for t in (q, k, v))
                 if watch and at == self.middle:
                     watch(x, q, k)
                 attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-                x = f["attention_result"](x, attended.transpose(1, 2).reshape(rows * length, -1), gate, *of("self_attn.o_proj.weight"), *mlp,
-                                          self.hybrid, low)
+                x = f["attention_result"](
+                    x,
+                    attended.transpose(1, 2).reshape(rows * length, -1),
+                    gate,
+                    *of("self_attn.o_proj.weight"),
+                    *mlp,
+                    self.hybrid,
+                    low,
+                )
             else:
-                names = ("in_proj_qkv.weight", "in_proj_z.weight", "in_proj_b.weight", "in_proj_a.weight", "conv1d.weight", "A_log", "dt_bias")
-                transition, addend, *terms, z = f["linear_inputs"](x, *of("input_layernorm.weight", *(f"linear_attn.{n}" for n in names)),
-                                                                   row_position, c["linear_num_key_heads"], c["linear_key_head_dim"],
-                                                                   c["linear_value_head_dim"], low)
+                names = (
+                    "in_proj_qkv.weight",
+                    "in_proj_z.weight",
+                    "in_proj_b.weight",
+                    "in_proj_a.weight",
+                    "conv1d.weight",
+                    "A_log",
+                    "dt_bias",
+                )
+                transition, addend, *terms, z = f["linear_inputs"](
+                    x,
+                    *of("input_layernorm.weight", *(f"linear_attn.{n}" for n in names)),
+                    row_position,
+                    c["linear_num_key_heads"],
+                    c["linear_key_head_dim"],
+                    c["linear_value_head_dim"],
+                    low,
+                )
                 states = gated_delta.chunk_states(transition, addend, rows)
-                x = f["linear_result"](x, states, *terms, z, *of("linear_attn.norm.weight", "linear_attn.out_proj.weight"), *mlp, low)
+                x = f["linear_result"](
+                    x, states, *terms, z, *of("linear_attn.norm.weight", "linear_attn.out_proj.weight"), *mlp, low
+                )
         return x
 
-    def losses(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None = None, eager: bool = False, watch=None):
+    def losses(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        eager: bool = False,
+        watch=None,
+    ):
         """Cross entropies and hits, both [rows * length], of targets [rows * length]."""
         f = self.eager if eager else self.pieces
-        return f["token_losses"](self.hidden_states(tokens, positions, eager, watch), self.weights["model.norm.weight"],
-                                 self.weights["model.embed_tokens.weight"], targets, self.hybrid, self.low)
+        return f["token_losses"](
+            self.hidden_states(tokens, positions, eager, watch),
+            self.weights["model.norm.weight"],
+            self.weights["model.embed_tokens.weight"],
+            targets,
+            self.hybrid,
+            self.low,
+        )
 
     def logits(self, tokens: torch.Tensor, at: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Logits [len(at), vocabulary] at places of the flattened tokens [rows, length], without compiled pieces."""
         x = self.hidden_states(tokens, eager=True)[at]
-        return product(rms(x, self.weights["model.norm.weight"], self.hybrid), self.weights["model.embed_tokens.weight"], self.low).float()
+        return product(
+            rms(x, self.weights["model.norm.weight"], self.hybrid), self.weights["model.embed_tokens.weight"], self.low
+        ).float()
 
     def num_parameters(self) -> int:
         return sum(weight.numel() for weight in self.weights.values())

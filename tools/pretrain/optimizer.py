@@ -3,7 +3,13 @@
 import torch
 
 # Coefficients of five Newton-Schulz steps towards the nearest orthogonal matrix.
-STEPS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))
+STEPS = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
 
 
 class Muon:
@@ -13,7 +19,9 @@ class Muon:
         groups: dict[tuple, list[torch.Tensor]] = {}
         for matrix in matrices:
             groups.setdefault(tuple(matrix.shape), []).append(matrix)
-        self.groups = [(group, torch.zeros(len(group), *group[0].shape, device=group[0].device)) for group in groups.values()]
+        self.groups = [
+            (group, torch.zeros(len(group), *group[0].shape, device=group[0].device)) for group in groups.values()
+        ]
         self.rate, self.momentum, self.weight_decay = rate, momentum, weight_decay
 
     @torch.no_grad()
@@ -44,11 +52,15 @@ class Optimizer:
     The gradients of AdamW's weights are clipped together."""
 
     def __init__(self, weights: dict[str, torch.Tensor], muon_rate: float, adam_rate: float):
-        is_matrix = {name: weight.ndim == 2 and len(weight) >= 64 and "embed" not in name for name, weight in weights.items()}
+        is_matrix = {
+            name: weight.ndim == 2 and len(weight) >= 64 and "embed" not in name for name, weight in weights.items()
+        }
         self.rest = [weight for name, weight in weights.items() if not is_matrix[name]]
         self.muon = Muon([weight for name, weight in weights.items() if is_matrix[name]], muon_rate)
         self.adam_rate = adam_rate
-        self.adam = torch.optim.AdamW(self.rest, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=self.rest[0].is_cuda)
+        self.adam = torch.optim.AdamW(
+            self.rest, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=self.rest[0].is_cuda
+        )
         self.all = list(weights.values())
 
     def step(self, factor: float) -> None:

@@ -19,7 +19,9 @@ NUM_LABELS = 2 + 2 * len(SLOTS)
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 Ids = list[int]
-Item = tuple[tuple[int, ...], tuple[int, ...]]  # tokens after a space, the space included; tokens at the start of a line
+Item = tuple[
+    tuple[int, ...], tuple[int, ...]
+]  # tokens after a space, the space included; tokens at the start of a line
 
 
 def uuid(rng: random.Random) -> str:
@@ -40,7 +42,9 @@ def pseudo_word(rng: random.Random) -> str:
 class Pieces:
     """Tokenised patterns, keys, values and haystacks. `held_out` picks the words, codes and documents kept from training."""
 
-    def __init__(self, folder: pathlib.Path, tokenizer_file: pathlib.Path, seed: int, held_out: bool = False, pool: int = 8000):
+    def __init__(
+        self, folder: pathlib.Path, tokenizer_file: pathlib.Path, seed: int, held_out: bool = False, pool: int = 8000
+    ):
         self.rng = random.Random(seed)
         self.tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
         suffix = "_held_out" if held_out else ""
@@ -48,7 +52,9 @@ class Pieces:
         words = json.loads((folder / "words.json").read_text())
         cut = int(len(words) * 0.9)
         self.words = words[cut:] if held_out else words[:cut]
-        vocabulary = [self.tokenizer.decode([i], skip_special_tokens=False) for i in range(self.tokenizer.get_vocab_size())]
+        vocabulary = [
+            self.tokenizer.decode([i], skip_special_tokens=False) for i in range(self.tokenizer.get_vocab_size())
+        ]
         self.ends_sentence = np.array([bool(re.search(r"[.!?]$", token)) for token in vocabulary])
         self.starts_word = np.array([token.startswith(" ") and len(token) > 1 for token in vocabulary])
         self.ends_line = np.array([token.endswith("\n") for token in vocabulary])
@@ -56,11 +62,16 @@ class Pieces:
         self.digits = [self.tokenizer.encode(str(digit)).ids[0] for digit in range(10)]
         self.noise = self.tokenizer.encode(NOISE + "\n").ids
         self.word_items = self._items(self.words)
-        self.hyphened = [tuple(encoding.ids) for encoding in self.tokenizer.encode_batch(["-" + word for word in self.words])]
+        self.hyphened = [
+            tuple(encoding.ids) for encoding in self.tokenizer.encode_batch(["-" + word for word in self.words])
+        ]
         # Codes and names are told apart by their first letter or digit: a third of them is held out.
         self.held_out = held_out
-        self.pools = {"uuid": self._items([uuid(self.rng) for _ in range(pool)]),
-                      "code": self._items(self._codes(pool)), "name": self._items(self._names(pool))}
+        self.pools = {
+            "uuid": self._items([uuid(self.rng) for _ in range(pool)]),
+            "code": self._items(self._codes(pool)),
+            "name": self._items(self._names(pool)),
+        }
 
     def _items(self, texts: list[str]) -> list[Item]:
         spaced = self.tokenizer.encode_batch([" " + text for text in texts])
@@ -93,7 +104,9 @@ class Pieces:
         return sorted(found)
 
     def number(self, num_digits: int) -> Item:
-        bare = [self.digits[self.rng.randrange(1, 10)]] + [self.digits[self.rng.randrange(10)] for _ in range(num_digits - 1)]
+        bare = [self.digits[self.rng.randrange(1, 10)]] + [
+            self.digits[self.rng.randrange(10)] for _ in range(num_digits - 1)
+        ]
         return (*self.space, *bare), tuple(bare)
 
     def item(self, kind: str) -> Item:
@@ -151,7 +164,7 @@ class Pieces:
         if count > len(tokens):
             return np.resize(np.asarray(tokens), count)
         begin = self.rng.randrange(len(tokens) - count + 1)
-        return np.asarray(tokens[begin:begin + count])
+        return np.asarray(tokens[begin : begin + count])
 
     def strewn(self, ids: np.ndarray) -> np.ndarray:
         """The tokens with numbers before some of their words, cut to as many tokens as there were.
@@ -163,7 +176,7 @@ class Pieces:
             if starts_word and self.rng.random() < share:
                 out += self.number(self.rng.randint(1, 8))[0]
             out.append(token)
-        return np.array(out[:len(ids)], ids.dtype)
+        return np.array(out[: len(ids)], ids.dtype)
 
     def haystack(self, kind: str, count: int, strew: bool = False) -> tuple[Ids, list[int]]:
         """`count` tokens and where a needle may stand: essay after sentences, text and noise after lines. strew: numbers among them."""
@@ -171,7 +184,9 @@ class Pieces:
             ids = (self.noise * (count // len(self.noise) + 1))[:count]
             return ids, list(range(0, count + 1, len(self.noise)))
         if kind == "repeated":  # a sentence of the text over and over
-            line = [token for token in self.slice("essay", self.rng.randint(8, 24)).tolist() if not self.ends_line[token]]
+            line = [
+                token for token in self.slice("essay", self.rng.randint(8, 24)).tolist() if not self.ends_line[token]
+            ]
             line += self.parsed("\n")[0]
             ids = (line * (count // len(line) + 1))[:count]
             return ids, list(range(0, count + 1, len(line)))

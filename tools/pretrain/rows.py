@@ -55,7 +55,11 @@ class Rows:
                 continue
             assert len(row.ids) == len(row.labels)
             if len(row) >= count:
-                return np.array(row.ids[:count], np.uint16), np.array(row.labels[:count], np.uint8), bindings(row, length)
+                return (
+                    np.array(row.ids[:count], np.uint16),
+                    np.array(row.labels[:count], np.uint8),
+                    bindings(row, length),
+                )
 
     # --- text
 
@@ -69,9 +73,9 @@ class Rows:
             size = self.rng.randrange(24, min(160, count // 4))
             source = self.rng.randrange(0, count - 2 * size)
             target = self.rng.randrange(source + size, count - size + 1)
-            row.ids[target:target + size] = row.ids[source:source + size]
-            row.labels[target:target + 12] = [0] * 12
-            row.labels[target + 12:target + size] = [2 + 2 * SLOTS.index("copy")] * (size - 12)
+            row.ids[target : target + size] = row.ids[source : source + size]
+            row.labels[target : target + 12] = [0] * 12
+            row.labels[target + 12 : target + size] = [2 + 2 * SLOTS.index("copy")] * (size - 12)
         return row
 
     def words(self, count: int) -> Row:
@@ -104,14 +108,16 @@ class Rows:
         row = Row().add(self.pieces.fill(pattern, ends, key=key, value=value), 0)
         if ends["value"] < ends["key"]:
             first = self.telling(value[0])
-            row.bound = [(ends["key"] - 1, key, list(value[0][first:first + FIRST_TOKENS]))]
+            row.bound = [(ends["key"] - 1, key, list(value[0][first : first + FIRST_TOKENS]))]
         return row
 
     def telling(self, ids: Sequence[int]) -> int:
         """Which token of an item after a space tells what it is: of a number or code, whose space is a token of its own, the second."""
-        return int(list(ids[:len(self.pieces.space)]) == self.pieces.space and len(ids) > 1)
+        return int(list(ids[: len(self.pieces.space)]) == self.pieces.space and len(ids) > 1)
 
-    def question(self, wording: Wording, kind: str, keys: list[Item], values: list[Item], lead: str = "", end: str = ".\n") -> Row:
+    def question(
+        self, wording: Wording, kind: str, keys: list[Item], values: list[Item], lead: str = "", end: str = ".\n"
+    ) -> Row:
         pieces, several = self.pieces, int(len(values) > 1)
         pattern = lead + (wording.question[several] + wording.prefix[several]).replace("{kind}", kind)
         row = Row().add(pieces.fill(pattern, query=pieces.joined(keys)), 0)
@@ -138,11 +144,19 @@ class Rows:
             return key, value
 
         wording, (key_kind, value_kind) = self.draw_wording(), kinds()
-        name = rng.choice(wordings.KIND_WORDS.get(value_kind, ["word", "name"])) if rng.random() < 0.5 else value_kind.replace("pair", "word")
+        name = (
+            rng.choice(wordings.KIND_WORDS.get(value_kind, ["word", "name"]))
+            if rng.random() < 0.5
+            else value_kind.replace("pair", "word")
+        )
         intro = Row().add(pieces.fill(wording.intro[0].replace("{kind}", name)), 0) if wording.intro[0] else Row()
 
         # What may be filled with statements, and with questions.
-        asked = count * rng.uniform(0.15, 0.5) if count <= 1100 else count * math.exp(rng.uniform(math.log(0.03), math.log(0.4)))
+        asked = (
+            count * rng.uniform(0.15, 0.5)
+            if count <= 1100
+            else count * math.exp(rng.uniform(math.log(0.03), math.log(0.4)))
+        )
         if haystack == "needles":
             stated = count - asked
         else:
@@ -182,7 +196,9 @@ class Rows:
             _, _, times, wording, name = chosen[0]
             values = [value for fact in chosen for value in fact[1]]
             here = spread and len(values) == 1
-            ask = self.question(wording, name, [fact[0] for fact in chosen], values, "\n" if here and haystack == "essay" else "")
+            ask = self.question(
+                wording, name, [fact[0] for fact in chosen], values, "\n" if here and haystack == "essay" else ""
+            )
             if asked_tokens and (asked_tokens + len(ask) > asked or at > 3 * len(facts) or at > 400):
                 break
             asked_tokens += len(ask)
@@ -190,9 +206,19 @@ class Rows:
                 events.append((times[-1] + (1 - times[-1]) * rng.random(), ask))
             else:
                 closing.append(ask)
-        return self.assemble(count, intro, haystack, events, closing, strew=haystack in ("essay", "text") and rng.random() < 0.5)
+        return self.assemble(
+            count, intro, haystack, events, closing, strew=haystack in ("essay", "text") and rng.random() < 0.5
+        )
 
-    def assemble(self, count: int, intro: Row, haystack: str, events: list[tuple[float, Row]], closing: list[Row], strew: bool = False) -> Row:
+    def assemble(
+        self,
+        count: int,
+        intro: Row,
+        haystack: str,
+        events: list[tuple[float, Row]],
+        closing: list[Row],
+        strew: bool = False,
+    ) -> Row:
         """intro, haystack with the events at their times in [0, 1), line break, closing questions: exactly `count` tokens.
 
         strew: numbers in the haystack that nobody asks for and that cannot be foreseen."""
@@ -220,7 +246,9 @@ class Rows:
             row.extend(event)
         row.add(room_ids[last:], label)
         if strew:
-            row.labels = [0 if known == TEXT and token in pieces.digits else known for token, known in zip(row.ids, row.labels)]
+            row.labels = [
+                0 if known == TEXT and token in pieces.digits else known for token, known in zip(row.ids, row.labels)
+            ]
         return row.add(gap, 0).extend(close)
 
     # --- variable tracking
@@ -245,7 +273,7 @@ class Rows:
     def track_question(self, question: str, prefix: str, value: Item, names: list[Item], end: str = "\n") -> Row:
         pieces = self.pieces
         count = tuple(pieces.fill(" " + str(len(names))))
-        row = Row().add(pieces.fill(question + prefix, value=value, count=(count, count[len(pieces.space):])), 0)
+        row = Row().add(pieces.fill(question + prefix, value=value, count=(count, count[len(pieces.space) :])), 0)
         for hop, (spaced, _) in enumerate(names):
             row.answer(list(spaced), f"vt{min(hop, 6)}")
         return row.add(pieces.fill(end)) if end else row
@@ -256,16 +284,26 @@ class Rows:
         haystack = rng.choices(("noise", "text", "repeated", "needles"), (40, 20, 10, 30))[0]
         taken: set[Item] = set()
         intro = Row().add(self.pieces.fill(intro_text), 0) if intro_text else Row()
-        if intro_text == wordings.TRACK_INTRO and count > 700 and rng.random() < 0.6:  # a worked example, as in the suite
+        if (
+            intro_text == wordings.TRACK_INTRO and count > 700 and rng.random() < 0.6
+        ):  # a worked example, as in the suite
             value, names, lines = self.chain(4, taken)
             for line in lines:
                 intro.extend(line).add(self.pieces.noise * rng.randint(0, 2), 0)
             intro.extend(self.track_question(question, prefix, value, names, "\n\n"))
             intro.add(self.pieces.fill(intro_text), 0)
         room = count - len(intro)
-        most = room * 0.55 if haystack == "needles" else room * math.exp(rng.uniform(math.log(min(0.3, 200 / room)), math.log(0.5)))
+        most = (
+            room * 0.55
+            if haystack == "needles"
+            else room * math.exp(rng.uniform(math.log(min(0.3, 200 / room)), math.log(0.5)))
+        )
         one = count > 500 and rng.random() < 0.08
-        low, high = rng.choice(((1, 2), (1, 4), (1, 6), (4, 4), (3, 6))) if count > 500 else rng.choice(((1, 1), (1, 2), (1, 3)))
+        low, high = (
+            rng.choice(((1, 2), (1, 4), (1, 6), (4, 4), (3, 6)))
+            if count > 500
+            else rng.choice(((1, 1), (1, 2), (1, 3)))
+        )
         chains, events, closing, used, size = [], [], [], 0, 0
         while len(chains) < (1 if one else 4) or (not one and used < most):
             hops = rng.randint(low, high)

@@ -50,8 +50,11 @@ class Options:
 
 
 def parse_phases(text: str) -> list[tuple[list[int], float]]:
-    """"256:.1,512+1024:.9": lengths and the shares of time spent on them; lengths are multiples of 64."""
-    phases = [([int(length) for length in part.split(":")[0].split("+")], float(part.split(":")[1])) for part in text.split(",")]
+    """ "256:.1,512+1024:.9": lengths and the shares of time spent on them; lengths are multiples of 64."""
+    phases = [
+        ([int(length) for length in part.split(":")[0].split("+")], float(part.split(":")[1]))
+        for part in text.split(",")
+    ]
     if any(length % 64 for lengths, _ in phases for length in lengths):
         raise SystemExit(f"--phases {text}: lengths must be multiples of 64")
     whole = sum(share for _, share in phases)
@@ -77,7 +80,11 @@ class Batches(torch.utils.data.IterableDataset):
             length = lengths.choice(options.phases[self.phase.value][0])
             made = [rows.row(length) for _ in range(max(1, options.tokens // length))]
             tokens = np.stack([ids for ids, _, _ in made]).astype(np.int64)
-            arrays = tokens, np.stack([labels for _, labels, _ in made]), *choose(rows.rng, [bindings for _, _, bindings in made])
+            arrays = (
+                tokens,
+                np.stack([labels for _, labels, _ in made]),
+                *choose(rows.rng, [bindings for _, _, bindings in made]),
+            )
             yield tuple(map(torch.from_numpy, arrays))
 
 
@@ -132,8 +139,11 @@ class Statistics:
         group.add_up(binding)
         counts, hits, losses = self.sums.tolist()
         answers = slice(2, NUM_LABELS)
-        out = {"text": losses[TEXT] / max(1, counts[TEXT]), "answer": sum(losses[answers]) / max(1, sum(counts[answers])),
-               "acc": sum(hits[answers]) / max(1, sum(counts[answers]))}
+        out = {
+            "text": losses[TEXT] / max(1, counts[TEXT]),
+            "answer": sum(losses[answers]) / max(1, sum(counts[answers])),
+            "acc": sum(hits[answers]) / max(1, sum(counts[answers])),
+        }
         for at, slot in enumerate(SLOTS):
             label = 2 + 2 * at + (slot != "copy")
             if counts[label]:
@@ -150,7 +160,11 @@ def jumped_positions(rows: int, length: int, device: torch.device) -> torch.Tens
     count = random.choice((1, 2, 4, 8))
     total = random.random() ** 2 * max(0, MAX_POSITIONS - length)
     jumps = torch.zeros(rows, length, device=device)
-    jumps.scatter_add_(1, torch.randint(0, length, (rows, count), device=device), torch.rand(rows, count, device=device) * (total / count))
+    jumps.scatter_add_(
+        1,
+        torch.randint(0, length, (rows, count), device=device),
+        torch.rand(rows, count, device=device) * (total / count),
+    )
     return (torch.arange(length, device=device) + jumps.cumsum(1).floor()).reshape(-1)
 
 
@@ -170,8 +184,13 @@ def train(model: TinyModel, options: Options, name: str) -> None:
     device, cuda = model.device, model.device.type == "cuda"
     options.out.mkdir(parents=True, exist_ok=True)
     phase = multiprocessing.Value("i", 0)
-    loader = torch.utils.data.DataLoader(Batches(options, phase, group.rank), batch_size=None, num_workers=options.workers, pin_memory=cuda,
-                                         prefetch_factor=2 if options.workers else None)
+    loader = torch.utils.data.DataLoader(
+        Batches(options, phase, group.rank),
+        batch_size=None,
+        num_workers=options.workers,
+        pin_memory=cuda,
+        prefetch_factor=2 if options.workers else None,
+    )
     batches = iter(loader)
     binding = Binding(model.config["hidden_size"], device) if options.binding else None
     trained = model.weights | ({"binding": binding.matrices} if binding else {})
@@ -194,7 +213,9 @@ def train(model: TinyModel, options: Options, name: str) -> None:
         tokens, labels, *bound = next(batches)
         now = time.time()
         waited += now - asked
-        passed, log_now = group.from_first(now - start if start else 0.0, bool(start) and now - last_log > options.log_every)
+        passed, log_now = group.from_first(
+            now - start if start else 0.0, bool(start) and now - last_log > options.log_every
+        )
         done = passed / seconds
         if done >= 1:
             break
@@ -224,7 +245,7 @@ def train(model: TinyModel, options: Options, name: str) -> None:
                 torch.cuda.synchronize()
             start = time.time()
             if options.until:
-                seconds, = group.from_first(min(seconds, options.until - start - options.eval_seconds - 10))
+                (seconds,) = group.from_first(min(seconds, options.until - start - options.eval_seconds - 10))
             if seconds <= 0:
                 raise SystemExit(f"{name}: no time is left to train in; give a longer --wall or fewer --eval-seconds")
             tell(f"first steps took {start - begun:.1f} s; training for {seconds:.0f} s")
@@ -233,8 +254,16 @@ def train(model: TinyModel, options: Options, name: str) -> None:
             last_log = time.time()
             if first:
                 memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-                line = {"step": step, "seconds": round(passed, 1), "left": round(seconds - passed), "lengths": options.phases[current][0],
-                        "Mtokens": round(tokens_seen / 1e6, 1), "rate": round(factor, 3), "waited": round(waited, 1), "GiB": round(memory, 1)}
+                line = {
+                    "step": step,
+                    "seconds": round(passed, 1),
+                    "left": round(seconds - passed),
+                    "lengths": options.phases[current][0],
+                    "Mtokens": round(tokens_seen / 1e6, 1),
+                    "rate": round(factor, 3),
+                    "waited": round(waited, 1),
+                    "GiB": round(memory, 1),
+                }
                 line |= {key: round(value, 4) for key, value in report.items()}
                 tell(" ".join(f"{key} {value}" for key, value in line.items()).replace("[", "").replace("]", ""))
                 with open(options.out / "train.jsonl", "a") as log:
@@ -252,7 +281,9 @@ def train(model: TinyModel, options: Options, name: str) -> None:
                     checkpoint.save(options.out, model.config, model.weights, options.tokenizer)
                 last_save, saved = passed, True
     if not all(bool(weight.isfinite().all()) for weight in model.weights.values()):
-        raise SystemExit(f"{name}: the last weights are not finite; {options.out} keeps the checkpoint before them, if there is one")
+        raise SystemExit(
+            f"{name}: the last weights are not finite; {options.out} keeps the checkpoint before them, if there is one"
+        )
     if not first:
         return
     checkpoint.save(options.out, model.config, model.weights, options.tokenizer)
@@ -270,7 +301,11 @@ def assess(model: TinyModel, options: Options, name: str) -> None:
         seconds = max(5.0, options.until - time.time() - 3)
     file = options.out / "results.json"
     results = evaluate.evaluate(model, pieces, options.eval_lengths, seconds, file)
-    results["text"] = {"nats_per_token": round(evaluate.text_loss(model, pieces, min(4096, max(options.eval_lengths)), 4 * options.tokens), 4)}
+    results["text"] = {
+        "nats_per_token": round(
+            evaluate.text_loss(model, pieces, min(4096, max(options.eval_lengths)), 4 * options.tokens), 4
+        )
+    }
     file.write_text(json.dumps(results, indent=1))
     (options.out / "results.md").write_text(evaluate.markdown(results))
     print(f"{name}: held-out text {results['text']['nats_per_token']:.3f} nats a token", flush=True)

@@ -266,13 +266,13 @@ def draw_scene(rng: random.Random) -> tuple[str, str, str]:
         where = rng.choice(("", "", "on the third page, ", "in our books, ", "at the museum, ", "on a wall, ", "in her notes, ", "since monday, "))
         statement = f"{where}{{value}} {noted} the {{noun}} {belongs} {{role}}{{key}}"
         question = rng.choice((f"which {{noun}} {belongs} {{query}} is it", f"{where}what {noted} the {{noun}} {belongs} {{query}}",
-                               f"look at {{query}} and tell which {{noun}} there is"))
+                               "look at {query} and tell which {noun} there is"))
         prefix = rng.choice((f" The {{noun}} {belongs} {{query}} is", f" {_upper(where)}the {{noun}} {belongs} {{query}} is", f" As the {{noun}} {belongs} {{query}} we have",
                              f" Seen {belongs} {{query}}, the {{noun}} is"))
     else:  # what one does about the key, with the value
         when, told = rng.choice(WHEN), rng.choice(TOLD)
         statement = f"{when} {told} the {{noun}} {{value}}" if rng.random() < 0.6 else f"{{value}} is the {{noun}} one {told} about {{role}}{{key}}"
-        question = rng.choice((f"which {{noun}} is to be said about {{query}}", f"what is one told about {{query}}", f"what about {{query}}"))
+        question = rng.choice(("which {noun} is to be said about {query}", "what is one told about {query}", "what about {query}"))
         verb = rng.choice(ANSWER_VERBS)
         prefix = rng.choice((f" When it comes to {{query}}, the {{noun}} to {verb} is", f" With {{query}} in mind, the {{noun}} to {verb} is",
                              f" For those who want {{query}}, the right {{noun}} to {verb} would be", f" About {{query}} one has to {verb}",

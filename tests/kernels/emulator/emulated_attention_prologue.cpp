@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/attention_prologue.cu"
+#include "tests/kernels/emulator/emulator.h"

@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/estimate_logits.cu"
+#include "tests/kernels/emulator/emulator.h"

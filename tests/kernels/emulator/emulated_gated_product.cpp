@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/gated_product.cu"
+#include "tests/kernels/emulator/emulator.h"

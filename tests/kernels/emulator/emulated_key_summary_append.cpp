@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/key_summary_append.cu"
+#include "tests/kernels/emulator/emulator.h"

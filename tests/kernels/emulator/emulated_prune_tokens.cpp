@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/prune_tokens.cu"
+#include "tests/kernels/emulator/emulator.h"

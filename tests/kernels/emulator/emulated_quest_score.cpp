@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/quest_score.cu"
+#include "tests/kernels/emulator/emulator.h"

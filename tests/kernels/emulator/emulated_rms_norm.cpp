@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/rms_norm.cu"
+#include "tests/kernels/emulator/emulator.h"

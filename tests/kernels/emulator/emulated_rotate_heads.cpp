@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/rotate_heads.cu"
+#include "tests/kernels/emulator/emulator.h"

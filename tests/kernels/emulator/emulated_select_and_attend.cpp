@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/select_and_attend.cu"
+#include "tests/kernels/emulator/emulator.h"

@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/select_blocks.cu"
+#include "tests/kernels/emulator/emulator.h"

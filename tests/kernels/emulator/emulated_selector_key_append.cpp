@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/selector_key_append.cu"
+#include "tests/kernels/emulator/emulator.h"

@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/selector_kl.cu"
+#include "tests/kernels/emulator/emulator.h"

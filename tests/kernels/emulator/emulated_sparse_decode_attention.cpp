@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/sparse_decode_attention.cu"
+#include "tests/kernels/emulator/emulator.h"

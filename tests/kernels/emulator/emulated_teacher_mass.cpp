@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/teacher_mass.cu"
+#include "tests/kernels/emulator/emulator.h"

@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/token_attention.cu"
+#include "tests/kernels/emulator/emulator.h"

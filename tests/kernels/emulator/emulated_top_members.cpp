@@ -1,3 +1,2 @@
-#include "tests/kernels/emulator/emulator.h"
-
 #include "kernels/top_members.cu"
+#include "tests/kernels/emulator/emulator.h"
