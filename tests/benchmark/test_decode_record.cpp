@@ -21,8 +21,9 @@ struct Recorded {
   Backbone backbone = Backbone::load("models/tiny-qwen3", at::kCPU);
   Selector selector =
       Selector::load("spot", "models/tiny-qwen3", backbone.config(), backbone.fingerprint(), at::kCPU);
-  std::vector<int32_t> text = Tokenizer::load("models/tiny-qwen3")
-                                  .encode(read_file("docs/method.md") + read_file("docs/accuracy.md"));
+  std::vector<int32_t> text =
+      Tokenizer::load("models/tiny-qwen3")
+          .encode(read_file("docs/method.md") + read_file("docs/results/tiny-qwen3.md"));
   DecodeScene scene = record_decode(backbone, selector, text, kLength, kBatch, 300);
 };
 

@@ -49,7 +49,7 @@ def test_runs_agree_and_rows_are_what_was_measured(build_folder, tiny_qwen3, tmp
         "--tokenizer",
         tiny_qwen3,
         "--data",
-        ROOT / "docs" / "accuracy.md",
+        ROOT / "docs" / "results" / "tiny-qwen3.md",
         "--out",
         out,
         "--length",
