@@ -70,7 +70,7 @@ GenerateResult generate(const Backbone& backbone, AttentionBackend& attention, K
   OpenSequences sequences(cache, prompts.size());
   GenerateResult result;
   result.sequences.resize(prompts.size());
-  std::vector<Sampler> samplers;
+  std::vector<RowSampler> samplers;
   std::vector<size_t> active;
   std::vector<int32_t> next(prompts.size());
 

@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "engine/sampler.h"
+#include "engine/row_sampler.h"
 #include "model/backbone.h"
 
 namespace spot {

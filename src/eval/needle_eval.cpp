@@ -44,7 +44,7 @@ std::pair<std::vector<int32_t>, double> answer_question(const Backbone& backbone
                                                         KvCache& cache, int64_t sequence,
                                                         const std::vector<int32_t>& question) {
   std::vector<int32_t> output;
-  Sampler greedy{SamplingOptions{}};
+  RowSampler greedy{SamplingOptions{}};
   const auto start = std::chrono::steady_clock::now();
   at::Tensor hidden;
   for (int32_t token : question)

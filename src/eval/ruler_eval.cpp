@@ -102,7 +102,7 @@ class MethodRun {
     if (sparse_) sparse_->reset_counters();
     mass_ = {}, step_ = 0;
     at::Tensor hidden = prefill(backbone_, *backend_, cache_, sequence, question, options.prefill_chunk);
-    Sampler greedy{SamplingOptions{}};
+    RowSampler greedy{SamplingOptions{}};
     std::vector<int32_t> written;
     RulerOutcome outcome;
     for (;;) {

@@ -1,9 +1,6 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
-#include <cmath>
-#include <limits>
-#include <map>
 #include <random>
 
 #include "core/error.h"
@@ -28,34 +25,6 @@ ModelConfig small_config() {
 std::vector<int32_t> random_tokens(int64_t n, int64_t vocab) {
   const at::Tensor ids = at::randint(vocab, {n}, at::kInt);
   return {ids.data_ptr<int32_t>(), ids.data_ptr<int32_t>() + n};
-}
-
-TEST(Sampler, GreedyTakesTheFirstOfEqualMaxima) {
-  at::Tensor logits = at::zeros({50});
-  logits[7] = 3, logits[31] = 3;
-  EXPECT_EQ(Sampler(SamplingOptions{}).sample(logits), 7);
-}
-
-TEST(Sampler, FrequenciesFollowTheSoftmaxInsideTheNucleus) {
-  const at::Tensor logits = at::log(at::tensor({0.5, 0.3, 0.15, 0.05})).to(at::kFloat);
-  Sampler sampler({.temperature = 1.0, .top_p = 0.7, .seed = static_cast<uint64_t>(std::random_device{}())});
-  std::map<int32_t, int> seen;
-  constexpr int kDraws = 20000;
-  for (int i = 0; i < kDraws; ++i) seen[sampler.sample(logits)]++;
-  // The nucleus of 0.7 is {0.5, 0.3}: shares 5/8 and 3/8, here within five standard deviations.
-  EXPECT_EQ(seen.size(), 2u);
-  EXPECT_NEAR(static_cast<double>(seen[0]) / kDraws, 0.625, 5 * std::sqrt(0.625 * 0.375 / kDraws));
-  Sampler two({.temperature = 0.5, .top_k = 1, .seed = 3});
-  for (int i = 0; i < 20; ++i) EXPECT_EQ(two.sample(logits), 0);
-}
-
-TEST(Sampler, RefusesNanAndBadOptions) {
-  at::Tensor logits = at::zeros({5});
-  logits[3] = std::numeric_limits<float>::quiet_NaN();
-  EXPECT_THROW(Sampler(SamplingOptions{}).sample(logits), Error);
-  EXPECT_THROW(Sampler({.temperature = -1}), Error);
-  EXPECT_THROW(Sampler({.temperature = 1, .top_p = 0}), Error);
-  EXPECT_THROW(Sampler({.top_k = -2}), Error);
 }
 
 TEST(Generate, BatchedAndChunkedRunsEqualSingleOnes) {
