@@ -26,7 +26,7 @@ tests=(test_kernels_gpu test_layer_ops_gpu test_operators_gpu test_wide_linear t
 if [ $build = yes ]; then
   cmake --preset cuda -B build/gpu -DPython3_EXECUTABLE="$(command -v "$python")" >"$out/configure.log" ||
     { cat "$out/configure.log"; exit 1; }
-  targets=(spot decode_kernels "${tests[@]}")
+  targets=(spot decode_kernels prefill_kernels "${tests[@]}")
   [ $sanitize = no ] || targets=(test_kernels_gpu test_operators_gpu test_distill_operators_gpu)
   ninja -C build/gpu "${targets[@]}" >"$out/build.log" || { tail -50 "$out/build.log"; exit 1; }
 fi
@@ -65,6 +65,7 @@ for test in "${tests[@]}"; do
   "$(find build/gpu -type f -name "$test")" --gtest_brief=1
 done
 build/gpu/kernels/decode_kernels --json "$out/decode_kernels.json" "${quick[@]}" | tee "$out/decode_kernels.txt"
+"$python" bench/prefill_kernels.py build/gpu/kernels/prefill_kernels --json "$out/prefill_kernels.json" | tee "$out/prefill_kernels.txt"
 settings=()
 [ ${#quick[@]} = 0 ] || settings=(--shapes qwen3-8b,qwen3.5-9b --lengths 32768,131072 --batch 1,4)
 build/gpu/spot bench decode "${settings[@]}" --out "$out/decode.json" --page "$out/decode.html" | tee "$out/decode.txt"

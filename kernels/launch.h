@@ -81,6 +81,15 @@ inline cudaError_t multiprocessor_count(int* count) {
   if (error != cudaSuccess) return error;
   return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
+// Whether the current device runs code built for sm_90a.
+inline cudaError_t has_warpgroup_products(bool* has) {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  *has = major == 9 && minor == 0;
+  return error;
+}
 #endif
 
 }  // namespace spot::kernels

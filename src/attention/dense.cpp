@@ -1,11 +1,15 @@
 #include "attention/dense.h"
 
+#include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <atomic>
+#include <bit>
 #include <limits>
+#include <optional>
 
 #include "core/error.h"
 #include "ops/ops.h"
@@ -73,6 +77,72 @@ at::Tensor causal_attention_flash(const at::Tensor& query, const at::Tensor& key
   return std::get<0>(result)[0].transpose(0, 1);
 }
 
+// cuDNN's attention, on Hopper 1.7 to 2.2 times as fast as torch's flash kernel from 2,048 tokens on
+// (kernels/NOTES.md), builds a plan of about 50 ms for every new shape. So lengths are rounded up, by at most a
+// 32nd, and small problems are left to flash attention.
+int64_t plan_step(int64_t tokens) {
+  return std::max<int64_t>(256, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(tokens))) / 64);
+}
+int64_t round_up(int64_t tokens, int64_t step) {
+  return (tokens + step - 1) / step * step;
+}
+bool worth_a_plan(int64_t tokens, int64_t start) {
+  return tokens >= 256 && tokens * (2 * start + tokens) >= int64_t{4096} * 4096;
+}
+
+// [heads, rows, dim] with `before` and `after` rows of zeros around it.
+at::Tensor padded(const at::Tensor& x, int64_t before, int64_t after) {
+  return before + after == 0 ? x : at::constant_pad_nd(x, {0, 0, before, after});
+}
+
+// query, key, value: [heads, rows, dim]. The causal mask is aligned to the first key.
+Partial cudnn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, bool causal,
+              double scale) {
+  const auto result = at::_scaled_dot_product_cudnn_attention(
+      query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), std::nullopt, /*compute_log_sumexp=*/true,
+      0.0, causal, false, scale);
+  return {std::get<0>(result)[0], std::get<1>(result)[0].view({query.size(0), query.size(1)})};
+}
+
+// The keys before `start`, all visible, and the rest, causal, as two parts: the border is moved down to a whole
+// step, by rows of zeros before the queries.
+at::Tensor causal_attention_cudnn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                  int64_t start, double scale, at::Tensor* logsumexp) {
+  const int64_t tokens = query.size(0), step = plan_step(start + tokens), past = start / step * step;
+  const int64_t before = start - past, rows = before + tokens, after = round_up(rows, plan_step(rows)) - rows;
+  const at::Tensor q = query.transpose(0, 1);
+  const Partial all = cudnn(padded(q, before, after), padded(key.narrow(1, past, rows), 0, after),
+                            padded(value.narrow(1, past, rows), 0, after), true, scale);
+  at::Tensor output = all.output.narrow(1, before, tokens), sum = all.logsumexp.narrow(1, before, tokens);
+  if (past > 0) {
+    const Partial part = cudnn(padded(q, 0, round_up(tokens, plan_step(tokens)) - tokens),
+                               key.narrow(1, 0, past), value.narrow(1, 0, past), false, scale);
+    const at::Tensor past_sum = part.logsumexp.narrow(1, 0, tokens);
+    const at::Tensor past_output = part.output.narrow(1, 0, tokens);
+    output =
+        at::lerp(output.to(at::kFloat), past_output.to(at::kFloat), at::sigmoid(past_sum - sum).unsqueeze(-1))
+            .to(query.scalar_type());
+    if (logsumexp) sum = at::logaddexp(sum, past_sum);
+  }
+  if (logsumexp) *logsumexp = sum;
+  return output.transpose(0, 1);
+}
+
+// Nothing where cuDNN refuses (an old one, or a card or shape that it does not serve); it is not asked again.
+std::optional<at::Tensor> try_cudnn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                    int64_t start, double scale, at::Tensor* logsumexp) {
+  static std::atomic<bool> refused{false};
+  if (refused) return std::nullopt;
+  try {
+    return causal_attention_cudnn(query, key, value, start, scale, logsumexp);
+  } catch (const c10::OutOfMemoryError&) {
+    throw;
+  } catch (const c10::Error&) {
+    refused = true;
+    return std::nullopt;
+  }
+}
+
 at::Tensor causal_attention_masked(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                    int64_t start, double scale) {
   const int64_t tokens = query.size(0);
@@ -130,8 +200,10 @@ at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, cons
   if (query.is_cpu()) return causal_attention_cpu(query, key, value, start, scale, logsumexp);
   const bool flash = (query.scalar_type() == at::kBFloat16 || query.scalar_type() == at::kHalf) &&
                      query.size(2) % 8 == 0 && query.size(2) <= 256;
-  return flash ? causal_attention_flash(query, key, value, start, scale, logsumexp)
-               : causal_attention_masked(query, key, value, start, scale);
+  if (!flash) return causal_attention_masked(query, key, value, start, scale);
+  if (worth_a_plan(query.size(0), start))
+    if (auto output = try_cudnn(query, key, value, start, scale, logsumexp)) return *std::move(output);
+  return causal_attention_flash(query, key, value, start, scale, logsumexp);
 }
 
 at::Tensor sequence_pages(const KvCache& cache, int64_t sequence, int64_t blocks, at::Device device) {

@@ -1,6 +1,8 @@
 // Dense and sparse attention on a GPU against the CPU. Needs a CUDA build of torch and a GPU.
 #include <gtest/gtest.h>
 
+#include <array>
+#include <cmath>
 #include <memory>
 
 #include "attention/sparse.h"
@@ -114,6 +116,43 @@ TEST(GpuAttention, DenseAndSparseMatchTheCpu) {
     EXPECT_EQ(on_gpu.at(0).tokens_attended, on_cpu.at(0).tokens_attended);
     EXPECT_EQ(on_gpu.at(0).tokens_visible, on_cpu.at(0).tokens_visible);
   }
+}
+
+// Long enough for cuDNN, whole and as a chunk at any offset; keys past the chunk must not matter.
+TEST(GpuAttention, LongChunksMatchDoublePrecision) {
+  fresh_seed();
+  for (const auto& [heads, kv_heads, dim] : {std::array<int64_t, 3>{8, 2, 128}, {4, 4, 64}, {4, 1, 256}})
+    for (const auto& [start, tokens] : {std::array<int64_t, 2>{0, 4096},
+                                        {0, random_int(4100, 6000)},
+                                        {random_int(8200, 9000), 1100},
+                                        {100, 5000}}) {
+      const at::TensorOptions options = at::TensorOptions(at::kCUDA).dtype(at::kBFloat16);
+      const int64_t length = start + tokens;
+      const at::Tensor query = at::randn({tokens, heads, dim}, options);
+      at::Tensor key = at::randn({kv_heads, length + 40, dim}, options), value = at::randn_like(key);
+      key.slice(1, length).fill_(NAN);
+      value.slice(1, length).fill_(NAN);
+      const double scale = 1.2 / std::sqrt(static_cast<double>(dim));
+      at::Tensor logsumexp;
+      const at::Tensor got = causal_attention(query, key, value, start, scale, &logsumexp);
+      ASSERT_EQ(got.sizes(), query.sizes());
+      ASSERT_EQ(logsumexp.sizes(), (std::vector<int64_t>{heads, tokens}));
+      // The first queries, the last ones, and some between.
+      for (int64_t first : {int64_t{0}, random_int(1, tokens - 40), tokens - 30}) {
+        const at::Tensor q = query.slice(0, first, first + 30).to(at::kDouble);
+        const auto doubled = [&](const at::Tensor& x) {
+          return x.slice(1, 0, length).to(at::kDouble).repeat_interleave(heads / kv_heads, 0);
+        };
+        at::Tensor logits = at::einsum("qhd,hkd->hqk", {q, doubled(key)}) * scale;
+        const at::Tensor positions = at::arange(length, logits.options().dtype(at::kLong));
+        logits.masked_fill_(positions > positions.slice(0, start + first, start + first + 30).unsqueeze(1),
+                            -INFINITY);
+        const at::Tensor expected = at::einsum("hqk,hkd->qhd", {logits.softmax(-1), doubled(value)});
+        EXPECT_LT(relative_difference(got.slice(0, first, first + 30), expected), 5e-3)
+            << heads << "/" << kv_heads << " of " << dim << ", " << tokens << " from " << start;
+        EXPECT_LT(largest_difference(logsumexp.slice(1, first, first + 30), logits.logsumexp(-1)), 1e-4);
+      }
+    }
 }
 
 TEST(GpuAttention, PoliciesScoreAsOnTheCpu) {

@@ -1,0 +1,2 @@
+#include "kernels/attend_tiles.cu"
+#include "tests/kernels/emulator/emulator.h"

@@ -1,0 +1,2 @@
+#include "kernels/score_tiles.cu"
+#include "tests/kernels/emulator/emulator.h"

@@ -1,0 +1,2 @@
+#include "kernels/stage_keys.cu"
+#include "tests/kernels/emulator/emulator.h"
