@@ -198,7 +198,7 @@ struct Setting {
     p.overlap = overlap;
     return p;
   }
-  SelectAndAttendParams attend_params(int set, const SelectParams& rules, Overlap overlap) const {
+  SelectAndAttendParams attend_params(int set, const SelectionRule& rules, Overlap overlap) const {
     SelectAndAttendParams p;
     p.rules = rules;
     p.scores = scores.data + static_cast<size_t>(set) * batch * blocks;
@@ -260,17 +260,17 @@ struct SelectorPools {
   const uint8_t* pool(int set) const { return bytes.data + set * pool_bytes; }
 };
 
-SelectParams top_k(int32_t tokens) {
-  SelectParams rules;
-  rules.mode = SelectMode::kTopK;
-  rules.top_k_tokens = tokens;
+SelectionRule top_k(int32_t tokens) {
+  SelectionRule rules;
+  rules.mode = SelectionMode::top_k;
+  rules.budget = tokens;
   return rules;
 }
 // The whole top-p path, ending at the same number of tokens through its cap.
-SelectParams top_p(int32_t tokens) {
-  SelectParams rules;
-  rules.top_p = 0.9f;
-  rules.max_tokens = tokens;
+SelectionRule top_p(int32_t tokens) {
+  SelectionRule rules;
+  rules.p = 0.9f;
+  rules.cap = tokens;
   rules.temperature = 4.0f;
   return rules;
 }
@@ -284,7 +284,7 @@ void score_stage(const Setting& s, KeyFormat format, int32_t key_heads, const Se
          s.selector_bytes(format, key_heads));
 }
 void whole_stage(const Setting& s, KeyFormat format, int32_t key_heads, const SelectorPools& pools,
-                 const SelectParams& rules, int32_t tokens, Overlap overlap, const char* name) {
+                 const SelectionRule& rules, int32_t tokens, Overlap overlap, const char* name) {
   const Overlap first = overlap;
   const double us = time_us([&](int set) {
     CHECK(score_blocks(s.score_params(set, format, key_heads, pools.pool(set), first), stream));
@@ -299,11 +299,11 @@ void whole_stage(const Setting& s, KeyFormat format, int32_t key_heads, const Se
 void run(const Shape& shape, int32_t length, int32_t batch, bool thorough) {
   const Setting s(shape, length, batch);
   const int32_t tokens = 4096;
-  SelectorPools shared_int4(s, KeyFormat::kInt4, 1);
-  score_stage(s, KeyFormat::kInt4, 1, shared_int4);
+  SelectorPools shared_int4(s, KeyFormat::int4, 1);
+  score_stage(s, KeyFormat::int4, 1, shared_int4);
   const double attended = s.kv_bytes(std::min(tokens, length));
 
-  const auto select_only = [&](const SelectParams& rules, const char* name) {
+  const auto select_only = [&](const SelectionRule& rules, const char* name) {
     const double us = time_us([&](int set) {
       const SelectAndAttendParams a = s.attend_params(set, rules, Overlap::kNone);
       SelectBlocksParams p;
@@ -354,19 +354,19 @@ void run(const Shape& shape, int32_t length, int32_t batch, bool thorough) {
     });
     report(shape, length, batch, path.name, us, attended);
   }
-  whole_stage(s, KeyFormat::kInt4, 1, shared_int4, top_k(tokens), tokens, Overlap::kNone, "step, no overlap");
-  whole_stage(s, KeyFormat::kInt4, 1, shared_int4, top_k(tokens), tokens, Overlap::kLaunch,
+  whole_stage(s, KeyFormat::int4, 1, shared_int4, top_k(tokens), tokens, Overlap::kNone, "step, no overlap");
+  whole_stage(s, KeyFormat::int4, 1, shared_int4, top_k(tokens), tokens, Overlap::kLaunch,
               "step, launch overlap");
-  whole_stage(s, KeyFormat::kInt4, 1, shared_int4, top_k(tokens), tokens, Overlap::kHistory, "step");
-  whole_stage(s, KeyFormat::kInt4, 1, shared_int4, top_p(tokens), tokens, Overlap::kHistory, "step, top-p");
+  whole_stage(s, KeyFormat::int4, 1, shared_int4, top_k(tokens), tokens, Overlap::kHistory, "step");
+  whole_stage(s, KeyFormat::int4, 1, shared_int4, top_p(tokens), tokens, Overlap::kHistory, "step, top-p");
   if (!thorough) return;
   for (int32_t other : {1024, 2048, 8192, 16384})
     if (other < length)
-      whole_stage(s, KeyFormat::kInt4, 1, shared_int4, top_k(other), other, Overlap::kHistory, "step");
+      whole_stage(s, KeyFormat::int4, 1, shared_int4, top_k(other), other, Overlap::kHistory, "step");
   for (int32_t key_heads : {1, 4})
     for (KeyFormat format :
-         {KeyFormat::kBf16, KeyFormat::kInt8, KeyFormat::kInt4, KeyFormat::kMxfp4, KeyFormat::kNvfp4}) {
-      if (key_heads == 1 && format == KeyFormat::kInt4) continue;
+         {KeyFormat::bf16, KeyFormat::int8, KeyFormat::int4, KeyFormat::mxfp4, KeyFormat::nvfp4}) {
+      if (key_heads == 1 && format == KeyFormat::int4) continue;
       const SelectorPools pools(s, format, key_heads);
       score_stage(s, format, key_heads, pools);
       whole_stage(s, format, key_heads, pools, top_k(tokens), tokens, Overlap::kHistory, "step");

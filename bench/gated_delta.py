@@ -41,14 +41,13 @@ def build(folder, kernels):
     from torch.utils.cpp_extension import include_paths
 
     library = folder / f"libgated_delta_{'kernels' if kernels else 'aten'}.so"
-    sources = ["src/model/gated_delta.cpp", "src/core/error.cpp"]
+    topic = "ops/linear_attention/gated_delta"
+    sources = [f"{topic}.cpp", f"{topic}_aten.cpp", f"{topic}_check.cpp"]
     device_sources = ["kernels/gated_delta_decode.cu", "kernels/gated_delta_prefill.cu"] if kernels else []
     if kernels:
-        sources.append("ops/cuda/gated_delta.cpp")
+        sources += [f"{topic}_cuda.cpp", "ops/cuda/call.cpp"]
     watched = [
-        p
-        for pattern in ("src/model/gated_delta.*", "src/core/error.*", "ops/cuda/gated_delta.*", "kernels/*")
-        for p in ROOT.glob(pattern)
+        p for pattern in ("ops/*.h", "ops/cuda/*", "ops/linear_attention/*", "kernels/*") for p in ROOT.glob(pattern)
     ]
     if library.is_file() and library.stat().st_mtime > max(p.stat().st_mtime for p in watched):
         return library
@@ -69,7 +68,7 @@ def build(folder, kernels):
             "-o",
             objects[-1],
         )
-    includes = [f"-I{ROOT}/src", f"-I{ROOT}"] + [f for p in include_paths() for f in ("-isystem", p)]
+    includes = [f"-I{ROOT}"] + [f for p in include_paths() for f in ("-isystem", p)]
     # nvcc hands .cpp files to g++ with CUDA's own include folder, wherever that is.
     compiler = ["nvcc", "-Xcompiler", "-fPIC", "-DSPOT_CUDA=1"] if kernels else ["g++", "-fPIC"]
     for source in sources:

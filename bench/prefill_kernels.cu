@@ -131,12 +131,12 @@ void run(int length, const Options& options, std::FILE* json) {
   for (float& w : weights) w = std::normal_distribution<float>(0.05f, 0.02f)(random);
   const Device<float> device_weights(weights);
   // Any bytes are INT4 codes; scales are bf16 near 0.4.
-  std::vector<uint8_t> key_pages(static_cast<size_t>(blocks) * page_head_bytes(KeyFormat::kInt4));
+  std::vector<uint8_t> key_pages(static_cast<size_t>(blocks) * page_head_bytes(KeyFormat::int4));
   for (size_t i = 0; i < key_pages.size(); ++i) {
-    const size_t at = i % page_head_bytes(KeyFormat::kInt4);
-    key_pages[i] = static_cast<int>(at) < page_code_bytes(KeyFormat::kInt4) ? static_cast<uint8_t>(random())
-                   : at % 2 == 0                                            ? 0xcd
-                                                                            : 0x3e;
+    const size_t at = i % page_head_bytes(KeyFormat::int4);
+    key_pages[i] = static_cast<int>(at) < page_code_bytes(KeyFormat::int4) ? static_cast<uint8_t>(random())
+                   : at % 2 == 0                                           ? 0xcd
+                                                                           : 0x3e;
   }
   const Device<uint8_t> device_key_pages(key_pages);
   const size_t score_rows = static_cast<size_t>(tiles) * groups;
@@ -157,9 +157,9 @@ void run(int length, const Options& options, std::FILE* json) {
 
   for (const double share : {0.0, 0.1}) {
     SelectBlocksParams select;
-    select.rules.mode = SelectMode::kTopK;
-    select.rules.top_k_tokens = 4096;
-    select.rules.top_k_share = share;
+    select.rules.mode = SelectionMode::top_k;
+    select.rules.budget = 4096;
+    select.rules.budget_fraction = share;
     select.rows = static_cast<int32_t>(score_rows), select.rows_per_sequence = groups;
     select.scores = scores.data, select.score_stride = blocks, select.lengths = device_ends.data;
     select.max_selected = share > 0 ? blocks / 10 + 40 : 256 + 40;

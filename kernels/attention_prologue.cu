@@ -62,6 +62,11 @@ __device__ __forceinline__ void prepare_head(const T* from, int dim, const float
   }
 }
 
+__device__ __forceinline__ int64_t pool_offset(const AttentionPrologueParams& p, int head, int64_t slot) {
+  return head * p.pool_head_stride + slot / kPageTokens * p.pool_page_stride +
+         slot % kPageTokens * p.pool_token_stride;
+}
+
 template <typename T>
 __device__ __forceinline__ void mixing_weight(const AttentionPrologueParams& p, int64_t index) {
   __shared__ float partial[kWarps];
@@ -112,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
       from = projected + p.key_offset + static_cast<int64_t>(head) * p.head_dim;
       to = static_cast<T*>(p.key) + (token * p.num_kv_heads + head) * p.head_dim;
       if (p.key_pool != nullptr && p.slots[token] >= 0)
-        pool = static_cast<T*>(p.key_pool) + head * p.pool_head_stride + p.slots[token] * p.head_dim;
+        pool = static_cast<T*>(p.key_pool) + pool_offset(p, head, p.slots[token]);
     }
     prepare_head(from, p.head_dim, norm, p.norm_epsilon, p.rope_cos + angle, p.rope_sin + angle,
                  p.rotary_pairs, row, to, pool);
@@ -122,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
   if (head < p.num_kv_heads) {  // a value
     T *to = static_cast<T*>(p.value) + (token * p.num_kv_heads + head) * p.head_dim, *pool = nullptr;
     if (p.value_pool != nullptr && p.slots[token] >= 0)
-      pool = static_cast<T*>(p.value_pool) + head * p.pool_head_stride + p.slots[token] * p.head_dim;
+      pool = static_cast<T*>(p.value_pool) + pool_offset(p, head, p.slots[token]);
     prepare_head<T>(projected + p.value_offset + static_cast<int64_t>(head) * p.head_dim, p.head_dim, nullptr,
                     0.0f, nullptr, nullptr, 0, row, to, pool);
     return;
@@ -142,16 +147,18 @@ __global__ void __launch_bounds__(kThreads)
   head -= kSelectorHeads;
   const int lane = threadIdx.x % 32;
   switch (keys.format) {
-    case KeyFormat::kBf16:
-      return append_key<KeyFormat::kBf16>(keys, token, head, lane);
-    case KeyFormat::kInt8:
-      return append_key<KeyFormat::kInt8>(keys, token, head, lane);
-    case KeyFormat::kInt4:
-      return append_key<KeyFormat::kInt4>(keys, token, head, lane);
-    case KeyFormat::kMxfp4:
-      return append_key<KeyFormat::kMxfp4>(keys, token, head, lane);
-    case KeyFormat::kNvfp4:
-      return append_key<KeyFormat::kNvfp4>(keys, token, head, lane);
+    case KeyFormat::bf16:
+      return append_key<KeyFormat::bf16>(keys, token, head, lane);
+    case KeyFormat::int8:
+      return append_key<KeyFormat::int8>(keys, token, head, lane);
+    case KeyFormat::int4:
+      return append_key<KeyFormat::int4>(keys, token, head, lane);
+    case KeyFormat::mxfp4:
+      return append_key<KeyFormat::mxfp4>(keys, token, head, lane);
+    case KeyFormat::nvfp4:
+      return append_key<KeyFormat::nvfp4>(keys, token, head, lane);
+    case KeyFormat::f32:  // refused at launch
+      return;
   }
 }
 
@@ -163,8 +170,9 @@ bool even(std::initializer_list<int64_t> numbers) {
 
 bool valid_selector(const AttentionPrologueParams& p) {
   const SelectorKeyAppendParams& keys = p.selector_keys;
-  if (keys.num_tokens != p.num_tokens || (keys.key_heads != 1 && keys.key_heads != kSelectorHeads) ||
-      keys.keys == nullptr || keys.slots == nullptr || keys.pages == nullptr)
+  if (keys.format == KeyFormat::f32 || keys.num_tokens != p.num_tokens ||
+      (keys.key_heads != 1 && keys.key_heads != kSelectorHeads) || keys.keys == nullptr ||
+      keys.slots == nullptr || keys.pages == nullptr)
     return false;
   if (keys.rope_cos != nullptr && (keys.rope_sin == nullptr || keys.positions == nullptr)) return false;
   return p.selector_query != nullptr && p.hidden != nullptr && p.mix != nullptr && p.mix_rows >= 1 &&
@@ -186,7 +194,7 @@ cudaError_t attention_prologue(const AttentionPrologueParams& p, cudaStream_t st
       (p.key_pool == nullptr) != (p.value_pool == nullptr) || (p.key_pool != nullptr && p.slots == nullptr))
     return cudaErrorInvalidValue;
   if (!even({p.head_dim, p.token_stride, p.query_head_stride, p.key_offset, p.value_offset,
-             p.pool_head_stride}) ||
+             p.pool_head_stride, p.pool_page_stride, p.pool_token_stride}) ||
       !moves_together(p.projected, 0, p.type, 2))
     return cudaErrorInvalidValue;
   const bool selector = p.selector_queries != nullptr;

@@ -28,10 +28,11 @@ struct AttentionPrologueParams {
   void* query = nullptr;               // [T, num_heads, head_dim] of type
   void* key = nullptr;                 // [T, num_kv_heads, head_dim] of type
   void* value = nullptr;               // [T, num_kv_heads, head_dim] of type
-  // [num_kv_heads, pages, 16, head_dim] of type, pages contiguous; null: keys and values are not stored.
+  // [num_kv_heads, pages, 16, head_dim] of type, dims contiguous, the rest at these strides in elements; null: keys
+  // and values are not stored.
   void* key_pool = nullptr;
   void* value_pool = nullptr;
-  int64_t pool_head_stride = 0;
+  int64_t pool_head_stride = 0, pool_page_stride = 0, pool_token_stride = 0;
   const int64_t* slots = nullptr;  // [T], page * 16 + offset in the page; a negative slot is not stored
 
   // The selector; null: none.

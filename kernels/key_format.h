@@ -2,7 +2,9 @@
 //
 // A key is kKeyDim = 128 numbers of one key head; a token has key_heads of them (4: one per selector head, or
 // 1, shared). A page holds 16 tokens, which is also the selection block. The pool is
+//
 //     uint8 [num_pages, key_heads, page_head_bytes(format)]
+//
 // and a page of one head is its codes followed by its group scales:
 //
 //   format   code                 group  scale of a group           bytes a key   bytes a page and head
@@ -11,6 +13,7 @@
 //   int4     integer -7..7        32     bfloat16                    72           1152
 //   mxfp4    E2M1                 32     E8M0 (a power of two)       68           1088
 //   nvfp4    E2M1                 16     E4M3, times one float32     72           1152
+//   f32      float32              -      -                          512           8192 (CPU only)
 //
 // value = decode_value(code) * decode_scale(scale). The products of int8, int4 and mxfp4 are exact in
 // float32; so are nvfp4's before the float32 `global_scale` of the whole cache is applied.
@@ -20,7 +23,7 @@
 //
 // Exactness: host and device give EQUAL BITS. Every step is one IEEE float32 operation rounded to nearest
 // even (division included) or integer arithmetic; nothing may be contracted or reassociated, hence div_rn and
-// friends. Non-finite inputs: NaN encodes as 0, infinities as the largest finite float32 (bf16 keeps both as
+// friends. Non-finite inputs: NaN encodes as 0, infinities as the largest finite float32 (bf16 and f32 keep both as
 // they are).
 #pragma once
 
@@ -36,14 +39,13 @@
 
 namespace spot::kernels {
 
-enum class KeyFormat : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kMxfp4 = 3, kNvfp4 = 4 };
+enum class KeyFormat : int32_t { bf16 = 0, int8 = 1, int4 = 2, mxfp4 = 3, nvfp4 = 4, f32 = 5 };
 
 inline constexpr int kKeyDim = 128;       // numbers a key
 inline constexpr int kPageTokens = 16;    // tokens a page, and a selection block
 inline constexpr int kSelectorHeads = 4;  // query heads of the selector
 
 // ---- IEEE float32 steps that no compiler may fuse
-// -------------------------------------------------------------
 
 SPOT_HOST_DEVICE uint32_t float_bits(float x) {
 #if defined(__CUDA_ARCH__)
@@ -117,20 +119,23 @@ SPOT_HOST_DEVICE float round_even(float x) {
 }
 
 // ---- sizes
-// ------------------------------------------------------------------------------------------------------
 
-// Dims that share a scale; 128 for bf16, which has none.
+// Dims that share a scale; 128 for bf16 and f32, which have none.
 SPOT_HOST_DEVICE constexpr int group_size(KeyFormat format) {
-  return format == KeyFormat::kNvfp4 ? 16 : format == KeyFormat::kBf16 ? kKeyDim : 32;
+  return format == KeyFormat::nvfp4                              ? 16
+         : format == KeyFormat::bf16 || format == KeyFormat::f32 ? kKeyDim
+                                                                 : 32;
 }
 SPOT_HOST_DEVICE constexpr int num_groups(KeyFormat format) {
   return kKeyDim / group_size(format);
 }
 SPOT_HOST_DEVICE constexpr int code_bits(KeyFormat format) {
-  return format == KeyFormat::kBf16 ? 16 : format == KeyFormat::kInt8 ? 8 : 4;
+  return format == KeyFormat::f32 ? 32 : format == KeyFormat::bf16 ? 16 : format == KeyFormat::int8 ? 8 : 4;
 }
 SPOT_HOST_DEVICE constexpr int scale_bytes(KeyFormat format) {
-  return format == KeyFormat::kBf16 ? 0 : format == KeyFormat::kInt8 || format == KeyFormat::kInt4 ? 2 : 1;
+  return format == KeyFormat::bf16 || format == KeyFormat::f32    ? 0
+         : format == KeyFormat::int8 || format == KeyFormat::int4 ? 2
+                                                                  : 1;
 }
 // Bytes of one key of one head, scales included.
 SPOT_HOST_DEVICE constexpr int key_bytes(KeyFormat format) {
@@ -147,7 +152,6 @@ SPOT_HOST_DEVICE constexpr int64_t page_bytes(KeyFormat format, int key_heads) {
 }
 
 // ---- layout
-// -----------------------------------------------------------------------------------------------------
 
 // Byte offset, inside a page of one head, of the code of (token 0..15, dim 0..127). A 4-bit byte holds the
 // codes of dims d and d + 8 (d % 16 < 8), see pack_pair; both give the same offset.
@@ -156,8 +160,9 @@ SPOT_HOST_DEVICE constexpr int64_t page_bytes(KeyFormat format, int key_heads) {
 SPOT_HOST_DEVICE constexpr int code_offset(KeyFormat format, int token, int dim) {
   const int step = dim / 16, upper = (dim % 16) / 8, odd = dim % 2, lane = (token % 8) * 4 + (dim % 8) / 2;
   const int row = token / 8;
-  return format == KeyFormat::kBf16 ? step * 512 + lane * 16 + (row + 2 * upper) * 4 + odd * 2
-         : format == KeyFormat::kInt8
+  return format == KeyFormat::f32    ? (token * kKeyDim + dim) * 4
+         : format == KeyFormat::bf16 ? step * 512 + lane * 16 + (row + 2 * upper) * 4 + odd * 2
+         : format == KeyFormat::int8
              ? (step / 2) * 512 + lane * 16 + (2 * (step % 2) + row) * 4 + upper * 2 + odd
              : (step / 4) * 512 + lane * 16 + (step % 4) * 4 + odd * 2 + row;
 }
@@ -171,19 +176,18 @@ SPOT_HOST_DEVICE constexpr int scale_offset(KeyFormat format, int token, int gro
 //   E2M1 (sign s, magnitude mmm): bit 7 s_lower, bits 6-4 mmm_upper, bits 3-1 mmm_lower, bit 0 s_upper: two
 //   shifts and masks away from a float16.
 SPOT_HOST_DEVICE constexpr uint32_t pack_pair(KeyFormat format, uint32_t lower, uint32_t upper) {
-  return format == KeyFormat::kInt4
+  return format == KeyFormat::int4
              ? lower | upper << 4
              : (lower & 8) << 4 | (upper & 7) << 4 | (lower & 7) << 1 | (upper & 8) >> 3;
 }
 SPOT_HOST_DEVICE constexpr uint32_t unpack_lower(KeyFormat format, uint32_t byte) {
-  return format == KeyFormat::kInt4 ? byte & 15 : (byte >> 4 & 8) | (byte >> 1 & 7);
+  return format == KeyFormat::int4 ? byte & 15 : (byte >> 4 & 8) | (byte >> 1 & 7);
 }
 SPOT_HOST_DEVICE constexpr uint32_t unpack_upper(KeyFormat format, uint32_t byte) {
-  return format == KeyFormat::kInt4 ? byte >> 4 & 15 : (byte << 3 & 8) | (byte >> 4 & 7);
+  return format == KeyFormat::int4 ? byte >> 4 & 15 : (byte << 3 & 8) | (byte >> 4 & 7);
 }
 
 // ---- small floats
-// -----------------------------------------------------------------------------------------------
 
 SPOT_HOST_DEVICE uint32_t float_to_bf16(float x) {
   const uint32_t u = float_bits(x);
@@ -218,9 +222,8 @@ SPOT_HOST_DEVICE uint32_t e2m1_magnitude(float a) {
 }
 
 // ---- a group
-// ----------------------------------------------------------------------------------------------------
 
-// What an encoder sees of a number (not for bf16): NaN is 0, infinities are finite.
+// What an encoder sees of a number (not for bf16 and f32): NaN is 0, infinities are finite.
 SPOT_HOST_DEVICE float finite(float x) {
   return !(x == x) ? 0.0f : x > 3.4028234e38f ? 3.4028234e38f : x < -3.4028234e38f ? -3.4028234e38f : x;
 }
@@ -231,17 +234,17 @@ SPOT_HOST_DEVICE float finite(float x) {
 //   zeros. nvfp4: E4M3(largest / 6 / global_scale), saturating at 448.
 SPOT_HOST_DEVICE uint32_t encode_scale(KeyFormat format, float largest, float global_scale = 1.0f) {
   switch (format) {
-    case KeyFormat::kInt8:
+    case KeyFormat::int8:
       return float_to_bf16(div_rn(largest, 127.0f));
-    case KeyFormat::kInt4:
+    case KeyFormat::int4:
       return float_to_bf16(div_rn(largest, 7.0f));
-    case KeyFormat::kMxfp4: {
+    case KeyFormat::mxfp4: {
       if (largest == 0.0f) return 127;
       const uint32_t u = float_bits(div_rn(largest, 6.0f));
       const uint32_t exponent = (u >> 23) + ((u & 0x7fffffu) != 0 ? 1u : 0u);
       return exponent < 1u ? 1u : exponent > 254u ? 254u : exponent;
     }
-    case KeyFormat::kNvfp4:
+    case KeyFormat::nvfp4:
       return float_to_e4m3(div_rn(div_rn(largest, 6.0f), global_scale));
     default:
       return 0;
@@ -249,38 +252,41 @@ SPOT_HOST_DEVICE uint32_t encode_scale(KeyFormat format, float largest, float gl
 }
 SPOT_HOST_DEVICE float decode_scale(KeyFormat format, uint32_t scale, float global_scale = 1.0f) {
   switch (format) {
-    case KeyFormat::kInt8:
-    case KeyFormat::kInt4:
+    case KeyFormat::int8:
+    case KeyFormat::int4:
       return bf16_to_float(scale);
-    case KeyFormat::kMxfp4:
+    case KeyFormat::mxfp4:
       return e8m0_to_float(scale);
-    case KeyFormat::kNvfp4:
+    case KeyFormat::nvfp4:
       return mul_rn(e4m3_to_float(scale), global_scale);
     default:
       return 1.0f;
   }
 }
 // The stored code of x under decode_scale's value: bf16 bits; int8 as code + 128; int4 as code + 8; E2M1 as
-// smmm (zero is never negative).
+// smmm (zero is never negative); f32 its bits.
 SPOT_HOST_DEVICE uint32_t encode_value(KeyFormat format, float x, float scale) {
-  if (format == KeyFormat::kBf16) return float_to_bf16(x);
+  if (format == KeyFormat::f32) return float_bits(x);
+  if (format == KeyFormat::bf16) return float_to_bf16(x);
   const float ratio = scale == 0.0f ? 0.0f : div_rn(finite(x), scale);
-  if (format == KeyFormat::kInt8 || format == KeyFormat::kInt4) {
-    const float top = format == KeyFormat::kInt8 ? 127.0f : 7.0f;
+  if (format == KeyFormat::int8 || format == KeyFormat::int4) {
+    const float top = format == KeyFormat::int8 ? 127.0f : 7.0f;
     const float code = round_even(ratio);
     const float clamped = code > top ? top : code < -top ? -top : code;
-    return static_cast<uint32_t>(static_cast<int32_t>(clamped) + (format == KeyFormat::kInt8 ? 128 : 8));
+    return static_cast<uint32_t>(static_cast<int32_t>(clamped) + (format == KeyFormat::int8 ? 128 : 8));
   }
   const uint32_t magnitude = e2m1_magnitude(ratio < 0.0f ? -ratio : ratio);
   return magnitude | (ratio < 0.0f && magnitude != 0 ? 8u : 0u);
 }
 SPOT_HOST_DEVICE float decode_value(KeyFormat format, uint32_t code) {
   switch (format) {
-    case KeyFormat::kBf16:
+    case KeyFormat::f32:
+      return bits_float(code);
+    case KeyFormat::bf16:
       return bf16_to_float(code);
-    case KeyFormat::kInt8:
+    case KeyFormat::int8:
       return static_cast<float>(static_cast<int32_t>(code) - 128);
-    case KeyFormat::kInt4:
+    case KeyFormat::int4:
       return static_cast<float>(static_cast<int32_t>(code) - 8);
     default: {
       const uint32_t magnitude = code & 7;
@@ -306,7 +312,6 @@ SPOT_HOST_DEVICE uint32_t encode_group(KeyFormat format, const float* x, uint32_
 }
 
 // ---- a key in its page
-// --------------------------------------------------------------------------------------------
 
 // Writes the key x[128] of `token` (0..15) into the page of one head; touches no other token's bytes.
 SPOT_HOST_DEVICE void encode_key(KeyFormat format, const float* x, int token, uint8_t* page_head,
@@ -330,8 +335,11 @@ SPOT_HOST_DEVICE void encode_key(KeyFormat format, const float* x, int token, ui
 // The stored code of (token, dim), as encode_value gave it.
 SPOT_HOST_DEVICE uint32_t load_code(KeyFormat format, const uint8_t* page_head, int token, int dim) {
   const uint8_t* at = page_head + code_offset(format, token, dim);
-  if (code_bits(format) == 16) return static_cast<uint32_t>(at[0]) | static_cast<uint32_t>(at[1]) << 8;
-  if (code_bits(format) == 8) return at[0];
+  if (code_bits(format) != 4) {
+    uint32_t code = 0;
+    for (int i = 0; i < code_bits(format) / 8; ++i) code |= static_cast<uint32_t>(at[i]) << (8 * i);
+    return code;
+  }
   return dim % 16 < 8 ? unpack_lower(format, at[0]) : unpack_upper(format, at[0]);
 }
 SPOT_HOST_DEVICE uint32_t load_scale(KeyFormat format, const uint8_t* page_head, int token, int group) {

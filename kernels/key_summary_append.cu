@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kWarps * 32) summary_kernel(const KeySummaryAp
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (token >= p.num_tokens) return;
   const int64_t slot = p.slots[token];
+  if (slot < 0) return;
   const int64_t page = slot / kPageTokens;
   const int offset = static_cast<int>(slot % kPageTokens);
   const T* keys = static_cast<const T*>(p.keys) + head * p.head_stride + page * p.page_stride + lane * kDims;

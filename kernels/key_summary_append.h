@@ -15,7 +15,7 @@ struct KeySummaryAppendParams {
   // aligned.
   const void* keys = nullptr;
   int64_t page_stride = 0, head_stride = 0, token_stride = 0;
-  const int64_t* slots = nullptr;  // [T] = page * 16 + offset
+  const int64_t* slots = nullptr;  // [T] = page * 16 + offset; a negative slot skips its token
   int64_t num_pages = 0;
   // [Hkv, num_pages, 2, head_dim]: elementwise minimum and maximum of a page's keys, taken anew from the
   // tokens up to the last new one, so that a page that changed hands keeps nothing of its former owner.

@@ -232,8 +232,8 @@ size_t prune_tokens_workspace_bytes(int32_t batch, int32_t num_heads, int32_t ma
 
 cudaError_t prune_tokens(const PruneTokensParams& p, cudaStream_t stream) {
   if (p.batch < 0 || p.num_kv_heads < 1 || p.num_heads < p.num_kv_heads ||
-      p.num_heads % p.num_kv_heads != 0 || p.max_selected < 0 || p.max_selected > 65536 ||
-      !(p.top_p > 0.0f) || p.batch > 65535 || int64_t{p.batch} * p.num_kv_heads > kCounterBytes / 4)
+      p.num_heads % p.num_kv_heads != 0 || p.max_selected < 0 || p.max_selected > 65536 || !(p.p > 0.0f) ||
+      p.batch > 65535 || int64_t{p.batch} * p.num_kv_heads > kCounterBytes / 4)
     return cudaErrorInvalidValue;
   if (p.batch == 0) return cudaSuccess;
   if (p.lengths == nullptr || p.selected == nullptr || p.counts == nullptr || p.logits == nullptr ||
@@ -242,8 +242,8 @@ cudaError_t prune_tokens(const PruneTokensParams& p, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   const cudaError_t error = allow_shared_bytes(prune_kernel, sizeof(PruneShared));
   if (error != cudaSuccess) return error;
-  SelectParams rules;
-  rules.top_p = p.top_p;
+  SelectionRule rules;
+  rules.p = p.p;
   LaunchShape shape;
   shape.grid = dim3(p.num_heads, p.batch);
   shape.block = dim3(kThreads);

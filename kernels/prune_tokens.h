@@ -16,7 +16,7 @@ namespace spot::kernels {
 struct PruneTokensParams {
   int32_t batch = 0;                        // R
   int32_t num_heads = 0, num_kv_heads = 0;  // a divisor
-  float top_p = 0.9f;
+  float p = 0.9f;
   int32_t floor = 0;                  // tokens
   const int32_t* lengths = nullptr;   // [R]
   const int32_t* selected = nullptr;  // [R, Hkv, max_selected] block indices, ascending

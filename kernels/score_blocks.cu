@@ -46,10 +46,10 @@ struct PageRegisters {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) codes[i] = reinterpret_cast<const uint4*>(page)[i * 32 + lane];
     const uint8_t* at = page + page_code_bytes(kFormat);
-    if constexpr (kFormat == KeyFormat::kMxfp4) {
+    if constexpr (kFormat == KeyFormat::mxfp4) {
       const uint2 two = reinterpret_cast<const uint2*>(at)[lane / 4];
       scales = make_uint4(two.x, two.y, 0, 0);
-    } else if constexpr (kFormat != KeyFormat::kBf16) {
+    } else if constexpr (kFormat != KeyFormat::bf16) {
       scales = reinterpret_cast<const uint4*>(at)[lane / 4];
     }
   }
@@ -59,13 +59,13 @@ struct PageRegisters {
   }
   // The mma A fragment of k step s.
   __device__ __forceinline__ void fragment(int s, uint32_t (&a)[4]) const {
-    if constexpr (kFormat == KeyFormat::kBf16) {
+    if constexpr (kFormat == KeyFormat::bf16) {
       a[0] = codes[s].x, a[1] = codes[s].y, a[2] = codes[s].z, a[3] = codes[s].w;
-    } else if constexpr (kFormat == KeyFormat::kInt8) {
+    } else if constexpr (kFormat == KeyFormat::int8) {
       const uint32_t first = word(2 * s), second = word(2 * s + 1);
       a[0] = __byte_perm(first, 0, 0x4140), a[2] = __byte_perm(first, 0, 0x4342);
       a[1] = __byte_perm(second, 0, 0x4140), a[3] = __byte_perm(second, 0, 0x4342);
-    } else if constexpr (kFormat == KeyFormat::kInt4) {
+    } else if constexpr (kFormat == KeyFormat::int4) {
       const uint32_t x = word(s), y = x >> 8;
       a[0] = x & 0x000f000fu, a[2] = x & 0x00f000f0u;
       a[1] = y & 0x000f000fu, a[3] = y & 0x00f000f0u;
@@ -79,7 +79,7 @@ struct PageRegisters {
   }
   // Scales of group j for the two tokens.
   __device__ __forceinline__ float2 scale(int j) const {
-    if constexpr (kFormat == KeyFormat::kMxfp4) {
+    if constexpr (kFormat == KeyFormat::mxfp4) {
       const auto get = [j](uint32_t x) {
         return __uint_as_float((j == 0   ? x << 23
                                 : j == 1 ? x << 15
@@ -88,7 +88,7 @@ struct PageRegisters {
                                0x7f800000u);
       };
       return make_float2(get(scales.x), get(scales.y));
-    } else if constexpr (kFormat == KeyFormat::kNvfp4) {
+    } else if constexpr (kFormat == KeyFormat::nvfp4) {
       const uint32_t low = j / 4 == 0 ? scales.x : scales.y, high = j / 4 == 0 ? scales.z : scales.w;
       const float2 a = ptx::e4m3x2_to_float2(low >> (j % 4 / 2 * 16)),
                    b = ptx::e4m3x2_to_float2(high >> (j % 4 / 2 * 16));
@@ -106,8 +106,8 @@ struct PageRegisters {
 // over.
 template <KeyFormat kFormat>
 struct SharedQuery {
-  using Type = std::conditional_t<kFormat == KeyFormat::kBf16, __nv_bfloat16, __half>;
-  static constexpr bool kInteger = kFormat == KeyFormat::kInt8 || kFormat == KeyFormat::kInt4;
+  using Type = std::conditional_t<kFormat == KeyFormat::bf16, __nv_bfloat16, __half>;
+  static constexpr bool kInteger = kFormat == KeyFormat::int8 || kFormat == KeyFormat::int4;
   static constexpr int kZeros = kInteger ? num_groups(kFormat) : 1;
   uint2 fragments[kSteps][32];  // [k step][lane = 4 column + t]
   float zero[kZeros][8];        // -zero point * sum of the group's query, a column
@@ -139,7 +139,7 @@ struct SharedQuery {
     const float q[4] = {q0.x, q0.y, q1.x, q1.y};
     // The head times a power of two that brings its largest number to [2^14, 2^15): float16's best range.
     int exponent = 127;  // biased
-    if constexpr (kFormat != KeyFormat::kBf16) {
+    if constexpr (kFormat != KeyFormat::bf16) {
       const float largest = fmaxf(fmaxf(fabsf(q[0]), fabsf(q[1])), fmaxf(fabsf(q[2]), fabsf(q[3])));
       const int top = static_cast<int>(ptx::reduce_max(__float_as_uint(largest)) >> 23);
       exponent = min(127 + 14 + 127 - top, 253);
@@ -156,13 +156,13 @@ struct SharedQuery {
       rest_sum += rest[i];
       any = any || rest[i] != 0.0f;
     }
-    constexpr float kUpper = kFormat == KeyFormat::kInt4 ? 0.0625f : 1.0f;
+    constexpr float kUpper = kFormat == KeyFormat::int4 ? 0.0625f : 1.0f;
     fragments[step][head * 4 + t] =
         make_uint2(ptx::pack2<Type>(main[0], main[1]), ptx::pack2<Type>(main[2] * kUpper, main[3] * kUpper));
     fragments[step][(head + 4) * 4 + t] =
         make_uint2(ptx::pack2<Type>(rest[0], rest[1]), ptx::pack2<Type>(rest[2] * kUpper, rest[3] * kUpper));
     if constexpr (kInteger) {
-      constexpr float kZeroPoint = (kFormat == KeyFormat::kInt8 ? -128.0f : -8.0f) / 16777216.0f;
+      constexpr float kZeroPoint = (kFormat == KeyFormat::int8 ? -128.0f : -8.0f) / 16777216.0f;
 #pragma unroll
       for (int offset = 1; offset < 8; offset *= 2) {  // a group is 8 neighbouring lanes
         main_sum += __shfl_xor_sync(kAll, main_sum, offset);
@@ -175,8 +175,8 @@ struct SharedQuery {
     }
     any = __any_sync(kAll, any);
     if (lane == 0) {
-      constexpr int kCodeShift = kInteger ? 24 : kFormat == KeyFormat::kBf16 ? 0 : 14;
-      const float w = raw.weight * (kFormat == KeyFormat::kNvfp4 ? p.global_scale : 1.0f);
+      constexpr int kCodeShift = kInteger ? 24 : kFormat == KeyFormat::bf16 ? 0 : 14;
+      const float w = raw.weight * (kFormat == KeyFormat::nvfp4 ? p.global_scale : 1.0f);
       weight[head] = ldexpf(w, kCodeShift + 127 - exponent);
       remainder[head] = any ? 1 : 0;
     }
@@ -241,7 +241,7 @@ __device__ __forceinline__ void page_dots(const PageRegisters<kFormat>& page,
       else
         ptx::mma_accumulate<Type>(part, a, q.b[s].x, q.b[s].y);
     }
-    if constexpr (kFormat == KeyFormat::kBf16) {
+    if constexpr (kFormat == KeyFormat::bf16) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) dots[i] = part[i];
     } else {
@@ -497,8 +497,8 @@ cudaError_t launch_score(const ScoreBlocksParams& p, cudaStream_t stream) {
 }
 template <KeyFormat kFormat>
 cudaError_t launch_score_heads(const ScoreBlocksParams& p, cudaStream_t stream) {
-  constexpr int kUnits = kFormat == KeyFormat::kBf16 || kFormat == KeyFormat::kInt8 ? 2 : 4;
-  constexpr int kStagesOfHeads = kFormat == KeyFormat::kBf16 ? 1 : 2;
+  constexpr int kUnits = kFormat == KeyFormat::bf16 || kFormat == KeyFormat::int8 ? 2 : 4;
+  constexpr int kStagesOfHeads = kFormat == KeyFormat::bf16 ? 1 : 2;
   return p.key_heads == 1 ? launch_score<kFormat, 1, kUnits, 2>(p, stream)
                           : launch_score<kFormat, kSelectorHeads, kSelectorHeads, kStagesOfHeads>(p, stream);
 }
@@ -514,16 +514,18 @@ cudaError_t score_blocks(const ScoreBlocksParams& p, cudaStream_t stream) {
       p.lengths == nullptr || p.block_scores == nullptr || reinterpret_cast<uintptr_t>(p.pages) % 16 != 0)
     return cudaErrorInvalidValue;
   switch (p.format) {
-    case KeyFormat::kBf16:
-      return launch_score_heads<KeyFormat::kBf16>(p, stream);
-    case KeyFormat::kInt8:
-      return launch_score_heads<KeyFormat::kInt8>(p, stream);
-    case KeyFormat::kInt4:
-      return launch_score_heads<KeyFormat::kInt4>(p, stream);
-    case KeyFormat::kMxfp4:
-      return launch_score_heads<KeyFormat::kMxfp4>(p, stream);
-    case KeyFormat::kNvfp4:
-      return launch_score_heads<KeyFormat::kNvfp4>(p, stream);
+    case KeyFormat::bf16:
+      return launch_score_heads<KeyFormat::bf16>(p, stream);
+    case KeyFormat::int8:
+      return launch_score_heads<KeyFormat::int8>(p, stream);
+    case KeyFormat::int4:
+      return launch_score_heads<KeyFormat::int4>(p, stream);
+    case KeyFormat::mxfp4:
+      return launch_score_heads<KeyFormat::mxfp4>(p, stream);
+    case KeyFormat::nvfp4:
+      return launch_score_heads<KeyFormat::nvfp4>(p, stream);
+    case KeyFormat::f32:
+      break;
   }
   return cudaErrorInvalidValue;
 }

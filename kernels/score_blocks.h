@@ -6,7 +6,7 @@
 namespace spot::kernels {
 
 struct ScoreBlocksParams {
-  KeyFormat format = KeyFormat::kInt4;
+  KeyFormat format = KeyFormat::int4;
   int32_t key_heads = 1;          // 1 (shared) or kSelectorHeads
   int32_t batch = 0;              // B
   int32_t max_blocks = 0;         // width of block_scores; at least ceil(length / 16) of every row, at most

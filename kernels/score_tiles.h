@@ -35,7 +35,7 @@ struct ScoreTilesParams {
 cudaError_t score_tiles(const ScoreTilesParams& params, cudaStream_t stream);
 
 struct StageKeysParams {
-  KeyFormat format = KeyFormat::kInt4;
+  KeyFormat format = KeyFormat::int4;
   int32_t key_heads = 1;           // 1 or kSelectorHeads
   const uint8_t* pages = nullptr;  // pool [num_pages, key_heads, page_head_bytes(format)], 16-byte aligned
   float global_scale = 1.0f;       // nvfp4 only

@@ -7,7 +7,7 @@
 namespace spot::kernels {
 
 struct SelectAndAttendParams {
-  SelectParams rules;             // block_size must be 16
+  SelectionRule rules;            // block_size must be 16
   const float* scores = nullptr;  // [rows, score_stride] float32; rows = B * attention.rows_per_sequence
   int64_t score_stride = 0;
   int32_t max_blocks = 0;       // no row has more; at most kMaxSelectBlocks

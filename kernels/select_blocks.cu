@@ -32,11 +32,10 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 
 }  // namespace
 
-bool valid_rules(const SelectParams& rules) {
-  return rules.block_size > 0 && rules.sink_tokens >= 0 && rules.recency_tokens >= 0 &&
-         rules.min_tokens >= 0 && rules.max_tokens >= 0 && rules.top_k_tokens >= 0 &&
-         rules.top_k_share >= 0.0 && rules.top_k_share <= 1.0 && rules.top_p == rules.top_p &&
-         rules.temperature > 0.0f;
+bool valid_rules(const SelectionRule& rules) {
+  return rules.block_size > 0 && rules.sinks >= 0 && rules.recency >= 0 && rules.floor >= 0 &&
+         rules.cap >= 0 && rules.budget >= 0 && rules.budget_fraction >= 0.0 &&
+         rules.budget_fraction <= 1.0 && rules.p == rules.p && rules.temperature > 0.0f;
 }
 
 cudaError_t select_blocks(const SelectBlocksParams& p, cudaStream_t stream) {
@@ -46,8 +45,9 @@ cudaError_t select_blocks(const SelectBlocksParams& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
   if (p.scores == nullptr || p.lengths == nullptr || p.selected == nullptr || p.counts == nullptr)
     return cudaErrorInvalidValue;
-  const auto kernel = p.rules.mode == SelectMode::kTopP || p.covered_share != nullptr ? select_kernel<true>
-                                                                                      : select_kernel<false>;
+  const auto kernel = p.rules.mode == SelectionMode::top_p || p.covered_share != nullptr
+                          ? select_kernel<true>
+                          : select_kernel<false>;
   LaunchShape shape;
   shape.grid = dim3(p.rows);
   shape.block = dim3(kSelectThreads);

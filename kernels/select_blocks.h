@@ -9,8 +9,8 @@ namespace spot::kernels {
 inline constexpr int32_t kMaxSelectBlocks = 65536;  // blocks a row: 1,048,576 tokens of 16
 
 struct SelectBlocksParams {
-  SelectParams rules;  // select_rules.h
-  int32_t rows = 0;    // R = sequences * rows_per_sequence
+  SelectionRule rules;  // select_rules.h
+  int32_t rows = 0;     // R = sequences * rows_per_sequence
   int32_t rows_per_sequence =
       1;  // selections of one sequence (1, or one a KV head); row r is sequence r / this
   const float* scores = nullptr;     // [R, score_stride] float32
@@ -27,6 +27,6 @@ struct SelectBlocksParams {
 cudaError_t select_blocks(const SelectBlocksParams& params, cudaStream_t stream);
 
 // True if the rules are in range: block size and temperature positive, budgets not negative, p not NaN.
-bool valid_rules(const SelectParams& rules);
+bool valid_rules(const SelectionRule& rules);
 
 }  // namespace spot::kernels

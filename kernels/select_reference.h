@@ -15,10 +15,9 @@ namespace spot::kernels {
 // given it receives the selected blocks' share of the residual mass; 1 when every block is selected or the
 // residual mass is zero.
 inline std::vector<int32_t> select_blocks_reference(const float* scores, int32_t length,
-                                                    const SelectParams& params,
-                                                    float* covered_share = nullptr,
+                                                    const SelectionRule& rule, float* covered_share = nullptr,
                                                     int32_t capacity = std::numeric_limits<int32_t>::max()) {
-  const SelectRow row = select_row(params, length, capacity);
+  const SelectRow row = select_row(rule, length, capacity);
   std::vector<int32_t> selected;
   if (covered_share != nullptr) *covered_share = 1.0f;
   if (row.take_all != 0) {
@@ -36,7 +35,7 @@ inline std::vector<int32_t> select_blocks_reference(const float* scores, int32_t
     return a.key != b.key ? a.key > b.key : a.block < b.block;
   });
 
-  const float scale = mass_scale(params), largest = score_of_key(entries.front().key);
+  const float scale = mass_scale(rule), largest = score_of_key(entries.front().key);
   const bool any_mass = entries.front().key != order_key(bits_float(0xff800000u));
   const auto mass = [&](const Entry& e) -> uint64_t {
     return any_mass ? mass_of(score_of_key(e.key), largest, scale) : 0;
@@ -45,8 +44,8 @@ inline std::vector<int32_t> select_blocks_reference(const float* scores, int32_t
   for (const Entry& e : entries) total += mass(e);
 
   int32_t count = row.min_residual;
-  if (params.mode == SelectMode::kTopP) {
-    const uint64_t target = mass_target(fixed_probability(params), total);
+  if (rule.mode == SelectionMode::top_p) {
+    const uint64_t target = mass_target(fixed_probability(rule), total);
     int32_t nucleus = 0;
     for (uint64_t sum = 0; sum < target; ++nucleus) sum += mass(entries[nucleus]);
     count = std::min(std::max(nucleus, row.min_residual), row.max_residual);

@@ -27,12 +27,12 @@ namespace spot::kernels {
 
 // What the host computes once for all rows.
 struct SelectConstants {
-  SelectParams rules;
+  SelectionRule rules;
   float scale;           // mass_scale
   uint32_t probability;  // fixed_probability
   int32_t capacity;
 };
-inline SelectConstants select_constants(const SelectParams& rules, int32_t capacity) {
+inline SelectConstants select_constants(const SelectionRule& rules, int32_t capacity) {
   return {rules, mass_scale(rules), fixed_probability(rules), capacity};
 }
 
@@ -79,7 +79,7 @@ struct SelectTask {
                                         const SelectConstants& constants, bool with_share)
       : scores(scores),
         row(row),
-        top_p(kMass && constants.rules.mode == SelectMode::kTopP),
+        top_p(kMass && constants.rules.mode == SelectionMode::top_p),
         with_mass(kMass && (top_p || with_share)),
         scale(constants.scale),
         probability(constants.probability) {}

@@ -1,26 +1,25 @@
-// The rules of block selection, shared word for word by the host reference (select_reference.h) and the
-// device (select_blocks.h): which blocks are reserved, how scores are ordered, what a block's mass is, what
-// the budgets are.
+// The rule of block selection, one struct from the command line to the kernels, and its arithmetic, shared word
+// for word by the host (select_reference.h) and the device (select_blocks.h): which blocks are reserved, how
+// scores are ordered, what a block's mass is, what the budgets are.
 //
 // A row is one selection: the scores of one sequence of L tokens under one query, one float a block of
 // block_size tokens, n = ceil(L / block_size) blocks.
-//   reserved   blocks [0, ceil(sink_tokens / block_size)) and [floor((L - recency_tokens) / block_size), n),
-//   both
-//              clamped to [0, n]; the rest are residual.
-//   all        every block, when L <= min_tokens or no block is residual.
-//   top_k      ceil(K / block_size) blocks in all, K = top_k_tokens or ceil(top_k_share L): the reserved,
-//   then residual ones by descending
-//   score. top_p      the reserved, and the shortest prefix of the residual blocks in descending score whose
-//   mass reaches p
-//              of the residual mass; lengthened along that order until min_tokens / block_size (rounded up)
-//              blocks are chosen in all; then cut to max_tokens / block_size (rounded down) in all, the
-//              reserved always kept.
-//   order      descending score, ties to the lower index. NaN counts as -infinity, -0 as +0.
-//   mass       m_b = round(2^24 exp2((s_b - s_max) log2(e) / temperature)), an integer; s_max is the largest
-//   residual
-//              score. The masses and their sums are integers, so no order of summation can change a result,
-//              and p is an integer too: round(p 2^20).
-// Formula: the dual top-p rule of SpotAttention (arXiv 2606.22874), with the mass made exact.
+//
+//   reserved  blocks [0, ceil(sinks / block_size)) and [floor((L - recency) / block_size), n), both clamped to
+//             [0, n]; the rest are residual.
+//   all       every block, when L <= floor or no block is residual.
+//   top_k     ceil(K / block_size) blocks in all, K = budget or ceil(budget_fraction L): the reserved, then
+//             residual ones by descending score.
+//   top_p     the reserved, and the shortest prefix of the residual blocks in descending score whose mass
+//             reaches p of the residual mass; lengthened along that order until floor / block_size (rounded
+//             up) blocks are chosen in all; then cut to cap / block_size (rounded down) in all, the reserved
+//             always kept.
+//   order     descending score, ties to the lower index. NaN counts as -infinity, -0 as +0.
+//   mass      m_b = round(2^24 exp2((s_b - s_max) log2(e) / temperature)), an integer; s_max is the largest
+//             residual score. The masses and their sums are integers, so no order of summation can change a
+//             result, and p is an integer too: round(p 2^20).
+//
+// Formula: the dual top-p rule of SpotAttention (arXiv 2606.22874, section 2.3), with the mass made exact.
 #pragma once
 
 #include <cstdint>
@@ -30,30 +29,34 @@
 
 namespace spot::kernels {
 
-enum class SelectMode : int32_t { kTopK = 0, kTopP = 1 };
+enum class SelectionMode : int32_t { top_k = 0, top_p = 1 };
 
-struct SelectParams {
-  SelectMode mode = SelectMode::kTopP;
-  int32_t block_size = kPageTokens;  // tokens
-  int32_t sink_tokens = 128;
-  int32_t recency_tokens = 256;
-  int32_t min_tokens = 512;
-  int32_t max_tokens = 0;       // 0: no cap (top_p only)
-  int32_t top_k_tokens = 4096;  // top_k only
-  double top_k_share = 0.0;     // top_k: when positive, ceil(top_k_share * L) tokens instead
-  float top_p = 0.9f;
-  float temperature = 1.0f;  // > 0
+// Lengths are tokens.
+struct SelectionRule {
+  SelectionMode mode = SelectionMode::top_p;
+  int32_t block_size = kPageTokens;
+  int32_t sinks = 128;           // reserved at the start
+  int32_t recency = 256;         // reserved at the end
+  int32_t floor = 512;           // never fewer in all (top_p); contexts no longer than this keep everything
+  int32_t cap = 0;               // top_p: never more in all, but for the reserved; 0: no cap
+  int32_t budget = 2048;         // top_k: K
+  double budget_fraction = 0.0;  // top_k: when positive, K is this share of L instead, rounded up
+  double p = 0.9;                // top_p: share of the residual mass, above 0 to 1
+  double temperature = 1.0;      // top_p: of the softmax over residual scores, positive
+
+  bool operator==(const SelectionRule&) const = default;
 };
 
 inline constexpr int kMassBits = 24;         // the mass of the best residual block is 2^24
 inline constexpr int kProbabilityBits = 20;  // p is a multiple of 2^-20
 
 // log2(e) / temperature: what mass_of multiplies score differences by.
-SPOT_HOST_DEVICE float mass_scale(const SelectParams& params) {
-  return div_rn(1.44269504088896340736f, params.temperature);
+SPOT_HOST_DEVICE float mass_scale(const SelectionRule& rule) {
+  return div_rn(1.44269504088896340736f, static_cast<float>(rule.temperature));
 }
-SPOT_HOST_DEVICE uint32_t fixed_probability(const SelectParams& params) {
-  const float p = params.top_p * static_cast<float>(1 << kProbabilityBits);  // exact: a power of two
+SPOT_HOST_DEVICE uint32_t fixed_probability(const SelectionRule& rule) {
+  const float p =
+      static_cast<float>(rule.p) * static_cast<float>(1 << kProbabilityBits);  // exact: a power of two
   return p <= 0.0f                                        ? 0u
          : p >= static_cast<float>(1 << kProbabilityBits) ? 1u << kProbabilityBits
                                                           : static_cast<uint32_t>(round_even(p));
@@ -75,29 +78,30 @@ struct SelectRow {
 
 // `capacity` is the number of blocks the output row can hold: a further cap, which the reserved blocks must
 // fit (smallest_capacity).
-SPOT_HOST_DEVICE SelectRow select_row(const SelectParams& params, int32_t length, int32_t capacity) {
+SPOT_HOST_DEVICE SelectRow select_row(const SelectionRule& rule, int32_t length, int32_t capacity) {
   SelectRow row;
-  const int32_t size = params.block_size;
+  const int32_t size = rule.block_size;
   const int32_t n = (length + size - 1) / size;
-  const int32_t sinks = (params.sink_tokens + size - 1) / size;
-  const int32_t recent = length > params.recency_tokens ? (length - params.recency_tokens) / size : 0;
+  const int32_t sinks = (rule.sinks + size - 1) / size;
+  const int32_t recent = length > rule.recency ? (length - rule.recency) / size : 0;
   row.num_blocks = n;
   row.residual_begin = sinks < n ? sinks : n;
   row.residual_end = recent > row.residual_begin ? recent : row.residual_begin;
   const int32_t residual = row.residual_end - row.residual_begin;
   const int32_t reserved = n - residual;
-  row.take_all = length <= params.min_tokens || residual == 0 ? 1 : 0;
+  row.take_all = length <= rule.floor || residual == 0 ? 1 : 0;
   const int32_t room = capacity > reserved ? capacity - reserved : 0;
   int32_t least, most;
-  if (params.mode == SelectMode::kTopK) {
-    const int32_t tokens = params.top_k_share > 0.0
-                               ? static_cast<int32_t>(ceil(params.top_k_share * static_cast<double>(length)))
-                               : params.top_k_tokens;
+  if (rule.mode == SelectionMode::top_k) {
+    const int32_t tokens =
+        rule.budget_fraction > 0.0
+            ? static_cast<int32_t>(ceil(rule.budget_fraction * static_cast<double>(length)))
+            : rule.budget;
     const int32_t wanted = (tokens + size - 1) / size - reserved;
     least = most = wanted > 0 ? wanted : 0;
   } else {
-    const int32_t floor = (params.min_tokens + size - 1) / size - reserved;
-    const int32_t cap = params.max_tokens > 0 ? params.max_tokens / size - reserved : residual;
+    const int32_t floor = (rule.floor + size - 1) / size - reserved;
+    const int32_t cap = rule.cap > 0 ? rule.cap / size - reserved : residual;
     least = floor > 0 ? floor : 0;
     most = cap > 0 ? cap : 0;
   }
@@ -108,11 +112,10 @@ SPOT_HOST_DEVICE SelectRow select_row(const SelectParams& params, int32_t length
   return row;
 }
 // The fewest blocks an output row must hold so that reserved blocks and whole short rows always fit.
-SPOT_HOST_DEVICE int32_t smallest_capacity(const SelectParams& params) {
-  const int32_t size = params.block_size;
-  const int32_t reserved =
-      (params.sink_tokens + size - 1) / size + (params.recency_tokens + size - 1) / size + 1;
-  const int32_t floor = (params.min_tokens + size - 1) / size;
+SPOT_HOST_DEVICE int32_t smallest_capacity(const SelectionRule& rule) {
+  const int32_t size = rule.block_size;
+  const int32_t reserved = (rule.sinks + size - 1) / size + (rule.recency + size - 1) / size + 1;
+  const int32_t floor = (rule.floor + size - 1) / size;
   return reserved > floor ? reserved : floor;
 }
 

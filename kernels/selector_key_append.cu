@@ -34,16 +34,18 @@ cudaError_t selector_key_append(const SelectorKeyAppendParams& p, cudaStream_t s
   shape.block = dim3(256);
   shape.overlap = p.overlap;
   switch (p.format) {
-    case KeyFormat::kBf16:
-      return launch(append_kernel<KeyFormat::kBf16>, shape, stream, p);
-    case KeyFormat::kInt8:
-      return launch(append_kernel<KeyFormat::kInt8>, shape, stream, p);
-    case KeyFormat::kInt4:
-      return launch(append_kernel<KeyFormat::kInt4>, shape, stream, p);
-    case KeyFormat::kMxfp4:
-      return launch(append_kernel<KeyFormat::kMxfp4>, shape, stream, p);
-    case KeyFormat::kNvfp4:
-      return launch(append_kernel<KeyFormat::kNvfp4>, shape, stream, p);
+    case KeyFormat::bf16:
+      return launch(append_kernel<KeyFormat::bf16>, shape, stream, p);
+    case KeyFormat::int8:
+      return launch(append_kernel<KeyFormat::int8>, shape, stream, p);
+    case KeyFormat::int4:
+      return launch(append_kernel<KeyFormat::int4>, shape, stream, p);
+    case KeyFormat::mxfp4:
+      return launch(append_kernel<KeyFormat::mxfp4>, shape, stream, p);
+    case KeyFormat::nvfp4:
+      return launch(append_kernel<KeyFormat::nvfp4>, shape, stream, p);
+    case KeyFormat::f32:
+      break;
   }
   return cudaErrorInvalidValue;
 }

@@ -38,8 +38,8 @@ __device__ __forceinline__ void append_key(const SelectorKeyAppendParams& p, int
   const float2 upper = load2(p.keys, p.key_type, source + lane_dim(lane, 2));
   float x[4] = {lower.x, lower.y, upper.x, upper.y};
 
-  if (p.norm != KeyNorm::kNone) {
-    if (p.norm == KeyNorm::kLayerNorm) {
+  if (p.norm != KeyNorm::none) {
+    if (p.norm == KeyNorm::layernorm) {
       const float mean = mean_of_sum(key_warp_sum(sum4(x)));
       for (float& v : x) v = sub_rn(v, mean);
     }
@@ -65,7 +65,7 @@ __device__ __forceinline__ void append_key(const SelectorKeyAppendParams& p, int
   float scale = 1.0f;
   uint8_t* page = p.pages + ((slot / kPageTokens) * p.key_heads + head) * page_head_bytes(kFormat);
   const int in_page = static_cast<int>(slot % kPageTokens);
-  if constexpr (kFormat != KeyFormat::kBf16) {
+  if constexpr (kFormat != KeyFormat::bf16) {
     constexpr int kLanes = group_size(kFormat) / 4;  // lanes of a group are neighbours
     float largest = 0.0f;
     for (float v : x) largest = fmaxf(largest, fabsf(finite(v)));

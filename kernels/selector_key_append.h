@@ -7,13 +7,13 @@
 namespace spot::kernels {
 
 struct SelectorKeyAppendParams {
-  KeyFormat format = KeyFormat::kInt4;
+  KeyFormat format = KeyFormat::int4;
   int32_t key_heads = 1;       // 1 (shared by the selector's heads) or kSelectorHeads
   int64_t num_tokens = 0;      // T
   const void* keys = nullptr;  // [T, key_heads, 128] of key_type, heads and dims contiguous
   DataType key_type = DataType::kBf16;
   int64_t token_stride = 0;  // elements from one token to the next; a multiple of 2
-  KeyNorm norm = KeyNorm::kLayerNorm;
+  KeyNorm norm = KeyNorm::layernorm;
   const float* norm_weight =
       nullptr;                       // [128] (or [key_heads, 128], see norm_head_stride) float32; null: ones
   const float* norm_bias = nullptr;  // the same; null: zeros

@@ -9,7 +9,8 @@
 
 namespace spot::kernels {
 
-enum class KeyNorm : int32_t { kNone = 0, kLayerNorm = 1, kRmsNorm = 2 };
+// On the selector's keys, before RoPE.
+enum class KeyNorm : int32_t { none = 0, layernorm = 1, rmsnorm = 2 };
 
 inline constexpr int kRotaryDims = 64;   // the first 64 dims are rotated, half-split: dim i with dim i + 32
 inline constexpr int kRotaryPairs = 32;  // so cos and sin tables are [positions, 32] float32
@@ -60,8 +61,8 @@ inline void prepare_selector_key(const float* x, KeyNorm norm, const float* weig
     return v[0];
   };
   float partial[32];
-  if (norm != KeyNorm::kNone) {
-    if (norm == KeyNorm::kLayerNorm) {
+  if (norm != KeyNorm::none) {
+    if (norm == KeyNorm::layernorm) {
       for (int lane = 0; lane < 32; ++lane) partial[lane] = sum4(lanes[lane]);
       const float mean = mean_of_sum(reduce(partial));
       for (auto& lane : lanes)

@@ -60,16 +60,18 @@ cudaError_t stage_keys(const StageKeysParams& p, cudaStream_t stream) {
       reinterpret_cast<uintptr_t>(p.keys) % 16 != 0)
     return cudaErrorInvalidValue;
   switch (p.format) {
-    case KeyFormat::kBf16:
-      return start<KeyFormat::kBf16>(p, stream);
-    case KeyFormat::kInt8:
-      return start<KeyFormat::kInt8>(p, stream);
-    case KeyFormat::kInt4:
-      return start<KeyFormat::kInt4>(p, stream);
-    case KeyFormat::kMxfp4:
-      return start<KeyFormat::kMxfp4>(p, stream);
-    case KeyFormat::kNvfp4:
-      return start<KeyFormat::kNvfp4>(p, stream);
+    case KeyFormat::bf16:
+      return start<KeyFormat::bf16>(p, stream);
+    case KeyFormat::int8:
+      return start<KeyFormat::int8>(p, stream);
+    case KeyFormat::int4:
+      return start<KeyFormat::int4>(p, stream);
+    case KeyFormat::mxfp4:
+      return start<KeyFormat::mxfp4>(p, stream);
+    case KeyFormat::nvfp4:
+      return start<KeyFormat::nvfp4>(p, stream);
+    case KeyFormat::f32:
+      break;
   }
   return cudaErrorInvalidValue;
 }

@@ -1,32 +1,28 @@
-// What every implementation of an operator demands of its arguments, whatever the device.
+// Checks that several operators share. Each throws c10::Error in one sentence that begins with the operator.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <initializer_list>
-#include <string>
 
-#include "ops/ops.h"
+#include "kernels/key_format.h"
 
 namespace spot::ops {
 
-// A key norm's word in a schema; throws on others.
-KeyPreparation::Norm parse_key_norm(const std::string& word);
-const char* key_norm_name(KeyPreparation::Norm norm);
+using kernels::kPageTokens;
 
-void check_rows(const char* op, const at::Tensor& page_table, const at::Tensor& lengths, int64_t rows);
+// Every defined tensor lies on the device of the first.
 void check_devices(const char* op, const at::Tensor& first, std::initializer_list<const at::Tensor*> others);
-void check_append(const at::Tensor& pool, const at::Tensor& slots, const at::Tensor& keys,
-                  const std::string& format);
-void check_preparation(const at::Tensor& keys, const KeyPreparation& preparation);
-void check_gather(const at::Tensor& pool, const at::Tensor& page_table, int64_t length,
-                  const std::string& format);
-void check_score(const at::Tensor& query, const at::Tensor& weight, const at::Tensor& pool,
-                 const at::Tensor& page_table, const at::Tensor& lengths, const std::string& format);
-void check_select(const at::Tensor& scores, const at::Tensor& lengths, bool top_p, double p,
-                  double temperature);
-void check_attention(const at::Tensor& query, const at::Tensor& key_pool, const at::Tensor& value_pool,
-                     const at::Tensor& page_table, const at::Tensor& lengths, const at::Tensor& indices,
-                     const at::Tensor& counts);
+// lengths [rows] int32.
+void check_lengths(const char* op, const at::Tensor& lengths, int64_t rows);
+// page_table [rows, pages] int32 and lengths [rows] int32.
+void check_rows(const char* op, const at::Tensor& page_table, const at::Tensor& lengths, int64_t rows);
+// slots [tokens] int64.
+void check_slots(const char* op, const at::Tensor& slots, int64_t tokens);
+// A pool of selector keys: contiguous uint8 [pages, 1 or 4, page_head_bytes(format)].
+void check_key_pool(const char* op, const at::Tensor& pool, kernels::KeyFormat format);
+// A pool of keys or values: [num_kv_heads, pages, 16, head_dim] of a dtype, any strides but contiguous dims.
+void check_pool(const char* op, const char* name, const at::Tensor& pool, int64_t num_kv_heads,
+                int64_t head_dim, at::ScalarType dtype);
 
 }  // namespace spot::ops

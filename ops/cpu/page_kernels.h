@@ -3,9 +3,11 @@
 
 #include <cstdint>
 
+#include "kernels/key_format.h"
+
 namespace spot::ops::cpu {
 
-inline constexpr int kPageTokens = 16;
+using kernels::kPageTokens;
 
 // Rows of every operand are `stride` floats apart, a multiple of 16, zero-padded past the true width.
 struct PageKernels {

@@ -1,8 +1,9 @@
-// From tensors to kernel launches: the current stream, dtypes, errors. Needs no CUDA build of torch to
-// compile.
+// From tensors to kernel launches: the current stream, scratch memory, dtypes, errors. Needs no CUDA build of
+// torch to compile.
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <cuda_runtime_api.h>
 
@@ -34,6 +35,10 @@ inline kernels::DataType data_type(const at::Tensor& x) {
       return kernels::DataType::kBf16;
   }
 }
+
+// Scratch on `like`'s device, one a device and current stream, zeroed once. Kernels that use it keep their counters
+// in its first kCounterBytes (kernels/types.h) and leave those zeroed; the rest holds anything.
+void* zeroed_workspace(const at::Tensor& like, size_t bytes);
 
 inline int32_t narrow(int64_t value) {
   return static_cast<int32_t>(value);

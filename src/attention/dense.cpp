@@ -12,7 +12,7 @@
 #include <optional>
 
 #include "core/error.h"
-#include "ops/ops.h"
+#include "ops/attention/attention.h"
 
 namespace spot {
 namespace {
@@ -215,8 +215,8 @@ at::Tensor sequence_pages(const KvCache& cache, int64_t sequence, int64_t blocks
 at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {
   const at::Tensor keys = cache.keys(inputs.layer), values = cache.values(inputs.layer);
   if (inputs.batch.is_decode() && ops::attends(inputs.query, keys))
-    return ops::sparse_decode_attention(inputs.query, keys, values, view.page_table, view.lengths, {}, {},
-                                        inputs.scale);
+    return ops::sparse_decode_attention(
+        {inputs.query, keys, values, view.page_table, view.lengths, inputs.scale});
   at::Tensor output = at::empty_like(inputs.query);
   for (const QueryChunk& chunk : query_chunks(inputs.batch)) {
     const int64_t sequence = inputs.batch.sequences[chunk.sequence], length = chunk.start + chunk.count;

@@ -4,7 +4,8 @@
 #include <limits>
 
 #include "core/error.h"
-#include "ops/ops.h"
+#include "ops/selector/selector.h"
+#include "ops/settled_history.h"
 
 namespace spot {
 namespace {
@@ -36,7 +37,7 @@ const at::Tensor& state_tensor(const PolicyState& state, const std::string& name
 }
 
 void SelectionPolicy::set_rule(const SelectionRule& rule) {
-  rule.validate();
+  validate(rule);
   rule_ = rule;
 }
 
@@ -183,14 +184,14 @@ at::Tensor SpotPolicy::score_chunk(const AttentionInputs& inputs, const KvCache&
 at::Tensor SpotPolicy::score_decode(const AttentionInputs& inputs, const KvCache& cache,
                                     const BatchView& view) {
   const bool prepared = inputs.selector_query.defined();
+  // The kernel before has written nothing but the step's query, weight and newest key.
+  const ops::SettledHistory settled(prepared);
   return ops::score_blocks(
-      prepared ? inputs.selector_query
-               : selector_.project_query(inputs.layer, inputs.hidden, inputs.batch.positions),
-      prepared ? inputs.selector_weight.view({-1, groups(), inputs.selector_query.size(1)})
-               : selector_.project_weight(inputs.layer, inputs.hidden),
-      keys_.pool(inputs.layer), view.page_table, view.lengths, to_string(keys_.format()),
-      keys_.global_scale(),
-      /*max_blocks=*/0, /*history_settled=*/prepared);
+      {prepared ? inputs.selector_query
+                : selector_.project_query(inputs.layer, inputs.hidden, inputs.batch.positions),
+       prepared ? inputs.selector_weight.view({-1, groups(), inputs.selector_query.size(1)})
+                : selector_.project_weight(inputs.layer, inputs.hidden),
+       keys_.pool(inputs.layer), view.page_table, view.lengths, keys_.format(), keys_.global_scale()});
 }
 
 namespace {

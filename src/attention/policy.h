@@ -12,7 +12,7 @@
 #include "attention/mass.h"
 #include "model/attention.h"
 #include "model/kv_cache.h"
-#include "ops/baseline_ops.h"
+#include "ops/baselines/baselines.h"
 #include "selection/selection.h"
 #include "selector/cache.h"
 #include "selector/selector.h"
@@ -26,7 +26,7 @@ using PolicyState = std::map<std::string, at::Tensor>;
 // scores, and may prune what the rule chose.
 class SelectionPolicy {
  public:
-  explicit SelectionPolicy(const SelectionRule& rule) : rule_(rule) { rule_.validate(); }
+  explicit SelectionPolicy(const SelectionRule& rule) : rule_(rule) { validate(rule_); }
   virtual ~SelectionPolicy() = default;
 
   virtual std::string name() const = 0;

@@ -21,7 +21,7 @@ void QuestPolicy::append_summaries(const AttentionInputs& inputs, const KvCache&
         "Quest holds bounds of {} pages in {}, the KV cache has {} in {}; they share page ids and must be alike",
         bounds.size(1), c10::toString(bounds.scalar_type()), cache.num_pages(),
         c10::toString(keys.scalar_type()));
-  ops::append_key_summaries(bounds, codes, ranges, keys, view.slots);
+  ops::key_summary_append({bounds, codes, ranges, keys, view.slots});
 }
 
 void QuestPolicy::append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {
@@ -43,8 +43,8 @@ void QuestPolicy::import_pages(const std::vector<int32_t>& pages, const PolicySt
 }
 
 at::Tensor QuestPolicy::score_decode(const AttentionInputs& inputs, const KvCache&, const BatchView& view) {
-  return ops::quest_scores(inputs.query, bounds_.at(inputs.layer), view.page_table, view.lengths,
-                           inputs.scale, scope_ != SelectorScope::layer);
+  return ops::quest_score({inputs.query, bounds_.at(inputs.layer), view.page_table, view.lengths,
+                           inputs.scale, scope_ != SelectorScope::layer});
 }
 
 at::Tensor QuestPolicy::score_chunk(const AttentionInputs& inputs, const KvCache& cache,

@@ -3,7 +3,8 @@
 #include <algorithm>
 
 #include "core/error.h"
-#include "ops/ops.h"
+#include "ops/attention/attention.h"
+#include "ops/settled_history.h"
 
 namespace spot {
 
@@ -52,15 +53,23 @@ at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
   if (policy_.prunes_tokens()) {
     const Selection selection = policy_.select_decode(inputs, cache_, view_, observed);
     report(selection);
-    return ops::token_attention(inputs.query, cache_.keys(inputs.layer), cache_.values(inputs.layer),
-                                view_.page_table, view_.lengths, selection.token_positions,
-                                selection.token_counts, inputs.scale);
+    return ops::token_attention({inputs.query, cache_.keys(inputs.layer), cache_.values(inputs.layer),
+                                 view_.page_table, view_.lengths, selection.token_positions,
+                                 selection.token_counts, inputs.scale});
   }
+  const at::Tensor scores = policy_.score_decode(inputs, cache_, view_);
   // Scoring is a launch of its own in every policy: what this step wrote before it is settled.
-  const ops::SelectedAttention attended = ops::select_and_attend(
-      policy_.score_decode(inputs, cache_, view_), inputs.query, cache_.keys(inputs.layer),
-      cache_.values(inputs.layer), view_.page_table, view_.lengths, inputs.scale, select_arguments(rule),
-      /*with_mass=*/observed, /*history_settled=*/true);
+  const ops::SettledHistory settled(true);
+  const ops::SelectAndAttend::Result attended =
+      ops::select_and_attend({.scores = scores,
+                              .query = inputs.query,
+                              .key_pool = cache_.keys(inputs.layer),
+                              .value_pool = cache_.values(inputs.layer),
+                              .page_table = view_.page_table,
+                              .lengths = view_.lengths,
+                              .scale = inputs.scale,
+                              .rule = rule,
+                              .with_mass = observed});
   report({attended.indices, attended.counts, attended.predicted_mass, view_.lengths});
   return attended.output;
 }
@@ -141,9 +150,9 @@ at::Tensor SparseAttention::attend_chunk(const AttentionInputs& inputs, const Qu
   for (int64_t done = 0; done < chunk.count; done += step) {
     const int64_t count = std::min(step, chunk.count - done);
     auto part = [&](const at::Tensor& x) { return x.narrow(0, done, count); };
-    parts.push_back(ops::sparse_decode_attention(part(query), keys, values, table.expand({count, -1}),
-                                                 part(lengths), part(selection.indices),
-                                                 part(selection.counts), inputs.scale));
+    parts.push_back(
+        ops::sparse_decode_attention({part(query), keys, values, table.expand({count, -1}), part(lengths),
+                                      inputs.scale, part(selection.indices), part(selection.counts)}));
   }
   return parts.size() == 1 ? parts[0] : at::cat(parts);
 }

@@ -62,10 +62,10 @@ ops::PrunedTokens TwilightPolicy::surviving_tokens(int64_t layer, const at::Tens
   for (int64_t done = 0; done < rows; done += step) {
     auto part = [&](const at::Tensor& x) { return x.narrow(0, done, std::min(step, rows - done)); };
     const at::Tensor logits =
-        ops::estimate_logits(part(query), codes_.at(layer), ranges_.at(layer), part(page_table),
-                             part(lengths), part(blocks.indices), part(blocks.counts), scale);
+        ops::estimate_logits({part(query), codes_.at(layer), ranges_.at(layer), part(page_table),
+                              part(lengths), part(blocks.indices), part(blocks.counts), scale});
     const ops::PrunedTokens kept =
-        ops::prune_tokens(logits, part(blocks.indices), part(blocks.counts), part(lengths), p_, floor);
+        ops::prune_tokens({logits, part(blocks.indices), part(blocks.counts), part(lengths), p_, floor});
     positions.push_back(kept.positions);
     counts.push_back(kept.counts);
   }

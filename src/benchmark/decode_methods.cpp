@@ -9,7 +9,9 @@
 #include <numeric>
 
 #include "core/error.h"
-#include "ops/baseline_ops.h"
+#include "ops/baselines/baselines.h"
+#include "ops/selector/selector.h"
+#include "ops/settled_history.h"
 #include "selection/selection.h"
 
 namespace spot {
@@ -52,46 +54,57 @@ void describe(const DecodeScene& scene, DecodeMethod& method,
   method.mass = mean(method.set_mass);
 }
 
-std::string describe(const ops::SelectArguments& rule) {
-  return rule.top_p ? fmt::format("top-p {:.3f}", rule.p) : fmt::format("{} tokens", rule.budget);
+std::string setting(const SelectionRule& rule) {
+  return rule.mode == SelectionMode::top_p ? fmt::format("top-p {:.3f}", rule.p)
+                                           : fmt::format("{} tokens", rule.budget);
 }
 
 // Select, attend and the whole step of a method whose blocks come from `score`.
 void add_block_stages(const DecodeScene& scene, DecodeMethod& method,
                       const std::function<at::Tensor(int64_t)>& score, double score_bytes,
-                      const std::function<ops::SelectArguments(int64_t)>& rule) {
+                      const std::function<SelectionRule(int64_t)>& rule) {
   const Sizes sizes(scene);
   const auto scores = for_every_set<at::Tensor>(scene, score);
   const auto chosen = for_every_set<Selection>(scene, [&](int64_t i) {
-    auto [indices, counts, share] = ops::select_blocks((*scores)[i], scene.set(i).lengths, rule(i));
+    auto [indices, counts, share] = ops::select_blocks({(*scores)[i], scene.set(i).lengths, rule(i)});
     return Selection{indices, counts, share, scene.set(i).lengths};
   });
   describe(scene, method, [&](int64_t i) { return (*chosen)[i]; });
   const double attend_bytes = sizes.kv(method.tokens);
   method.stages.push_back({"score", [=](int64_t i) { score(i); }, score_bytes});
   method.stages.push_back(
-      {"select", [=, &scene](int64_t i) { ops::select_blocks((*scores)[i], scene.set(i).lengths, rule(i)); },
+      {"select",
+       [=, &scene](int64_t i) { ops::select_blocks({(*scores)[i], scene.set(i).lengths, rule(i)}); },
        4.0 * static_cast<double>((*scores)[0].numel())});
   method.stages.push_back({"attend",
                            [=, &scene](int64_t i) {
                              const DecodeSet& s = scene.set(i);
-                             ops::sparse_decode_attention(s.query, s.keys, s.values, s.page_table, s.lengths,
-                                                          (*chosen)[i].indices, (*chosen)[i].counts,
-                                                          scene.scale());
+                             ops::sparse_decode_attention({s.query, s.keys, s.values, s.page_table, s.lengths,
+                                                           scene.scale(), (*chosen)[i].indices,
+                                                           (*chosen)[i].counts});
                            },
                            attend_bytes});
   method.stages.push_back({"step",
                            [=, &scene](int64_t i) {
                              const DecodeSet& s = scene.set(i);
-                             ops::select_and_attend(score(i), s.query, s.keys, s.values, s.page_table,
-                                                    s.lengths, scene.scale(), rule(i), false, true);
+                             const at::Tensor scores = score(i);
+                             const ops::SettledHistory settled(true);
+                             ops::select_and_attend({.scores = scores,
+                                                     .query = s.query,
+                                                     .key_pool = s.keys,
+                                                     .value_pool = s.values,
+                                                     .page_table = s.page_table,
+                                                     .lengths = s.lengths,
+                                                     .scale = scene.scale(),
+                                                     .rule = rule(i),
+                                                     .with_mass = false});
                            },
                            score_bytes + attend_bytes});
 }
 
-at::Tensor quest_score(const DecodeScene& scene, int64_t i) {
+at::Tensor scores_of_quest(const DecodeScene& scene, int64_t i) {
   const DecodeSet& s = scene.set(i);
-  return ops::quest_scores(s.query, s.bounds, s.page_table, s.lengths, scene.scale(), true);
+  return ops::quest_score({s.query, s.bounds, s.page_table, s.lengths, scene.scale(), true});
 }
 
 // Bisects x of [low, high] for the least whose method covers the mass.
@@ -145,34 +158,35 @@ DecodeMethod dense_ours(const DecodeScene& scene) {
   method.stages.push_back({"step",
                            [&scene](int64_t i) {
                              const DecodeSet& s = scene.set(i);
-                             ops::sparse_decode_attention(s.query, s.keys, s.values, s.page_table, s.lengths,
-                                                          {}, {}, scene.scale());
+                             ops::sparse_decode_attention(
+                                 {s.query, s.keys, s.values, s.page_table, s.lengths, scene.scale()});
                            },
                            Sizes(scene).kv(method.tokens)});
   return method;
 }
 
-DecodeMethod spot_method(const DecodeScene& scene, int64_t key_heads, const ops::SelectArguments& rule) {
+DecodeMethod spot_method(const DecodeScene& scene, int64_t key_heads, const SelectionRule& rule) {
   const int kind = key_heads == 1 ? 0 : 1;
-  DecodeMethod method{key_heads == 1 ? "spot, shared INT4" : "spot, per-head INT4", describe(rule), {}};
+  DecodeMethod method{key_heads == 1 ? "spot, shared INT4" : "spot, per-head INT4", setting(rule), {}};
   const double key_bytes =
-      static_cast<double>(ops::page_head_bytes("int4")) / 16 * static_cast<double>(key_heads);
+      static_cast<double>(kernels::page_head_bytes(KeyFormat::int4)) / 16 * static_cast<double>(key_heads);
   method.stages.push_back({"append",
                            [=, &scene](int64_t i) {
                              const DecodeSet& s = scene.set(i);
-                             ops::append_selector_keys(s.selector_keys[kind], s.slots, s.new_keys[kind],
-                                                       "int4", 1.0);
+                             ops::selector_key_append(
+                                 {s.selector_keys[kind], s.slots, s.new_keys[kind], KeyFormat::int4});
                            },
                            static_cast<double>(scene.batch()) *
                                (key_bytes + 128.0 * static_cast<double>(key_heads) * Sizes(scene).number)});
   auto score = [=, &scene](int64_t i) {
     const DecodeSet& s = scene.set(i);
     // As in a decode step, where the kernel before has written nothing but the newest key.
-    return ops::score_blocks(s.selector_query, s.selector_weight, s.selector_keys[kind], s.page_table,
-                             s.lengths, "int4", 1.0, 0, true);
+    const ops::SettledHistory settled(true);
+    return ops::score_blocks({s.selector_query, s.selector_weight, s.selector_keys[kind], s.page_table,
+                              s.lengths, KeyFormat::int4});
   };
   auto of_set = [=, &scene](int64_t i) {
-    ops::SelectArguments its = rule;
+    SelectionRule its = rule;
     its.temperature *= scene.set(i).temperature;
     return its;
   };
@@ -181,47 +195,47 @@ DecodeMethod spot_method(const DecodeScene& scene, int64_t key_heads, const ops:
   return method;
 }
 
-DecodeMethod quest_method(const DecodeScene& scene, const ops::SelectArguments& rule) {
+DecodeMethod quest_method(const DecodeScene& scene, const SelectionRule& rule) {
   const Sizes sizes(scene);
-  DecodeMethod method{"Quest", describe(rule), {}};
+  DecodeMethod method{"Quest", setting(rule), {}};
   method.stages.push_back({"append",
                            [&scene](int64_t i) {
                              const DecodeSet& s = scene.set(i);
-                             ops::append_key_summaries(s.bounds, {}, {}, s.keys, s.slots);
+                             ops::key_summary_append({s.bounds, {}, {}, s.keys, s.slots});
                            },
                            sizes.kv(8) + sizes.bounds(1)});
   add_block_stages(
-      scene, method, [&scene](int64_t i) { return quest_score(scene, i); }, sizes.bounds(sizes.blocks),
+      scene, method, [&scene](int64_t i) { return scores_of_quest(scene, i); }, sizes.bounds(sizes.blocks),
       [=](int64_t) { return rule; });
   return method;
 }
 
-DecodeMethod twilight_method(const DecodeScene& scene, const ops::SelectArguments& rule, double p) {
+DecodeMethod twilight_method(const DecodeScene& scene, const SelectionRule& rule, double p) {
   const Sizes sizes(scene);
-  DecodeMethod method{"Twilight on Quest", fmt::format("p {:.3f} of {}", p, describe(rule)), {}};
+  DecodeMethod method{"Twilight on Quest", fmt::format("p {:.3f} of {}", p, setting(rule)), {}};
   struct Made {
     at::Tensor scores, indices, counts, logits;
     ops::PrunedTokens kept;
   };
   auto select = [=, &scene](int64_t i, const at::Tensor& scores) {
-    return ops::select_blocks(scores, scene.set(i).lengths, rule);
+    return ops::select_blocks({scores, scene.set(i).lengths, rule});
   };
   auto estimate = [=, &scene](int64_t i, const at::Tensor& indices, const at::Tensor& counts) {
     const DecodeSet& s = scene.set(i);
-    return ops::estimate_logits(s.query, s.codes, s.ranges, s.page_table, s.lengths, indices, counts,
-                                scene.scale());
+    return ops::estimate_logits(
+        {s.query, s.codes, s.ranges, s.page_table, s.lengths, indices, counts, scene.scale()});
   };
   auto prune = [=, &scene](int64_t i, const at::Tensor& logits, const at::Tensor& indices,
                            const at::Tensor& counts) {
-    return ops::prune_tokens(logits, indices, counts, scene.set(i).lengths, p, rule.floor);
+    return ops::prune_tokens({logits, indices, counts, scene.set(i).lengths, p, rule.floor});
   };
   auto attend = [=, &scene](int64_t i, const ops::PrunedTokens& kept) {
     const DecodeSet& s = scene.set(i);
-    return ops::token_attention(s.query, s.keys, s.values, s.page_table, s.lengths, kept.positions,
-                                kept.counts, scene.scale());
+    return ops::token_attention(
+        {s.query, s.keys, s.values, s.page_table, s.lengths, kept.positions, kept.counts, scene.scale()});
   };
   const auto made = for_every_set<Made>(scene, [&](int64_t i) {
-    const at::Tensor scores = quest_score(scene, i);
+    const at::Tensor scores = scores_of_quest(scene, i);
     const auto [indices, counts, share] = select(i, scores);
     const at::Tensor logits = estimate(i, indices, counts);
     return Made{scores, indices, counts, logits, prune(i, logits, indices, counts)};
@@ -239,10 +253,10 @@ DecodeMethod twilight_method(const DecodeScene& scene, const ops::SelectArgument
       {"append",
        [&scene](int64_t i) {
          const DecodeSet& s = scene.set(i);
-         ops::append_key_summaries(s.bounds, s.codes, s.ranges, s.keys, s.slots);
+         ops::key_summary_append({s.bounds, s.codes, s.ranges, s.keys, s.slots});
        },
        sizes.kv(8) + sizes.bounds(1) + sizes.four_bits(1)},
-      {"score", [&scene](int64_t i) { quest_score(scene, i); }, score_bytes},
+      {"score", [&scene](int64_t i) { scores_of_quest(scene, i); }, score_bytes},
       {"select", [=](int64_t i) { select(i, (*made)[i].scores); },
        4.0 * static_cast<double>(first.scores.numel())},
       {"estimate", [=](int64_t i) { estimate(i, (*made)[i].indices, (*made)[i].counts); },
@@ -252,23 +266,23 @@ DecodeMethod twilight_method(const DecodeScene& scene, const ops::SelectArgument
       {"attend", [=](int64_t i) { attend(i, (*made)[i].kept); }, attend_bytes},
       {"step",
        [=, &scene](int64_t i) {
-         const auto [indices, counts, share] = select(i, quest_score(scene, i));
+         const auto [indices, counts, share] = select(i, scores_of_quest(scene, i));
          attend(i, prune(i, estimate(i, indices, counts), indices, counts));
        },
        score_bytes + estimate_bytes + attend_bytes}};
   return method;
 }
 
-ops::SelectArguments top_k_rule(int64_t tokens, const ops::SelectArguments& tiers) {
-  ops::SelectArguments rule = tiers;
-  rule.top_p = false;
-  rule.budget = tokens;
+SelectionRule top_k_rule(int64_t tokens, const SelectionRule& tiers) {
+  SelectionRule rule = tiers;
+  rule.mode = SelectionMode::top_k;
+  rule.budget = static_cast<int32_t>(tokens);
   return rule;
 }
 
-ops::SelectArguments top_p_rule(double p, const ops::SelectArguments& tiers) {
-  ops::SelectArguments rule = tiers;
-  rule.top_p = true;
+SelectionRule top_p_rule(double p, const SelectionRule& tiers) {
+  SelectionRule rule = tiers;
+  rule.mode = SelectionMode::top_p;
   rule.p = p;
   return rule;
 }
@@ -287,7 +301,7 @@ std::optional<DecodeMethod> quest_at_mass(const DecodeScene& scene, double mass)
 std::optional<DecodeMethod> twilight_at_mass(const DecodeScene& scene, double mass) {
   std::optional<DecodeMethod> best;
   for (int64_t part : {32, 16, 8, 4, 2, 1}) {
-    const ops::SelectArguments rule = top_k_rule(scene.length() / part, scene.tiers());
+    const SelectionRule rule = top_k_rule(scene.length() / part, scene.tiers());
     auto found =
         at_mass(0.0, 1.0, 1.0 / 512, mass, [&](double p) { return twilight_method(scene, rule, p); });
     if (found && (!best || found->stages.back().bytes < best->stages.back().bytes)) best = std::move(found);

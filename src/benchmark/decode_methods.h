@@ -8,7 +8,7 @@
 
 #include "benchmark/decode_scene.h"
 #include "benchmark/stage_timer.h"
-#include "ops/ops.h"
+#include "ops/attention/attention.h"
 
 namespace spot {
 
@@ -40,16 +40,16 @@ DecodeMethod dense_ours(const DecodeScene& scene);
 // Each sparse method takes its rule as select_blocks does.
 // SpotAttention with INT4 selector keys; key_heads 1 (shared) or 4 (the paper's). The rule's temperature is
 // times each set's.
-DecodeMethod spot_method(const DecodeScene& scene, int64_t key_heads, const ops::SelectArguments& rule);
+DecodeMethod spot_method(const DecodeScene& scene, int64_t key_heads, const SelectionRule& rule);
 // Quest, a set a KV head.
-DecodeMethod quest_method(const DecodeScene& scene, const ops::SelectArguments& rule);
+DecodeMethod quest_method(const DecodeScene& scene, const SelectionRule& rule);
 // Twilight: `rule` proposes blocks with Quest's scores, mass p is kept of their tokens.
-DecodeMethod twilight_method(const DecodeScene& scene, const ops::SelectArguments& rule, double p);
+DecodeMethod twilight_method(const DecodeScene& scene, const SelectionRule& rule, double p);
 
 // Fixed budgets and dual top-p as rules, with the reserved tiers of a selector's defaults unless others are
 // given.
-ops::SelectArguments top_k_rule(int64_t tokens, const ops::SelectArguments& tiers = {});
-ops::SelectArguments top_p_rule(double p, const ops::SelectArguments& tiers = {});
+SelectionRule top_k_rule(int64_t tokens, const SelectionRule& tiers = {});
+SelectionRule top_p_rule(double p, const SelectionRule& tiers = {});
 
 // The cheapest setting whose covered mass is at least `mass`, by bisection; empty when none reaches it.
 std::optional<DecodeMethod> spot_at_mass(const DecodeScene& scene, int64_t key_heads, double mass);

@@ -25,7 +25,7 @@ DecodeScene record_decode(const Backbone& backbone, const Selector& selector,
   const ModelConfig& model = backbone.config();
   check_recording(model, static_cast<int64_t>(text.size()), length, batch);
   KvCache cache(model, batch * length / kPageSize, backbone.dtype(), backbone.device(), batch);
-  SelectorCache keys(selector.config(), selector.layers(), cache.num_pages(), CacheFormat::int4,
+  SelectorCache keys(selector.config(), selector.layers(), cache.num_pages(), KeyFormat::int4,
                      backbone.device());
   SelectionRule all;  // every block, so that each layer's inputs are the dense model's
   all.mode = SelectionMode::top_k;
@@ -77,8 +77,7 @@ DecodeScene record_decode(const Backbone& backbone, const Selector& selector,
   }
   backbone.forward(make_batch(cache, sequences, last), attention, cache);
 
-  const ops::SelectArguments tiers =
-      select_arguments(SelectionRule::from_defaults(selector.config().selection));
+  const SelectionRule tiers = selector.config().selection.rule;
   return {{model.architecture, model.num_heads, model.num_kv_heads, model.head_dim},
           length,
           batch,

@@ -4,12 +4,14 @@
 #include <cmath>
 
 #include "core/error.h"
-#include "ops/baseline_ops.h"
+#include "ops/baselines/baselines.h"
+#include "ops/selector/selector.h"
 
 namespace spot {
 namespace {
 
-constexpr int64_t kPage = 16, kSelectorDim = 128, kSelectorHeads = 4;
+constexpr int64_t kPage = kernels::kPageTokens, kSelectorDim = kernels::kKeyDim,
+                  kSelectorHeads = kernels::kSelectorHeads;
 
 at::Tensor unit(const at::Tensor& x) {
   return x / x.norm(2, -1, true);
@@ -57,15 +59,15 @@ DecodeSet make_set(const DecodeShape& shape, int64_t length, int64_t batch, cons
   for (int kind = 0; kind < 2; ++kind) {
     const int64_t key_heads = kind == 0 ? 1 : kSelectorHeads;
     at::Tensor& pool = set.selector_keys[kind];
-    pool = at::zeros({pages, key_heads, ops::page_head_bytes("int4")}, real.dtype(at::kByte));
+    pool = at::zeros({pages, key_heads, kernels::page_head_bytes(KeyFormat::int4)}, real.dtype(at::kByte));
     const int64_t step = int64_t{1} << 18;  // tokens
     for (int64_t first = 0; first < pages * kPage; first += step) {
       const int64_t count = std::min(step, pages * kPage - first);
       const at::Tensor keys = ((seen.narrow(0, first, count) + 4).view({count, 1, 1}) * v +
                                at::randn({count, key_heads, kSelectorDim}, real))
                                   .to(dtype);
-      ops::append_selector_keys(pool, at::arange(first, first + count, real.dtype(at::kLong)), keys, "int4",
-                                1.0);
+      ops::selector_key_append(
+          {pool, at::arange(first, first + count, real.dtype(at::kLong)), keys, KeyFormat::int4});
     }
     set.new_keys[kind] = ((seen.index_select(0, set.slots) + 4).view({batch, 1, 1}) * v)
                              .expand({batch, key_heads, kSelectorDim})
@@ -104,8 +106,8 @@ void DecodeSet::summarize_keys() {
   bounds = at::zeros({heads, keys.size(1), 2, dim}, keys.options());
   codes = at::zeros({heads, slots_held, dim / 2}, keys.options().dtype(at::kByte));
   ranges = at::zeros({heads, slots_held, 2}, keys.options().dtype(at::kHalf));
-  ops::append_key_summaries(bounds, codes, ranges, keys,
-                            at::arange(slots_held, keys.options().dtype(at::kLong)));
+  ops::key_summary_append(
+      {bounds, codes, ranges, keys, at::arange(slots_held, keys.options().dtype(at::kLong))});
 }
 
 DecodeScene::DecodeScene(const DecodeShape& shape, int64_t length, int64_t batch, int64_t sets,
@@ -115,7 +117,7 @@ DecodeScene::DecodeScene(const DecodeShape& shape, int64_t length, int64_t batch
                   make_sets(shape, length, batch, sets, statistics, dtype, device, seed)) {}
 
 DecodeScene::DecodeScene(const DecodeShape& shape, int64_t length, int64_t batch, std::vector<DecodeSet> sets,
-                         const ops::SelectArguments& tiers)
+                         const SelectionRule& tiers)
     : shape_(shape), length_(length), batch_(batch), sets_(std::move(sets)), tiers_(tiers) {
   for (const DecodeSet& s : sets_) {
     at::Tensor& of_set = probabilities_.emplace_back(

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "ops/ops.h"
+#include "selector/config.h"
 
 namespace spot {
 
@@ -43,7 +43,7 @@ struct DecodeSet {
   // INT4 pools and the last token's keys [B, key_heads, 128]; key_heads 1 and 4. Undefined: the selector has
   // the other kind.
   at::Tensor selector_keys[2], new_keys[2];
-  at::Tensor bounds, codes, ranges;  // Quest's and Twilight's (ops/baseline_ops.h)
+  at::Tensor bounds, codes, ranges;  // Quest's and Twilight's (ops/baselines/baselines.h)
   double temperature = 1;            // of the selector's scores under top-p
 
   // Fills bounds, codes and ranges from the keys, whose pages are all full.
@@ -58,7 +58,7 @@ class DecodeScene {
   // Sets of that shape from elsewhere; `tiers` has the reserved tokens, floor and cap of the selector's
   // rules.
   DecodeScene(const DecodeShape& shape, int64_t length, int64_t batch, std::vector<DecodeSet> sets,
-              const ops::SelectArguments& tiers = {});
+              const SelectionRule& tiers = {});
 
   // Device bytes of one set and its probabilities.
   static int64_t set_bytes(const DecodeShape& shape, int64_t length, int64_t batch, at::ScalarType dtype);
@@ -72,7 +72,7 @@ class DecodeScene {
   bool has_selector(int64_t key_heads) const {
     return sets_.front().selector_keys[key_heads == 1 ? 0 : 1].defined();
   }
-  const ops::SelectArguments& tiers() const { return tiers_; }
+  const SelectionRule& tiers() const { return tiers_; }
 
   // Of a set's exact attention, means over its rows and query heads: the mass that tokens [B or none, 1 or
   // Hkv, length] bool hold;
@@ -84,7 +84,7 @@ class DecodeScene {
   DecodeShape shape_;
   int64_t length_, batch_;
   std::vector<DecodeSet> sets_;
-  ops::SelectArguments tiers_;
+  SelectionRule tiers_;
   std::vector<at::Tensor> probabilities_;  // by set, [B, num_heads, length] float32
 };
 

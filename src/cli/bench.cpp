@@ -145,7 +145,7 @@ void run(const Options& options) {
                          {"batch", options.batch},
                          {"device", device.str()},
                          {"dtype", std::string(c10::toString(backbone.dtype()))},
-                         {"rule", options.rule.rule(nullptr).describe()},
+                         {"rule", describe(options.rule.rule(nullptr))},
                          {"load_seconds", load_seconds},
                          {"random_weights", options.random},
                          {"cuda_graph", device.is_cuda() && !options.eager}};
@@ -164,7 +164,7 @@ void run(const Options& options) {
   }
   fmt::print("{} on {}, {}, {} in {:.1f} s, context {}, batch {}, {}{}\n{}", backbone.config().architecture,
              device.str(), c10::toString(backbone.dtype()), options.random ? "random weights" : "loaded",
-             load_seconds, options.context, options.batch, options.rule.rule(nullptr).describe(),
+             load_seconds, options.context, options.batch, describe(options.rule.rule(nullptr)),
              options.prefill ? "" : ", random keys and values instead of a prefill", table.to_text());
   if (!options.out.empty()) write_file_atomically(options.out, json.dump(1) + "\n");
 }

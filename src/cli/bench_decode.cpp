@@ -62,7 +62,7 @@ std::vector<Run> measure(const Options& options, const DecodeScene& scene, at::D
   }
   methods.push_back(dense_ours(scene));
   const int64_t budget = std::min(options.budget, scene.length());
-  const ops::SelectArguments& tiers = scene.tiers();
+  const SelectionRule& tiers = scene.tiers();
   const auto candidates =
       static_cast<int64_t>(options.candidates * static_cast<double>(scene.length())) / 16 * 16;
   std::vector<std::pair<const char*, std::optional<DecodeMethod>>> equal;

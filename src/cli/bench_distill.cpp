@@ -90,7 +90,7 @@ Work count_work(const ModelConfig& m, const Selector& selector, int64_t length, 
   const bool residual = selector.config().distillation.teacher_scope == TeacherScope::residual;
   const double seen =
       std::max(0.0, tokens / static_cast<double>(documents) -
-                        static_cast<double>(residual ? selection.sinks + selection.recency : 0));
+                        static_cast<double>(residual ? selection.rule.sinks + selection.rule.recency : 0));
   // A projection takes two products: the hidden states' gradient is not wanted.
   work.distillation =
       layers * seen * seen / 2 * static_cast<double>(documents) * (2 * attended + 3 * 2 * scored) +

@@ -1,5 +1,6 @@
 #include "cli/eval_options.h"
 
+#include <algorithm>
 #include <charconv>
 #include <optional>
 
@@ -32,7 +33,7 @@ bool set_option(RuleOptions& rule, const std::string& key, const std::string& va
   else if (key == "k" && percent)
     rule.share = *number;
   else if (key == "k")
-    rule.budget = static_cast<int64_t>(*number);
+    rule.budget = static_cast<int32_t>(std::clamp(*number, 0.0, 1e9));
   else if (key == "dense")
     rule.dense_layers = static_cast<int64_t>(*number);
   else

@@ -74,7 +74,7 @@ void run(const Options& options) {
     fmt::print(stderr, "\n");
     return;
   }
-  if (kind != AttentionKind::streaming) fmt::print(stderr, ", {}", spec.rule.describe());
+  if (kind != AttentionKind::streaming) fmt::print(stderr, ", {}", describe(spec.rule));
   if (kind == AttentionKind::twilight) fmt::print(stderr, " pruned to {:g}", spec.rule.p);
   double attended = 0, visible = 0;
   Table table{{"layer", "tokens attended", "of visible"}, {}};

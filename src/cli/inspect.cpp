@@ -109,8 +109,8 @@ void run(const Options& options) {
                           memory <= 0 ? "weights do not fit" : fmt::format("{:.0f} tokens", longest)});
   };
   row("none (dense)", 0);
-  for (CacheFormat format :
-       {CacheFormat::bf16, CacheFormat::int8, CacheFormat::int4, CacheFormat::mxfp4, CacheFormat::nvfp4}) {
+  for (KeyFormat format :
+       {KeyFormat::bf16, KeyFormat::int8, KeyFormat::int4, KeyFormat::mxfp4, KeyFormat::nvfp4}) {
     const SelectorCache one(selector, {0}, 1, format, at::kCPU);
     row(to_string(format), one.bytes_per_token());
   }

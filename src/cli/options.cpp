@@ -81,8 +81,7 @@ void RuleOptions::add(CLI::App& app) {
 }
 
 SelectionRule RuleOptions::rule(const Selector* selector) const {
-  SelectionRule rule =
-      selector ? SelectionRule::from_defaults(selector->config().selection) : SelectionRule{};
+  SelectionRule rule = selector ? selector->config().selection.rule : SelectionRule{};
   if (budget && *budget < 1) fail("--top-k-tokens is {}; it must be at least 1 token", *budget);
   if (share && !(*share > 0 && *share <= 1))
     fail("--top-k-share is {}; it must be above 0 and at most 1", *share);
@@ -94,7 +93,7 @@ SelectionRule RuleOptions::rule(const Selector* selector) const {
   if (floor) rule.floor = *floor;
   if (cap) rule.cap = *cap;
   if (temperature) rule.temperature = *temperature;
-  rule.validate();
+  validate(rule);
   return rule;
 }
 
@@ -114,7 +113,7 @@ AttentionSpec RuleOptions::spec(AttentionKind kind, const Selector* selector) co
     if (!p) spec.rule.p = 0.95;
   }
   for (int64_t layer = 0; layer < dense_layers; ++layer) spec.sparse.dense_layers.insert(layer);
-  if (cache_format) spec.cache_format = cache_format_from_string(*cache_format);
+  if (cache_format) spec.cache_format = key_format_from_string(*cache_format);
   return spec;
 }
 

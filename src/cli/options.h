@@ -36,7 +36,7 @@ struct SelectorOptions {
 // others.
 struct RuleOptions {
   std::optional<double> p, share, temperature;
-  std::optional<int64_t> budget, sinks, recency, floor, cap;
+  std::optional<int32_t> budget, sinks, recency, floor, cap;  // tokens
   std::optional<std::string> cache_format;
   int64_t dense_layers = 0;  // the first layers, which then do not select
 

@@ -220,7 +220,7 @@ Nucleus nucleus_of(const Samples& samples, const SelectionRule& rule) {
 
 at::Tensor captured_sums(const Backbone& backbone, const Selector& selector,
                          const std::vector<TokenSequence>& sequences, const CalibrationOptions& options) {
-  const SelectionRule rule = SelectionRule::from_defaults(selector.config().selection);
+  const SelectionRule rule = selector.config().selection.rule;
   const auto measured = measure(backbone, selector, sequences, options, rule, /*show_progress=*/false);
   const auto num_layers = static_cast<int64_t>(selector.layers().size());
   at::Tensor sums = at::zeros({num_layers, static_cast<int64_t>(options.p.size()) + 1}, at::kDouble);
@@ -236,7 +236,7 @@ at::Tensor captured_sums(const Backbone& backbone, const Selector& selector,
 Calibration calibrate(const Backbone& backbone, const Selector& selector,
                       const std::vector<TokenSequence>& sequences, const CalibrationOptions& options,
                       bool show_progress) {
-  SelectionRule rule = SelectionRule::from_defaults(selector.config().selection);
+  SelectionRule rule = selector.config().selection.rule;
   const auto measured = measure(backbone, selector, sequences, options, rule, show_progress);
 
   Calibration result;

@@ -9,7 +9,7 @@
 #include "core/error.h"
 #include "distill/coverage.h"
 #include "distill/divergence.h"
-#include "ops/distill_ops.h"
+#include "ops/distill/distill.h"
 
 namespace spot {
 namespace {
@@ -244,11 +244,11 @@ class Distiller {
       const int64_t end = list[3 * rows - 1] + 1, first_token = list[0], last_token = list[rows - 1];
       lists = on_device(lists);
       const ops::QueryStrip strip{lists[0], lists[1], lists[2], first_key, (end - first_key + 7) / 8 * 8};
-      const ops::AttentionMass teacher =
-          ops::attention_mass(in_.query, in_.key, in_.logsumexp, strip, in_.scale, 1);
-      const ops::SelectorKl kl =
-          ops::selector_kl(teacher.mass.select(1, 0), teacher.total.select(1, 0), in_.selector_query,
-                           in_.selector_key, weight, strip, k_train, grad_key);
+      const ops::TeacherMass::Result teacher =
+          ops::teacher_mass({in_.query, in_.key, in_.logsumexp, strip, in_.scale, 1});
+      const ops::SelectorKl::Result kl =
+          ops::selector_kl({teacher.mass.select(1, 0), teacher.total.select(1, 0), in_.selector_query,
+                            in_.selector_key, weight, strip, k_train, grad_key});
       losses.push_back(kl.loss);
       entropies.push_back(kl.entropy);
       if (!options_.gradients) continue;
@@ -315,7 +315,7 @@ class Distiller {
         (options_.operators == LayerLossOptions::Operators::always || ops::fuses_mass(in_.query, in_.key))) {
       const at::Tensor lists = (bounds.squeeze(2) + start).to(at::kInt);
       const ops::QueryStrip strip{lists[0], lists[1], lists[2] - 1, start, padded};
-      return ops::attention_mass(in_.query, in_.key, in_.logsumexp, strip, in_.scale, groups_).mass;
+      return ops::teacher_mass({in_.query, in_.key, in_.logsumexp, strip, in_.scale, groups_}).mass;
     }
     const int64_t kv_heads = key_.size(1), group_heads = query_.size(1) / kv_heads, rows = index.size(0);
     const int64_t keys = last_position + 1;

@@ -172,8 +172,8 @@ LayerLossOptions loss_options(const SelectorConfig& selector, const TrainConfig&
   options.teacher = selector.distillation.teacher;
   options.scope = selector.distillation.teacher_scope;
   options.rest_bucket = selector.distillation.rest_bucket;
-  options.sinks = selector.selection.sinks;
-  options.recency = selector.selection.recency;
+  options.sinks = selector.selection.rule.sinks;
+  options.recency = selector.selection.rule.recency;
   options.block_size = selector.block_size;
   options.budgets = config.budgets;
   options.measured_queries = 128;  // of each sequence: ranking blocks costs more than the loss of a query

@@ -103,12 +103,12 @@ class Run {
       fail("distillation: calibration_length is {}, the backbone reaches {} positions",
            config.calibration_length, backbone.config().max_position_embeddings);
     const SelectorConfig& shape = selector.config();
-    const int64_t least = shape.selection.sinks + shape.selection.recency + 2 * shape.block_size;
+    const int64_t least = shape.selection.rule.sinks + shape.selection.rule.recency + 2 * shape.block_size;
     if (shape.distillation.teacher_scope == TeacherScope::residual && config.data.sequence_length < least)
       fail(
           "distillation: of {} tokens the first {} and the last {} are left out, nothing remains to learn; give sequences of {} or "
           "more, or teacher_scope all",
-          config.data.sequence_length, shape.selection.sinks, shape.selection.recency, least);
+          config.data.sequence_length, shape.selection.rule.sinks, shape.selection.rule.recency, least);
     const Replicas& r = hooks.replicas;
     if (r.count < 1 || r.rank < 0 || r.rank >= r.count || (r.count > 1 && !r.sum))
       fail("distillation: there is no replica {} of {}", r.rank, r.count);

@@ -23,7 +23,7 @@ struct AttentionSpec {
   // rule.p
   SelectionRule rule;
   SparseOptions sparse;
-  std::optional<CacheFormat> cache_format;  // of the selector's keys; without it the selector's own
+  std::optional<KeyFormat> cache_format;  // of the selector's keys; without it the selector's own
 };
 
 // A policy with the caches it feeds. `selector` is needed for spot only (Error without it) and must outlive

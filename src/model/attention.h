@@ -9,7 +9,7 @@
 
 #include "model/batch.h"
 #include "model/kv_cache.h"
-#include "ops/layer_ops.h"
+#include "ops/layer/layer.h"
 
 namespace spot {
 

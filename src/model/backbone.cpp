@@ -8,9 +8,9 @@
 #include <utility>
 
 #include "core/error.h"
-#include "model/gated_delta.h"
 #include "model/weights.h"
-#include "ops/layer_ops.h"
+#include "ops/layer/layer.h"
+#include "ops/linear_attention/gated_delta.h"
 
 namespace spot {
 namespace {
@@ -77,8 +77,8 @@ at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const At
     prologue.value_pool = wanted.value_pool;
     prologue.slots = wanted.slots;
   }
-  const ops::PrologueOutputs made =
-      ops::attention_prologue(prologue, stored ? wanted.selector : std::nullopt);
+  if (stored && wanted.selector) prologue.selector = *wanted.selector;
+  const ops::AttentionPrologue::Result made = ops::attention_prologue(prologue);
   const AttentionInputs inputs{.layer = layer,
                                .hidden = x,
                                .query = made.query,
@@ -98,7 +98,7 @@ at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const At
     const at::Tensor gate = projected.narrow(1, 0, c.num_heads * 2 * dim)
                                 .unflatten(1, {c.num_heads, 2 * dim})
                                 .narrow(2, dim, dim);
-    out = ops::gated_product(gate, out, "sigmoid");
+    out = ops::gated_product({gate, out, "sigmoid"});
   }
   return out.reshape({tokens, c.num_heads * dim});
 }
@@ -110,14 +110,15 @@ at::Tensor delta_net(const Pass& pass, int64_t layer, const at::Tensor& x, const
   const int64_t channels = 2 * c.num_key_heads * c.key_head_dim + value_rows;
   const auto parts =
       linear(x, weights.in).split_with_sizes({channels, value_rows, c.num_value_heads, c.num_value_heads}, 1);
-  return gated_delta_layer(parts[0], parts[1], parts[2], parts[3], weights.rule,
-                           pass.cache.conv_states(layer), pass.cache.recurrent_states(layer),
-                           pass.state_slots, pass.batch.query_lengths);
+  return ops::gated_delta_layer(
+      {parts[0], parts[1], parts[2], parts[3], weights.rule, pass.cache.conv_states(layer),
+       pass.cache.recurrent_states(layer), pass.state_slots},
+      pass.batch.query_lengths);
 }
 
 at::Tensor mlp_inner(const at::Tensor& x, const LinearWeights& gate_up) {
   const auto halves = linear(x, gate_up).chunk(2, 1);
-  return ops::gated_product(halves[0], halves[1], "silu");
+  return ops::gated_product({halves[0], halves[1], "silu"});
 }
 
 void check_batch(const Batch& batch, const ModelConfig& config, at::Device device) {
@@ -202,16 +203,16 @@ at::Tensor Backbone::forward(const Batch& batch, AttentionBackend& attention, Kv
   for (int64_t i = 0; i < config.num_layers; ++i) {
     LayerWeights layer = weights_->layers[i];  // the tensors are shared, not copied
     if (weights_->sharded) weights_->sharded->put(i, layer);
-    const at::Tensor x = ops::rms_norm(hidden, layer.input_norm, config.rms_norm_eps);
+    const at::Tensor x = ops::rms_norm({hidden, layer.input_norm, config.rms_norm_eps});
     if (config.is_full_attention(i)) {
       add_linear(hidden, attend(pass, i, x, layer.attention), layer.attention.out);
     } else {
       add_linear(hidden, delta_net(pass, i, x, layer.delta), layer.delta.out);
     }
-    add_linear(hidden, mlp_inner(ops::rms_norm(hidden, layer.mlp_norm, config.rms_norm_eps), layer.gate_up),
+    add_linear(hidden, mlp_inner(ops::rms_norm({hidden, layer.mlp_norm, config.rms_norm_eps}), layer.gate_up),
                layer.down);
   }
-  return ops::rms_norm(hidden, weights_->final_norm, config.rms_norm_eps);
+  return ops::rms_norm({hidden, weights_->final_norm, config.rms_norm_eps});
 }
 
 at::Tensor Backbone::projection(int64_t layer) const {

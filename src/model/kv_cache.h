@@ -8,11 +8,12 @@
 #include <vector>
 
 #include "checkpoint/config.h"
+#include "kernels/key_format.h"
 #include "model/batch.h"
 
 namespace spot {
 
-inline constexpr int64_t kPageSize = 16;  // tokens a page; equals the selection block
+inline constexpr int64_t kPageSize = kernels::kPageTokens;  // tokens a page; equals the selection block
 
 // Everything a cache holds for one sequence, apart from any cache: copies, on the cache's device.
 struct SequenceState {

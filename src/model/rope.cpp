@@ -5,7 +5,7 @@
 #include <numbers>
 
 #include "core/error.h"
-#include "ops/layer_ops.h"
+#include "ops/layer/layer.h"
 
 namespace spot {
 namespace {

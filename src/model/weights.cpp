@@ -128,9 +128,9 @@ class Builder {
         {prefix + "in_proj_qkv", prefix + "in_proj_z", prefix + "in_proj_b", prefix + "in_proj_a"}, false);
     delta.out = linear({prefix + "out_proj"}, false);
     delta.rule =
-        gated_delta_weights(read_(prefix + "conv1d.weight", at::kFloat), read_(prefix + "A_log", at::kFloat),
-                            read_(prefix + "dt_bias", at::kFloat), read_(prefix + "norm.weight", at::kFloat),
-                            config_.rms_norm_eps);
+        ops::gated_delta_weights(read_(prefix + "conv1d.weight", at::kFloat),
+                                 read_(prefix + "A_log", at::kFloat), read_(prefix + "dt_bias", at::kFloat),
+                                 read_(prefix + "norm.weight", at::kFloat), config_.rms_norm_eps);
     return delta;
   }
 

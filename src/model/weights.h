@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "checkpoint/config.h"
-#include "model/gated_delta.h"
 #include "model/rope.h"
 #include "model/sharding.h"
+#include "ops/linear_attention/gated_delta.h"
 
 namespace spot {
 
@@ -31,7 +31,7 @@ struct AttentionWeights {
 // convolution's channels), output gate z, b, a.
 struct DeltaNetWeights {
   LinearWeights in, out;  // rows of in: the convolution's channels, z, b, a
-  GatedDeltaWeights rule;
+  ops::GatedDeltaWeights rule;
 };
 
 struct LayerWeights {

@@ -7,55 +7,34 @@
 
 namespace spot {
 
-void SelectionRule::validate() const {
+void validate(const SelectionRule& rule) {
   auto require = [](bool holds, const char* field, auto value, const char* wanted) {
     if (!holds) fail("selection rule: {} is {}; it must be {}", field, value, wanted);
   };
-  require(budget >= 0, "budget", budget, "0 or more tokens");
-  require(budget_fraction >= 0 && budget_fraction <= 1, "budget_fraction", budget_fraction,
+  require(rule.budget >= 0, "budget", rule.budget, "0 or more tokens");
+  require(rule.budget_fraction >= 0 && rule.budget_fraction <= 1, "budget_fraction", rule.budget_fraction,
           "0 (unused) to 1");
-  require(p > 0 && p <= 1, "p", p, "above 0 and at most 1");
-  require(sinks >= 0, "sinks", sinks, "0 or more tokens");
-  require(recency >= 0, "recency", recency, "0 or more tokens");
-  require(floor >= 0, "floor", floor, "0 or more tokens");
-  require(cap >= 0 && (cap == 0 || cap >= floor), "cap", cap, "0 (none) or at least the floor");
-  require(temperature > 0 && std::isfinite(temperature), "temperature", temperature, "positive");
+  require(rule.p > 0 && rule.p <= 1, "p", rule.p, "above 0 and at most 1");
+  require(rule.sinks >= 0, "sinks", rule.sinks, "0 or more tokens");
+  require(rule.recency >= 0, "recency", rule.recency, "0 or more tokens");
+  require(rule.floor >= 0, "floor", rule.floor, "0 or more tokens");
+  require(rule.cap >= 0 && (rule.cap == 0 || rule.cap >= rule.floor), "cap", rule.cap,
+          "0 (none) or at least the floor");
+  require(rule.temperature > 0 && std::isfinite(rule.temperature), "temperature", rule.temperature,
+          "positive");
 }
 
-std::string SelectionRule::describe() const {
-  if (mode == SelectionMode::top_p)
-    return cap > 0 ? fmt::format("top-p {:g}, at most {}", p, cap) : fmt::format("top-p {:g}", p);
-  return budget_fraction > 0 ? fmt::format("top-k {:g}%", 100 * budget_fraction)
-                             : fmt::format("top-k {}", budget);
-}
-
-SelectionRule SelectionRule::from_defaults(const SelectionDefaults& defaults) {
-  SelectionRule rule;
-  rule.p = defaults.p;
-  rule.sinks = defaults.sinks;
-  rule.recency = defaults.recency;
-  rule.floor = defaults.floor;
-  rule.cap = defaults.cap;
-  return rule;
-}
-
-ops::SelectArguments select_arguments(const SelectionRule& rule) {
-  rule.validate();
-  ops::SelectArguments arguments;
-  arguments.top_p = rule.mode == SelectionMode::top_p;
-  arguments.p = rule.p;
-  arguments.budget = rule.budget;
-  arguments.budget_fraction = rule.budget_fraction;
-  arguments.sinks = rule.sinks;
-  arguments.recency = rule.recency;
-  arguments.floor = rule.floor;
-  arguments.cap = rule.cap;
-  arguments.temperature = rule.temperature;
-  return arguments;
+std::string describe(const SelectionRule& rule) {
+  if (rule.mode == SelectionMode::top_p)
+    return rule.cap > 0 ? fmt::format("top-p {:g}, at most {}", rule.p, rule.cap)
+                        : fmt::format("top-p {:g}", rule.p);
+  return rule.budget_fraction > 0 ? fmt::format("top-k {:g}%", 100 * rule.budget_fraction)
+                                  : fmt::format("top-k {}", rule.budget);
 }
 
 Selection select_blocks(const at::Tensor& scores, const at::Tensor& lengths, const SelectionRule& rule) {
-  auto [indices, counts, mass] = ops::select_blocks(scores, lengths, select_arguments(rule));
+  validate(rule);
+  auto [indices, counts, mass] = ops::select_blocks({scores, lengths, rule});
   return {indices, counts, mass, lengths};
 }
 

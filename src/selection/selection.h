@@ -8,42 +8,15 @@
 #include <string>
 #include <utility>
 
-#include "ops/ops.h"
+#include "ops/attention/attention.h"
 #include "selector/config.h"
 
 namespace spot {
 
-enum class SelectionMode { top_k, top_p };
-
-// How many blocks a query keeps. With L visible tokens there are n = ceil(L / 16) blocks. Reserved are the
-// blocks of the first `sinks` tokens and those from floor((L - recency) / 16) on; when L <= floor all blocks
-// are kept. Beyond that
-//   top_k: ceil(K / 16) blocks in all, the reserved ones counted in and always kept, the rest by score
-//          descending.
-//   top_p: a softmax at `temperature` over the residual (not reserved) block scores, quantised to integers;
-//          the shortest prefix in (score descending, index ascending) order whose mass reaches p; extended
-//          down the same order until `floor` tokens are kept in all; then cut to `cap` tokens, the reserved
-//          ones always kept.
-// A NaN score counts as -inf. Source: SpotAttention section 2.3; kernels/select_reference.h is the exact
-// text.
-struct SelectionRule {
-  SelectionMode mode = SelectionMode::top_p;
-  int64_t budget = 2048;         // top_k: K in tokens
-  double budget_fraction = 0.0;  // top_k: when positive, K is this share of L (rounded up) instead
-  double p = 0.9;
-  int64_t sinks = 128, recency = 256, floor = 512;
-  int64_t cap = 0;  // top_p: 0 means none
-  double temperature = 1.0;
-
-  // Throws Error naming the first impossible value.
-  void validate() const;
-  // "top-p 0.9" or "top-k 2048" or "top-k 25%": for tables and progress lines.
-  std::string describe() const;
-  // The rule of a selector's defaults: top_p at its p; the temperature is per layer and set by the policy.
-  static SelectionRule from_defaults(const SelectionDefaults& defaults);
-
-  bool operator==(const SelectionRule&) const = default;
-};
+// Throws Error naming the first impossible value.
+void validate(const SelectionRule& rule);
+// "top-p 0.9" or "top-k 2048" or "top-k 25%": for tables and progress lines.
+std::string describe(const SelectionRule& rule);
 
 // The chosen blocks of some rows (a row is one query, or one tile of 16 queries of a sequence).
 struct Selection {
@@ -65,11 +38,8 @@ struct Selection {
 };
 
 // Applies the rule to scores [rows, groups, blocks] float32 (blocks past a row's length are ignored), lengths
-// [rows] int32. Any device with an implementation of spot::select_blocks.
+// [rows] int32; throws Error when the rule is impossible. Any device with an implementation of spot::select_blocks.
 Selection select_blocks(const at::Tensor& scores, const at::Tensor& lengths, const SelectionRule& rule);
-
-// The rule as the operators take it; throws Error when it is impossible.
-ops::SelectArguments select_arguments(const SelectionRule& rule);
 
 // Block score = max of its token scores. token_scores [..., tokens] -> [..., ceil(tokens / 16)]; the missing
 // tokens of the last block count as -inf.

@@ -5,16 +5,16 @@
 namespace spot {
 
 SelectorCache::SelectorCache(const SelectorConfig& config, const std::vector<int64_t>& layers,
-                             int64_t num_pages, CacheFormat format, at::Device device)
+                             int64_t num_pages, KeyFormat format, at::Device device)
     : format_(format),
       key_heads_(config.key_heads),
       head_dim_(config.head_dim),
       num_pages_(num_pages),
-      page_bytes_(ops::page_head_bytes(to_string(format))),
+      page_bytes_(kernels::page_head_bytes(format)),
       device_(device) {
   if (num_pages <= 0)
     fail("a selector cache of {} pages holds nothing; give it as many pages as the KV cache", num_pages);
-  if (format == CacheFormat::f32 && !device.is_cpu())
+  if (format == KeyFormat::f32 && !device.is_cpu())
     fail("selector cache format f32 exists on the CPU only; use bf16 on {}", device.str());
   const auto options = at::TensorOptions(device).dtype(at::kByte);
   for (int64_t layer : layers) pools_[layer] = at::zeros({num_pages, key_heads_, page_bytes_}, options);
@@ -27,16 +27,16 @@ at::Tensor SelectorCache::pool(int64_t layer) const {
 }
 
 void SelectorCache::append(int64_t layer, const at::Tensor& slots, const at::Tensor& key) {
-  ops::append_selector_keys(pool(layer), slots, key, to_string(format_), global_scale());
+  ops::selector_key_append({pool(layer), slots, key, format_, global_scale()});
 }
 
 void SelectorCache::append(int64_t layer, const at::Tensor& slots, const at::Tensor& projected,
                            const ops::KeyPreparation& preparation) {
-  ops::append_projected_keys(pool(layer), slots, projected, preparation, to_string(format_), global_scale());
+  ops::selector_key_append({pool(layer), slots, projected, format_, global_scale(), preparation});
 }
 
 at::Tensor SelectorCache::gather(int64_t layer, const at::Tensor& page_table, int64_t length) const {
-  return ops::gather_selector_keys(pool(layer), page_table, length, to_string(format_), global_scale());
+  return ops::selector_key_gather({pool(layer), page_table, length, format_, global_scale()});
 }
 
 double SelectorCache::bytes_per_token() const {

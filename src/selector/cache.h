@@ -7,7 +7,7 @@
 #include <map>
 #include <vector>
 
-#include "ops/ops.h"
+#include "ops/selector/selector.h"
 #include "selector/config.h"
 
 namespace spot {
@@ -18,7 +18,7 @@ namespace spot {
 class SelectorCache {
  public:
   SelectorCache(const SelectorConfig& config, const std::vector<int64_t>& layers, int64_t num_pages,
-                CacheFormat format, at::Device device);
+                KeyFormat format, at::Device device);
 
   // Writes key [T, key_heads, head_dim] at slots [T] int64 (page * 16 + offset).
   void append(int64_t layer, const at::Tensor& slots, const at::Tensor& key);
@@ -33,8 +33,8 @@ class SelectorCache {
   // The float32 that multiplies every nvfp4 block scale. A constant, since keys arrive one at a time: with it
   // blocks whose largest number lies between 0.006 and 168 have a normal E4M3 scale, far around what
   // normalised keys reach.
-  double global_scale() const { return format_ == CacheFormat::nvfp4 ? 0.0625 : 1.0; }
-  CacheFormat format() const { return format_; }
+  double global_scale() const { return format_ == KeyFormat::nvfp4 ? 0.0625 : 1.0; }
+  KeyFormat format() const { return format_; }
   int64_t key_heads() const { return key_heads_; }
   int64_t num_pages() const { return num_pages_; }
   // Bytes of one token in one layer, scales included.
@@ -42,7 +42,7 @@ class SelectorCache {
   at::Device device() const { return device_; }
 
  private:
-  CacheFormat format_;
+  KeyFormat format_;
   int64_t key_heads_, head_dim_, num_pages_, page_bytes_;
   at::Device device_;
   std::map<int64_t, at::Tensor> pools_;

@@ -1,10 +1,12 @@
 #include "selector/config.h"
 
 #include <cmath>
+#include <limits>
 #include <set>
 #include <utility>
 
 #include "core/error.h"
+#include "ops/words.h"
 
 namespace spot {
 namespace {
@@ -14,16 +16,19 @@ using nlohmann::json;
 template <typename Enum>
 using Words = std::vector<std::pair<Enum, const char*>>;
 
-const Words<KeyNorm> kKeyNorms = {
-    {KeyNorm::none, "none"}, {KeyNorm::layernorm, "layernorm"}, {KeyNorm::rmsnorm, "rmsnorm"}};
+// The words that operators and kernels have too.
+template <typename Enum>
+Words<Enum> words_of() {
+  return {ops::Words<Enum>::kList.begin(), ops::Words<Enum>::kList.end()};
+}
+
+const Words<KeyNorm> kKeyNorms = words_of<KeyNorm>();
 const Words<SelectorScope> kScopes = {{SelectorScope::layer, "layer"}, {SelectorScope::kv_group, "kv_group"}};
 const Words<DistillLoss> kLosses = {{DistillLoss::dense, "dense"}, {DistillLoss::sparse, "sparse"}};
 const Words<Teacher> kTeachers = {{Teacher::token, "token"}, {Teacher::block_max, "block_max"}};
 const Words<TeacherScope> kTeacherScopes = {{TeacherScope::all, "all"}, {TeacherScope::residual, "residual"}};
 const Words<Start> kStarts = {{Start::random, "random"}, {Start::backbone, "backbone"}};
-const Words<CacheFormat> kCacheFormats = {{CacheFormat::f32, "f32"},     {CacheFormat::bf16, "bf16"},
-                                          {CacheFormat::int8, "int8"},   {CacheFormat::int4, "int4"},
-                                          {CacheFormat::mxfp4, "mxfp4"}, {CacheFormat::nvfp4, "nvfp4"}};
+const Words<KeyFormat> kKeyFormats = words_of<KeyFormat>();
 
 template <typename Enum>
 std::string word_of(const Words<Enum>& words, Enum value) {
@@ -54,6 +59,13 @@ class Fields {
       if (!field->is_number_integer()) wrong(name, *field, "an integer");
       value = field->get<int64_t>();
     }
+  }
+  void read(const char* name, int32_t& value) {
+    int64_t wide = value;
+    read(name, wide);
+    if (wide < std::numeric_limits<int32_t>::min() || wide > std::numeric_limits<int32_t>::max())
+      fail("{}.{} is {}; no context has so many tokens", where_, name, wide);
+    value = static_cast<int32_t>(wide);
   }
   void read(const char* name, double& value) {
     if (const json* field = find(name)) {
@@ -113,12 +125,12 @@ class Fields {
 
 }  // namespace
 
-std::string to_string(CacheFormat format) {
-  return word_of(kCacheFormats, format);
+std::string to_string(KeyFormat format) {
+  return word_of(kKeyFormats, format);
 }
 
-CacheFormat cache_format_from_string(const std::string& word) {
-  return value_of(kCacheFormats, word, "the selector's cache format");
+KeyFormat key_format_from_string(const std::string& word) {
+  return value_of(kKeyFormats, word, "the selector's cache format");
 }
 
 SelectorConfig SelectorConfig::from_preset(const std::string& name) {
@@ -126,7 +138,7 @@ SelectorConfig SelectorConfig::from_preset(const std::string& name) {
   config.preset = name;
   if (name == "paper") {
     config.key_heads = config.num_heads;
-    config.cache_format = CacheFormat::bf16;
+    config.cache_format = KeyFormat::bf16;
     config.distillation.start = Start::random;
     config.distillation.teacher_scope = TeacherScope::all;
   } else if (name != "spot" && name != "custom") {
@@ -148,14 +160,14 @@ SelectorConfig SelectorConfig::from_json(const json& object, const std::string& 
   fields.read("norm_eps", config.norm_eps);
   fields.read("per", config.scope, kScopes);
   fields.read("block_size", config.block_size);
-  fields.read("cache_format", config.cache_format, kCacheFormats);
+  fields.read("cache_format", config.cache_format, kKeyFormats);
   if (const json* object = fields.find("selection")) {
     Fields selection(*object, source + ".selection");
-    selection.read("sinks", config.selection.sinks);
-    selection.read("recency", config.selection.recency);
-    selection.read("floor", config.selection.floor);
-    selection.read("cap", config.selection.cap);
-    selection.read("p", config.selection.p);
+    selection.read("sinks", config.selection.rule.sinks);
+    selection.read("recency", config.selection.rule.recency);
+    selection.read("floor", config.selection.rule.floor);
+    selection.read("cap", config.selection.rule.cap);
+    selection.read("p", config.selection.rule.p);
     selection.read("temperature", config.selection.temperature);
     selection.read("dense_layers", config.selection.dense_layers);
     selection.refuse_others();
@@ -185,13 +197,13 @@ json SelectorConfig::to_json() const {
           {"norm_eps", norm_eps},
           {"per", word_of(kScopes, scope)},
           {"block_size", block_size},
-          {"cache_format", word_of(kCacheFormats, cache_format)},
+          {"cache_format", word_of(kKeyFormats, cache_format)},
           {"selection",
-           {{"sinks", selection.sinks},
-            {"recency", selection.recency},
-            {"floor", selection.floor},
-            {"cap", selection.cap},
-            {"p", selection.p},
+           {{"sinks", selection.rule.sinks},
+            {"recency", selection.rule.recency},
+            {"floor", selection.rule.floor},
+            {"cap", selection.rule.cap},
+            {"p", selection.rule.p},
             {"temperature", selection.temperature},
             {"dense_layers", selection.dense_layers}}},
           {"distillation",
@@ -215,13 +227,14 @@ void SelectorConfig::validate(const std::string& source) const {
           "even and at most head_dim");
   require(norm_eps > 0 && norm_eps < 1, "norm_eps", norm_eps, "between 0 and 1");
   require(block_size == kBlockSize, "block_size", block_size, "16, the page size of the caches");
-  require(selection.sinks >= 0, "selection.sinks", selection.sinks, "0 or more tokens");
-  require(selection.recency >= 0, "selection.recency", selection.recency, "0 or more tokens");
-  require(selection.floor >= 0, "selection.floor", selection.floor, "0 or more tokens");
-  require(selection.cap >= 0, "selection.cap", selection.cap, "0 (no cap) or more tokens");
-  require(selection.cap == 0 || selection.cap >= selection.floor, "selection.cap", selection.cap,
-          "0 (no cap) or at least selection.floor");
-  require(selection.p > 0 && selection.p <= 1, "selection.p", selection.p, "above 0 and at most 1");
+  require(selection.rule.sinks >= 0, "selection.sinks", selection.rule.sinks, "0 or more tokens");
+  require(selection.rule.recency >= 0, "selection.recency", selection.rule.recency, "0 or more tokens");
+  require(selection.rule.floor >= 0, "selection.floor", selection.rule.floor, "0 or more tokens");
+  require(selection.rule.cap >= 0, "selection.cap", selection.rule.cap, "0 (no cap) or more tokens");
+  require(selection.rule.cap == 0 || selection.rule.cap >= selection.rule.floor, "selection.cap",
+          selection.rule.cap, "0 (no cap) or at least selection.floor");
+  require(selection.rule.p > 0 && selection.rule.p <= 1, "selection.p", selection.rule.p,
+          "above 0 and at most 1");
   for (double temperature : selection.temperature)
     require(temperature > 0 && std::isfinite(temperature), "selection.temperature", temperature,
             "positive for every layer");

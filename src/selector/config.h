@@ -7,29 +7,33 @@
 #include <string>
 #include <vector>
 
+#include "kernels/key_format.h"
+#include "kernels/select_rules.h"
+#include "kernels/selector_key_math.h"
+
 namespace spot {
 
-inline constexpr int64_t kBlockSize = 16;  // tokens of a selection block; equals the page size of the caches
+using kernels::KeyFormat;
+using kernels::KeyNorm;  // on the selector's keys, before RoPE
+using kernels::SelectionMode;
+using kernels::SelectionRule;
 
-enum class KeyNorm { none, layernorm, rmsnorm };  // on the selector's keys, before RoPE
-enum class SelectorScope { layer, kv_group };     // one block set per layer, or one per KV head
-enum class DistillLoss { dense, sparse };         // KL over all keys, or over the student's top k_train
-enum class Teacher { token, block_max };          // teacher distribution over tokens or over blocks
-enum class TeacherScope { all, residual };        // residual: without sink and recency tokens
-enum class Start { random, backbone };            // weights before the first step, see distill/initialize.h
-enum class CacheFormat { f32, bf16, int8, int4, mxfp4, nvfp4 };  // of the selector's cached keys
+// Tokens of a selection block; equals the page size of the caches.
+inline constexpr int64_t kBlockSize = kernels::kPageTokens;
 
-std::string to_string(CacheFormat format);
+enum class SelectorScope { layer, kv_group };  // one block set per layer, or one per KV head
+enum class DistillLoss { dense, sparse };      // KL over all keys, or over the student's top k_train
+enum class Teacher { token, block_max };       // teacher distribution over tokens or over blocks
+enum class TeacherScope { all, residual };     // residual: without sink and recency tokens
+enum class Start { random, backbone };         // weights before the first step, see distill/initialize.h
+
+std::string to_string(KeyFormat format);
 // Throws Error naming the accepted words.
-CacheFormat cache_format_from_string(const std::string& word);
+KeyFormat key_format_from_string(const std::string& word);
 
-// What a selection uses unless the caller asks for something else. Units are tokens.
+// What a selection uses unless the caller asks for something else.
 struct SelectionDefaults {
-  int64_t sinks = 128;    // reserved tokens at the start
-  int64_t recency = 256;  // reserved tokens at the end
-  int64_t floor = 512;    // never fewer tokens in all; contexts no longer than this are dense
-  int64_t cap = 0;        // never more tokens in all (reserved ones stay); 0: no cap
-  double p = 0.9;         // mass of the nucleus over the residual blocks
+  SelectionRule rule = {};  // top_p; its temperature stays 1
   std::vector<double>
       temperature;  // one per selector layer (order of Selector::layers()); empty: 1 everywhere
   std::vector<int64_t> dense_layers;  // model layers that attend densely and hold no selector
@@ -59,7 +63,7 @@ struct SelectorConfig {
   double norm_eps = 1e-6;
   SelectorScope scope = SelectorScope::layer;  // written as "per"
   int64_t block_size = kBlockSize;
-  CacheFormat cache_format = CacheFormat::int4;
+  KeyFormat cache_format = KeyFormat::int4;  // of the cached keys
   SelectionDefaults selection;
   DistillationFields distillation;
 

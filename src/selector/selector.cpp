@@ -162,9 +162,7 @@ at::Tensor Selector::project_key(int64_t layer, const at::Tensor& hidden, const 
 ops::KeyPreparation Selector::key_preparation(int64_t layer, const at::Tensor& positions) const {
   const LayerWeights& weights = layer_weights(layer);
   ops::KeyPreparation preparation;
-  preparation.norm = config_.key_norm == KeyNorm::none        ? ops::KeyPreparation::kNone
-                     : config_.key_norm == KeyNorm::layernorm ? ops::KeyPreparation::kLayerNorm
-                                                              : ops::KeyPreparation::kRmsNorm;
+  preparation.norm = config_.key_norm;
   if (weights.norm_weight.defined()) preparation.norm_weight = weights.norm_weight.to(at::kFloat);
   if (weights.norm_bias.defined()) preparation.norm_bias = weights.norm_bias.to(at::kFloat);
   preparation.norm_eps = config_.norm_eps;
@@ -213,7 +211,7 @@ AttentionPreparation Selector::prologue(int64_t layer, const at::Tensor& hidden,
                                             .mix_scale = mix_scale(),
                                             .preparation = key_preparation(layer, positions),
                                             .pool = cache.pool(layer),
-                                            .format = to_string(cache.format()),
+                                            .format = cache.format(),
                                             .global_scale = cache.global_scale()},
           .selector_projection = weights.query_key};
 }

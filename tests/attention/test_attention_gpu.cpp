@@ -28,7 +28,7 @@ struct Side {
       : device(device_),
         cache(model, 200, at::kBFloat16, device),
         selector(config, model, device, at::kBFloat16, seed),
-        keys(config, selector.layers(), 200, CacheFormat::int4, device),
+        keys(config, selector.layers(), 200, KeyFormat::int4, device),
         policy(selector, keys, rule),
         sparse(cache, policy, options),
         ids{cache.open_sequence(), cache.open_sequence()} {}

@@ -42,7 +42,7 @@ TEST(SpotPolicy, ScoresAreBlockMaximaOfTokenScores) {
       config.scope = scope;
       const Selector selector(config, model, at::kCPU, at::kFloat, seed);
       LayerHistory history(model, 40, at::kFloat, 2);
-      SelectorCache keys(config, selector.layers(), 40, CacheFormat::f32, at::kCPU);
+      SelectorCache keys(config, selector.layers(), 40, KeyFormat::f32, at::kCPU);
       SpotPolicy policy(selector, keys, small_rule());
       ASSERT_EQ(policy.groups(), scope == SelectorScope::layer ? 1 : 2);
       Feeder feeder{history, policy, {}};
@@ -95,7 +95,7 @@ TEST(SpotPolicy, TemperatureComesFromTheSelector) {
   SelectorConfig config;
   config.selection.temperature = {0.5, 3.0};
   const Selector selector(config, model, at::kCPU);
-  SelectorCache keys(config, selector.layers(), 4, CacheFormat::bf16, at::kCPU);
+  SelectorCache keys(config, selector.layers(), 4, KeyFormat::bf16, at::kCPU);
   SelectionRule rule = small_rule();
   rule.temperature = 2;
   SpotPolicy policy(selector, keys, rule);
@@ -105,9 +105,9 @@ TEST(SpotPolicy, TemperatureComesFromTheSelector) {
   EXPECT_FALSE(policy.covers(2));
   SelectorConfig other;
   other.key_heads = 4;
-  SelectorCache wrong(other, {0, 1}, 4, CacheFormat::bf16, at::kCPU);
+  SelectorCache wrong(other, {0, 1}, 4, KeyFormat::bf16, at::kCPU);
   EXPECT_THROW(SpotPolicy(selector, wrong, rule), Error);
-  SelectorCache lacking(config, {0}, 4, CacheFormat::bf16, at::kCPU);
+  SelectorCache lacking(config, {0}, 4, KeyFormat::bf16, at::kCPU);
   EXPECT_THROW(SpotPolicy(selector, lacking, rule), Error);
 }
 
@@ -116,7 +116,7 @@ TEST(Policies, SelectionsOfChunksAndDecodeAgree) {
   const ModelConfig model = small_model(24, 1, 6, 2, 32);
   const SelectorConfig config;
   const Selector selector(config, model, at::kCPU, at::kFloat, seed);
-  SelectorCache keys(config, selector.layers(), 60, CacheFormat::f32, at::kCPU);
+  SelectorCache keys(config, selector.layers(), 60, KeyFormat::f32, at::kCPU);
   SelectionRule rule = small_rule();
   rule.mode = SelectionMode::top_k;
   rule.budget = 96;
@@ -256,7 +256,7 @@ TEST(Policies, QueriesOfATileShareOneSet) {
   const ModelConfig model = small_model(24, 1, 6, 2, 32);
   const SelectorConfig config;
   const Selector selector(config, model, at::kCPU, at::kFloat, seed);
-  SelectorCache keys(config, selector.layers(), 40, CacheFormat::f32, at::kCPU);
+  SelectorCache keys(config, selector.layers(), 40, KeyFormat::f32, at::kCPU);
   LayerHistory history(model, 40, at::kFloat, 1);
   SpotPolicy policy(selector, keys, small_rule());
   Feeder feeder{history, policy, {}};
@@ -286,7 +286,7 @@ TEST(Policies, PagesCanBeMoved) {
   const ModelConfig model = small_model(24, 2, 4, 2, 16);
   const SelectorConfig config;
   const Selector selector(config, model, at::kCPU, at::kFloat, seed);
-  SelectorCache keys(config, selector.layers(), 20, CacheFormat::int4, at::kCPU);
+  SelectorCache keys(config, selector.layers(), 20, KeyFormat::int4, at::kCPU);
   SpotPolicy spot(selector, keys, small_rule());
   QuestPolicy quest(model, 20, at::kFloat, at::kCPU, small_rule());
   for (SelectionPolicy* policy :

@@ -43,7 +43,7 @@ TEST_P(Sparse, AttendsToTheSelectionAndNothingElse) {
   const Selector selector(config, model, at::kCPU, at::kFloat, seed);
   for (int64_t query_tile : {1, 16})
     for (int64_t budget : {96, 240}) {  // gathered and masked prefill
-      SelectorCache keys(config, selector.layers(), 120, CacheFormat::f32, at::kCPU);
+      SelectorCache keys(config, selector.layers(), 120, KeyFormat::f32, at::kCPU);
       SelectionRule rule = small_rule();
       rule.budget = budget;
       SpotPolicy policy(selector, keys, rule);
@@ -105,7 +105,7 @@ TEST(SparseAttention, FullBudgetAndShortContextsGiveTheDenseBits) {
     SelectionRule rule = small_rule();
     rule.budget = full ? 1 << 20 : 64;
     rule.floor = full ? 0 : 500;
-    SelectorCache keys(config, selector.layers(), 60, CacheFormat::int4, at::kCPU);
+    SelectorCache keys(config, selector.layers(), 60, KeyFormat::int4, at::kCPU);
     SpotPolicy policy(selector, keys, rule);
     LayerHistory history(model, 60, at::kFloat, 2);
     SparseAttention sparse(history.cache(), policy);
@@ -129,7 +129,7 @@ TEST(SparseAttention, DensePrefillFeedsThePolicies) {
   const ModelConfig model = small_model(24, 1, 4, 2, 32);
   const SelectorConfig config;
   const Selector selector(config, model, at::kCPU, at::kFloat, seed);
-  SelectorCache keys(config, selector.layers(), 40, CacheFormat::bf16, at::kCPU);
+  SelectorCache keys(config, selector.layers(), 40, KeyFormat::bf16, at::kCPU);
   SpotPolicy policy(selector, keys, small_rule());
   LayerHistory history(model, 40, at::kFloat, 1);
   SparseOptions options;
@@ -198,7 +198,7 @@ TEST(SparseAttention, RefusesOptionsItCannotHonour) {
   options.query_tile = 16;
   options.prefill_chunk = 40;
   EXPECT_THROW(SparseAttention(cache, policy, options), Error);
-  SelectorCache keys(SelectorConfig{}, {0}, 3, CacheFormat::bf16, at::kCPU);
+  SelectorCache keys(SelectorConfig{}, {0}, 3, KeyFormat::bf16, at::kCPU);
   const Selector selector(SelectorConfig{}, model, at::kCPU);
   SpotPolicy small(selector, keys, small_rule());
   LayerHistory history(model, 4, at::kFloat, 1);
@@ -222,7 +222,7 @@ TEST(SparseAttention, DrivesABackbone) {
   for (int i = 0; i < 77; ++i) second.push_back(static_cast<int32_t>(random_int(0, 96)));
   auto run = [&](bool sparse, PrefillMode prefill) {
     KvCache cache(model, 40, at::kFloat, at::kCPU);
-    SelectorCache keys(config, selector.layers(), 40, CacheFormat::nvfp4, at::kCPU);
+    SelectorCache keys(config, selector.layers(), 40, KeyFormat::nvfp4, at::kCPU);
     SpotPolicy policy(selector, keys, rule);
     SparseOptions options;
     options.prefill = prefill;

@@ -8,7 +8,7 @@
 #include "core/error.h"
 #include "core/files.h"
 #include "eval/decode_mass.h"
-#include "ops/baseline_ops.h"
+#include "ops/baselines/baselines.h"
 #include "text/tokenizer.h"
 
 using namespace spot;
@@ -131,8 +131,8 @@ TEST(DecodeRecord, QuestsBoundsBoundEveryTokenOfAPage) {
   const DecodeScene& scene = recorded().scene;
   for (int64_t i = 0; i < scene.sets(); ++i) {
     const DecodeSet& s = scene.set(i);
-    const at::Tensor bound = ops::quest_scores(s.query, s.bounds, s.page_table, s.lengths, scene.scale(),
-                                               true);  // [B, Hkv, blocks]
+    const at::Tensor bound = ops::quest_score(
+        {s.query, s.bounds, s.page_table, s.lengths, scene.scale(), true});  // [B, Hkv, blocks]
     for (int64_t row = 0; row < kBatch; ++row) {
       const at::Tensor keys =
           s.keys.index_select(1, s.page_table[row].to(at::kLong));  // [Hkv, blocks, 16, d]
@@ -147,7 +147,7 @@ TEST(DecodeRecord, QuestsBoundsBoundEveryTokenOfAPage) {
 
 TEST(DecodeRecord, SpotAgreesWithSparseAttentionsOwnCounters) {
   const Recorded& r = recorded();
-  SelectorCache keys(r.selector.config(), r.selector.layers(), kBatch * kLength / 16, CacheFormat::int4,
+  SelectorCache keys(r.selector.config(), r.selector.layers(), kBatch * kLength / 16, KeyFormat::int4,
                      at::kCPU);
   SpotPolicy policy(r.selector, keys, top_p(0.9));
   OwnRun run(policy, keys.num_pages());
@@ -202,8 +202,8 @@ TEST(DecodeRecord, TakesAnySelectorAndHeads) {
   const Backbone backbone = Backbone::random(model, at::kCPU, at::kFloat, 5);
   SelectorConfig config = SelectorConfig::from_preset("paper");
   config.scope = SelectorScope::kv_group;
-  config.selection.sinks = 64;
-  config.selection.floor = 400;
+  config.selection.rule.sinks = 64;
+  config.selection.rule.floor = 400;
   const Selector selector(config, model, at::kCPU);
   const DecodeScene scene = record_decode(backbone, selector, recorded().text, 768, 1);
   ASSERT_EQ(scene.sets(), static_cast<int64_t>(selector.layers().size()));
@@ -217,8 +217,8 @@ TEST(DecodeRecord, TakesAnySelectorAndHeads) {
     EXPECT_EQ(s.selector_weight.sizes(), (std::vector<int64_t>{1, 3, 4}));
     EXPECT_EQ(method.set_tokens[i], 512);
     // Each KV head's heads are held by its own set.
-    const at::Tensor scores = ops::score_blocks(s.selector_query, s.selector_weight, s.selector_keys[1],
-                                                s.page_table, s.lengths, "int4", 1.0);
+    const at::Tensor scores = ops::score_blocks(
+        {s.selector_query, s.selector_weight, s.selector_keys[1], s.page_table, s.lengths, KeyFormat::int4});
     SelectionRule rule = top_k(512);
     rule.sinks = 64;
     rule.floor = 400;

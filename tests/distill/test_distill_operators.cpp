@@ -6,7 +6,7 @@
 #include <cmath>
 #include <random>
 
-#include "ops/distill_ops.h"
+#include "ops/distill/distill.h"
 
 namespace spot {
 namespace {
@@ -52,7 +52,7 @@ TEST_F(DistillOperators, MassIsOfTheSoftmaxOverAllKeys) {
       for (int64_t r = 0; r < rows; ++r)
         want[r].narrow(1, 0, first + r - recency + 1 - sinks) =
             by_group[first + r].narrow(1, sinks, first + r - recency + 1 - sinks);
-      const ops::AttentionMass got = ops::attention_mass(query, key, logsumexp, s, 0.7, groups);
+      const ops::AttentionMass got = ops::teacher_mass({query, key, logsumexp, s, 0.7, groups});
       expect_near(got.mass, want, "mass");
       expect_near(got.total, want.sum(-1), "total");
       if (sinks == 0 && recency == 0)
@@ -109,7 +109,7 @@ TEST_F(DistillOperators, DivergenceIsOfTheRenormalisedTeacher) {
 
     at::Tensor grad_key = at::zeros({key_heads, tokens, 6}, at::kDouble);
     const ops::SelectorKl got =
-        ops::selector_kl(mass.clone(), mass.sum(-1), query, key, weight, s, k_train, grad_key);
+        ops::selector_kl({mass.clone(), mass.sum(-1), query, key, weight, s, k_train, grad_key});
     expect_near(got.loss, want_loss, "loss");
     expect_near(got.entropy, want_entropy, "entropy");
     expect_near(got.grad_query, grad(q).narrow(0, first, rows), "grad_query");
@@ -123,7 +123,7 @@ TEST_F(DistillOperators, RefuseListsAndTotalsThatDoNotFit) {
   const at::Tensor query = at::randn({20, 4, 6}), key = at::randn({20, 1, 6}), weight = at::randn({20, 4});
   const auto message = [&](const ops::QueryStrip& s, const at::Tensor& total) -> std::string {
     try {
-      ops::selector_kl(at::rand({5, good.width}), total, query, key, weight, s, 0, {});
+      ops::selector_kl({at::rand({5, good.width}), total, query, key, weight, s, 0, {}});
     } catch (const c10::Error& e) {
       return e.what_without_backtrace();
     }

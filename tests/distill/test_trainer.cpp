@@ -79,9 +79,9 @@ ModelConfig tiny_model() {
 SelectorConfig tiny_selector() {
   SelectorConfig config;
   config.rope_dims = 16;
-  config.selection.sinks = 16;
-  config.selection.recency = 16;
-  config.selection.floor = 48;
+  config.selection.rule.sinks = 16;
+  config.selection.rule.recency = 16;
+  config.selection.rule.floor = 48;
   config.distillation.k_train = 48;
   return config;
 }
@@ -422,7 +422,7 @@ TEST(Calibrate, FittedTemperatureMeansCapturedMass) {
   const uint64_t seed = fresh_seed();
   const SmallRun setup(seed);
   SelectorConfig config = tiny_selector();
-  config.selection.floor = 0;  // then the whole rule's residual share is the nucleus' share
+  config.selection.rule.floor = 0;  // then the whole rule's residual share is the nucleus' share
   const Selector selector(config, setup.backbone.config(), at::kCPU, at::kFloat, seed);
   for (const at::Tensor& p : selector.parameters()) p.mul_(2.0);  // too peaked
   std::mt19937_64 engine(seed);

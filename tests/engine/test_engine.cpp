@@ -62,7 +62,7 @@ TEST(Generate, EverySparseAttentionWithTheWholeContextEqualsDense) {
     spec.kind = kind;
     spec.rule.mode = SelectionMode::top_k;
     spec.rule.budget = 4096;
-    spec.cache_format = CacheFormat::f32;
+    spec.cache_format = KeyFormat::f32;
     AttentionRun run(spec, backbone, &selector, 800);
     EXPECT_EQ(generate(backbone, run.backend(), run.cache(), {prompt}, options).sequences[0].tokens, expected)
         << to_string(kind);
@@ -127,7 +127,7 @@ TEST(Decode, PreparedAndJoinedEqualUnprepared) {
       spec.kind = kind;
       spec.rule.mode = SelectionMode::top_k;
       spec.rule.budget = 64, spec.rule.sinks = 16, spec.rule.recency = 16, spec.rule.floor = 32;
-      spec.cache_format = CacheFormat::f32;
+      spec.cache_format = KeyFormat::f32;
       std::vector<at::Tensor> hidden;
       for (int way = 0; way < 3; ++way) {
         if (way == 2) selector.join(backbone);

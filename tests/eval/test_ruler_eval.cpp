@@ -165,7 +165,7 @@ TEST(RulerLogFile, OneProcessAtATime) {
 TEST_F(RulerEval, MethodsThatKeepEverythingAnswerAsDenseAttentionDoes) {
   methods = {method("dense", AttentionKind::dense, 64)};
   SelectorConfig config = SelectorConfig::from_preset("spot");
-  config.rope_dims = 8, config.cache_format = CacheFormat::f32;
+  config.rope_dims = 8, config.cache_format = KeyFormat::f32;
   const Selector selector(config, backbone.config(), at::kCPU);
   for (AttentionKind kind :
        {AttentionKind::spot, AttentionKind::oracle, AttentionKind::quest, AttentionKind::streaming})

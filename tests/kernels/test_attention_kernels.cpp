@@ -245,9 +245,9 @@ TEST(SelectAndAttend, EveryPathGivesTheSameBits) {
       Buffer<int32_t> selected(static_cast<size_t>(rows) * capacity), counts(rows);
       Buffer<uint16_t> out(static_cast<size_t>(scene.batch()) * shape.num_heads * shape.head_dim);
       SelectAndAttendParams p;
-      p.rules.mode = trial % 2 == 0 ? SelectMode::kTopK : SelectMode::kTopP;
-      p.rules.top_k_tokens = kEmulated ? 700 : 4096;
-      p.rules.top_p = 0.8f;
+      p.rules.mode = trial % 2 == 0 ? SelectionMode::top_k : SelectionMode::top_p;
+      p.rules.budget = kEmulated ? 700 : 4096;
+      p.rules.p = 0.8f;
       p.scores = device_scores.data();
       p.score_stride = width;
       p.max_blocks = scene.pages.max_blocks();
@@ -312,7 +312,7 @@ TEST(SelectAndAttend, CapturedOnceReplaysAtAnyLength) {
   Random random(testing::fresh_seed());
   const int32_t longest = 70000, batch = 2;
   const Scene scene(random, DataType::kBf16, 32, 8, 128, false, {longest, longest});
-  const testing::KeyPool pool(random, KeyFormat::kInt4, 1, scene.pages.num_pages, 1.0f);
+  const testing::KeyPool pool(random, KeyFormat::int4, 1, scene.pages.num_pages, 1.0f);
   const Typed queries(DataType::kBf16, testing::normal(random, batch * kSelectorHeads * kKeyDim));
   Buffer<uint8_t> device_pool(pool.bytes), device_queries(queries.bytes);
   Buffer<float> weights(testing::normal(random, batch * kSelectorHeads, 0.05f));

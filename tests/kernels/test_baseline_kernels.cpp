@@ -280,8 +280,8 @@ std::vector<bool> keep(const float* logits, int32_t n, float top_p) {
   for (int32_t i = 0; i < n; ++i) total += masses[i] = mass_of(logits[i], largest, 1.44269504088896340736f);
   std::vector<uint32_t> sorted = masses;
   std::sort(sorted.rbegin(), sorted.rend());
-  SelectParams rules;
-  rules.top_p = top_p;
+  SelectionRule rules;
+  rules.p = top_p;
   const uint64_t target = mass_target(fixed_probability(rules), total);
   uint64_t sum = 0;
   uint32_t threshold = 1;
@@ -333,7 +333,7 @@ void expect_pruned(Random& random, int32_t kv_heads, int32_t group, const std::v
   p.batch = rows;
   p.num_heads = heads;
   p.num_kv_heads = kv_heads;
-  p.top_p = top_p;
+  p.p = top_p;
   p.floor = floor;
   p.lengths = device_lengths.data();
   p.selected = device_selected.data();

@@ -11,8 +11,8 @@
 namespace spot::kernels {
 namespace {
 
-constexpr KeyFormat kFormats[] = {KeyFormat::kBf16, KeyFormat::kInt8, KeyFormat::kInt4, KeyFormat::kMxfp4,
-                                  KeyFormat::kNvfp4};
+constexpr KeyFormat kFormats[] = {KeyFormat::bf16, KeyFormat::int8, KeyFormat::int4, KeyFormat::mxfp4,
+                                  KeyFormat::nvfp4};
 
 uint32_t seed() {
   const uint32_t s = std::random_device{}();
@@ -51,7 +51,7 @@ TEST(KeyFormat, EveryBitOfAPageBelongsToOneTokenAndDim) {
 }
 
 TEST(KeyFormat, PairsUnpackToWhatWasPacked) {
-  for (KeyFormat format : {KeyFormat::kInt4, KeyFormat::kMxfp4, KeyFormat::kNvfp4}) {
+  for (KeyFormat format : {KeyFormat::int4, KeyFormat::mxfp4, KeyFormat::nvfp4}) {
     std::set<uint32_t> seen;
     for (uint32_t lower = 0; lower < 16; ++lower)
       for (uint32_t upper = 0; upper < 16; ++upper) {
@@ -83,8 +83,8 @@ TEST(KeyFormat, SmallFloatsRoundToTheNearestEven) {
   }
   EXPECT_EQ(float_to_e4m3(1e30f), 0x7eu);
   for (size_t i = 0; i < e2m1.size(); ++i) {
-    EXPECT_EQ(decode_value(KeyFormat::kMxfp4, static_cast<uint32_t>(i)), static_cast<float>(e2m1[i]));
-    EXPECT_EQ(decode_value(KeyFormat::kMxfp4, static_cast<uint32_t>(i) + 8), -static_cast<float>(e2m1[i]));
+    EXPECT_EQ(decode_value(KeyFormat::mxfp4, static_cast<uint32_t>(i)), static_cast<float>(e2m1[i]));
+    EXPECT_EQ(decode_value(KeyFormat::mxfp4, static_cast<uint32_t>(i) + 8), -static_cast<float>(e2m1[i]));
     if (i + 1 < e2m1.size()) {
       const float middle = static_cast<float>((e2m1[i] + e2m1[i + 1]) / 2);
       EXPECT_EQ(e2m1_magnitude(middle), i % 2 == 0 ? i : i + 1);
@@ -100,7 +100,7 @@ TEST(KeyFormat, ErrorIsAtMostHalfAStepOfTheGroup) {
   for (KeyFormat format : kFormats) {
     std::vector<uint8_t> page(page_head_bytes(format), 0xee);
     std::vector<std::vector<float>> keys;
-    const float global_scale = format == KeyFormat::kNvfp4 ? 0.037f : 1.0f;
+    const float global_scale = format == KeyFormat::nvfp4 ? 0.037f : 1.0f;
     std::vector<int> order = {3, 15, 0, 8, 7, 1, 2, 4, 5, 6, 14, 13, 12, 11, 10, 9};
     for (int token = 0; token < 16; ++token)
       keys.push_back(testing::normal(random, kKeyDim, std::ldexp(1.0f, static_cast<int>(random() % 8) - 4)));
@@ -110,7 +110,7 @@ TEST(KeyFormat, ErrorIsAtMostHalfAStepOfTheGroup) {
       decode_key(format, page.data(), token, decoded, global_scale);
       for (int dim = 0; dim < kKeyDim; ++dim) {
         const float x = keys[token][dim];
-        if (format == KeyFormat::kBf16) {
+        if (format == KeyFormat::bf16) {
           EXPECT_LE(std::fabs(decoded[dim] - x), std::fabs(x) / 256);
           continue;
         }
@@ -120,10 +120,10 @@ TEST(KeyFormat, ErrorIsAtMostHalfAStepOfTheGroup) {
           largest = std::max(largest, std::fabs(keys[token][group * group_size(format) + i]));
         // Integers: half a step. E2M1: a step near the top is a third of the largest; scales round by up to
         // 1/16 (E4M3), 2 (a power of two).
-        const float bound = format == KeyFormat::kInt8    ? largest / 127 * 0.51f
-                            : format == KeyFormat::kInt4  ? largest / 7 * 0.52f
-                            : format == KeyFormat::kMxfp4 ? largest / 3 * 1.001f
-                                                          : largest / 6 * 1.2f;
+        const float bound = format == KeyFormat::int8    ? largest / 127 * 0.51f
+                            : format == KeyFormat::int4  ? largest / 7 * 0.52f
+                            : format == KeyFormat::mxfp4 ? largest / 3 * 1.001f
+                                                         : largest / 6 * 1.2f;
         EXPECT_LE(std::fabs(decoded[dim] - x), bound) << static_cast<int>(format) << " dim " << dim;
       }
     }
@@ -137,7 +137,7 @@ TEST(KeyFormat, ZerosAndNonFiniteNumbers) {
     encode_key(format, key, 5, page.data());
     decode_key(format, page.data(), 5, decoded);
     for (float x : decoded) EXPECT_EQ(x, 0.0f);
-    if (format == KeyFormat::kBf16) continue;
+    if (format == KeyFormat::bf16) continue;
     key[3] = std::nanf(""), key[40] = 2.0f;
     encode_key(format, key, 5, page.data());
     decode_key(format, page.data(), 5, decoded);
@@ -153,7 +153,7 @@ TEST(KeyFormat, ZerosAndNonFiniteNumbers) {
 
 TEST(SelectorKey, MatchesItsFormulaInFloat64) {
   std::mt19937 random(seed());
-  for (KeyNorm norm : {KeyNorm::kNone, KeyNorm::kLayerNorm, KeyNorm::kRmsNorm}) {
+  for (KeyNorm norm : {KeyNorm::none, KeyNorm::layernorm, KeyNorm::rmsnorm}) {
     std::vector<float> x = testing::normal(random, kKeyDim, 3.0f), weight = testing::normal(random, kKeyDim),
                        bias = testing::normal(random, kKeyDim),
                        angle = testing::normal(random, kRotaryPairs, 5.0f);
@@ -162,9 +162,9 @@ TEST(SelectorKey, MatchesItsFormulaInFloat64) {
     for (int i = 0; i < kRotaryPairs; ++i) cos[i] = std::cos(angle[i]), sin[i] = std::sin(angle[i]);
     prepare_selector_key(x.data(), norm, weight.data(), bias.data(), 1e-6f, cos, sin, y);
     std::vector<double> expected(x.begin(), x.end());
-    if (norm != KeyNorm::kNone) {
+    if (norm != KeyNorm::none) {
       double mean = 0, square = 0;
-      if (norm == KeyNorm::kLayerNorm) {
+      if (norm == KeyNorm::layernorm) {
         for (double v : expected) mean += v / kKeyDim;
       }
       for (double& v : expected) v -= mean, square += v * v / kKeyDim;

@@ -135,8 +135,8 @@ struct PrologueCase {
   int32_t heads, kv_heads, dim, pairs;
   bool norm, gated, stored;
   int selector_key_heads;  // 0: no selector
-  KeyNorm key_norm = KeyNorm::kLayerNorm;
-  KeyFormat format = KeyFormat::kInt4;
+  KeyNorm key_norm = KeyNorm::layernorm;
+  KeyFormat format = KeyFormat::int4;
   bool selector_turns = true;
 };
 
@@ -172,6 +172,18 @@ class Prologue {
     std::shuffle(slots_.begin(), slots_.end(), random);
     slots_.resize(tokens);
     if (tokens > 2) slots_[1] = -1;
+    // Pools by heads; by pages with the heads inside; keys and values in turn, with gaps.
+    const int64_t dim = c.dim, inside = c.kv_heads * dim;
+    switch (random() % 3) {
+      case 0:
+        pool_ = {kPages * kPageTokens * dim, kPageTokens * dim, dim};
+        break;
+      case 1:
+        pool_ = {dim, kPageTokens * inside, inside};
+        break;
+      default:
+        pool_ = {dim, 2 * kPageTokens * (inside + 6) + 10, inside + 6};
+    }
   }
 
   struct Outputs {
@@ -216,7 +228,9 @@ class Prologue {
     p.value = value.data();
     p.key_pool = c_.stored ? key_pool.data() : nullptr;
     p.value_pool = c_.stored ? value_pool.data() : nullptr;
-    p.pool_head_stride = pool_size() / c_.kv_heads;
+    p.pool_head_stride = pool_.head;
+    p.pool_page_stride = pool_.page;
+    p.pool_token_stride = pool_.token;
     p.slots = slots.data() + first;
     if (c_.selector_key_heads > 0) {
       p.selector_queries = projected.data() + (first * stride_ + selector_offset_) * size;
@@ -280,7 +294,13 @@ class Prologue {
   static constexpr int64_t kPositions = 300, kPages = 4;
   static constexpr float kGlobalScale = 0.0625f;
 
-  int64_t pool_size() const { return c_.kv_heads * kPages * kPageTokens * c_.dim; }
+  struct PoolStrides {
+    int64_t head, page, token;
+  };
+  int64_t pool_at(int64_t head, int64_t slot) const {
+    return head * pool_.head + slot / kPageTokens * pool_.page + slot % kPageTokens * pool_.token;
+  }
+  int64_t pool_size() const { return pool_at(c_.kv_heads - 1, kPages * kPageTokens - 1) + c_.dim; }
 
   static void head(const float* x, int32_t dim, const float* norm, const float* cos, const float* sin,
                    int32_t pairs, std::vector<double>& out) {
@@ -302,10 +322,10 @@ class Prologue {
   void expect_stored(const std::vector<uint8_t>& pool, const std::vector<uint8_t>& heads,
                      const std::string& what) const {
     std::vector<uint8_t> expected(pool.size(), 0xff);
-    const int64_t bytes = c_.dim * bytes_of(c_.type), head_bytes = kPages * kPageTokens * bytes;
+    const int64_t size = bytes_of(c_.type), bytes = c_.dim * size;
     for (int64_t t = 0; t < tokens_ && c_.stored; ++t)
       for (int32_t h = 0; h < c_.kv_heads && slots_[t] >= 0; ++h)
-        std::memcpy(expected.data() + h * head_bytes + slots_[t] * bytes,
+        std::memcpy(expected.data() + pool_at(h, slots_[t]) * size,
                     heads.data() + (t * c_.kv_heads + h) * bytes, bytes);
     EXPECT_EQ(pool, expected) << what;
   }
@@ -346,6 +366,7 @@ class Prologue {
       hidden_stride_, mix_rows_;
   Typed projected_, hidden_;
   std::vector<float> qk_norm_, cos_, sin_, selector_cos_, selector_sin_, key_weight_, key_bias_, mix_;
+  PoolStrides pool_;
   std::vector<int64_t> positions_, slots_;
 };
 
@@ -376,9 +397,9 @@ TEST(AttentionPrologue, MatchesFloat64OnEveryLayout) {
 TEST(AttentionPrologue, TakesTheSelectorAlong) {
   Random random(testing::fresh_seed());
   for (KeyFormat format :
-       {KeyFormat::kBf16, KeyFormat::kInt8, KeyFormat::kInt4, KeyFormat::kMxfp4, KeyFormat::kNvfp4})
+       {KeyFormat::bf16, KeyFormat::int8, KeyFormat::int4, KeyFormat::mxfp4, KeyFormat::nvfp4})
     for (int key_heads : {1, 4})
-      for (KeyNorm norm : {KeyNorm::kNone, KeyNorm::kLayerNorm, KeyNorm::kRmsNorm}) {
+      for (KeyNorm norm : {KeyNorm::none, KeyNorm::layernorm, KeyNorm::rmsnorm}) {
         PrologueCase c{kTypes[random() % 3], 8, 2, 128, 64, true, false, true, key_heads, norm, format,
                        random() % 4 != 0};
         const int64_t tokens = 1 + static_cast<int64_t>(random() % 9);

@@ -415,14 +415,14 @@ TEST_F(ScoreTiles, DependOnNothingButTheTile) {
 
 TEST_F(ScoreTiles, StagedKeysAreTheDecodedOnes) {
   for (const KeyFormat format :
-       {KeyFormat::kBf16, KeyFormat::kInt8, KeyFormat::kInt4, KeyFormat::kMxfp4, KeyFormat::kNvfp4})
+       {KeyFormat::bf16, KeyFormat::int8, KeyFormat::int4, KeyFormat::mxfp4, KeyFormat::nvfp4})
     for (const int key_heads : {1, kSelectorHeads}) {
       const std::vector<int32_t> lengths = {draw(1, 80), 0, draw(1, 80)}, begins = {0, 90, 100};
       const int pool = 20, width = 6, key_tokens = 190;
       std::vector<int32_t> table(3 * width);
       std::iota(table.begin(), table.end(), 0);
       std::shuffle(table.begin(), table.end(), random_);
-      const float global_scale = format == KeyFormat::kNvfp4 ? 0.37f : 1.0f;
+      const float global_scale = format == KeyFormat::nvfp4 ? 0.37f : 1.0f;
       std::vector<uint8_t> pages(static_cast<size_t>(pool) * page_bytes(format, key_heads), 0xff);
       std::vector<float> want(static_cast<size_t>(key_heads) * key_tokens * kKeyDim, std::nanf(""));
       for (int s = 0; s < 3; ++s)

@@ -18,13 +18,13 @@ uint32_t seed() {
   return s;
 }
 
-std::set<int32_t> reserved_blocks(const SelectParams& p, int32_t length) {
+std::set<int32_t> reserved_blocks(const SelectionRule& p, int32_t length) {
   std::set<int32_t> reserved;
   const int32_t n = (length + 15) / 16;
   for (int32_t b = 0; b < n; ++b) {
-    // A sink block starts before the first sink_tokens tokens end; a recent one holds one of the last
-    // recency_tokens.
-    if (b * 16 < p.sink_tokens || (b + 1) * 16 > length - p.recency_tokens) reserved.insert(b);
+    // A sink block starts before the first `sinks` tokens end; a recent one holds one of the last
+    // `recency`.
+    if (b * 16 < p.sinks || (b + 1) * 16 > length - p.recency) reserved.insert(b);
   }
   return reserved;
 }
@@ -33,7 +33,7 @@ TEST(SelectReference, MassIsTheRoundedExponential) {
   std::mt19937 random(seed());
   std::uniform_real_distribution<float> distance(0.0f, 20.0f), temperature(0.3f, 3.0f);
   for (int i = 0; i < 20000; ++i) {
-    SelectParams p;
+    SelectionRule p;
     p.temperature = temperature(random);
     const float top = distance(random) - 10, score = top - distance(random);
     const double exact = std::exp((static_cast<double>(score) - static_cast<double>(top)) /
@@ -50,23 +50,23 @@ TEST(SelectReference, MassIsTheRoundedExponential) {
 TEST(SelectReference, TopKKeepsTheReservedAndTheBest) {
   std::mt19937 random(seed());
   for (int trial = 0; trial < 200; ++trial) {
-    SelectParams p;
-    p.mode = SelectMode::kTopK;
-    p.top_k_tokens = static_cast<int32_t>(random() % 3000);
+    SelectionRule p;
+    p.mode = SelectionMode::top_k;
+    p.budget = static_cast<int32_t>(random() % 3000);
     const int32_t length = 1 + static_cast<int32_t>(random() % 12000), n = (length + 15) / 16;
     if (trial % 4 == 1) {
-      p.top_k_share = static_cast<double>(1 + random() % 999) / 1000;
-      p.top_k_tokens = 1;
+      p.budget_fraction = static_cast<double>(1 + random() % 999) / 1000;
+      p.budget = 1;
     }
     const int32_t budget =
-        trial % 4 == 1 ? static_cast<int32_t>(std::ceil(p.top_k_share * length)) : p.top_k_tokens;
+        trial % 4 == 1 ? static_cast<int32_t>(std::ceil(p.budget_fraction * length)) : p.budget;
     std::vector<float> scores = testing::normal(random, n, 2.0f);
     if (trial % 3 == 0)
       for (float& s : scores) s = std::round(s);  // ties
     if (trial % 5 == 0) scores[random() % n] = NAN;
     const std::vector<int32_t> selected = select_blocks_reference(scores.data(), length, p);
     EXPECT_TRUE(std::is_sorted(selected.begin(), selected.end()));
-    if (length <= p.min_tokens) {
+    if (length <= p.floor) {
       EXPECT_EQ(static_cast<int32_t>(selected.size()), n);
       continue;
     }
@@ -91,16 +91,16 @@ TEST(SelectReference, TopKKeepsTheReservedAndTheBest) {
 TEST(SelectReference, TopPCoversItsShareWithTheFewestBlocks) {
   std::mt19937 random(seed());
   for (int trial = 0; trial < 300; ++trial) {
-    SelectParams p;
-    p.top_p = 0.05f + 0.949f * static_cast<float>(random() % 1000) / 1000;
+    SelectionRule p;
+    p.p = 0.05f + 0.949f * static_cast<float>(random() % 1000) / 1000;
     p.temperature = 0.5f + static_cast<float>(random() % 100) / 40;
-    p.max_tokens = trial % 4 == 0 ? 600 + static_cast<int32_t>(random() % 3000) : 0;
+    p.cap = trial % 4 == 0 ? 600 + static_cast<int32_t>(random() % 3000) : 0;
     const int32_t length = 1 + static_cast<int32_t>(random() % 20000), n = (length + 15) / 16;
     const std::vector<float> scores = testing::normal(random, n, trial % 2 == 0 ? 0.3f : 4.0f);
     float share = -1;
     const std::vector<int32_t> selected = select_blocks_reference(scores.data(), length, p, &share);
     const std::set<int32_t> reserved = reserved_blocks(p, length);
-    if (length <= p.min_tokens || static_cast<int32_t>(reserved.size()) == n) {
+    if (length <= p.floor || static_cast<int32_t>(reserved.size()) == n) {
       EXPECT_EQ(static_cast<int32_t>(selected.size()), n);
       EXPECT_EQ(share, 1.0f);
       continue;
@@ -118,10 +118,10 @@ TEST(SelectReference, TopPCoversItsShareWithTheFewestBlocks) {
     };
     for (size_t i = 0; i < order.size(); ++i) total += mass(i);
     int32_t nucleus = 0;
-    for (; sum < static_cast<double>(p.top_p) * total * (1 - 1e-12); ++nucleus) sum += mass(nucleus);
+    for (; sum < static_cast<double>(p.p) * total * (1 - 1e-12); ++nucleus) sum += mass(nucleus);
     const int32_t fixed = static_cast<int32_t>(reserved.size());
     int32_t expected = std::max(nucleus + fixed, 32);
-    if (p.max_tokens > 0) expected = std::min(expected, std::max(p.max_tokens / 16, fixed));
+    if (p.cap > 0) expected = std::min(expected, std::max(p.cap / 16, fixed));
     expected = std::min(expected, n);
     EXPECT_NEAR(static_cast<int32_t>(selected.size()), expected, 1 + expected / 500);
     const int32_t taken = static_cast<int32_t>(selected.size()) - fixed;
@@ -135,7 +135,7 @@ TEST(SelectReference, TopPCoversItsShareWithTheFewestBlocks) {
 }
 
 TEST(SelectReference, ExtremesAndTies) {
-  SelectParams p;
+  SelectionRule p;
   const int32_t length = 4096;
   std::vector<float> scores(256, -INFINITY);
   float share;
@@ -146,24 +146,24 @@ TEST(SelectReference, ExtremesAndTies) {
   EXPECT_EQ(share, 1.0f);
   // Equal scores: ceil(p * 232) residual blocks, the lowest.
   std::fill(scores.begin(), scores.end(), 2.5f);
-  p.top_p = 0.5f;
+  p.p = 0.5f;
   selected = select_blocks_reference(scores.data(), length, p, &share);
   EXPECT_EQ(selected.size(), 24u + 116u);
   EXPECT_EQ(selected[123], 123);
   EXPECT_EQ(selected[124], 240);
   EXPECT_EQ(share, 0.5f);
-  p.top_p = 1.0f;
+  p.p = 1.0f;
   EXPECT_EQ(select_blocks_reference(scores.data(), length, p).size(), 256u);
   // A capacity is a cap; -0 and +0 tie.
   scores[100] = -0.0f, scores[50] = 0.0f;
   for (int i = 0; i < 256; ++i)
     if (i != 100 && i != 50) scores[i] = -1.0f;
-  p.mode = SelectMode::kTopK;
-  p.top_k_tokens = 25 * 16;
+  p.mode = SelectionMode::top_k;
+  p.budget = 25 * 16;
   selected = select_blocks_reference(scores.data(), length, p);
   EXPECT_TRUE(std::binary_search(selected.begin(), selected.end(), 50));
   EXPECT_FALSE(std::binary_search(selected.begin(), selected.end(), 100));
-  p.top_k_tokens = 100 * 16;
+  p.budget = 100 * 16;
   EXPECT_EQ(select_blocks_reference(scores.data(), length, p, nullptr, 40).size(), 40u);
   EXPECT_TRUE(select_blocks_reference(scores.data(), 0, p).empty());
 }

@@ -17,20 +17,20 @@ using testing::PageTable;
 using testing::Random;
 using testing::Typed;
 
-constexpr KeyFormat kFormats[] = {KeyFormat::kBf16, KeyFormat::kInt8, KeyFormat::kInt4, KeyFormat::kMxfp4,
-                                  KeyFormat::kNvfp4};
+constexpr KeyFormat kFormats[] = {KeyFormat::bf16, KeyFormat::int8, KeyFormat::int4, KeyFormat::mxfp4,
+                                  KeyFormat::nvfp4};
 constexpr DataType kTypes[] = {DataType::kBf16, DataType::kF16, DataType::kF32};
 
 TEST(SelectorKeyAppend, EqualsTheHostBitForBit) {
   Random random(testing::fresh_seed());
   for (KeyFormat format : kFormats)
     for (int32_t key_heads : {1, 4})
-      for (KeyNorm norm : {KeyNorm::kNone, KeyNorm::kLayerNorm, KeyNorm::kRmsNorm}) {
+      for (KeyNorm norm : {KeyNorm::none, KeyNorm::layernorm, KeyNorm::rmsnorm}) {
         const DataType type = kTypes[random() % 3];
         const int64_t tokens = 37, pages = 5, padding = 6, positions = 1000;
         const int64_t stride = key_heads * kKeyDim + padding;
         const bool own_norm = random() % 2 == 0, rotate = random() % 4 != 0;
-        const float global_scale = format == KeyFormat::kNvfp4 ? 0.02f : 1.0f;
+        const float global_scale = format == KeyFormat::nvfp4 ? 0.02f : 1.0f;
         const Typed keys(type, testing::normal(random, tokens * stride, 3.0f));
         const std::vector<float> weight = testing::normal(random, 4 * kKeyDim),
                                  bias = testing::normal(random, 4 * kKeyDim),
@@ -130,7 +130,7 @@ TEST(ScoreBlocks, MatchesFloat64AndIgnoresTheBatch) {
                             7,     1000, 2,    3,   4, 600, 601,  602, 603, 604,  605, 606, 607, 608});
         std::shuffle(c.lengths.begin(), c.lengths.end(), random);
         const size_t rows = c.lengths.size();
-        const float global_scale = format == KeyFormat::kNvfp4 ? 0.013f : 1.0f;
+        const float global_scale = format == KeyFormat::nvfp4 ? 0.013f : 1.0f;
         PageTable pages(random, c.lengths);
         KeyPool pool(random, format, key_heads, pages.num_pages, global_scale);
         std::vector<float> raw = testing::normal(random, rows * kSelectorHeads * kKeyDim);
@@ -167,7 +167,7 @@ TEST(ScoreBlocks, MatchesFloat64AndIgnoresTheBatch) {
             EXPECT_TRUE(std::isnan(scores[row * stride + extra]));
         }
         EXPECT_LT(testing::relative_error(out, reference),
-                  format == KeyFormat::kBf16 && type == DataType::kF32 ? 1e-5 : 3e-6)
+                  format == KeyFormat::bf16 && type == DataType::kF32 ? 1e-5 : 3e-6)
             << "format " << static_cast<int>(format) << " heads " << key_heads << " type "
             << static_cast<int>(type);
         // The same bits again, and from a row on its own.
@@ -193,7 +193,7 @@ TEST(ScoreBlocks, RejectsWhatItCannotDo) {
 }
 
 // Selects every row on the device and on the host and compares all outputs exactly.
-void compare_selection(const SelectParams& rules, const std::vector<int32_t>& lengths,
+void compare_selection(const SelectionRule& rules, const std::vector<int32_t>& lengths,
                        int32_t rows_per_sequence, const std::vector<float>& scores, int64_t stride,
                        int32_t max_selected, bool with_share) {
   const int32_t rows = static_cast<int32_t>(lengths.size()) * rows_per_sequence;
@@ -254,14 +254,14 @@ constexpr int kKinds = 12;
 TEST(SelectBlocks, EqualsTheHostOnEveryKindOfRow) {
   Random random(testing::fresh_seed());
   for (int trial = 0; trial < (kEmulated ? 3 : 40); ++trial) {
-    SelectParams rules;
-    rules.mode = trial % 2 == 0 ? SelectMode::kTopP : SelectMode::kTopK;
-    rules.top_p = trial % 10 == 8 ? 1.0f : static_cast<float>(random() % 1000) / 1000;
-    rules.top_k_tokens = static_cast<int32_t>(random() % 8000);
-    if (random() % 2 == 0) rules.top_k_share = static_cast<double>(random() % 1000) / 1000;
+    SelectionRule rules;
+    rules.mode = trial % 2 == 0 ? SelectionMode::top_p : SelectionMode::top_k;
+    rules.p = trial % 10 == 8 ? 1.0f : static_cast<float>(random() % 1000) / 1000;
+    rules.budget = static_cast<int32_t>(random() % 8000);
+    if (random() % 2 == 0) rules.budget_fraction = static_cast<double>(random() % 1000) / 1000;
     rules.temperature = 0.3f + static_cast<float>(random() % 300) / 100;
-    if (trial % 3 == 1) rules.max_tokens = 700 + static_cast<int32_t>(random() % 5000);
-    if (trial % 7 == 6) rules.sink_tokens = rules.recency_tokens = rules.min_tokens = 0;
+    if (trial % 3 == 1) rules.cap = 700 + static_cast<int32_t>(random() % 5000);
+    if (trial % 7 == 6) rules.sinks = rules.recency = rules.floor = 0;
     std::vector<int32_t> lengths = {0, 1, 512, 513, 600};
     for (int kind = 0; kind < kKinds; ++kind)
       lengths.push_back(1 + static_cast<int32_t>(random() % (kEmulated ? 30000 : 200000)));
@@ -281,8 +281,8 @@ TEST(SelectBlocks, EqualsTheHostOnEveryKindOfRow) {
 TEST(SelectBlocks, AMillionTokens) {
   Random random(testing::fresh_seed());
   for (int kind : {0, 3, 10}) {
-    SelectParams rules;
-    rules.mode = kind == 3 ? SelectMode::kTopK : SelectMode::kTopP;
+    SelectionRule rules;
+    rules.mode = kind == 3 ? SelectionMode::top_k : SelectionMode::top_p;
     rules.temperature = 2.0f;
     const int32_t length = 16 * kMaxSelectBlocks - 5;
     std::vector<float> scores(kMaxSelectBlocks);

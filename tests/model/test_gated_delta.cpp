@@ -6,10 +6,11 @@
 #include <random>
 #include <vector>
 
-#include "core/error.h"
-#include "model/gated_delta.h"
+#include "ops/linear_attention/gated_delta.h"
 
 namespace spot {
+
+using namespace ops;
 namespace {
 
 struct Shape {
@@ -160,8 +161,8 @@ class GatedDelta : public testing::Test {
   // Runs the layer on the case, whose states it changes, against the loops.
   static void check(Case& c, double bound) {
     const Expected wanted = sequential(c);
-    const at::Tensor y = gated_delta_layer(c.mixed_qkv, c.z, c.b, c.a, c.weights, c.conv_states,
-                                           c.recurrent_states, c.slots, c.lengths);
+    const at::Tensor y = gated_delta_layer(
+        {c.mixed_qkv, c.z, c.b, c.a, c.weights, c.conv_states, c.recurrent_states, c.slots}, c.lengths);
     EXPECT_EQ(y.scalar_type(), c.mixed_qkv.scalar_type());
     expect_close(y, wanted.y, bound, "output");
     expect_close(c.conv_states, wanted.conv_states, 1e-6, "convolution states");
@@ -228,17 +229,17 @@ TEST_F(GatedDelta, EqualKeysStayStable) {
 TEST_F(GatedDelta, RefusesWhatDoesNotFit) {
   Case c = make({2, 4, 8, 8, 4}, {5, 4});
   const auto run = [&](const std::vector<int64_t>& lengths) {
-    gated_delta_layer(c.mixed_qkv, c.z, c.b, c.a, c.weights, c.conv_states, c.recurrent_states, c.slots,
+    gated_delta_layer({c.mixed_qkv, c.z, c.b, c.a, c.weights, c.conv_states, c.recurrent_states, c.slots},
                       lengths);
   };
   EXPECT_NO_THROW(run({5, 4}));
-  EXPECT_THROW(run({5, 5}), Error);
-  EXPECT_THROW(run({9}), Error);  // two slots, one length
-  EXPECT_THROW(run({10, -1}), Error);
-  EXPECT_THROW(run(std::vector<int64_t>(2, 1)), Error);
+  EXPECT_THROW(run({5, 5}), c10::Error);
+  EXPECT_THROW(run({9}), c10::Error);  // two slots, one length
+  EXPECT_THROW(run({10, -1}), c10::Error);
+  EXPECT_THROW(run(std::vector<int64_t>(2, 1)), c10::Error);
   c.z = c.z.narrow(1, 0, 31);
-  EXPECT_THROW(run({5, 4}), Error);
-  EXPECT_THROW(gated_delta_weights(c.conv1d, c.a_log, c.dt_bias.narrow(0, 0, 3), c.norm, 1e-6), Error);
+  EXPECT_THROW(run({5, 4}), c10::Error);
+  EXPECT_THROW(gated_delta_weights(c.conv1d, c.a_log, c.dt_bias.narrow(0, 0, 3), c.norm, 1e-6), c10::Error);
 }
 
 }  // namespace

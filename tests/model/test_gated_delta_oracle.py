@@ -16,8 +16,8 @@ SHAPES = [(2, 4, 32, 48), (3, 3, 128, 128), (1, 3, 64, 32)]
 @pytest.fixture(scope="module", autouse=True)
 def library(request):
     folder = request.getfixturevalue("build_folder")
-    path = folder / "tests" / "model" / "libspot_gated_delta_ops.so"
-    assert path.is_file(), f"{path} does not exist: build the target spot_gated_delta_ops"
+    path = folder / "libspot_ops.so"
+    assert path.is_file(), f"{path} does not exist: build the target spot_ops_library"
     torch.ops.load_library(str(path))
 
 

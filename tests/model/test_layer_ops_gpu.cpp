@@ -5,10 +5,12 @@
 
 #include <cmath>
 
-#include "ops/layer_ops.h"
+#include "ops/layer/layer.h"
 #include "tests/selector/support.h"
 
 using namespace spot;
+using ops::KeyFormat;
+using ops::KeyNorm;
 using namespace spot::test;
 
 namespace {
@@ -69,12 +71,12 @@ TEST(GpuLayerOps, RmsNorm) {
       for (int64_t width : {1, 37, 64, 1000, 4096, 5120, 12288})
         for (int64_t rows : {0, 1, 5, 300}) {
           const at::Tensor x = random_rows(rows, width, dtype), factor = at::randn({width}).to(factor_type);
-          const at::Tensor got = ops::rms_norm(there(x), there(factor), 1e-6);
-          expect_close(got, ops::rms_norm(x, factor, 1e-6), "width " + std::to_string(width));
-          EXPECT_TRUE(at::equal(ops::rms_norm(there(x), there(factor), 1e-6), got));
+          const at::Tensor got = ops::rms_norm({there(x), there(factor), 1e-6});
+          expect_close(got, ops::rms_norm({x, factor, 1e-6}), "width " + std::to_string(width));
+          EXPECT_TRUE(at::equal(ops::rms_norm({there(x), there(factor), 1e-6}), got));
           if (rows > 1) {
-            EXPECT_TRUE(
-                at::equal(ops::rms_norm(there(x.narrow(0, 1, 1)), there(factor), 1e-6), got.narrow(0, 1, 1)));
+            EXPECT_TRUE(at::equal(ops::rms_norm({there(x.narrow(0, 1, 1)), there(factor), 1e-6}),
+                                  got.narrow(0, 1, 1)));
           }
         }
 }
@@ -87,13 +89,13 @@ TEST(GpuLayerOps, GatedProduct) {
         for (int64_t rows : {0, 1, 9}) {
           const auto halves = random_rows(rows, 2 * width, dtype, 4).chunk(2, 1);
           const auto on_gpu = there(at::cat({halves[0], halves[1]}, 1)).chunk(2, 1);
-          expect_close(ops::gated_product(on_gpu[0], on_gpu[1], activation),
-                       ops::gated_product(halves[0], halves[1], activation), activation);
+          expect_close(ops::gated_product({on_gpu[0], on_gpu[1], activation}),
+                       ops::gated_product({halves[0], halves[1], activation}), activation);
           // Head by head, the gate after its query.
           const at::Tensor heads = at::randn({rows, 3, 2 * width}).to(dtype),
                            x = at::randn({rows, 3, width}).to(dtype);
-          expect_close(ops::gated_product(there(heads).narrow(2, width, width), there(x), activation),
-                       ops::gated_product(heads.narrow(2, width, width), x, activation), activation);
+          expect_close(ops::gated_product({there(heads).narrow(2, width, width), there(x), activation}),
+                       ops::gated_product({heads.narrow(2, width, width), x, activation}), activation);
         }
 }
 
@@ -118,26 +120,32 @@ ops::AttentionPrologue random_attention(const Layout& l, at::ScalarType dtype, i
   a.sin = angle.sin() * 1.2;
   a.positions = at::randint(0, kPositions, {tokens}, at::kLong);
   a.slots = at::randperm(kPages * 16, at::kLong).slice(0, 0, tokens);
+  a.slots.masked_fill_(at::rand({tokens}) < 0.1, -1);
   if (stored) {
-    a.key_pool = at::zeros({l.num_kv_heads, kPages, 16, l.head_dim}, dtype);
-    a.value_pool = at::zeros_like(a.key_pool);
+    // By heads as ours are, by pages with the heads inside as other engines keep them, or keys and values in turn.
+    const int64_t kv_heads = l.num_kv_heads, dim = l.head_dim;
+    if (random_int(0, 2) == 0) {
+      a.key_pool = at::zeros({kv_heads, kPages, 16, dim}, dtype);
+      a.value_pool = at::zeros_like(a.key_pool);
+    } else if (random_int(0, 1)) {
+      a.key_pool = at::zeros({kPages, 16, kv_heads, dim}, dtype).permute({2, 0, 1, 3});
+      a.value_pool = at::zeros({kPages, 16, kv_heads, dim}, dtype).permute({2, 0, 1, 3});
+    } else {
+      const at::Tensor both = at::zeros({kPages, 2, 16, kv_heads, dim}, dtype);
+      a.key_pool = both.select(1, 0).permute({2, 0, 1, 3});
+      a.value_pool = both.select(1, 1).permute({2, 0, 1, 3});
+    }
   }
   return a;
 }
 
 ops::AttentionPrologue there(const ops::AttentionPrologue& a) {
   ops::AttentionPrologue b = a;
+  ops::SelectorPrologue& s = b.selector;
+  ops::KeyPreparation& keys = s.preparation;
   for (at::Tensor* x :
-       {&b.projected, &b.qk_norm, &b.cos, &b.sin, &b.positions, &b.key_pool, &b.value_pool, &b.slots})
-    *x = there(*x);
-  return b;
-}
-
-ops::SelectorPrologue there(const ops::SelectorPrologue& s) {
-  ops::SelectorPrologue b = s;
-  ops::KeyPreparation& keys = b.preparation;
-  for (at::Tensor* x : {&b.projected, &b.hidden, &b.mix, &b.pool, &keys.norm_weight, &keys.norm_bias,
-                        &keys.cos, &keys.sin, &keys.positions})
+       {&b.projected, &b.qk_norm, &b.cos, &b.sin, &b.positions, &b.key_pool, &b.value_pool, &b.slots,
+        &s.projected, &s.hidden, &s.mix, &s.pool, &keys.norm_weight, &keys.norm_bias, &keys.cos, &keys.sin})
     *x = there(*x);
   return b;
 }
@@ -177,40 +185,39 @@ TEST(GpuLayerOps, PrologueOnEveryLayout) {
 
 TEST(GpuLayerOps, PrologueTakesTheSelectorAlong) {
   fresh_seed();
-  const ops::KeyPreparation::Norm norms[] = {ops::KeyPreparation::kNone, ops::KeyPreparation::kLayerNorm,
-                                             ops::KeyPreparation::kRmsNorm};
+  const KeyNorm norms[] = {KeyNorm::none, KeyNorm::layernorm, KeyNorm::rmsnorm};
   for (at::ScalarType dtype : kTypes)
-    for (const char* format : {"bf16", "int8", "int4", "mxfp4", "nvfp4"})
+    for (const KeyFormat format :
+         {KeyFormat::bf16, KeyFormat::int8, KeyFormat::int4, KeyFormat::mxfp4, KeyFormat::nvfp4})
       for (int64_t key_heads : {1, 4})
         for (auto norm : norms) {
           const int64_t tokens = random_int(1, 20), hidden_size = 2 * random_int(1, 2500),
                         groups = random_int(1, 8);
-          const auto a = random_attention({8, 2, 128, 128}, dtype, tokens, false, true, true);
-          ops::SelectorPrologue s;
+          auto a = random_attention({8, 2, 128, 128}, dtype, tokens, false, true, true);
+          ops::SelectorPrologue& s = a.selector;
           s.projected = random_rows(tokens, (4 + key_heads) * 128, dtype);
           s.hidden = random_rows(tokens, hidden_size, dtype);
           s.mix = at::randn({groups * 4, hidden_size}) * 0.1;
           s.mix_scale = 0.044;
           s.preparation.norm = norm;
-          if (norm != ops::KeyPreparation::kNone) s.preparation.norm_weight = at::rand({128}) + 0.5;
-          if (norm == ops::KeyPreparation::kLayerNorm) s.preparation.norm_bias = at::randn({128});
+          if (norm != KeyNorm::none) s.preparation.norm_weight = at::rand({128}) + 0.5;
+          if (norm == KeyNorm::layernorm) s.preparation.norm_bias = at::randn({128});
           if (random_int(0, 3)) {
             const at::Tensor angle = at::rand({500, 32}) * 6;
             s.preparation.cos = angle.cos();
             s.preparation.sin = angle.sin();
-            s.preparation.positions = a.positions;
           }
-          s.pool = at::zeros({8, key_heads, ops::page_head_bytes(format)}, at::kByte);
+          s.pool = at::zeros({8, key_heads, kernels::page_head_bytes(format)}, at::kByte);
           s.format = format;
           s.global_scale = 0.0625;
-          const auto a_gpu = there(a);
-          const auto s_gpu = there(s);
-          const auto expected = ops::attention_prologue(a, s), got = ops::attention_prologue(a_gpu, s_gpu);
-          expect_close(got.query, expected.query, format);
-          expect_close(got.key, expected.key, format);
-          expect_close(got.selector_query, expected.selector_query, format);
+          const auto on_gpu = there(a);
+          const auto expected = ops::attention_prologue(a), got = ops::attention_prologue(on_gpu);
+          const std::string word = ops::word_of(format);
+          expect_close(got.query, expected.query, word);
+          expect_close(got.key, expected.key, word);
+          expect_close(got.selector_query, expected.selector_query, word);
           EXPECT_LT((got.selector_weight.cpu() - expected.selector_weight).norm().item<double>(),
                     1e-5 * expected.selector_weight.norm().item<double>());
-          EXPECT_TRUE(at::equal(s_gpu.pool.cpu(), s.pool)) << format << " key heads " << key_heads;
+          EXPECT_TRUE(at::equal(on_gpu.selector.pool.cpu(), s.pool)) << word << " key heads " << key_heads;
         }
 }

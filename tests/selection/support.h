@@ -26,7 +26,7 @@ struct PlainBlocks {
 inline PlainBlocks plain_blocks(const std::vector<float>& scores, int64_t length, const SelectionRule& rule) {
   PlainBlocks plain;
   plain.blocks = (length + 15) / 16;
-  plain.residual_begin = std::min((rule.sinks + 15) / 16, plain.blocks);
+  plain.residual_begin = std::min<int64_t>((rule.sinks + 15) / 16, plain.blocks);
   plain.residual_end = std::max(std::max<int64_t>(length - rule.recency, 0) / 16, plain.residual_begin);
   plain.all = length <= rule.floor || plain.residual_begin == plain.residual_end;
   for (int64_t b = plain.residual_begin; b < plain.residual_end; ++b)

@@ -2,7 +2,8 @@
 
 #include <cmath>
 
-#include "ops/ops.h"
+#include "ops/attention/attention.h"
+#include "ops/selector/selector.h"
 #include "tests/selection/support.h"
 #include "tests/selector/support.h"
 
@@ -106,8 +107,8 @@ TEST_P(SparseDecode, MatchesDoublePrecisionAndReadsNothingElse) {
         expected[r] = plain_attention(query[r], paged.keys[r], paged.values[r], chosen, scale);
       }
       const at::Tensor got =
-          ops::sparse_decode_attention(query, poisoned.key_pool, poisoned.value_pool, paged.page_table,
-                                       paged.lengths, indices, counts, scale);
+          ops::sparse_decode_attention({query, poisoned.key_pool, poisoned.value_pool, paged.page_table,
+                                        paged.lengths, scale, indices, counts});
       ASSERT_EQ(got.scalar_type(), dtype);
       EXPECT_LT(largest_difference(got, expected), dtype == at::kFloat  ? 5e-6
                                                    : dtype == at::kHalf ? 2e-3
@@ -126,12 +127,12 @@ TEST(SparseDecodeAttention, IsIndependentOfBatchAndThreads) {
   const auto [indices, counts] = random_selection(paged.lengths, 1, 0.5);
   const at::Tensor query = at::randn({3, 8, 64});
   const at::Tensor whole = ops::sparse_decode_attention(
-      query, paged.key_pool, paged.value_pool, paged.page_table, paged.lengths, indices, counts, 0.125);
+      {query, paged.key_pool, paged.value_pool, paged.page_table, paged.lengths, 0.125, indices, counts});
   for (int64_t r = 0; r < 3; ++r) {
     auto one = [&](const at::Tensor& x) { return x.slice(0, r, r + 1); };
     EXPECT_TRUE(at::equal(
-        ops::sparse_decode_attention(one(query), paged.key_pool, paged.value_pool, one(paged.page_table),
-                                     one(paged.lengths), one(indices), one(counts), 0.125)[0],
+        ops::sparse_decode_attention({one(query), paged.key_pool, paged.value_pool, one(paged.page_table),
+                                      one(paged.lengths), 0.125, one(indices), one(counts)})[0],
         whole[r]));
   }
   // A page table shared by all rows may be expanded.
@@ -139,18 +140,18 @@ TEST(SparseDecodeAttention, IsIndependentOfBatchAndThreads) {
   const auto [few, few_counts] = random_selection(lengths, 2, 0.5);
   const at::Tensor expanded = paged.page_table.slice(0, 0, 1).expand({3, -1});
   EXPECT_TRUE(
-      at::equal(ops::sparse_decode_attention(query, paged.key_pool, paged.value_pool, expanded, lengths, few,
-                                             few_counts, 0.125),
-                ops::sparse_decode_attention(query, paged.key_pool, paged.value_pool, expanded.contiguous(),
-                                             lengths, few, few_counts, 0.125)));
+      at::equal(ops::sparse_decode_attention(
+                    {query, paged.key_pool, paged.value_pool, expanded, lengths, 0.125, few, few_counts}),
+                ops::sparse_decode_attention({query, paged.key_pool, paged.value_pool, expanded.contiguous(),
+                                              lengths, 0.125, few, few_counts})));
 }
 
 TEST(SparseDecodeAttention, EmptyRowsGiveZeros) {
   const Paged paged = random_pages({16, 32}, 2, 64, at::kFloat);
   const at::Tensor none = at::full({2, 1, 0}, -1, at::kInt);
   const at::Tensor got =
-      ops::sparse_decode_attention(at::randn({2, 4, 64}), paged.key_pool, paged.value_pool, paged.page_table,
-                                   paged.lengths, none, at::zeros({2, 1}, at::kInt), 0.1);
+      ops::sparse_decode_attention({at::randn({2, 4, 64}), paged.key_pool, paged.value_pool, paged.page_table,
+                                    paged.lengths, 0.1, none, at::zeros({2, 1}, at::kInt)});
   EXPECT_EQ(got.abs().max().item<float>(), 0.0f);
 }
 
@@ -158,8 +159,8 @@ TEST(SparseDecodeAttention, RefusesWhatWouldReadOutside) {
   const Paged paged = random_pages({20}, 2, 64, at::kFloat);
   const at::Tensor query = at::randn({1, 4, 64}), counts = at::ones({1, 1}, at::kInt);
   auto run = [&](const at::Tensor& indices, const at::Tensor& count, const at::Tensor& table) {
-    return ops::sparse_decode_attention(query, paged.key_pool, paged.value_pool, table, paged.lengths,
-                                        indices, count, 0.1);
+    return ops::sparse_decode_attention(
+        {query, paged.key_pool, paged.value_pool, table, paged.lengths, 0.1, indices, count});
   };
   const at::Tensor zero = at::zeros({1, 1, 1}, at::kInt);
   run(zero, counts, paged.page_table);
@@ -169,21 +170,22 @@ TEST(SparseDecodeAttention, RefusesWhatWouldReadOutside) {
   EXPECT_THROW(run(zero, counts, paged.page_table + 100), c10::Error);          // no such page
   EXPECT_THROW(run(zero.to(at::kLong), counts, paged.page_table), c10::Error);  // dtype
   EXPECT_THROW(run(zero.expand({1, 3, 1}), counts.expand({1, 3}), paged.page_table), c10::Error);  // groups
-  EXPECT_THROW(ops::sparse_decode_attention(query.to(at::kDouble), paged.key_pool, paged.value_pool,
-                                            paged.page_table, paged.lengths, zero, counts, 0.1),
+  EXPECT_THROW(ops::sparse_decode_attention({query.to(at::kDouble), paged.key_pool, paged.value_pool,
+                                             paged.page_table, paged.lengths, 0.1, zero, counts}),
                c10::Error);
-  EXPECT_THROW(ops::sparse_decode_attention(query.slice(1, 0, 3), paged.key_pool, paged.value_pool,
-                                            paged.page_table, paged.lengths, zero, counts, 0.1),
+  EXPECT_THROW(ops::sparse_decode_attention({query.slice(1, 0, 3), paged.key_pool, paged.value_pool,
+                                             paged.page_table, paged.lengths, 0.1, zero, counts}),
                c10::Error);
 }
 
 TEST(ScoreBlocks, MatchesDoublePrecisionInEveryFormat) {
   fresh_seed();
-  for (const char* format : {"f32", "bf16", "int8", "int4", "mxfp4", "nvfp4"})
+  for (const KeyFormat format : {KeyFormat::f32, KeyFormat::bf16, KeyFormat::int8, KeyFormat::int4,
+                                 KeyFormat::mxfp4, KeyFormat::nvfp4})
     for (int64_t key_heads : {1, 4})
       for (int64_t groups : {1, 3}) {
         const std::vector<int64_t> lengths = {random_int(1, 16), random_int(17, 100), 64};
-        at::Tensor pool = at::zeros({14, key_heads, ops::page_head_bytes(format)}, at::kByte);
+        at::Tensor pool = at::zeros({14, key_heads, kernels::page_head_bytes(format)}, at::kByte);
         const at::Tensor order = at::randperm(14, at::kLong);
         at::Tensor table = at::zeros({3, 8}, at::kInt);
         int64_t next = 0;
@@ -194,12 +196,12 @@ TEST(ScoreBlocks, MatchesDoublePrecisionInEveryFormat) {
           const at::Tensor slots =
               table[r].to(at::kLong).index_select(0, at::div(position, 16, "floor")) * 16 +
               at::remainder(position, 16);
-          ops::append_selector_keys(pool, slots, at::randn({lengths[r], key_heads, 128}), format, 0.0625);
-          stored.push_back(ops::gather_selector_keys(pool, table[r], lengths[r], format, 0.0625));
+          ops::selector_key_append({pool, slots, at::randn({lengths[r], key_heads, 128}), format, 0.0625});
+          stored.push_back(ops::selector_key_gather({pool, table[r], lengths[r], format, 0.0625}));
         }
         const at::Tensor query = at::randn({3, 4, 128}), weight = at::randn({3, groups, 4});
         const at::Tensor got =
-            ops::score_blocks(query, weight, pool, table, at::tensor(lengths).to(at::kInt), format, 0.0625);
+            ops::score_blocks({query, weight, pool, table, at::tensor(lengths).to(at::kInt), format, 0.0625});
         ASSERT_EQ(got.sizes(), (std::vector<int64_t>{3, groups, 8}));
         for (int64_t r = 0; r < 3; ++r)
           for (int64_t g = 0; g < groups; ++g) {
@@ -215,16 +217,17 @@ TEST(ScoreBlocks, MatchesDoublePrecisionInEveryFormat) {
               if (first >= lengths[r]) {
                 EXPECT_EQ(value, -INFINITY);
               } else {
-                EXPECT_NEAR(value, scores.slice(0, first, last).max().item<double>(), 2e-3) << format;
+                EXPECT_NEAR(value, scores.slice(0, first, last).max().item<double>(), 2e-3)
+                    << to_string(format);
               }
             }
           }
-        EXPECT_EQ(
-            ops::score_blocks(query, weight, pool, table, at::tensor(lengths).to(at::kInt), format, 0.0625, 7)
-                .size(2),
-            7);
-        EXPECT_THROW(ops::score_blocks(query, weight, pool, table, at::tensor(lengths).to(at::kInt) + 200,
-                                       format, 0.0625),
+        EXPECT_EQ(ops::score_blocks(
+                      {query, weight, pool, table, at::tensor(lengths).to(at::kInt), format, 0.0625, 7})
+                      .size(2),
+                  7);
+        EXPECT_THROW(ops::score_blocks({query, weight, pool, table, at::tensor(lengths).to(at::kInt) + 200,
+                                        format, 0.0625}),
                      c10::Error);
       }
 }
@@ -233,14 +236,14 @@ TEST(ScoreBlocks, RefusesBadArguments) {
   const at::Tensor pool = at::zeros({2, 1, 4096}, at::kByte), table = at::zeros({1, 2}, at::kInt),
                    lengths = at::full({1}, 20, at::kInt);
   const at::Tensor query = at::zeros({1, 4, 128}), weight = at::zeros({1, 1, 4});
-  ops::score_blocks(query, weight, pool, table, lengths, "bf16", 1);
-  EXPECT_THROW(ops::score_blocks(query, weight, pool, table, lengths, "int8", 1), c10::Error);
-  EXPECT_THROW(ops::score_blocks(query, weight, pool, table, lengths, "fp8", 1), c10::Error);
-  EXPECT_THROW(ops::score_blocks(query.slice(1, 0, 3), weight, pool, table, lengths, "bf16", 1), c10::Error);
-  EXPECT_THROW(ops::score_blocks(query, weight.to(at::kBFloat16), pool, table, lengths, "bf16", 1),
+  ops::score_blocks({query, weight, pool, table, lengths, KeyFormat::bf16});
+  EXPECT_THROW(ops::score_blocks({query, weight, pool, table, lengths, KeyFormat::int8}), c10::Error);
+  EXPECT_THROW(ops::score_blocks({query.slice(1, 0, 3), weight, pool, table, lengths, KeyFormat::bf16}),
                c10::Error);
-  EXPECT_THROW(ops::score_blocks(query, weight, pool, table + 5, lengths, "bf16", 1), c10::Error);
-  EXPECT_THROW(ops::score_blocks(query, weight, pool, table, lengths.to(at::kLong), "bf16", 1), c10::Error);
+  EXPECT_THROW(ops::score_blocks({query, weight.to(at::kBFloat16), pool, table, lengths, KeyFormat::bf16}),
+               c10::Error);
+  EXPECT_THROW(ops::score_blocks({query, weight, pool, table + 5, lengths, KeyFormat::bf16}), c10::Error);
+  EXPECT_THROW(ops::score_blocks({query, weight, pool, table, lengths.to(at::kLong), KeyFormat::bf16}), c10::Error);
 }
 
 TEST(SelectAndAttend, IsItsTwoHalves) {
@@ -248,29 +251,31 @@ TEST(SelectAndAttend, IsItsTwoHalves) {
   const Paged paged = random_pages({random_int(1, 40), 700, random_int(300, 900)}, 2, 64, at::kFloat);
   const at::Tensor query = at::randn({3, 6, 64}), scores = at::randn({3, 2, paged.page_table.size(1)}) * 4;
   for (bool top_p : {true, false}) {
-    ops::SelectArguments arguments;
-    arguments.top_p = top_p;
+    SelectionRule arguments;
+    arguments.mode = top_p ? SelectionMode::top_p : SelectionMode::top_k;
     arguments.budget_fraction = top_p ? 0.0 : 0.6;
     arguments.floor = 32;
     arguments.sinks = 16;
     arguments.recency = 64;
-    const auto got = ops::select_and_attend(scores, query, paged.key_pool, paged.value_pool, paged.page_table,
-                                            paged.lengths, 0.125, arguments);
-    const auto [indices, counts, mass] = ops::select_blocks(scores, paged.lengths, arguments);
+    const auto got = ops::select_and_attend(
+        {scores, query, paged.key_pool, paged.value_pool, paged.page_table, paged.lengths, 0.125, arguments});
+    const auto [indices, counts, mass] = ops::select_blocks({scores, paged.lengths, arguments});
     EXPECT_TRUE(at::equal(got.indices, indices));
     EXPECT_TRUE(at::equal(got.counts, counts));
     EXPECT_TRUE(at::equal(got.predicted_mass, mass));
-    const auto unmeasured = ops::select_and_attend(scores, query, paged.key_pool, paged.value_pool,
-                                                   paged.page_table, paged.lengths, 0.125, arguments, false);
+    const auto unmeasured =
+        ops::select_and_attend({scores, query, paged.key_pool, paged.value_pool, paged.page_table,
+                                paged.lengths, 0.125, arguments, /*max_selected=*/0, false});
     EXPECT_TRUE(at::equal(unmeasured.output, got.output));
     EXPECT_TRUE(at::equal(unmeasured.indices, got.indices));
     EXPECT_EQ(unmeasured.predicted_mass.numel(), 0);
     EXPECT_TRUE(at::equal(
-        got.output, ops::sparse_decode_attention(query, paged.key_pool, paged.value_pool, paged.page_table,
-                                                 paged.lengths, indices, counts, 0.125)));
-    EXPECT_THROW(ops::select_and_attend(scores.slice(1, 0, 1).expand({3, 3, -1}), query, paged.key_pool,
-                                        paged.value_pool, paged.page_table, paged.lengths, 0.125, arguments),
-                 c10::Error);
+        got.output, ops::sparse_decode_attention({query, paged.key_pool, paged.value_pool, paged.page_table,
+                                                  paged.lengths, 0.125, indices, counts})));
+    EXPECT_THROW(
+        ops::select_and_attend({scores.slice(1, 0, 1).expand({3, 3, -1}), query, paged.key_pool,
+                                paged.value_pool, paged.page_table, paged.lengths, 0.125, arguments}),
+        c10::Error);
   }
 }
 
@@ -278,8 +283,8 @@ TEST(SparseDecodeAttention, WithoutListsAttendsToEverything) {
   fresh_seed();
   const Paged paged = random_pages({random_int(1, 40), 300}, 2, 64, at::kFloat);
   const at::Tensor query = at::randn({2, 6, 64});
-  const at::Tensor got = ops::sparse_decode_attention(query, paged.key_pool, paged.value_pool,
-                                                      paged.page_table, paged.lengths, {}, {}, 0.125);
+  const at::Tensor got = ops::sparse_decode_attention(
+      {query, paged.key_pool, paged.value_pool, paged.page_table, paged.lengths, 0.125});
   for (int64_t r = 0; r < 2; ++r) {
     std::vector<int64_t> all(paged.lengths[r].item<int32_t>());
     std::iota(all.begin(), all.end(), 0);

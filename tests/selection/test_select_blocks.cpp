@@ -4,7 +4,7 @@
 #include <set>
 
 #include "kernels/select_reference.h"
-#include "ops/ops.h"
+#include "ops/attention/attention.h"
 #include "selection/selection.h"
 #include "tests/selection/support.h"
 #include "tests/selector/support.h"
@@ -103,7 +103,7 @@ TEST(SelectBlocks, TopKKeepsExactlyItsBudget) {
                                    : static_cast<double>(rule.budget));
       const int64_t expected =
           plain.all ? plain.blocks : std::clamp((budget + 15) / 16, plain.reserved(), plain.blocks);
-      EXPECT_EQ(selection.counts[r][0].item<int32_t>(), expected) << rule.describe() << " length " << length;
+      EXPECT_EQ(selection.counts[r][0].item<int32_t>(), expected) << describe(rule) << " length " << length;
     }
   }
 }
@@ -125,9 +125,9 @@ TEST(SelectBlocks, TopPIsTheShortestNucleusWithinItsLimits) {
           continue;
         }
         const auto masses = plain_masses(plain, row_of(rows.scores, r, g), rule.temperature);
-        const int64_t most = rule.cap > 0 ? std::max(rule.cap / 16, plain.reserved()) : plain.blocks;
+        const int64_t most = rule.cap > 0 ? std::max<int64_t>(rule.cap / 16, plain.reserved()) : plain.blocks;
         const int64_t least =
-            std::min({std::max((rule.floor + 15) / 16, plain.reserved()), plain.blocks, most});
+            std::min({std::max<int64_t>((rule.floor + 15) / 16, plain.reserved()), plain.blocks, most});
         EXPECT_GE(count, least);
         EXPECT_LE(count, most);
         const int64_t kept = count - plain.reserved();
@@ -203,14 +203,13 @@ TEST(SelectBlocks, EqualScoresGoToTheLowerIndexAndNanComesLast) {
 TEST(SelectBlocks, MaxSelectedIsACap) {
   fresh_seed();
   const Rows rows = random_rows(5, 2, 80, 0);
-  ops::SelectArguments arguments;
+  SelectionRule arguments;
   arguments.p = 0.95;
-  arguments.max_selected = 40;
-  const auto [indices, counts, mass] = ops::select_blocks(rows.scores, rows.lengths, arguments);
+  const auto [indices, counts, mass] = ops::select_blocks({rows.scores, rows.lengths, arguments, 40});
   EXPECT_EQ(indices.size(2), 40);
   EXPECT_LE(counts.max().item<int32_t>(), 40);
-  arguments.max_selected = 3;  // fewer than the reserved blocks of the longest row
-  EXPECT_THROW(ops::select_blocks(rows.scores, rows.lengths, arguments), c10::Error);
+  // Fewer than the reserved blocks of the longest row.
+  EXPECT_THROW(ops::select_blocks({rows.scores, rows.lengths, arguments, 3}), c10::Error);
 }
 
 TEST(SelectBlocks, IsThePureFunctionOfItsRow) {
@@ -242,22 +241,15 @@ TEST(SelectBlocks, EqualsTheKernelsReferenceBitForBit) {
     for (int64_t r = 0; r < 5; ++r)
       for (int64_t g = 0; g < 2; ++g) {
         const int32_t length = rows.lengths[r].item<int32_t>();
-        kernels::SelectParams params;
-        params.mode =
-            rule.mode == SelectionMode::top_p ? kernels::SelectMode::kTopP : kernels::SelectMode::kTopK;
-        params.sink_tokens = static_cast<int32_t>(rule.sinks);
-        params.recency_tokens = static_cast<int32_t>(rule.recency);
-        params.min_tokens = static_cast<int32_t>(rule.floor);
-        params.max_tokens = static_cast<int32_t>(rule.cap);
-        params.top_k_tokens =
-            static_cast<int32_t>(rule.budget_fraction > 0 ? std::ceil(rule.budget_fraction * length)
-                                                          : static_cast<double>(rule.budget));
-        params.top_p = static_cast<float>(rule.p);
-        params.temperature = static_cast<float>(rule.temperature);
+        SelectionRule tokens = rule;
+        if (rule.budget_fraction > 0) {
+          tokens.budget = static_cast<int32_t>(std::ceil(rule.budget_fraction * length));
+          tokens.budget_fraction = 0;
+        }
         float share = 0;
         const auto expected =
-            kernels::select_blocks_reference(row_of(rows.scores, r, g).data(), length, params, &share);
-        ASSERT_EQ(got.counts[r][g].item<int32_t>(), static_cast<int32_t>(expected.size())) << rule.describe();
+            kernels::select_blocks_reference(row_of(rows.scores, r, g).data(), length, tokens, &share);
+        ASSERT_EQ(got.counts[r][g].item<int32_t>(), static_cast<int32_t>(expected.size())) << describe(rule);
         const at::Tensor list = got.indices[r][g].slice(0, 0, static_cast<int64_t>(expected.size()));
         ASSERT_TRUE(at::equal(list, at::tensor(expected, at::kInt)));
         ASSERT_EQ(got.predicted_mass[r][g].item<float>(), share);
@@ -267,20 +259,20 @@ TEST(SelectBlocks, EqualsTheKernelsReferenceBitForBit) {
 
 TEST(SelectBlocks, RefusesBadArguments) {
   const at::Tensor scores = at::zeros({2, 1, 4}), lengths = at::full({2}, 64, at::kInt);
-  ops::SelectArguments arguments;
-  EXPECT_THROW(ops::select_blocks(scores.to(at::kDouble), lengths, arguments), c10::Error);
-  EXPECT_THROW(ops::select_blocks(scores[0], lengths, arguments), c10::Error);
-  EXPECT_THROW(ops::select_blocks(scores, lengths.to(at::kLong), arguments), c10::Error);
-  EXPECT_THROW(ops::select_blocks(scores, lengths + 1, arguments), c10::Error);
-  EXPECT_THROW(ops::select_blocks(scores, lengths * -1, arguments), c10::Error);
+  SelectionRule arguments;
+  EXPECT_THROW(ops::select_blocks({scores.to(at::kDouble), lengths, arguments}), c10::Error);
+  EXPECT_THROW(ops::select_blocks({scores[0], lengths, arguments}), c10::Error);
+  EXPECT_THROW(ops::select_blocks({scores, lengths.to(at::kLong), arguments}), c10::Error);
+  EXPECT_THROW(ops::select_blocks({scores, lengths + 1, arguments}), c10::Error);
+  EXPECT_THROW(ops::select_blocks({scores, lengths * -1, arguments}), c10::Error);
   arguments.p = 0;
-  EXPECT_THROW(ops::select_blocks(scores, lengths, arguments), c10::Error);
+  EXPECT_THROW(ops::select_blocks({scores, lengths, arguments}), c10::Error);
   arguments.p = 0.5;
   arguments.temperature = NAN;
-  EXPECT_THROW(ops::select_blocks(scores, lengths, arguments), c10::Error);
+  EXPECT_THROW(ops::select_blocks({scores, lengths, arguments}), c10::Error);
   SelectionRule rule;
   rule.cap = 100;
-  EXPECT_NE(error_of([&] { rule.validate(); }).find("cap is 100"), std::string::npos);
+  EXPECT_NE(error_of([&] { validate(rule); }).find("cap is 100"), std::string::npos);
   rule = {};
   rule.p = 1.5;
   EXPECT_NE(error_of([&] { select_blocks(scores, lengths, rule); }).find("p is 1.5"), std::string::npos);
@@ -313,8 +305,8 @@ TEST(Selection, BlockMaxMaskAndCounts) {
   const auto [kept, visible] = count_tokens(selection, lengths);
   EXPECT_EQ(visible.item<int64_t>(), 2 * tokens);
   EXPECT_NEAR(kept.item<double>(), mask.to(at::kDouble).sum().item<double>() / 3, 1e-9);
-  EXPECT_EQ(rule.describe(), "top-p 0.6");
+  EXPECT_EQ(describe(rule), "top-p 0.6");
   rule.mode = SelectionMode::top_k;
   rule.budget_fraction = 0.25;
-  EXPECT_EQ(rule.describe(), "top-k 25%");
+  EXPECT_EQ(describe(rule), "top-k 25%");
 }

@@ -6,8 +6,7 @@
 
 #include "kernels/key_format.h"
 #include "ops/cpu/page_kernels.h"
-#include "ops/gather_keys.h"
-#include "ops/ops.h"
+#include "ops/selector/selector.h"
 #include "selector/cache.h"
 #include "selector/selector.h"
 #include "tests/selector/support.h"
@@ -17,21 +16,21 @@ using namespace spot::test;
 
 namespace {
 
-const CacheFormat kFormats[] = {CacheFormat::f32,  CacheFormat::bf16,  CacheFormat::int8,
-                                CacheFormat::int4, CacheFormat::mxfp4, CacheFormat::nvfp4};
+const KeyFormat kFormats[] = {KeyFormat::f32,  KeyFormat::bf16,  KeyFormat::int8,
+                              KeyFormat::int4, KeyFormat::mxfp4, KeyFormat::nvfp4};
 
 // Largest error of a stored number, as a share of its group's largest magnitude.
-double coarseness(CacheFormat format) {
+double coarseness(KeyFormat format) {
   switch (format) {
-    case CacheFormat::f32:
+    case KeyFormat::f32:
       return 0;
-    case CacheFormat::bf16:
+    case KeyFormat::bf16:
       return 1.0 / 256;
-    case CacheFormat::int8:
+    case KeyFormat::int8:
       return 0.5 / 127 + 1.0 / 200;  // half a step, and the bf16 scale's own error
-    case CacheFormat::int4:
+    case KeyFormat::int4:
       return 0.5 / 7 + 1.0 / 200;
-    case CacheFormat::mxfp4:
+    case KeyFormat::mxfp4:
       return 1.0 / 3;  // steps of 2 up to 6, and a scale up to twice too large
     default:
       return 1.0 / 6 + 1.0 / 12;
@@ -42,7 +41,7 @@ double coarseness(CacheFormat format) {
 
 TEST(SelectorCache, KeepsKeysUnderAnyPages) {
   fresh_seed();
-  for (CacheFormat format : kFormats)
+  for (KeyFormat format : kFormats)
     for (int64_t key_heads : {1, 4}) {
       SelectorConfig config;
       config.key_heads = key_heads;
@@ -59,11 +58,11 @@ TEST(SelectorCache, KeepsKeysUnderAnyPages) {
       cache.append(5, slots.slice(0, 0, cut), keys.slice(0, 0, cut));
       const at::Tensor got = cache.gather(5, pages, length);
       ASSERT_EQ(got.sizes(), keys.sizes());
-      const int64_t group = format == CacheFormat::nvfp4 ? 16 : 32;
+      const int64_t group = format == KeyFormat::nvfp4 ? 16 : 32;
       const at::Tensor largest = keys.view({length, key_heads, -1, group}).abs().amax(-1, true);
       const at::Tensor error = (got - keys).view({length, key_heads, -1, group}).abs() / largest;
       EXPECT_LE(error.max().item<double>(), coarseness(format)) << to_string(format);
-      EXPECT_EQ(error.max().item<double>() > 0, format != CacheFormat::f32) << to_string(format);
+      EXPECT_EQ(error.max().item<double>() > 0, format != KeyFormat::f32) << to_string(format);
       EXPECT_EQ(cache.pool(2).count_nonzero().item<int64_t>(), 0);  // the other layer is untouched
     }
 }
@@ -72,18 +71,13 @@ TEST(SelectorCache, KeepsKeysUnderAnyPages) {
 TEST(SelectorCache, DecodesExactlyAsTheFormatSays) {
   fresh_seed();
   namespace k = spot::kernels;
-  const std::pair<const char*, k::KeyFormat> formats[] = {{"bf16", k::KeyFormat::kBf16},
-                                                          {"int8", k::KeyFormat::kInt8},
-                                                          {"int4", k::KeyFormat::kInt4},
-                                                          {"mxfp4", k::KeyFormat::kMxfp4},
-                                                          {"nvfp4", k::KeyFormat::kNvfp4}};
-  for (const auto& [name, format] : formats) {
+  for (const KeyFormat format : kFormats) {
     // Random bytes are not all numbers (bf16 NaN scales), so keys of wild magnitudes are encoded instead.
-    at::Tensor pool = at::zeros({3, 2 * 2, ops::page_head_bytes(name)}, at::kByte);
+    at::Tensor pool = at::zeros({3, 2 * 2, k::page_head_bytes(format)}, at::kByte);
     const at::Tensor keys = at::randn({48, 4, 128}) * at::exp(at::randn({48, 4, 1}) * 3);
-    ops::append_selector_keys(pool, at::arange(48, at::kLong), keys, name, 0.0625);
+    ops::selector_key_append({pool, at::arange(48, at::kLong), keys, format, 0.0625});
     const at::Tensor got =
-        ops::gather_selector_keys(pool, at::arange(3, at::kInt), 48, name, 0.0625).contiguous();
+        ops::selector_key_gather({pool, at::arange(3, at::kInt), 48, format, 0.0625}).contiguous();
     float expected[128];
     uint8_t* bytes = pool.mutable_data_ptr<uint8_t>();
     std::vector<uint8_t> page(k::page_head_bytes(format), 0);
@@ -92,15 +86,15 @@ TEST(SelectorCache, DecodesExactlyAsTheFormatSays) {
         k::decode_key(format, bytes + ((token / 16) * 4 + head) * k::page_head_bytes(format), token % 16,
                       expected, 0.0625f);
         const float* row = got.const_data_ptr<float>() + (token * 4 + head) * 128;
-        ASSERT_EQ(std::memcmp(row, expected, sizeof expected), 0) << name << " token " << token;
+        ASSERT_EQ(std::memcmp(row, expected, sizeof expected), 0) << to_string(format) << " token " << token;
       }
   }
 }
 
 TEST(SelectorCache, CountsItsBytes) {
-  const std::pair<CacheFormat, double> shared[] = {{CacheFormat::f32, 512},  {CacheFormat::bf16, 256},
-                                                   {CacheFormat::int8, 136}, {CacheFormat::int4, 72},
-                                                   {CacheFormat::mxfp4, 68}, {CacheFormat::nvfp4, 72}};
+  const std::pair<KeyFormat, double> shared[] = {{KeyFormat::f32, 512},  {KeyFormat::bf16, 256},
+                                                 {KeyFormat::int8, 136}, {KeyFormat::int4, 72},
+                                                 {KeyFormat::mxfp4, 68}, {KeyFormat::nvfp4, 72}};
   for (const auto& [format, bytes] : shared) {
     SelectorConfig config;
     EXPECT_EQ(SelectorCache(config, {0}, 4, format, at::kCPU).bytes_per_token(), bytes);
@@ -112,7 +106,7 @@ TEST(SelectorCache, CountsItsBytes) {
 }
 
 TEST(SelectorCache, RefusesWhatLiesOutside) {
-  SelectorCache cache(SelectorConfig{}, {0}, 2, CacheFormat::bf16, at::kCPU);
+  SelectorCache cache(SelectorConfig{}, {0}, 2, KeyFormat::bf16, at::kCPU);
   const at::Tensor key = at::ones({1, 1, 128});
   EXPECT_THROW(cache.append(1, at::zeros({1}, at::kLong), key), Error);
   EXPECT_THROW(cache.append(0, at::full({1}, 32, at::kLong), key), c10::Error);
@@ -122,7 +116,7 @@ TEST(SelectorCache, RefusesWhatLiesOutside) {
   EXPECT_THROW(cache.gather(0, at::full({1}, 2, at::kInt), 3), c10::Error);
   cache.append(0, at::full({1}, -1, at::kLong), key);  // a padded row of a captured batch
   EXPECT_EQ(cache.pool(0).count_nonzero().item<int64_t>(), 0);
-  EXPECT_THROW(SelectorCache(SelectorConfig{}, {0}, 0, CacheFormat::bf16, at::kCPU), Error);
+  EXPECT_THROW(SelectorCache(SelectorConfig{}, {0}, 0, KeyFormat::bf16, at::kCPU), Error);
 }
 
 // Every instruction set of this processor, against double precision.
@@ -194,7 +188,7 @@ TEST(SelectorCache, AppendsProjectedKeys) {
       const Selector selector(config, model, at::kCPU, at::kFloat, seed);
       for (const auto& [name, tensor] : selector.named_parameters())
         if (name.find("norm") != std::string::npos) at::Tensor(tensor).add_(at::randn_like(tensor), 0.3);
-      SelectorCache cache(config, {0, 1}, 5, CacheFormat::f32, at::kCPU);
+      SelectorCache cache(config, {0, 1}, 5, KeyFormat::f32, at::kCPU);
       const at::Tensor hidden = at::randn({40, 20}), positions = at::randint(0, 3000, {40}, at::kLong);
       selector.append_keys(1, hidden, positions, at::arange(16, 56, at::kLong), cache);
       const at::Tensor pages = at::tensor({1, 2, 3}, at::kInt);
@@ -212,20 +206,24 @@ TEST(SelectorCache, AppendsProjectedKeys) {
     }
 }
 
+// What devices without a kernel of ours run.
+namespace spot::ops::aten {
+decltype(ops::selector_key_gather) selector_key_gather;
+}
+
 TEST(SelectorCache, GathersTheSameBitsWithTorchOperators) {
   fresh_seed();
-  for (CacheFormat format : kFormats)
+  for (KeyFormat format : kFormats)
     for (int64_t key_heads : {1, 4}) {
-      const std::string word = to_string(format);
-      at::Tensor pool = at::zeros({7, key_heads, ops::page_head_bytes(word)}, at::kByte);
+      at::Tensor pool = at::zeros({7, key_heads, kernels::page_head_bytes(format)}, at::kByte);
       const int64_t length = random_int(1, 80);
       const at::Tensor pages = at::randperm(7, at::kInt).slice(0, 0, 5),
                        position = at::arange(length, at::kLong);
       const at::Tensor slots = pages.to(at::kLong).index_select(0, at::div(position, 16, "floor")) * 16 +
                                at::remainder(position, 16);
-      ops::append_selector_keys(pool, slots, at::randn({length, key_heads, 128}) * 3, word, 0.0625);
-      const at::Tensor expected = ops::gather_selector_keys(pool, pages, length, word, 0.0625);
-      const at::Tensor got = ops::gather_selector_keys_by_tensors(pool, pages, length, word, 0.0625);
-      EXPECT_TRUE(at::equal(got, expected)) << word;
+      ops::selector_key_append({pool, slots, at::randn({length, key_heads, 128}) * 3, format, 0.0625});
+      const at::Tensor expected = ops::selector_key_gather({pool, pages, length, format, 0.0625});
+      const at::Tensor got = ops::aten::selector_key_gather({pool, pages, length, format, 0.0625});
+      EXPECT_TRUE(at::equal(got, expected)) << to_string(format);
     }
 }

@@ -11,7 +11,7 @@ TEST(SelectorConfig, PresetsSayWhatTheyAre) {
   const SelectorConfig paper = SelectorConfig::from_preset("paper"),
                        ours = SelectorConfig::from_preset("spot");
   EXPECT_EQ(paper.key_heads, 4);
-  EXPECT_EQ(paper.cache_format, CacheFormat::bf16);
+  EXPECT_EQ(paper.cache_format, KeyFormat::bf16);
   EXPECT_EQ(paper.distillation.loss, DistillLoss::sparse);
   EXPECT_EQ(paper.distillation.k_train, 8192);
   EXPECT_EQ(paper.distillation.teacher_scope, TeacherScope::all);
@@ -21,9 +21,9 @@ TEST(SelectorConfig, PresetsSayWhatTheyAre) {
     EXPECT_EQ(config.num_heads, 4);
     EXPECT_EQ(config.head_dim, 128);
     EXPECT_EQ(config.rope_dims, 64);
-    EXPECT_EQ(config.selection.sinks, 128);
-    EXPECT_EQ(config.selection.recency, 256);
-    EXPECT_EQ(config.selection.floor, 512);
+    EXPECT_EQ(config.selection.rule.sinks, 128);
+    EXPECT_EQ(config.selection.rule.recency, 256);
+    EXPECT_EQ(config.selection.rule.floor, 512);
   }
   EXPECT_NE(error_of([] { SelectorConfig::from_preset("fast"); }).find("\"fast\""), std::string::npos);
 }
@@ -36,8 +36,9 @@ TEST(SelectorConfig, EveryFieldSurvivesJson) {
   config.key_norm = KeyNorm::rmsnorm;
   config.norm_eps = 3e-5;
   config.scope = SelectorScope::kv_group;
-  config.cache_format = CacheFormat::nvfp4;
-  config.selection = {96, 48, 352, 4096, 0.75, {0.5, 1.25, 2.0}, {0, 7}};
+  config.cache_format = KeyFormat::nvfp4;
+  config.selection = {
+      {.sinks = 96, .recency = 48, .floor = 352, .cap = 4096, .p = 0.75}, {0.5, 1.25, 2.0}, {0, 7}};
   config.distillation = {Start::backbone,    DistillLoss::dense,     1234,
                          Teacher::block_max, TeacherScope::residual, true};
   const json document = json::parse(config.to_json().dump());

@@ -1,0 +1,136 @@
+"""Every operator under torch.library.opcheck (schema, aliasing, fake tensors, torch.compile's tracing with symbolic
+shapes), what torch.compile makes of a chain of them, and errors in words."""
+
+import random
+
+import pytest
+import samples
+import torch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library(request):
+    path = request.getfixturevalue("build_folder") / "libspot_ops.so"
+    assert path.is_file(), f"{path} does not exist: build the target spot_ops_library"
+    torch.ops.load_library(str(path))
+
+
+@pytest.fixture(autouse=True)
+def seeded(seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+def operator(name):
+    return getattr(torch.ops.spot, name).default
+
+
+def test_every_operator_has_samples():
+    registered = {
+        name.removeprefix("spot::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("spot::")
+    }
+    assert registered == set(samples.MAKERS)
+
+
+@pytest.mark.parametrize("name", samples.MAKERS)
+def test_opcheck(name):
+    for _ in range(3):
+        arguments, keywords = samples.MAKERS[name]()
+        torch.library.opcheck(operator(name), arguments, keywords)
+
+
+@pytest.mark.parametrize("name", samples.MAKERS)
+def test_the_fake_gives_the_real_shapes_dtypes_and_strides(name):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for _ in range(5):
+        arguments, keywords = samples.MAKERS[name]()
+        with FakeTensorMode() as mode:
+            fake = lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x  # noqa: B023
+            supposed = operator(name)(*map(fake, arguments), **{key: fake(x) for key, x in keywords.items()})
+        real = operator(name)(*arguments, **keywords)
+        listed = lambda x: x if isinstance(x, (tuple, list)) else [x]
+        for want, got in zip(listed(real), listed(supposed), strict=True):
+            if want is not None:
+                assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+
+
+def test_a_compiled_chain_gives_the_eager_bits():
+    def chain(query, weight, pool, table, lengths, fmt, scale, attended, keys, values):
+        scores = torch.ops.spot.score_blocks(query, weight, pool, table, lengths, fmt, scale)
+        indices, counts, _ = torch.ops.spot.select_blocks(
+            scores, lengths, mode="top_k", sinks=16, recency=16, budget=64, floor=32
+        )
+        return torch.ops.spot.sparse_decode_attention(attended, keys, values, table, lengths, 0.1, indices, counts) * 2
+
+    compiled = torch.compile(chain, backend="aot_eager", fullgraph=True, dynamic=True)
+    for _ in range(3):
+        (query, weight, pool, table, lengths, fmt, scale), _ = samples.score_blocks()
+        keys, values = torch.randn(1, pool.shape[0], 16, 64), torch.randn(1, pool.shape[0], 16, 64)
+        arguments = (query, weight[:, :1], pool, table, lengths, fmt, scale, torch.randn(3, 2, 64), keys, values)
+        assert torch.equal(compiled(*arguments), chain(*arguments))
+
+
+def test_selector_project_is_differentiable_and_compiles():
+    arguments, keywords = samples.selector_project()
+    arguments = tuple(x.to(torch.float32) if x.is_floating_point() else x for x in arguments)
+    for x in arguments[:4]:
+        x.requires_grad_()
+
+    def loss(*arguments):
+        query, weight, key = torch.ops.spot.selector_project(*arguments, **keywords)
+        return query.sin().sum() + weight.sin().sum() + key.sin().sum()
+
+    eager = torch.autograd.grad(loss(*arguments), arguments[:4])
+    compiled = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(*arguments), arguments[:4])
+    for want, got in zip(eager, compiled, strict=True):
+        assert want.abs().max() > 0
+        torch.testing.assert_close(got, want)
+    # Against the same lines in float64, by finite differences of one direction.
+    direction = [torch.randn_like(x) for x in arguments[:4]]
+    step = 1e-3
+    ends = [
+        loss(*(x.detach() + sign * step * d for x, d in zip(arguments[:4], direction, strict=True)), arguments[4])
+        for sign in (1, -1)
+    ]
+    slope = sum((g * d).sum() for g, d in zip(eager, direction, strict=True))
+    torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), slope.detach(), rtol=0.05, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(format="fp8"), 'a selector key format is "fp8"; it must be one of f32, bf16, int8, int4, mxfp4, nvfp4'),
+        (dict(norm="batchnorm"), 'a key norm is "batchnorm"; it must be one of none, layernorm, rmsnorm'),
+        (
+            dict(keys=torch.zeros(3, 2, 128)),
+            r"keys are Float \[3, 2, 128\]; they must be floating point \[tokens, 1, 128\]",
+        ),
+        (dict(slots=torch.zeros(4, dtype=torch.int32)), r"slots are Int \[4\]; they must be int64 \[3\]"),
+        (dict(cos=torch.zeros(9, 32)), "cos and sin must be given together"),
+    ],
+)
+def test_errors_name_what_where_and_what_to_do(change, words):
+    arguments = dict(
+        pool=torch.zeros(2, 1, 1152, dtype=torch.uint8),
+        slots=torch.arange(3),
+        keys=torch.zeros(3, 1, 128),
+        format="int4",
+    )
+    with pytest.raises((RuntimeError, ValueError), match=words):
+        torch.ops.spot.selector_key_append(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    "rule, words",
+    [
+        (dict(mode="top_q"), 'a selection mode is "top_q"; it must be one of top_k, top_p'),
+        (dict(p=1.5), "p is 1.5; it must be above 0 and at most 1"),
+        (dict(sinks=2**40), "does not fit 32 bits"),
+        (dict(temperature=0.0), "temperature is 0; it must be positive"),
+        (dict(max_selected=3), "max_selected is 3 blocks, but the rule may keep at least 32"),
+    ],
+)
+def test_errors_of_a_rule(rule, words):
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.spot.select_blocks(torch.zeros(1, 1, 4), torch.full((1,), 64, dtype=torch.int32), **rule)
