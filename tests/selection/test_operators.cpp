@@ -243,7 +243,8 @@ TEST(ScoreBlocks, RefusesBadArguments) {
   EXPECT_THROW(ops::score_blocks({query, weight.to(at::kBFloat16), pool, table, lengths, KeyFormat::bf16}),
                c10::Error);
   EXPECT_THROW(ops::score_blocks({query, weight, pool, table + 5, lengths, KeyFormat::bf16}), c10::Error);
-  EXPECT_THROW(ops::score_blocks({query, weight, pool, table, lengths.to(at::kLong), KeyFormat::bf16}), c10::Error);
+  EXPECT_THROW(ops::score_blocks({query, weight, pool, table, lengths.to(at::kLong), KeyFormat::bf16}),
+               c10::Error);
 }
 
 TEST(SelectAndAttend, IsItsTwoHalves) {
