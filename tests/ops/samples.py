@@ -116,6 +116,60 @@ def select_and_attend():
     return (scores, query, keys, values, table, lengths, 0.1), dict(rule(), with_mass=random.random() < 0.5)
 
 
+def tiles_of(starts, counts, tile_queries: int):
+    """The tiles of a batch whose sequences bring `counts` queries from positions `starts` on (ops/prefill/prefill.h)."""
+    rows, first = [], 0
+    for sequence, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        end = start + count
+        for strip in range(start // 64 * 64, end if count else 0, 64):
+            for tile in range(strip, strip + 64, tile_queries):
+                low, high = max(tile, start), min(tile + tile_queries, end)
+                rows.append((sequence, first + low - start, high - low, low) if low < high else (0, 0, 0, 0))
+        first += count
+    return torch.tensor(rows, dtype=torch.int32).view(-1, 4)
+
+
+def ragged(sequences: int = 3, most: int = 90):
+    """Starts and counts of a batch of chunks, the first from position 0: (starts, counts, page_table, pages)."""
+    starts = [0] + [random.randint(0, most) for _ in range(sequences - 1)]
+    counts = [random.randint(1, most) for _ in range(sequences)]
+    width = (max(map(sum, zip(starts, counts, strict=True))) + PAGE - 1) // PAGE
+    pages = sequences * width + 2
+    table = torch.randperm(pages, dtype=torch.int32)[: sequences * width].view(sequences, width)
+    return starts, counts, table, pages
+
+
+def selector_key_stage():
+    fmt, key_heads = random.choice(list(PAGE_HEAD_BYTES)), random.choice([1, 4])
+    starts, counts, table, pages = ragged()
+    lengths = torch.tensor([a + b for a, b in zip(starts, counts, strict=True)], dtype=torch.int32)
+    begins = (lengths.cumsum(0) - lengths).to(torch.int32)
+    tokens = int(lengths.sum()) + random.randint(0, 5)
+    return (filled_key_pool(pages, key_heads, fmt), table, lengths, begins, tokens, fmt, 0.0625), {}
+
+
+def score_tiles():
+    starts, counts, table, _ = ragged()
+    tile_queries, tokens = random.choice([16, 32, 64]), sum(counts)
+    lengths = torch.tensor([a + b for a, b in zip(starts, counts, strict=True)], dtype=torch.int32)
+    begins = (lengths.cumsum(0) - lengths).to(torch.int32)
+    keys = torch.randn(random.choice([1, 4]), int(lengths.sum()), 128, dtype=torch.bfloat16)
+    query = torch.randn(tokens, 4, 128).to(random.choice([torch.float32, torch.bfloat16]))
+    weight = torch.randn(tokens, random.randint(1, 3), 4)
+    tiles = tiles_of(starts, counts, tile_queries)
+    return (query, weight, keys, begins, tiles, tile_queries, table.shape[1] + random.randint(0, 2)), {}
+
+
+def attend_tiles(dtype=None, groups=None):
+    starts, counts, table, pages = ragged()
+    tile_queries, kv_heads, dim = random.choice([16, 32, 64]), 2, random.choice([64, 128])
+    dtype = dtype or random.choice([torch.float32, torch.bfloat16, torch.float16])
+    query = torch.randn(sum(counts), kv_heads * random.randint(1, 3), dim).to(dtype)
+    tiles = tiles_of(starts, counts, tile_queries)
+    indices, numbers = chosen(tiles[:, 2] + tiles[:, 3], groups or random.choice([1, kv_heads]), table.shape[1])
+    return (query, *pools(kv_heads, pages, dim, dtype), table, tiles, tile_queries, indices, numbers, 0.1), {}
+
+
 def rms_norm():
     dtype, width = random.choice([torch.float32, torch.bfloat16]), random.randint(1, 100)
     factor = torch.randn(width).to(random.choice([dtype, torch.float32]))
@@ -274,6 +328,9 @@ MAKERS = {
         select_blocks,
         sparse_decode_attention,
         select_and_attend,
+        selector_key_stage,
+        score_tiles,
+        attend_tiles,
         rms_norm,
         gated_product,
         attention_prologue,
