@@ -6,11 +6,11 @@
 #include <limits>
 #include <memory>
 
+#include "cli/chat_options.h"
 #include "cli/commands.h"
 #include "cli/eval_options.h"
 #include "core/error.h"
 #include "eval/ruler_eval.h"
-#include "text/chat_template.h"
 #include "text/tokenizer.h"
 
 namespace spot::cli {
@@ -20,7 +20,8 @@ struct Options : EvalOptions {
   RulerEvalOptions eval;
   std::vector<std::string> tasks = {"all"};
   std::string prompts_file;
-  bool chat = false, whole_answers = false;
+  ChatOptions chat;
+  bool whole_answers = false;
 };
 
 // "all", "niah" (the eight needle tasks) and names of tasks, each task once.
@@ -41,11 +42,11 @@ std::vector<RulerTask> parse_tasks(const std::vector<std::string>& words) {
 }
 
 // What the model's chat template puts around a user's message.
-void wrap_in_chat(const std::string& model_folder, RulerOptions& prompts) {
+void wrap_in_chat(const std::string& model_folder, const ChatOptions& chat, RulerOptions& prompts) {
   const std::string mark = "THE TASK";
-  const std::string text =
-      ChatTemplate::load(model_folder)
-          .render({{"user", mark}}, /*add_generation_prompt=*/true, /*enable_thinking=*/false);
+  ChatPrompt prompt = ChatPrompt::of({{"user", mark}});
+  prompt.variables["enable_thinking"] = false;
+  const std::string text = chat.load(model_folder).render(prompt);
   const size_t at = text.find(mark);
   if (at == std::string::npos)
     fail("{}: its chat template does not show the user's message; leave out --chat", model_folder);
@@ -89,8 +90,8 @@ void run(Options options) {
   options.eval.stop_when_answered = !options.whole_answers;
   options.eval.out = options.out;
   prepare_output(options.out);
-  if (options.chat) wrap_in_chat(options.model.folder, options.eval.prompts);
-  const TextCodec codec = codec_of(Tokenizer::load(options.model.folder), !options.chat);
+  if (options.chat.chat) wrap_in_chat(options.model.folder, options.chat, options.eval.prompts);
+  const TextCodec codec = codec_of(Tokenizer::load(options.model.folder), !options.chat.chat);
   const std::string essay = options.read_text();
   if (!options.prompts_file.empty()) return write_prompts(options, codec, essay);
 
@@ -145,7 +146,7 @@ void add_eval_ruler(CLI::App& parent) {
   command.add_option("--wording", eval.prompts.wording, "Wording of needles and their question")
       ->check(CLI::Range(0, kRulerWordings - 1))
       ->capture_default_str();
-  command.add_flag("--chat", options->chat, "Wrap each task in the model's chat template");
+  options->chat.add(command, "Wrap each task in the model's chat template");
   command.add_flag("--stop-at-newline", eval.stop_at_newline, "End an answer with its first line");
   command.add_flag("--whole-answers", options->whole_answers,
                    "Do not end an answer once every reference is in it");

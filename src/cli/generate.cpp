@@ -4,13 +4,13 @@
 #include <cstdio>
 #include <memory>
 
+#include "cli/chat_options.h"
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "core/error.h"
 #include "core/files.h"
 #include "engine/generator.h"
 #include "report/page.h"
-#include "text/chat_template.h"
 #include "text/stream_decoder.h"
 #include "text/tokenizer.h"
 
@@ -23,7 +23,8 @@ struct Options {
   RuleOptions rule;
   GenerateOptions generate;
   std::string prompt, prompt_file, attention = "auto", system;
-  bool chat = false, thinking = false, ignore_eos = false, sparse_prefill = false, by_layer = false;
+  ChatOptions chat;
+  bool thinking = false, ignore_eos = false, sparse_prefill = false, by_layer = false;
 };
 
 void run(const Options& options) {
@@ -31,14 +32,15 @@ void run(const Options& options) {
   const std::optional<Selector> selector = options.selector.load(options.model, backbone);
   const Tokenizer tokenizer = Tokenizer::load(options.model.folder);
   std::string text = options.prompt_file.empty() ? options.prompt : read_file(options.prompt_file);
-  if (options.chat) {
+  if (options.chat.chat) {
     std::vector<ChatMessage> messages;
     if (!options.system.empty()) messages.push_back({"system", options.system});
     messages.push_back({"user", text});
-    text = ChatTemplate::load(options.model.folder)
-               .render(messages, /*add_generation_prompt=*/true, options.thinking);
+    ChatPrompt prompt = ChatPrompt::of(messages);
+    prompt.variables["enable_thinking"] = options.thinking;
+    text = options.chat.load(options.model.folder).render(prompt);
   }
-  const std::vector<int32_t> prompt = tokenizer.encode(text, /*add_special_tokens=*/!options.chat);
+  const std::vector<int32_t> prompt = tokenizer.encode(text, /*add_special_tokens=*/!options.chat.chat);
 
   const AttentionKind kind = options.attention == "auto"
                                  ? (selector ? AttentionKind::spot : AttentionKind::dense)
@@ -121,7 +123,7 @@ void add_generate(CLI::App& app) {
   command.add_option("--prefill-chunk", options->generate.prefill_chunk, "Prompt tokens a forward call")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command.add_flag("--chat", options->chat, "Wrap the prompt in the model's chat template");
+  options->chat.add(command, "Wrap the prompt in the model's chat template");
   command.add_option("--system", options->system, "System message with --chat");
   command.add_flag("--thinking", options->thinking, "Let the chat template ask for thinking");
   command.add_flag("--ignore-eos", options->ignore_eos, "Go on past the end-of-sequence token");

@@ -1,56 +1,67 @@
-// Conversations to prompt text, in the form a checkpoint was tuned on.
+// Conversations to prompt text, by the chat template that a checkpoint was tuned on.
 #pragma once
 
 #include <filesystem>
+#include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "text/jinja/template.h"
+
 namespace spot {
 
 struct ChatMessage {
-  std::string role;  // "system", "user", "assistant"; with the Qwen families also "tool"
+  std::string role;  // "system", "user", "assistant", "tool" and what else the template takes
   std::string content;
 };
 
-// The chat template of a checkpoint. The published ones are programs in Jinja; here the family is recognised
-// and its rules are followed:
-//   ChatML (SmolLM2, Qwen2.5, Qwen3-2507), with the default system prompt that the template may carry;
-//   Qwen3, with its <think> blocks; Qwen3.5, likewise, opening the block itself and trimming contents;
-//   Llama 3, and Llama 3.1 to 3.3 with their dates in the system prompt.
-// Tools and images are not rendered. Immutable.
+// What a template is given, in the JSON of the OpenAI API.
+struct ChatPrompt {
+  // [{"role": ..., "content": text or [{"type": "text", "text": ...}], "tool_calls": ..., ...}]. Members that are
+  // null are left out, and reasoning is passed under all its names (reasoning_content, thinking).
+  nlohmann::ordered_json messages = nlohmann::ordered_json::array();
+  nlohmann::ordered_json tools, documents;  // arrays, or null
+  // Further variables, such as enable_thinking; they hide the special tokens of the same name.
+  nlohmann::ordered_json variables = nlohmann::ordered_json::object();
+  // The prompt then ends where the assistant's answer begins.
+  bool add_generation_prompt = true;
+
+  static ChatPrompt of(const std::vector<ChatMessage>& messages);
+};
+
+// The chat template of a checkpoint, a program in Jinja (see text/jinja/template.h). Immutable.
 class ChatTemplate {
  public:
-  // Reads chat_template.jinja of a checkpoint folder, or else `chat_template` of its tokenizer_config.json.
-  // Throws Error if there is none (base models have none) or it is of no known family.
-  static ChatTemplate load(const std::filesystem::path& folder);
+  // Reads a checkpoint's templates: chat_template.jinja and additional_chat_templates/*.jinja; or else
+  // `chat_template` of tokenizer_config.json, a text or a list of named ones; or else of chat_template.json. With
+  // `file`, that Jinja file in place of them. The special tokens come from tokenizer_config.json. Throws Error
+  // if there is no template (base models have none) or it cannot be run here.
+  static ChatTemplate load(const std::filesystem::path& folder,
+                           const std::optional<std::filesystem::path>& file = std::nullopt);
 
-  // Recognises template text; `where` begins its errors. `bos_token` is what Llama 3 begins with.
-  ChatTemplate(std::string_view jinja, std::string bos_token, const std::string& where);
-
-  // The prompt text: encode it without special tokens, it holds its own. With `add_generation_prompt` it ends
-  // where the assistant's answer begins. `enable_thinking` as the Qwen3 templates know it: false closes the
-  // <think> block at once, nothing leaves the choice to the template; other families ignore it. Throws Error
-  // for no messages, an unknown role and a system message that is not the first where the family takes none
-  // there.
-  std::string render(const std::vector<ChatMessage>& messages, bool add_generation_prompt = true,
-                     std::optional<bool> enable_thinking = std::nullopt) const;
+  // The prompt text: encode it without special tokens, it holds its own. Of several templates, `tool_use` renders
+  // prompts with tools and `default` all others. Content that is a list of text parts becomes one text, the parts
+  // on lines of their own, where the template does not render such lists like texts. Throws Error for no
+  // messages, for content other than text, and for what the template itself refuses.
+  std::string render(const ChatPrompt& prompt) const;
 
  private:
-  enum class Family { kChatMl, kQwen3, kQwen35, kLlama3, kLlama31 };
-  void render_chatml(const std::vector<ChatMessage>& messages, std::string& out) const;
-  void render_qwen3(const std::vector<ChatMessage>& messages, std::string& out) const;
-  void render_llama3(const std::vector<ChatMessage>& messages, std::string& out) const;
+  struct Source {
+    std::string name;
+    jinja::Template program;
+    bool takes_parts;  // renders a list of text parts as it does the text
+  };
+  ChatTemplate(const std::filesystem::path& folder,
+               std::vector<std::pair<std::string, std::string>> templates, const std::string& where);
+  const Source& choose(bool with_tools) const;
+  std::string run(const jinja::Template& program, const ChatPrompt& prompt) const;
 
-  Family family_;
-  std::string where_, bos_token_;
-  std::string default_system_;         // ChatML: used where the first message is no system message
-  bool wraps_tool_responses_ = false;  // ChatML: Qwen's form of tool messages
-  // What follows the head of the generation prompt: with thinking on an opened <think> block or nothing, with
-  // it off an empty block. Without obeys_enable_thinking_ it is on.
-  bool opens_thinking_ = false, obeys_enable_thinking_ = false, thinks_by_default_ = true;
-  std::string date_;  // Llama 3.1 to 3.3: the date in the system prompt; empty: today's
+  std::string where_;
+  std::vector<std::pair<std::string, std::string>> special_tokens_;  // bos_token and so on, to their texts
+  std::vector<Source> sources_;
 };
 
 }  // namespace spot

@@ -2,7 +2,6 @@
 //   tokenize_tool encode TOKENIZER TEXT IDS [special]
 //   tokenize_tool decode TOKENIZER IDS TEXT [skip]
 //   tokenize_tool stream TOKENIZER IDS TEXT [skip]     decodes id by id
-//   tokenize_tool chat   FOLDER MESSAGES.json TEXT [generate] [think | no_think]
 //   tokenize_tool speed  TOKENIZER TEXT                prints megabytes a second
 #include <algorithm>
 #include <chrono>
@@ -13,7 +12,6 @@
 
 #include "core/error.h"
 #include "core/files.h"
-#include "text/chat_template.h"
 #include "text/stream_decoder.h"
 #include "text/tokenizer.h"
 #include "text/unicode.h"
@@ -27,27 +25,10 @@ std::vector<int32_t> read_ids(const std::string& path) {
   return ids;
 }
 
-void render_chat(const std::vector<std::string>& arguments) {
-  std::vector<spot::ChatMessage> messages;
-  for (const auto& message : spot::read_json(arguments[2]))
-    messages.push_back({message.at("role"), message.at("content")});
-  const auto has = [&](const char* flag) {
-    return std::count(arguments.begin() + 4, arguments.end(), flag) > 0;
-  };
-  std::optional<bool> thinking;
-  if (has("think") || has("no_think")) thinking = has("think");
-  const auto chat = spot::ChatTemplate::load(arguments[1]);
-  spot::write_file_atomically(arguments[3], chat.render(messages, has("generate"), thinking));
-}
-
 int run(const std::vector<std::string>& arguments) {
   if (arguments.size() < 3)
-    spot::fail("usage: tokenize_tool encode|decode|stream|chat|speed TOKENIZER IN [OUT [special|skip]]");
+    spot::fail("usage: tokenize_tool encode|decode|stream|speed TOKENIZER IN [OUT [special|skip]]");
   const std::string& mode = arguments[0];
-  if (mode == "chat" && arguments.size() > 3) {
-    render_chat(arguments);
-    return 0;
-  }
   const auto tokenizer = spot::Tokenizer::load(arguments[1]);
   const bool flag = arguments.size() > 4;
   if (mode == "speed") {
