@@ -14,7 +14,8 @@ struct ChatOptions {
 
   void add(CLI::App& app, const std::string& help) {
     auto* flag = app.add_flag("--chat", chat, help);
-    app.add_option("--chat-template", template_file, "A Jinja file to use in place of the model's chat template")
+    app.add_option("--chat-template", template_file,
+                   "A Jinja file to use in place of the model's chat template")
         ->needs(flag);
   }
   ChatTemplate load(const std::string& model_folder) const {

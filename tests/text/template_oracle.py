@@ -1,5 +1,6 @@
 """jinja2 as transformers sets it up for chat templates, and our interpreter on the same requests."""
 
+import copy
 import json
 import random
 import subprocess
@@ -18,7 +19,7 @@ WORDS = [
 def theirs(template, variables):
     """Text, or None where compiling or rendering raises; with the error."""
     try:
-        return _compile_jinja_template(template).render(**variables), None
+        return _compile_jinja_template(template).render(**copy.deepcopy(variables)), None
     except Exception as e:
         return None, f"{type(e).__name__}: {e}"
 

@@ -3,11 +3,9 @@
 //   tokenize_tool decode TOKENIZER IDS TEXT [skip]
 //   tokenize_tool stream TOKENIZER IDS TEXT [skip]     decodes id by id
 //   tokenize_tool speed  TOKENIZER TEXT                prints megabytes a second
-#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <iostream>
-#include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "core/error.h"

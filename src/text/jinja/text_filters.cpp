@@ -122,9 +122,8 @@ Value indent(const std::string& what, const Value& value, Arguments arguments) {
 
 Value truncate(const std::string& what, const Value& value, Arguments arguments) {
   const auto bound = bind(what, std::move(arguments), {"length", "killwords", "end", "leeway"}, 0);
-  require_defined(value);
-  if (!value.is_string() || value.is_markup())
-    fault("{}: only plain texts are cut, not '{}'", what, value.type_name());
+  const auto size = length_of(value);
+  if (!size) fault("{}: object of type '{}' has no length", what, value.type_name());
   const int64_t length = bound[0].is_missing() ? 255 : as_index(what, bound[0]);
   const int64_t leeway = is_given(bound[3]) ? as_index(what, bound[3]) : 5;
   const std::string end = bound[2].is_missing() ? "..." : bound[2].is_string() ? bound[2].text() : "";
@@ -132,7 +131,9 @@ Value truncate(const std::string& what, const Value& value, Arguments arguments)
   const int64_t kept = length - count_code_points(end);
   if (kept < 0) fault("{}: a length of {} is shorter than the ending", what, length);
   if (leeway < 0) fault("{}: a negative leeway", what);
-  if (value.num_code_points() <= length + leeway) return value;
+  if (*size <= length + leeway) return value;
+  if (!value.is_string() || value.is_markup())
+    fault("{}: cutting a value of type '{}' is not supported", what, value.type_name());
   std::string out = value.text().substr(0, byte_offset(value.text(), kept));
   if (!(!bound[1].is_missing() && bound[1].truth())) out = out.substr(0, out.rfind(' '));
   return Value::string(out + end);
@@ -182,7 +183,7 @@ std::string quoted(const Value& value, bool in_query) {
 
 Value url_encode(const std::string& what, const Value& value, Arguments arguments) {
   bind(what, std::move(arguments), {}, 0);
-  require_defined(value);
+  if (value.is_undefined()) return Value::string("");
   if (value.is(Type::kDict)) {
     std::string out;
     for (const auto& [key, item] : value.entries().entries()) {
