@@ -16,6 +16,7 @@
 
 #include "core/error.h"
 #include "core/files.h"
+#include "core/text_file.h"
 
 namespace spot {
 namespace {
@@ -112,6 +113,7 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path)
 
 void SafetensorsFile::read_header() {
   const std::string file = path_.string();
+  refuse_pointer({mapping_->bytes, std::min<uint64_t>(mapping_->size, 200)}, file);
   uint64_t header_bytes = 0;
   std::memcpy(&header_bytes, mapping_->bytes, 8);
   if (header_bytes > kMaxHeaderBytes) {
@@ -127,6 +129,7 @@ void SafetensorsFile::read_header() {
   const char* begin = mapping_->bytes + 8;
   if (header_bytes == 0 || *begin != '{') fail("{}: the header does not start with '{{'", file);
 
+  check_json_nesting({begin, header_bytes}, file);
   json header;
   try {
     std::string duplicate;

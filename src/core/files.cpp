@@ -8,6 +8,7 @@
 #include <fstream>
 
 #include "core/error.h"
+#include "core/text_file.h"
 
 namespace spot {
 namespace fs = std::filesystem;
@@ -25,6 +26,8 @@ std::string read_file(const fs::path& path) {
 
 nlohmann::json read_json(const fs::path& path) {
   const std::string bytes = read_file(path);
+  refuse_pointer(bytes, path.string());
+  check_json_nesting(bytes, path.string());
   try {
     return nlohmann::json::parse(bytes);
   } catch (const nlohmann::json::parse_error& e) {
@@ -64,6 +67,12 @@ void write_file_atomically(const fs::path& path, const std::function<void(std::o
   std::error_code code;
   fs::rename(temporary, path, code);
   if (code) give_up(code.message());
+  // The new name outlives a loss of power too, where the file system can promise it.
+  const int folder = ::open(path.has_parent_path() ? path.parent_path().c_str() : ".", O_RDONLY | O_CLOEXEC);
+  if (folder >= 0) {
+    ::fsync(folder);
+    ::close(folder);
+  }
 }
 
 void write_file_atomically(const fs::path& path, std::string_view bytes) {

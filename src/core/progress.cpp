@@ -1,10 +1,10 @@
 #include "core/progress.h"
 
-#include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
+
+#include "core/notice.h"
 
 namespace spot {
 namespace {
@@ -76,11 +76,10 @@ void Progress::draw(bool final) {
                                                 static_cast<double>(done_ - base_)));
   }
   if (terminal_) {
-    fmt::print(stderr, "\r{}\x1b[K{}", line, final ? "\n" : "");
+    notice("\r{}\x1b[K{}", line, final ? "\n" : "");
   } else {
-    fmt::print(stderr, "{}\n", line);
+    notice("{}\n", line);
   }
-  std::fflush(stderr);
 }
 
 }  // namespace spot

@@ -1,6 +1,7 @@
 #include "distill/data.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <random>
 
@@ -25,10 +26,6 @@ std::mt19937_64 stream(uint64_t seed, std::initializer_list<uint64_t> words) {
 template <typename T>
 void shuffle(std::vector<T>& list, std::mt19937_64 engine) {
   for (size_t i = list.size(); i > 1; --i) std::swap(list[i - 1], list[engine() % i]);
-}
-
-bool is_blank(const std::string& text) {
-  return text.find_first_not_of(" \t\r\n") == std::string::npos;
 }
 
 // Tokens laid end to end and cut; marks where documents begin.
@@ -83,13 +80,17 @@ void DataConfig::validate() const {
 TrainingData::TrainingData(const DataConfig& config, Encode encode, int32_t eos)
     : config_(config), encode_(std::move(encode)), eos_(eos) {
   config_.validate();
-  files_ = list_text_files(config_.paths);
+  files_ = list_text_files(config_.paths, config_.text_field);
+  spool_pipes(files_,
+              config_.spool_folder.empty() ? std::filesystem::temp_directory_path() : config_.spool_folder);
   uint64_t hash = 0xcbf29ce484222325ULL;  // FNV-1a over names and sizes
   const auto add = [&](const std::string& text) {
     for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3ULL;
   };
-  for (const auto& file : files_)
-    add(fmt::format("{}\n{}\n", file.filename().string(), std::filesystem::file_size(file)));
+  for (const auto& file : files_) {
+    const std::string name = file.keep_alive ? file.format.string() : file.path.filename().string();
+    add(fmt::format("{}\n{}\n", name, std::filesystem::file_size(file.path)));
+  }
   fingerprint_ = fmt::format("{:016x}", hash);
 }
 
@@ -99,7 +100,9 @@ bool TrainingData::is_held_out(int64_t file, int64_t document) const {
 }
 
 void TrainingData::begin_epoch(int64_t epoch) {
+  if (epoch > 0 && epoch_tokens_ > 0 && corpus_tokens_ == 0) corpus_tokens_ = epoch_tokens_;
   epoch_ = epoch;
+  epoch_tokens_ = 0;
   file_order_.resize(files_.size());
   std::iota(file_order_.begin(), file_order_.end(), 0);
   shuffle(file_order_, stream(config_.seed, {1, static_cast<uint64_t>(epoch)}));
@@ -129,11 +132,14 @@ void TrainingData::load_window() {
       reader_ = std::make_unique<DocumentReader>(files_[static_cast<size_t>(file)], config_.text_field);
       reader_->skip(place.document);
     }
+    const int64_t skipped_before = reader_->skipped_rows();
     if (!reader_->next(text)) {
       reader_.reset();
       place = {place.file + 1, 0};
       continue;
     }
+    if (reader_->skipped_rows() > skipped_before && skipped_rows_++ == 0)
+      first_skipped_ = reader_->first_skipped();
     if (is_held_out(file, place.document++) || is_blank(text)) continue;
     bytes += static_cast<int64_t>(text.size());
     window_.push_back(std::move(text));
@@ -149,7 +155,7 @@ void TrainingData::next_document() {
     if (window_end_.file >= num_files()) {
       if (window_number_ >= 0 && !epoch_has_text_)
         fail("the training text is empty: the {} files from {} on hold no text beside held-out documents",
-             num_files(), files_.front().string());
+             num_files(), files_.front().name);
       if (window_number_ >= 0) begin_epoch(epoch_ + 1);
     }
     load_window();
@@ -157,6 +163,7 @@ void TrainingData::next_document() {
   tokens_ = encode_(window_[static_cast<size_t>(window_next_++)]);
   tokens_.push_back(eos_);
   token_next_ = 0;
+  epoch_tokens_ += static_cast<int64_t>(tokens_.size());
 }
 
 TokenSequence TrainingData::next() {
@@ -215,7 +222,9 @@ nlohmann::json TrainingData::state() const {
           {"window_next", window_next_},
           {"token_next", token_next_},
           {"sequences", sequences_},
-          {"epoch_has_text", epoch_has_text_}};
+          {"epoch_has_text", epoch_has_text_},
+          {"epoch_tokens", epoch_tokens_},
+          {"corpus_tokens", corpus_tokens_}};
 }
 
 void TrainingData::restore(const nlohmann::json& state) {
@@ -228,6 +237,7 @@ void TrainingData::restore(const nlohmann::json& state) {
   sequences_ = state.at("sequences");
   tokens_.clear();
   token_next_ = 0;
+  epoch_tokens_ = corpus_tokens_ = skipped_rows_ = 0;
   if (epoch < 0) {
     epoch_ = -1;
     window_.clear();
@@ -246,6 +256,9 @@ void TrainingData::restore(const nlohmann::json& state) {
     next_document();
     token_next_ = state.at("token_next");
   }
+  // A state of an earlier version does not know them: then they stay unknown.
+  epoch_tokens_ = state.value("epoch_tokens", std::numeric_limits<int64_t>::min() / 2);
+  corpus_tokens_ = state.value("corpus_tokens", int64_t{0});
 }
 
 }  // namespace spot

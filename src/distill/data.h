@@ -35,6 +35,7 @@ struct DataConfig {
   int64_t window_documents = 8192;
   int64_t window_bytes = int64_t{64} << 20;
   uint64_t seed = 42;
+  std::filesystem::path spool_folder;  // where pipes among the paths are copied to; empty: the system's own
 
   // Throws Error naming the first impossible value.
   void validate() const;
@@ -69,6 +70,11 @@ class TrainingData {
 
   int64_t epoch() const { return epoch_; }
   int64_t num_files() const { return static_cast<int64_t>(files_.size()); }
+  // Training tokens of one epoch, end tokens included; 0 until the first one has been read to its end.
+  int64_t corpus_tokens() const { return corpus_tokens_; }
+  // Rows without text that this process has met in the training text, and the place of the first one.
+  int64_t skipped_rows() const { return skipped_rows_; }
+  const std::string& first_skipped() const { return first_skipped_; }
 
  private:
   struct Place {  // the next document to read from the files
@@ -82,7 +88,7 @@ class TrainingData {
   DataConfig config_;
   Encode encode_;
   int32_t eos_;
-  std::vector<std::filesystem::path> files_;
+  std::vector<TextFile> files_;
   std::string fingerprint_;
 
   int64_t epoch_ = -1;
@@ -96,6 +102,9 @@ class TrainingData {
   std::vector<int32_t> tokens_;  // of the current document, end token included
   int64_t token_next_ = 0;
   int64_t sequences_ = 0;  // taken so far
+  int64_t epoch_tokens_ = 0, corpus_tokens_ = 0;
+  int64_t skipped_rows_ = 0;
+  std::string first_skipped_;
 };
 
 }  // namespace spot

@@ -1,139 +1,49 @@
 #include "distill/documents.h"
 
-#include <zlib.h>
-#include <zstd.h>
+#include <fcntl.h>
+#include <fmt/ranges.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cerrno>
-#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/files.h"
+#include "core/notice.h"
+#include "core/progress.h"
+#include "core/text_file.h"
 #include "text/unicode.h"
 
 namespace spot {
 namespace fs = std::filesystem;
 
-// A file's decompressed bytes, in order.
-class DocumentReader::Bytes {
- public:
-  virtual ~Bytes() = default;
-  // Up to `count` bytes; 0 at the end.
-  virtual size_t read(char* out, size_t count) = 0;
-};
-
 namespace {
 
-class PlainBytes : public DocumentReader::Bytes {
- public:
-  explicit PlainBytes(const fs::path& path) : path_(path), file_(std::fopen(path.c_str(), "rb")) {
-    if (!file_) fail("{}: cannot be opened: {}", path.string(), std::strerror(errno));
-  }
-  ~PlainBytes() override { std::fclose(file_); }
-  PlainBytes(const PlainBytes&) = delete;
-  PlainBytes& operator=(const PlainBytes&) = delete;
-
-  size_t read(char* out, size_t count) override {
-    const size_t got = std::fread(out, 1, count, file_);
-    if (got < count && std::ferror(file_))
-      fail("{}: cannot be read: {}", path_.string(), std::strerror(errno));
-    return got;
-  }
-
- private:
-  fs::path path_;
-  std::FILE* file_;
-};
-
-class GzipBytes : public DocumentReader::Bytes {
- public:
-  explicit GzipBytes(const fs::path& path) : path_(path), file_(gzopen(path.c_str(), "rb")) {
-    if (!file_) fail("{}: cannot be opened: {}", path.string(), std::strerror(errno));
-    gzbuffer(file_, 1 << 17);
-    if (gzdirect(file_) && fs::file_size(path) > 0) {
-      gzclose(file_);
-      fail("{}: is not gzip data; rename the file if it is plain text", path.string());
-    }
-  }
-  ~GzipBytes() override { gzclose(file_); }
-  GzipBytes(const GzipBytes&) = delete;
-  GzipBytes& operator=(const GzipBytes&) = delete;
-
-  size_t read(char* out, size_t count) override {
-    const int got = gzread(file_, out, static_cast<unsigned>(std::min<size_t>(count, 1 << 30)));
-    int code = Z_OK;
-    const char* message = gzerror(file_, &code);
-    if (got < 0 || code != Z_OK)
-      fail("{}: damaged or truncated gzip data ({}); fetch the file again", path_.string(),
-           code == Z_ERRNO ? std::strerror(errno) : message);
-    return static_cast<size_t>(got);
-  }
-
- private:
-  fs::path path_;
-  gzFile file_;
-};
-
-class ZstdBytes : public DocumentReader::Bytes {
- public:
-  explicit ZstdBytes(const fs::path& path)
-      : path_(path), file_(path), context_(ZSTD_createDCtx()), input_(ZSTD_DStreamInSize(), '\0') {
-    ZSTD_DCtx_setParameter(context_, ZSTD_d_windowLogMax, 31);
-  }
-  ~ZstdBytes() override { ZSTD_freeDCtx(context_); }
-  ZstdBytes(const ZstdBytes&) = delete;
-  ZstdBytes& operator=(const ZstdBytes&) = delete;
-
-  size_t read(char* out, size_t count) override {
-    ZSTD_outBuffer output{out, count, 0};
-    while (output.pos < count) {
-      if (unread_.pos == unread_.size && !drained_) {
-        unread_ = {input_.data(), file_.read(input_.data(), input_.size()), 0};
-        drained_ = unread_.size == 0;
-      }
-      const size_t before = output.pos;
-      const size_t consumed = unread_.pos;
-      const size_t code = ZSTD_decompressStream(context_, &output, &unread_);
-      if (ZSTD_isError(code))
-        fail("{}: damaged zstd data ({}); fetch the file again", path_.string(), ZSTD_getErrorName(code));
-      // With no input left 0 means that the last frame is complete.
-      if (unread_.pos != consumed || output.pos != before) frame_open_ = code != 0;
-      if (drained_ && output.pos == before) {
-        if (frame_open_) fail("{}: truncated zstd data; fetch the file again", path_.string());
-        break;
-      }
-    }
-    return output.pos;
-  }
-
- private:
-  fs::path path_;
-  PlainBytes file_;
-  ZSTD_DCtx* context_;
-  std::string input_;
-  ZSTD_inBuffer unread_{nullptr, 0, 0};
-  bool drained_ = false, frame_open_ = false;
-};
-
-std::unique_ptr<DocumentReader::Bytes> open_bytes(const fs::path& path) {
-  std::error_code code;
-  if (!fs::exists(path, code)) fail("{}: no such file", path.string());
-  if (fs::is_directory(path, code)) fail("{}: is a folder, a file was expected", path.string());
-  if (path.extension() == ".gz") return std::make_unique<GzipBytes>(path);
-  if (path.extension() == ".zst") return std::make_unique<ZstdBytes>(path);
-  return std::make_unique<PlainBytes>(path);
+Packing packing_of(const fs::path& format) {
+  if (format.extension() == ".gz") return Packing::gzip;
+  return format.extension() == ".zst" ? Packing::zstd : Packing::none;
 }
 
-fs::path inner_name(const fs::path& path) {
-  return path.extension() == ".gz" || path.extension() == ".zst" ? path.stem() : path.filename();
+// The ending that says what the decompressed bytes are.
+std::string inner_extension(const fs::path& format) {
+  return (packing_of(format) == Packing::none ? format : format.stem()).extension().string();
+}
+
+RowLayout layout_of(const fs::path& format) {
+  const std::string extension = inner_extension(format);
+  if (extension == ".jsonl" || extension == ".ndjson") return RowLayout::lines;
+  return extension == ".json" ? RowLayout::values : RowLayout::none;
 }
 
 // Whether the file's beginning is UTF-8 without control characters that no text holds.
-bool begins_as_text(const fs::path& path) {
+bool begins_as_text(const TextFile& file) {
   std::string head(4096, '\0');
   try {
-    head.resize(open_bytes(path)->read(head.data(), head.size()));
+    head.resize(open_bytes(file.path, file.name, packing_of(file.format))->read(head.data(), head.size()));
   } catch (const Error&) {
     return false;  // not what its name says
   }
@@ -141,6 +51,17 @@ bool begins_as_text(const fs::path& path) {
   if (bad != std::string::npos && bad + 4 <= head.size()) return false;  // not merely a character cut in two
   return std::none_of(head.begin(), head.end(),
                       [](char c) { return (c > 0 && c < '\t') || (c > '\r' && c < '\x1b'); });
+}
+
+// Folders of data hold .json files that describe it beside those that are it.
+bool begins_with_a_row(const TextFile& file, const std::string& text_field) {
+  try {
+    DocumentReader reader(file, text_field);
+    std::string text;
+    return reader.next(text) && reader.skipped_rows() == 0;
+  } catch (const Error&) {
+    return false;
+  }
 }
 
 // Regular files in a folder and the folders below it; hidden ones, links and folders that may not be read are
@@ -165,42 +86,152 @@ std::vector<fs::path> files_below(const fs::path& folder) {
   return files;
 }
 
+// The text of a row: the row itself where it is a string, else its text field; null where it has none.
+const std::string* text_of(const nlohmann::json& row, const std::string& text_field) {
+  if (row.is_string()) return row.get_ptr<const std::string*>();
+  if (!row.is_object()) return nullptr;
+  const auto field = row.find(text_field);
+  return field == row.end() ? nullptr : field->get_ptr<const std::string*>();
+}
+
+// What a row has instead, for the error.
+std::string fields_of(const nlohmann::json& row) {
+  if (!row.is_object()) return fmt::format("a row is {}", row.type_name());
+  std::vector<std::string> names;
+  for (const auto& [name, value] : row.items()) {
+    if (names.size() == 8) {
+      names.push_back("...");
+      break;
+    }
+    names.push_back(name);
+  }
+  return fmt::format("a row has {}", fmt::join(names, ", "));
+}
+
+// Bytes of a closed name, readable through the path for as long as it lives.
+struct OpenFile {
+  int descriptor;
+  ~OpenFile() { ::close(descriptor); }
+};
+
+int open_unnamed(const fs::path& folder) {
+  const int unnamed = ::open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (unnamed >= 0) return unnamed;
+  std::string name = (folder / ".spooled-XXXXXX").string();  // not every file system has files without a name
+  const int named = ::mkostemp(name.data(), O_CLOEXEC);
+  if (named >= 0) ::unlink(name.c_str());
+  return named;
+}
+
+// The endings that a file of these bytes would have; only one whole line of JSON, or an array of it, makes rows.
+std::string guess_format(const fs::path& path, const std::string& name) {
+  std::string head(4, '\0');
+  head.resize(open_bytes(path, name, Packing::none)->read(head.data(), head.size()));
+  const Packing packing = head.starts_with("\x1f\x8b")           ? Packing::gzip
+                          : head.starts_with("\x28\xb5\x2f\xfd") ? Packing::zstd
+                                                                 : Packing::none;
+  const std::string ending = packing == Packing::gzip ? ".gz" : packing == Packing::zstd ? ".zst" : "";
+  head.assign(size_t{1} << 20, '\0');
+  head.resize(open_bytes(path, name, packing)->read(head.data(), head.size()));
+  if (head.starts_with(kUtf8Mark)) head.erase(0, kUtf8Mark.size());
+  const size_t first = head.find_first_not_of(" \t\r\n");
+  if (first == std::string::npos) return "pipe.txt" + ending;
+  const std::string line = head.substr(first, head.find('\n', first) - first);
+  if (head[first] == '{' && nlohmann::json::accept(line)) return "pipe.jsonl" + ending;
+  if (head[first] == '[' && head.find_first_not_of(" \t\r\n", first + 1) == head.find('{', first + 1))
+    return "pipe.json" + ending;
+  return "pipe.txt" + ending;
+}
+
+TextFile spool(const TextFile& pipe, const fs::path& folder) {
+  const auto source = open_bytes(pipe.path, pipe.name, Packing::none);
+  const auto file = std::make_shared<OpenFile>(open_unnamed(folder));
+  const auto give_up = [&](int why) {
+    fail("{}: a pipe is copied to a file in {} first, which cannot be written: {}", pipe.name,
+         folder.string(), std::strerror(why));
+  };
+  if (file->descriptor < 0) give_up(errno);
+  std::string piece(size_t{1} << 20, '\0');
+  size_t total = 0;
+  while (const size_t count = source->read(piece.data(), piece.size())) {
+    for (size_t done = 0; done < count;) {
+      const ssize_t wrote = ::write(file->descriptor, piece.data() + done, count - done);
+      if (wrote < 0 && errno != EINTR) give_up(errno);
+      done += wrote > 0 ? static_cast<size_t>(wrote) : 0;
+    }
+    total += count;
+  }
+  if (total == 0) fail("{}: the pipe gave no bytes", pipe.name);
+  TextFile spooled = pipe;
+  spooled.path = fmt::format("/proc/self/fd/{}", file->descriptor);
+  spooled.format = guess_format(spooled.path, pipe.name);
+  spooled.keep_alive = file;
+  return spooled;
+}
+
 }  // namespace
 
-std::vector<fs::path> list_text_files(const std::vector<fs::path>& paths) {
-  std::vector<fs::path> files;
+bool is_blank(const std::string& text) {
+  return text.find_first_not_of(" \t\r\n") == std::string::npos;
+}
+
+void spool_pipes(std::vector<TextFile>& files, const fs::path& folder) {
+  for (TextFile& file : files) {
+    std::error_code code;
+    if (fs::is_fifo(file.path, code) || fs::is_socket(file.path, code)) file = spool(file, folder);
+  }
+}
+
+TextFile::TextFile(const fs::path& file) : path(file), name(file.string()) {
+  std::string lower = file.filename().string();
+  for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  format = lower;
+}
+
+std::vector<TextFile> list_text_files(const std::vector<fs::path>& paths, const std::string& text_field) {
+  std::vector<TextFile> files;
   size_t left_out = 0;
   for (const fs::path& path : paths) {
     std::error_code code;
     if (!fs::exists(path, code))
       fail("{}: no such file or folder; name the training text with an existing path", path.string());
     if (!fs::is_directory(path, code)) {
-      files.push_back(path);
+      if (fs::is_character_file(path, code) || fs::is_block_file(path, code))
+        fail("{}: is a device; name a file, a folder or a pipe", path.string());
+      files.emplace_back(path);
       continue;
     }
     std::vector<fs::path> inside;
-    for (const fs::path& file : files_below(path)) {
-      if (inner_name(file).extension() != ".tar" && file.extension() != ".tgz" && begins_as_text(file)) {
-        inside.push_back(file);
-      } else {
+    for (const fs::path& below : files_below(path)) {
+      const TextFile file(below);
+      const std::string extension = inner_extension(file.format);
+      if (extension == ".tar" || extension == ".tgz" || !begins_as_text(file)) {
         ++left_out;
+      } else if (extension == ".json" && !begins_with_a_row(file, text_field)) {
+        ++left_out;
+        if (!is_silent())
+          notice("{}: left out, it does not begin with an object that has the field \"{}\"\n", file.name,
+                 text_field);
+      } else {
+        inside.push_back(below);
       }
     }
     std::sort(inside.begin(), inside.end());
     files.insert(files.end(), inside.begin(), inside.end());
   }
   if (files.empty())
-    fail("no text files in {}{}; give files, or folders that hold text, .jsonl, .gz or .zst files",
-         paths.empty() ? "an empty list of paths" : paths.front().string(),
-         left_out > 0 ? fmt::format(" ({} files there are not text)", left_out) : "");
+    fail(
+        "no text files in {}{}; give files, or folders that hold text, .jsonl, .ndjson, .json, .gz or .zst files",
+        paths.empty() ? "an empty list of paths" : paths.front().string(),
+        left_out > 0 ? fmt::format(" ({} files there are not text)", left_out) : "");
   return files;
 }
 
-DocumentReader::DocumentReader(const fs::path& path, std::string text_field)
-    : path_(path),
+DocumentReader::DocumentReader(const TextFile& file, std::string text_field)
+    : file_(file),
       text_field_(std::move(text_field)),
-      lines_(inner_name(path).extension() == ".jsonl"),
-      bytes_(open_bytes(path)) {}
+      layout_(layout_of(file.format)),
+      bytes_(open_bytes(file.path, file.name, packing_of(file.format))) {}
 
 DocumentReader::~DocumentReader() = default;
 
@@ -214,25 +245,36 @@ bool DocumentReader::fill() {
   }
   constexpr size_t step = 1 << 16;
   const size_t old = buffer_.size();
+  const bool begins = buffer_start_ == 0 && old == 0;
   buffer_.resize(old + step);
   const size_t got = bytes_->read(buffer_.data() + old, step);
   buffer_.resize(old + got);
   end_ = got == 0;
+  if (begins) {
+    if (is_utf16(buffer_))
+      fail("{}: is UTF-16; convert it, for example with iconv -f UTF-16 -t UTF-8", file_.name);
+    if (buffer_.starts_with(kUtf8Mark)) cursor_ = kUtf8Mark.size();
+  }
+  if (layout_ != RowLayout::none && buffer_.size() - cursor_ > kMaxRowBytes)
+    fail("{}:{}: a row of more than {} MiB; is the file one JSON object a line, or an array of them?",
+         file_.name, line_, kMaxRowBytes >> 20);
   return got > 0;
 }
 
 bool DocumentReader::next_raw(std::string& text) {
-  const char separator = lines_ ? '\n' : '\0';
+  if (layout_ == RowLayout::values) return next_value(text);
+  const bool lines = layout_ == RowLayout::lines;
+  const char separator = lines ? '\n' : '\0';
   ++line_;
   for (;;) {
     const size_t found = buffer_.find(separator, std::max(searched_, cursor_));
-    if (found != std::string::npos && (lines_ || found - cursor_ <= kMaxDocumentBytes)) {
+    if (found != std::string::npos && (lines || found - cursor_ <= kMaxDocumentBytes)) {
       text.assign(buffer_, cursor_, found - cursor_);
       raw_start_ = buffer_start_ + cursor_;
       cursor_ = searched_ = found + 1;
       return true;
     }
-    if (!lines_ && buffer_.size() - cursor_ > kMaxDocumentBytes) {
+    if (!lines && buffer_.size() - cursor_ > kMaxDocumentBytes) {
       // Cut behind the last line end, else between two characters.
       size_t cut = buffer_.rfind('\n', cursor_ + kMaxDocumentBytes - 1);
       if (cut == std::string::npos || cut < cursor_) {
@@ -258,36 +300,113 @@ bool DocumentReader::next_raw(std::string& text) {
   }
 }
 
+// JSON values after one another, or the elements of one array around them all, by counting brackets; the parser
+// judges what stands between.
+bool DocumentReader::next_value(std::string& text) {
+  ++line_;
+  const auto have = [&](size_t index) {
+    return cursor_ + index < buffer_.size() || (fill() && cursor_ + index < buffer_.size());
+  };
+  const auto fault = [&](const char* what) { fail("{}: element {}: {}", file_.name, line_, what); };
+  for (;; ++cursor_) {
+    if (!have(0)) {
+      if (array_ == Array::open) fault("the array does not end; the file is truncated, fetch it again");
+      return false;
+    }
+    const char c = buffer_[cursor_];
+    if (c == ' ' || c == '\t' || c == '\r' || c == '\n') continue;
+    if (array_ == Array::unknown) {
+      array_ = c == '[' ? Array::open : Array::none;
+      if (array_ == Array::open) continue;
+    } else if (array_ == Array::open && (c == ',' || c == ']')) {
+      if (c == ',' && !separated_ && line_ > 1) {
+        separated_ = true;
+        continue;
+      }
+      if (c == ',' || separated_) fault("not valid JSON: a value is missing");
+      array_ = Array::closed;
+      continue;
+    }
+    break;
+  }
+  if (array_ == Array::closed) fault("the file goes on behind the array's end");
+  if (array_ == Array::open && line_ > 1 && !separated_)
+    fault("not valid JSON: a comma is missing before it");
+  separated_ = false;
+  size_t length = 0;
+  int64_t depth = 0;
+  bool in_string = false;
+  for (bool ended = false; !ended && have(length); ++length) {
+    const char c = buffer_[cursor_ + length];
+    if (in_string) {
+      if (c == '\\' && have(length + 1))
+        ++length;
+      else if (c == '"')
+        in_string = false, ended = depth == 0;
+    } else if (c == '"') {
+      in_string = true;
+    } else if (c == '{' || c == '[') {
+      ++depth;
+    } else if (c == '}' || c == ']') {
+      ended = --depth <= 0;
+    } else if (depth == 0 && (c == ',' || c == ' ' || c == '\t' || c == '\r' || c == '\n')) {
+      break;
+    }
+    if (depth < 0) break;  // the array's own bracket
+  }
+  if (length == 0) fault("not valid JSON: a value was expected");
+  raw_start_ = buffer_start_ + cursor_;
+  text.assign(buffer_, cursor_, length);
+  cursor_ += length;
+  return true;
+}
+
+std::string DocumentReader::place() const {
+  return layout_ == RowLayout::values ? fmt::format("{}: element {}", file_.name, line_)
+                                      : fmt::format("{}:{}", file_.name, line_);
+}
+
 bool DocumentReader::next(std::string& text) {
-  if (!next_raw(text)) return false;
-  if (!lines_) {
+  if (!next_raw(text)) {
+    if (rows_ > 0 && skipped_rows_ == rows_ && !passed_over_)
+      fail("{}: none of its {} rows has text in the field \"{}\" ({}); name the right field", file_.name,
+           rows_, text_field_, skipped_fields_);
+    return false;
+  }
+  if (layout_ == RowLayout::none) {
     const size_t bad = find_invalid_utf8(text);
     if (bad != std::string::npos)
-      fail("{}: byte {} (0x{:02x}) is not UTF-8; convert the file, for example with iconv", path_.string(),
+      fail("{}: byte {} (0x{:02x}) is not UTF-8; convert the file, for example with iconv", file_.name,
            raw_start_ + bad, static_cast<unsigned char>(text[bad]));
     return true;
   }
-  if (text.find_first_not_of(" \t\r") == std::string::npos) {
+  if (is_blank(text)) {
     text.clear();
     return true;
   }
-  nlohmann::json object;
+  check_json_nesting(text, place());
+  nlohmann::json row;
   try {
-    object = nlohmann::json::parse(text);
+    row = nlohmann::json::parse(text);
   } catch (const nlohmann::json::parse_error& e) {
-    fail("{}:{}: not valid JSON at byte {} of the line; each line must be one JSON object", path_.string(),
-         line_, e.byte);
+    fail("{}: not valid JSON at byte {} of the row; each row must be one JSON object", place(), e.byte);
   }
-  const auto field = object.is_object() ? object.find(text_field_) : object.end();
-  if (!object.is_object() || field == object.end() || !field->is_string())
-    fail("{}:{}: no string field \"{}\"; each line must be an object that has it", path_.string(), line_,
-         text_field_);
-  text = field->get<std::string>();
+  ++rows_;
+  if (const std::string* found = text_of(row, text_field_)) {
+    text = *found;
+    return true;
+  }
+  text.clear();
+  if (skipped_rows_++ == 0) first_skipped_ = place(), skipped_fields_ = fields_of(row);
+  if (skipped_rows_ > kFewRows && skipped_rows_ * 10 > rows_)
+    fail("{}: {} of {} rows have no text in the field \"{}\" ({}); name the right field, or mend the file",
+         place(), skipped_rows_, rows_, text_field_, skipped_fields_);
   return true;
 }
 
 int64_t DocumentReader::skip(int64_t count) {
   std::string ignored;
+  passed_over_ |= count > 0;
   for (int64_t skipped = 0; skipped < count; ++skipped)
     if (!next_raw(ignored)) return skipped;
   return count;

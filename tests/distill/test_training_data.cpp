@@ -159,9 +159,10 @@ TEST(DocumentReader, NamesWhatIsWrong) {
             std::string::npos);
   EXPECT_NE(fault("a.jsonl", good + "\n" + good + "{\"text\": \n").find("a.jsonl:4: not valid JSON"),
             std::string::npos);
-  EXPECT_NE(fault("b.jsonl", good + "{\"tex\": \"x\"}\n").find("b.jsonl:2: no string field \"text\""),
+  // All rows without text: another field is meant. Some: see SkipsAndCountsRowsWithoutText.
+  EXPECT_NE(fault("b.jsonl", "{\"tex\": \"x\"}\n").find("none of its 1 rows has text in the field \"text\""),
             std::string::npos);
-  EXPECT_NE(fault("c.jsonl", good + "[1]\n").find("c.jsonl:2: no string field"), std::string::npos);
+  EXPECT_NE(fault("c.jsonl", good + std::string(300, '[') + "\n").find("nested deeper"), std::string::npos);
   EXPECT_NE(fault("d.jsonl", good + "{\"text\": \"\xc3(\"}\n").find("d.jsonl:2: not valid JSON"),
             std::string::npos);
   const std::string long_text(100000, 'x');
@@ -170,8 +171,69 @@ TEST(DocumentReader, NamesWhatIsWrong) {
   EXPECT_NE(fault("f.txt.gz", long_text).find("is not gzip data"), std::string::npos);
   EXPECT_NE(fault("g.txt.zst", zst.substr(0, zst.size() - 3)).find("zstd"), std::string::npos);
   EXPECT_NE(fault("h.txt.zst", long_text).find("damaged zstd data"), std::string::npos);
-  EXPECT_NE(message_of([&] { DocumentReader(folder.path / "none.txt"); }).find("no such file"),
+  EXPECT_NE(message_of([&] { DocumentReader(TextFile(folder.path / "none.txt")); }).find("no such file"),
             std::string::npos);
+}
+
+TEST(DocumentReader, ReadsArraysHoweverTheyAreLaidOut) {
+  auto engine = fresh_engine();
+  const Folder folder;
+  const auto space = [&] {
+    static const std::vector<std::string> spaces = {"", " ", "\n", "\t", "\r\n  "};
+    return spaces[engine() % spaces.size()];
+  };
+  for (int trial = 0; trial < 20; ++trial) {
+    std::vector<std::string> want;
+    std::string array = space() + "[", lines;
+    const size_t count = engine() % 40;
+    for (size_t i = 0; i < count; ++i) {
+      // Brackets, quotes and backslashes in strings are no structure.
+      want.push_back(random_text(engine, 1 + engine() % 30000) + "]}\\\"[{,");
+      const nlohmann::json row = engine() % 4 == 0
+                                     ? nlohmann::json(want.back())
+                                     : nlohmann::json({{"a", {1, {{"b", "]"}}}}, {"text", want.back()}});
+      const std::string text = row.dump(engine() % 2 ? 1 : -1);
+      array += (i ? space() + "," : "") + space() + text;
+      lines += text + space() + (row.is_string() ? "" : space());
+    }
+    array += space() + "]" + space();
+    EXPECT_EQ(all_documents(folder.write("a.json", array)), want);
+    EXPECT_EQ(all_documents(folder.write("b.json", "\xef\xbb\xbf" + lines)), want);
+    const std::string cut =
+        array.substr(0, array.find('[') + 1 + engine() % (array.rfind(']') - array.find('[')));
+    EXPECT_NE(message_of([&] { all_documents(folder.write("c.json", cut)); }), "") << cut;
+  }
+}
+
+TEST(DocumentReader, SkipsAndCountsRowsWithoutText) {
+  auto engine = fresh_engine();
+  const Folder folder;
+  const std::vector<std::string> bad = {"{\"text\": null}", "{}", "[1]", "7", "{\"text\": [\"x\"]}"};
+  std::string lines;
+  int64_t skipped = 0, first = -1;
+  std::vector<std::string> want;
+  for (int64_t i = 0; i < 1500; ++i) {
+    const bool is_bad = i > 0 && engine() % 40 == 0;
+    if (is_bad && skipped++ == 0) first = i + 1;
+    want.push_back(is_bad ? "" : fmt::format("text {}", i));
+    lines += (is_bad ? bad[engine() % bad.size()] : nlohmann::json({{"text", want.back()}}).dump()) + "\n";
+  }
+  const fs::path path = folder.write("a.jsonl", lines);
+  DocumentReader reader(path);
+  std::string text;
+  for (const std::string& one : want) {
+    ASSERT_TRUE(reader.next(text));
+    EXPECT_EQ(text, one);
+  }
+  EXPECT_FALSE(reader.next(text));
+  EXPECT_EQ(reader.skipped_rows(), skipped);
+  EXPECT_EQ(reader.first_skipped(), first > 0 ? fmt::format("{}:{}", path.string(), first) : "");
+  std::string many;
+  for (int64_t i = 0; i < kFewRows + 1; ++i) many += bad[0] + "\n";
+  EXPECT_NE(message_of([&] {
+              all_documents(folder.write("b.jsonl", lines.substr(0, lines.find('\n') + 1) + many));
+            }),
+            "");
 }
 
 TEST(FindInvalidUtf8, AgreesWithTheTableOfWellFormedSequences) {
@@ -210,7 +272,9 @@ TEST(ListTextFiles, TakesTextAndLeavesTheRest) {
   fs::create_symlink(folder.path / "a/one.txt", folder.path / "link.txt");
   const std::vector<fs::path> want = {folder.path / "a/one.txt", folder.path / "b/two.rst",
                                       folder.path / "c.txt.gz"};
-  EXPECT_EQ(list_text_files({folder.path}), want);
+  std::vector<fs::path> found;
+  for (const TextFile& file : list_text_files({folder.path})) found.push_back(file.path);
+  EXPECT_EQ(found, want);
   EXPECT_EQ(list_text_files({folder.path / "a/picture.png"}).size(), 1u);  // named directly
   EXPECT_NE(message_of([&] { list_text_files({folder.path / "nowhere"}); }).find("no such file or folder"),
             std::string::npos);
@@ -268,6 +332,21 @@ TEST(TrainingData, EachEpochHoldsEveryDocumentOnceInAnotherOrder) {
   corpus.config.seed ^= 1;
   TrainingData other = corpus.data();
   EXPECT_NE(documents_of(other, 50), std::vector<std::string>(read.begin(), read.begin() + 50));
+}
+
+TEST(TrainingData, CountsTheTokensOfAnEpochAcrossAStop) {
+  auto engine = fresh_engine();
+  const Corpus corpus(engine);
+  TrainingData whole = corpus.data();
+  EXPECT_EQ(whole.corpus_tokens(), 0);
+  const int64_t sequences = corpus.tokens() / corpus.config.sequence_length + 2;
+  const auto stop = static_cast<int64_t>(engine() % static_cast<uint64_t>(sequences));
+  for (int64_t i = 0; i < stop; ++i) whole.next();
+  TrainingData resumed = corpus.data();
+  resumed.restore(whole.state());
+  for (int64_t i = stop; i < sequences; ++i) whole.next(), resumed.next();
+  EXPECT_EQ(whole.corpus_tokens(), corpus.tokens());
+  EXPECT_EQ(resumed.corpus_tokens(), corpus.tokens());
 }
 
 TEST(TrainingData, MarksDocumentsAndParts) {
