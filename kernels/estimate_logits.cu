@@ -1,12 +1,10 @@
 // Contract: estimate_logits.h. With key = scale_k code + min_k, q . key = scale_k (q . code) + min_k sum(q),
-// and
-// q . code is mma.m16n8k16 with a block's 16 tokens as rows and the query heads as the 8 columns. A code
-// becomes
-// a 16-bit float by one OR: 128 + code in bf16, 1024 + code in f16, exact; the offset leaves with sum(q). The
-// depth may be taken in any order: a lane reads a quarter of its rows, and queries are laid out to match.
-// Floor (bytes): head_dim / 2 + 4 a candidate and KV head: 17.8 MB for 32K candidates of 8 heads of 128, 5.9
-// us at
-// 3.03 TB/s. Grid: (runs of candidate blocks, KV heads, rows) of 4 warps; a warp takes one block at a time.
+// and q . code is mma.m16n8k16 with a block's 16 tokens as rows and the query heads as the 8 columns. A code
+// becomes a 16-bit float by one OR: 128 + code in bf16, 1024 + code in f16, exact; the offset leaves with
+// sum(q). The depth may be taken in any order: a lane reads a quarter of its rows, and queries are laid out
+// to match. Floor (bytes): head_dim / 2 + 4 a candidate and KV head: 17.8 MB for 32K candidates of 8 heads of
+// 128, 5.9 us at 3.03 TB/s. Grid: (runs of candidate blocks, KV heads, rows) of 4 warps; a warp takes one
+// block at a time.
 #include <algorithm>
 
 #include "kernels/estimate_logits.h"

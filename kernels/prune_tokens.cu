@@ -1,11 +1,9 @@
 // Contract: prune_tokens.h. One thread block a query head: masses in registers (what does not fit is computed
-// again
-// from the logits), the threshold by bisection, first of its logarithm. Every round adds the masses above the
-// middle, as integers; once few enough masses lie between the ends, they alone are looked at, in shared
-// memory.
-// The kept tokens are bits in the workspace; the last of a KV head's thread blocks to arrive lists their
-// union.
-// Floor (bytes): the logits once, from L2. In fact bound by the rounds' barriers. No block waits for another.
+// again from the logits), the threshold by bisection, first of its logarithm. Every round adds the masses
+// above the middle, as integers; once few enough masses lie between the ends, they alone are looked at, in
+// shared memory. The kept tokens are bits in the workspace; the last of a KV head's thread blocks to arrive
+// lists their union. Floor (bytes): the logits once, from L2. In fact bound by the rounds' barriers. No block
+// waits for another.
 #include "kernels/launch.h"
 #include "kernels/prune_tokens.h"
 #include "kernels/ptx.cuh"

@@ -8,11 +8,9 @@
 namespace spot::kernels {
 
 // The rule, exact and the same everywhere: a token's mass is mass_of (select_rules.h) of its logit against
-// the
-// head's largest one, an integer; kept are the tokens whose mass is at least the greatest t >= 1 for which
-// those
-// of mass >= t hold ceil(p * total). So equal masses are kept or dropped together, and masses below 2^-25 of
-// the largest are 0 and never kept. A row of at most `floor` tokens keeps all its candidates.
+// the head's largest one, an integer; kept are the tokens whose mass is at least the greatest t >= 1 for
+// which those of mass >= t hold ceil(p * total). So equal masses are kept or dropped together, and masses
+// below 2^-25 of the largest are 0 and never kept. A row of at most `floor` tokens keeps all its candidates.
 struct PruneTokensParams {
   int32_t batch = 0;                        // R
   int32_t num_heads = 0, num_kv_heads = 0;  // a divisor

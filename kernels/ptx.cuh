@@ -89,11 +89,10 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // Warpgroup matrix products, D[64xN] (+)= A[64x16] B[16xN] by the four warps of a warpgroup, both operands in
 // shared memory as panels of 64 numbers a row (A: a row of D, B: a column): 128 bytes a row, the 16-byte
-// piece
-// i of row r at place i ^ (r & 7), panels aligned to 1024 bytes. Warp w and lane 4 g + t of the group hold
-// rows
-// 16 w + g (d[4 j], d[4 j + 1]) and 16 w + g + 8 (d[4 j + 2], d[4 j + 3]), columns 8 j + 2 t and the next.
-// The products run asynchronously: wgmma_arrive, wgmma_k16..., wgmma_commit, wgmma_wait, before D is read.
+// piece i of row r at place i ^ (r & 7), panels aligned to 1024 bytes. Warp w and lane 4 g + t of the group
+// hold rows 16 w + g (d[4 j], d[4 j + 1]) and 16 w + g + 8 (d[4 j + 2], d[4 j + 3]), columns 8 j + 2 t and
+// the next. The products run asynchronously: wgmma_arrive, wgmma_k16..., wgmma_commit, wgmma_wait, before D
+// is read.
 __device__ __forceinline__ uint64_t wgmma_operand(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 / 16} << 32;
   return kSwizzle128 | kEightRows | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
@@ -173,8 +172,7 @@ __device__ __forceinline__ void wgmma_k16<__nv_bfloat16>(float (&d)[16], uint64_
 }
 
 // Adds to a counter; what the block wrote before its last barrier is visible to whoever sees the sum, and the
-// other
-// way round.
+// other way round.
 __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
   uint32_t before;
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"

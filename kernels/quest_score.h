@@ -6,8 +6,7 @@
 namespace spot::kernels {
 
 // For every block b < ceil(length / 16) and KV head: scale * sum_i max(q_i min_i, q_i max_i), merged over the
-// KV
-// head's query heads by their maximum or mean. -infinity for the other blocks up to max_blocks.
+// KV head's query heads by their maximum or mean. -infinity for the other blocks up to max_blocks.
 struct QuestScoreParams {
   DataType type = DataType::kBf16;          // of queries and bounds: kBf16 or kF16
   int32_t batch = 0;                        // R

@@ -1,8 +1,7 @@
 // Selection of one row by one thread block, without a sort. Used by select_blocks.cu and by the fused decode
 // kernel, where it lies on the critical path: what counts there is the number of dependent steps and the
 // amount of code that runs once (a layer's weights wash it out of the caches before the next layer comes),
-// not
-// bytes. Hence loops that seldom turn twice are not unrolled, and masses are a template parameter.
+// not bytes. Hence loops that seldom turn twice are not unrolled, and masses are a template parameter.
 // select_from_candidates, the usual case:
 // 1. A budget of k blocks can only fall on scores >= the k-th largest of any subset's scores; the subset is
 //    each thread's largest scores, one or four a thread. A few halvings of their range find a bound that a
@@ -596,10 +595,9 @@ __device__ __forceinline__ int select_row_bitmap(const float* scores, const Sele
 }
 
 // Lists the bitmap's blocks in ascending order: `write(position, block)` for positions [begin, end), a thread
-// a
-// position: it finds the position's word among the words' first positions, then the bit. (Threads that write
-// the
-// bits of their own word leave most others idle: reserved blocks fill whole words.) Ends with a barrier.
+// a position: it finds the position's word among the words' first positions, then the bit. (Threads that
+// write the bits of their own word leave most others idle: reserved blocks fill whole words.) Ends with a
+// barrier.
 template <typename Write>
 __device__ __forceinline__ void list_bitmap(SelectShared& s, int num_blocks, int begin, int end,
                                             const Write& write) {

@@ -1,7 +1,6 @@
 // One selector key by one warp: norm, RoPE, quantise, write. Shared by selector_key_append.cu and
 // attention_prologue.cu. A lane holds the 4 dims that it packs into bytes, so group maxima and norms are a
-// few
-// shuffles and nothing passes through shared memory.
+// few shuffles and nothing passes through shared memory.
 #pragma once
 
 #include <cuda_bf16.h>

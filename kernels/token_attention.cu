@@ -1,6 +1,6 @@
 // Contract: token_attention.h; arithmetic and folding: attend_split.cuh. Floor (bytes): 4 head_dim a token
-// and KV
-// head, as for blocks, but in pieces of one row of K and one of V. Grid as in sparse_decode_attention.cu.
+// and KV head, as for blocks, but in pieces of one row of K and one of V. Grid as in
+// sparse_decode_attention.cu.
 #include "kernels/attend_split.cuh"
 #include "kernels/launch.h"
 #include "kernels/token_attention.h"

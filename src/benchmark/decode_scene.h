@@ -1,6 +1,5 @@
 // What one decode step of a layer reads, for timing decode attention: keys and values whose attention is as
-// concentrated as
-// asked, or a model's own (benchmark/decode_record.h).
+// concentrated as asked, or a model's own (benchmark/decode_record.h).
 #pragma once
 
 #include <ATen/ATen.h>
@@ -21,12 +20,10 @@ struct DecodeShape {
 const std::vector<DecodeShape>& decode_shapes();
 
 // Logits of query head h and token j are sigma (sqrt(shared) z_j + sqrt(1 - shared) y_hj), z and y standard
-// normal: weights are
-// lognormal, and the fewest tokens that hold mass m of a head are the share Phi(Phi^-1(m) - sigma) of a long
-// context,
-// printed as measured. `shared` of the variance is common to all heads of the layer. `local` of the keys'
-// variance, in
-// every dim, is common to a block of 16 tokens. Selector keys carry z with correlation `fidelity`.
+// normal: weights are lognormal, and the fewest tokens that hold mass m of a head are the share Phi(Phi^-1(m)
+// - sigma) of a long context, printed as measured. `shared` of the variance is common to all heads of the
+// layer. `local` of the keys' variance, in every dim, is common to a block of 16 tokens. Selector keys carry
+// z with correlation `fidelity`.
 struct AttentionStatistics {
   double sigma = 3.5, shared = 0.7, local = 0.7, fidelity = 0.9;
 };

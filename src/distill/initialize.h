@@ -28,11 +28,10 @@ namespace spot {
 int64_t initialization_tokens(const ModelConfig& backbone);
 
 // Overwrites query, key and mixing weights of every layer of `selector` (dims without a counterpart keep
-// their
-// random start); norms stay. `options` is the loss that the gain is chosen by. Two frozen forward passes over
-// the first sequence and one over the others; holds hidden_size^2 float32 numbers a layer meanwhile.
-// Deterministic
-// for a given device and thread count. Throws Error when a hidden state, query or key is not finite.
+// their random start); norms stay. `options` is the loss that the gain is chosen by. Two frozen forward
+// passes over the first sequence and one over the others; holds hidden_size^2 float32 numbers a layer
+// meanwhile. Deterministic for a given device and thread count. Throws Error when a hidden state, query or
+// key is not finite.
 void initialize_from_backbone(const Backbone& backbone, Selector& selector,
                               const std::vector<TokenSequence>& sequences, const LayerLossOptions& options);
 

@@ -41,8 +41,7 @@ struct LayerLossOptions {
   // blocks.
   std::vector<double> budgets;
   // That on at most so many counted queries, in evenly spaced runs of 16; 0: on all, which keeps the fused
-  // kernels
-  // from being used.
+  // kernels from being used.
   int64_t measured_queries = 0;
   bool gradients = true;  // false: the gradients stay undefined
   // What gradients are multiplied by, and whether they are rounded to the types of what they belong to, in
@@ -53,8 +52,7 @@ struct LayerLossOptions {
   int64_t tile_rows = 0;
   int64_t tile_bytes = 0;  // 0: 24 MiB on the CPU, 512 MiB elsewhere
   // The operators of ops/distill_ops.h, which strips of queries from several documents run through: on GPUs
-  // that
-  // have them fused, never, or wherever they cover the loss (for tests: their ATen form is no faster).
+  // that have them fused, never, or wherever they cover the loss (for tests: their ATen form is no faster).
   enum class Operators { fused, never, always } operators = Operators::fused;
 };
 

@@ -24,8 +24,7 @@ class MetricsLog {
 };
 
 // A self-contained page: loss, captured mass and calibration, over the steps and by layer; learning rate and
-// speed; the
-// layers' last values.
+// speed; the layers' last values.
 void write_loss_page(const std::filesystem::path& path, const std::vector<nlohmann::json>& entries);
 
 }  // namespace spot

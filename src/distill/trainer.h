@@ -18,14 +18,12 @@ namespace spot {
 
 // Data parallelism: every replica runs distill() with the same config and an equal selector, takes the
 // sequences i = rank, rank + count, ... of each step (and of the held-out ones), and sums gradients and
-// measures
-// with the others. Rank 0 writes all files; all replicas read the output folder and the corpus. Nothing in a
-// checkpoint depends on the number of replicas, so that another number may continue it.
+// measures with the others. Rank 0 writes all files; all replicas read the output folder and the corpus.
+// Nothing in a checkpoint depends on the number of replicas, so that another number may continue it.
 struct Replicas {
   int64_t rank = 0, count = 1;
   // Adds each tensor over all replicas, in place; called on all replicas in the same order. Tensors lie on
-  // the
-  // backbone's device.
+  // the backbone's device.
   std::function<void(std::vector<at::Tensor>&)> sum;
 };
 

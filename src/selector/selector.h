@@ -56,8 +56,7 @@ class Selector {
 
   // Writes folder/selector.safetensors (float32, query and key projections in the type of `matrices`) and
   // folder/selector.json, each atomically, weights first. `notes` (an object: steps, tokens, losses, ...) is
-  // kept under
-  // "notes".
+  // kept under "notes".
   void save(const std::filesystem::path& folder, const std::string& fingerprint,
             const nlohmann::json& notes = nlohmann::json::object(),
             at::ScalarType matrices = at::kFloat) const;

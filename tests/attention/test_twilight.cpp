@@ -232,8 +232,7 @@ TEST(Twilight, WholeMassOfAllBlocksIsDenseAttention) {
 }
 
 // Equal weights are kept or dropped together, as a threshold can only do, and a key of equal numbers survives
-// a
-// scale of zero.
+// a scale of zero.
 TEST(Twilight, FlatAndEqualKeys) {
   fresh_seed();
   const ModelConfig model = small_model(24, 1, 2, 1, 16);
