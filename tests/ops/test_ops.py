@@ -97,6 +97,66 @@ def test_selector_project_is_differentiable_and_compiles():
     torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), slope.detach(), rtol=0.05, atol=0.5)
 
 
+def test_selector_project_against_float64():
+    for norm in ("none", "layernorm", "rmsnorm"):
+        tokens, size, key_heads = 7, 48, random.choice([1, 4])
+        hidden, positions = torch.randn(tokens, size), torch.randint(100, (tokens,))
+        matrices = [torch.randn(rows, size) for rows in (512, key_heads * 128, 8)]
+        weight, bias = torch.rand(128) + 0.5, torch.randn(128)
+        angle = torch.rand(100, 32) * 6
+        got = torch.ops.spot.selector_project(
+            hidden,
+            *matrices,
+            positions,
+            norm,
+            *((weight, bias) if norm == "layernorm" else (weight, None) if norm == "rmsnorm" else ()),
+            cos=angle.cos(),
+            sin=angle.sin(),
+        )
+        query, key, mix = (hidden.double() @ m.double().T for m in matrices)
+        key = key.view(tokens, key_heads, 128)
+        if norm == "layernorm":
+            key = torch.nn.functional.layer_norm(key, (128,), weight.double(), bias.double(), 1e-6)
+        elif norm == "rmsnorm":
+            key = torch.nn.functional.rms_norm(key, (128,), weight.double(), 1e-6)
+
+        def turned(x):
+            """The first 32 dims are real parts, the next 32 imaginary ones."""
+            z = (
+                torch.complex(x[..., :32], x[..., 32:64])
+                * torch.polar(torch.ones(tokens, 32).double(), angle[positions].double())[:, None]
+            )  # noqa: B023
+            return torch.cat((z.real, z.imag, x[..., 64:]), -1)
+
+        want = turned(query.view(tokens, 4, 128)), mix.view(tokens, 2, 4) / 512**0.5, turned(key)
+        for w, g in zip(want, got, strict=True):
+            torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-4)
+
+
+def test_the_prologue_stores_through_any_strides():
+    for dtype in (torch.float32, torch.bfloat16):
+        tokens, heads, kv_heads, dim, pages = 20, 6, 2, 64, 4
+        cos, sin = samples.tables(32)
+        projected = torch.randn(tokens, (heads + 2 * kv_heads) * dim).to(dtype)
+        arguments = (projected, heads, kv_heads, dim, cos, sin, torch.randint(100, (tokens,)))
+        slots = torch.randperm(pages * 16)[:tokens]
+        slots[random.randrange(tokens)] = -1
+        both = torch.full((pages, 2, 16, kv_heads, dim + 6), 9.0).to(dtype)[..., :dim]
+        layouts = [
+            [torch.full((kv_heads, pages, 16, dim), 9.0).to(dtype) for _ in range(2)],
+            [torch.full((pages, 16, kv_heads, dim), 9.0).to(dtype).permute(2, 0, 1, 3) for _ in range(2)],
+            [both[:, i].permute(2, 0, 1, 3) for i in range(2)],
+        ]
+        for keys, values in layouts:
+            made = torch.ops.spot.attention_prologue(*arguments, key_pool=keys, value_pool=values, slots=slots)
+            for pool, rows in ((keys, made[1]), (values, made[2])):
+                want = torch.full((pages * 16, kv_heads, dim), 9.0).to(dtype)
+                want[slots[slots >= 0]] = rows[slots >= 0]
+                assert torch.equal(pool.permute(1, 2, 0, 3).reshape(-1, kv_heads, dim), want)
+    with pytest.raises(RuntimeError, match="value_pool is .* it must match key_pool"):
+        torch.ops.spot.attention_prologue(*arguments, key_pool=keys, value_pool=layouts[0][1], slots=slots)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
