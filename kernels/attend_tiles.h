@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/query_tiles.h"
+#include "kernels/types.h"
 
 namespace spot::kernels {
 

@@ -1,7 +1,7 @@
 // Tiles: runs of neighbouring queries of a sparse prefill that share block sets.
 #pragma once
 
-#include "kernels/types.h"
+#include <cstdint>
 
 namespace spot::kernels {
 
@@ -17,5 +17,8 @@ struct QueryTile {
 // Scoring takes a strip of queries at once: tiles [s (64 / T), (s + 1) (64 / T)) of a list are those of
 // positions [64 k, 64 (k + 1)) of one sequence, with empty tiles where the batch brings no query.
 inline constexpr int kStripQueries = 64;
+
+// Groups of mixing weights that one launch of score_tiles takes.
+inline constexpr int kMaxScoreGroups = 16;
 
 }  // namespace spot::kernels

@@ -2,10 +2,9 @@
 #pragma once
 
 #include "kernels/query_tiles.h"
+#include "kernels/types.h"
 
 namespace spot::kernels {
-
-inline constexpr int kMaxScoreGroups = 16;
 
 struct ScoreTilesParams {
   int32_t num_tiles = 0;             // a multiple of kStripQueries / tile_queries

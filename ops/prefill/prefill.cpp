@@ -1,6 +1,6 @@
 #include "ops/prefill/prefill.h"
 
-#include "kernels/score_tiles.h"
+#include "kernels/query_tiles.h"
 #include "ops/checks.h"
 
 namespace spot::ops {
