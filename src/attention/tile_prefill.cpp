@@ -1,0 +1,99 @@
+#include "attention/tile_prefill.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "core/error.h"
+#include "kernels/query_tiles.h"
+#include "ops/prefill/prefill.h"
+
+namespace spot {
+namespace {
+
+constexpr int64_t kPage = kernels::kPageTokens;
+
+// Tiles [first, end) of the whole list: their rows of the batch and the blocks that they see.
+struct Piece {
+  int64_t first, end, first_row, rows, blocks;
+};
+
+std::vector<Piece> pieces_of(const at::Tensor& tiles, int64_t per_strip, int64_t groups, int64_t most_bytes) {
+  const auto tile = tiles.accessor<const int32_t, 2>();
+  std::vector<Piece> pieces;
+  for (int64_t strip = 0; strip < tiles.size(0); strip += per_strip) {
+    Piece next = {strip, strip + per_strip, -1, 0, 0};
+    for (int64_t i = strip; i < next.end; ++i) {
+      if (tile[i][2] == 0) continue;
+      if (next.first_row < 0) next.first_row = tile[i][1];
+      next.rows += tile[i][2];
+      next.blocks = (tile[i][3] + tile[i][2] + kPage - 1) / kPage;
+    }
+    const int64_t blocks = pieces.empty() ? 0 : std::max(pieces.back().blocks, next.blocks);
+    // A float of scores and an index for each tile, group and block.
+    if (!pieces.empty() && (next.end - pieces.back().first) * groups * blocks * 8 <= most_bytes)
+      pieces.back().end = next.end, pieces.back().rows += next.rows, pieces.back().blocks = blocks;
+    else
+      pieces.push_back(next);
+  }
+  return pieces;
+}
+
+}  // namespace
+
+at::Tensor query_tiles(const std::vector<int64_t>& starts, const std::vector<int64_t>& counts,
+                       int64_t tile_queries) {
+  if (tile_queries != 16 && tile_queries != 32 && tile_queries != 64)
+    fail("sparse prefill: a tile has {} queries; it must have 16, 32 or 64", tile_queries);
+  std::vector<int32_t> tiles;
+  int64_t row = 0;
+  for (size_t sequence = 0; sequence < starts.size(); ++sequence) {
+    const int64_t start = starts[sequence], end = start + counts[sequence];
+    for (int64_t tile = start / kernels::kStripQueries * kernels::kStripQueries;
+         counts[sequence] > 0 && (tile < end || tile % kernels::kStripQueries != 0); tile += tile_queries) {
+      const int64_t from = std::max(tile, start), to = std::min(tile + tile_queries, end);
+      for (const int64_t value : {static_cast<int64_t>(sequence), row + from - start, to - from, from})
+        tiles.push_back(from < to ? static_cast<int32_t>(value) : 0);
+    }
+    row += counts[sequence];
+  }
+  return at::tensor(tiles, at::kInt).view({-1, 4});
+}
+
+at::Tensor prefill_in_tiles(const TilePrefill& a, const TileObserver& observer) {
+  const at::Tensor tiles = query_tiles(a.starts, a.counts, a.tile_queries);
+  const at::Device device = a.query.device();
+  at::Tensor output = at::empty(a.query.sizes(), a.query.options());
+  if (tiles.size(0) == 0) return output;
+
+  std::vector<int32_t> lengths, begins;
+  int64_t tokens = 0;
+  for (size_t i = 0; i < a.starts.size(); ++i) {
+    begins.push_back(static_cast<int32_t>(tokens));
+    lengths.push_back(a.counts[i] > 0 ? static_cast<int32_t>(a.starts[i] + a.counts[i]) : 0);
+    tokens += lengths.back();
+  }
+  const at::Tensor key_begins = at::tensor(begins, at::kInt).to(device);
+  const at::Tensor keys =
+      ops::selector_key_stage({a.selector_pool, a.page_table, at::tensor(lengths, at::kInt).to(device),
+                               key_begins, tokens, a.format, a.global_scale});
+  SelectionRule rule = a.rule;
+  rule.recency = std::max(rule.recency, static_cast<int32_t>(a.tile_queries));
+
+  const int64_t per_strip = kernels::kStripQueries / a.tile_queries, groups = a.selector_weight.size(1);
+  for (const Piece& piece : pieces_of(tiles, per_strip, groups, a.most_bytes)) {
+    // Rows count from the piece's first.
+    const at::Tensor own = tiles.slice(0, piece.first, piece.end).clone(), filled = own.select(1, 2) > 0;
+    own.select(1, 1).sub_(piece.first_row).mul_(filled);
+    const at::Tensor here = own.to(device), ends = (own.select(1, 2) + own.select(1, 3)).to(device);
+    const auto rows = [&](const at::Tensor& x) { return x.narrow(0, piece.first_row, piece.rows); };
+    const at::Tensor scores = ops::score_tiles({rows(a.selector_query), rows(a.selector_weight), keys,
+                                                key_begins, here, a.tile_queries, piece.blocks});
+    const Selection selection = select_blocks(scores, ends, rule);
+    rows(output).copy_(ops::attend_tiles({rows(a.query), a.key_pool, a.value_pool, a.page_table, here,
+                                          a.tile_queries, selection.indices, selection.counts, a.scale}));
+    if (observer) observer(tiles.slice(0, piece.first, piece.end), selection);
+  }
+  return output;
+}
+
+}  // namespace spot

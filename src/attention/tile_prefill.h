@@ -1,0 +1,41 @@
+// Sparse prefill in tiles of queries, on the operators of ops/prefill/prefill.h: score, select and attend a piece of the
+// batch at a time, so that memory stays bounded at any length.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <functional>
+#include <vector>
+
+#include "selection/selection.h"
+
+namespace spot {
+
+struct TilePrefill {
+  at::Tensor query;                             // [T, num_heads, head_dim], sequence after sequence
+  at::Tensor key_pool, value_pool, page_table;  // keys and values of the new tokens are there already
+  std::vector<int64_t> starts, counts;          // of each sequence: position of its first query, its queries
+  double scale = 0;
+  at::Tensor selector_query;   // [T, 4, 128]
+  at::Tensor selector_weight;  // [T, groups, 4] float32
+  at::Tensor selector_pool;    // with the new tokens' keys
+  ops::KeyFormat format = ops::KeyFormat::bf16;
+  double global_scale = 1;
+  SelectionRule rule;  // for a tile's last query; a tile's own blocks are always kept
+  int64_t tile_queries = 32;
+  int64_t most_bytes =
+      int64_t{512} << 20;  // of scores and lists at a time; one strip of 64 queries may take more
+};
+
+// The tiles of a batch as [N, 4] int32 on the CPU (ops/prefill/prefill.h).
+at::Tensor query_tiles(const std::vector<int64_t>& starts, const std::vector<int64_t>& counts,
+                       int64_t tile_queries);
+
+// What was chosen for some tiles (rows of query_tiles' result, empty ones too), a row of the selection each.
+using TileObserver = std::function<void(const at::Tensor& tiles, const Selection& selection)>;
+
+// [T, num_heads, head_dim]. A query's result depends on its own tile and the keys before it alone: not on what shares
+// the batch, nor on most_bytes, nor on where a prompt is cut into chunks if it is cut at multiples of tile_queries.
+at::Tensor prefill_in_tiles(const TilePrefill& prefill, const TileObserver& observer = {});
+
+}  // namespace spot

@@ -1,0 +1,118 @@
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+#include "attention/tile_prefill.h"
+#include "core/error.h"
+#include "ops/selector/selector.h"
+#include "tests/attention/support.h"
+
+using namespace spot;
+using namespace spot::test;
+
+namespace {
+
+// A batch of chunks over scattered pages.
+TilePrefill draw_prefill(int64_t groups) {
+  TilePrefill p;
+  int64_t width = 0, rows = 0;
+  for (int i = 0; i < 3; ++i) {
+    p.starts.push_back(i == 0 ? 0 : random_int(0, 150));
+    p.counts.push_back(i == 1 ? random_int(0, 1) : random_int(60, 200));
+    width = std::max(width, (p.starts.back() + p.counts.back() + 15) / 16);
+    rows += p.counts.back();
+  }
+  const int64_t pages = 3 * width + 2;
+  p.page_table = at::randperm(pages, at::kInt).slice(0, 0, 3 * width).view({3, width});
+  p.query = at::randn({rows, 4, 32});
+  p.key_pool = at::randn({2, pages, 16, 32});
+  p.value_pool = at::randn({2, pages, 16, 32});
+  p.scale = 0.2;
+  p.selector_query = at::randn({rows, 4, 128});
+  p.selector_weight = at::randn({rows, groups, 4});
+  p.selector_pool = at::zeros({pages, 1, kernels::page_head_bytes(ops::KeyFormat::bf16)}, at::kByte);
+  ops::selector_key_append(
+      {p.selector_pool, at::arange(pages * 16), at::randn({pages * 16, 1, 128}), ops::KeyFormat::bf16});
+  p.rule.mode = SelectionMode::top_k;
+  p.rule.sinks = 16;
+  p.rule.recency = 0;
+  p.rule.floor = 48;
+  p.rule.budget = 96;
+  p.tile_queries = 16 << random_int(0, 2);
+  return p;
+}
+
+}  // namespace
+
+TEST(TilePrefill, EveryBlockIsDenseAttention) {
+  fresh_seed();
+  TilePrefill p = draw_prefill(1);
+  p.rule.budget = 1 << 20;
+  const at::Tensor got = prefill_in_tiles(p);
+  int64_t row = 0;
+  for (size_t i = 0; i < p.starts.size(); ++i) {
+    const int64_t start = p.starts[i], count = p.counts[i], length = start + count;
+    const auto of = [&](const at::Tensor& pool) {
+      return pool.index_select(1, p.page_table[i].to(at::kLong))
+          .flatten(1, 2)
+          .slice(1, 0, length)
+          .repeat_interleave(2, 0);
+    };
+    const at::Tensor mask = at::arange(length) <= at::arange(start, length).unsqueeze(1);
+    const at::Tensor want = at::scaled_dot_product_attention(
+        p.query.narrow(0, row, count).transpose(0, 1).to(at::kDouble), of(p.key_pool).to(at::kDouble),
+        of(p.value_pool).to(at::kDouble), mask, 0.0, false, p.scale);
+    if (count > 0) {
+      EXPECT_LT(largest_difference(got.narrow(0, row, count), want.transpose(0, 1)), 1e-5);
+    }
+    row += count;
+  }
+}
+
+TEST(TilePrefill, PiecesAndNeighboursDoNotMatterAndOwnBlocksAreKept) {
+  fresh_seed();
+  for (int64_t groups : {1, 2}) {
+    TilePrefill p = draw_prefill(groups);
+    int64_t tiles_seen = 0;
+    const at::Tensor whole = prefill_in_tiles(p);
+    p.most_bytes = 1;  // a strip at a time
+    const at::Tensor strips = prefill_in_tiles(p, [&](const at::Tensor& tiles, const Selection& selection) {
+      const auto tile = tiles.accessor<const int32_t, 2>();
+      ASSERT_EQ(selection.rows(), tiles.size(0));
+      tiles_seen += tiles.size(0);
+      for (int64_t i = 0; i < tiles.size(0); ++i)
+        for (int64_t g = 0; g < groups; ++g) {
+          const at::Tensor list = selection.indices[i][g].slice(0, 0, selection.counts[i][g].item<int32_t>());
+          if (tile[i][2] == 0) {
+            EXPECT_EQ(list.numel(), 0);
+            continue;
+          }
+          for (int64_t b = tile[i][3] / 16; b * 16 < tile[i][3] + tile[i][2]; ++b)
+            EXPECT_TRUE(list.eq(b).any().item<bool>()) << "tile " << i << " without its own block " << b;
+          EXPECT_LE(list.numel(), std::max<int64_t>(6, p.tile_queries / 16 + 2));
+        }
+    });
+    EXPECT_TRUE(at::equal(strips, whole));
+    EXPECT_EQ(tiles_seen, query_tiles(p.starts, p.counts, p.tile_queries).size(0));
+    // Each sequence alone, and the first one in two chunks.
+    int64_t row = 0;
+    for (size_t i = 0; i < p.starts.size(); ++i) {
+      const int64_t count = p.counts[i], cut = i == 0 ? count / 2 / 64 * 64 : 0;
+      for (const auto& [from, to] : {std::pair<int64_t, int64_t>{0, cut}, {cut, count}}) {
+        if (from == to) continue;
+        TilePrefill one = p;
+        const auto part = [&](const at::Tensor& x) { return x.slice(0, row + from, row + to); };
+        one.query = part(p.query), one.selector_query = part(p.selector_query);
+        one.selector_weight = part(p.selector_weight);
+        one.page_table = p.page_table.slice(0, static_cast<int64_t>(i), static_cast<int64_t>(i) + 1);
+        one.starts = {p.starts[i] + from}, one.counts = {to - from};
+        EXPECT_TRUE(at::equal(prefill_in_tiles(one), part(whole))) << "sequence " << i << " from " << from;
+      }
+      row += count;
+    }
+  }
+}
+
+TEST(TilePrefill, RefusesOtherTiles) {
+  EXPECT_THROW(query_tiles({0}, {10}, 8), Error);
+}
