@@ -105,10 +105,10 @@ Selection SelectionPolicy::select_chunk(const AttentionInputs& inputs, const KvC
   const at::Tensor last =
       ((at::arange(1, tiles + 1, lengths.options()) + chunk.start / query_tile) * query_tile)
           .clamp_max(chunk.start + chunk.count);
-  const Selection tile = select_blocks(scores, last, rule(inputs.layer));
-  return pruned({tile.indices.index_select(0, tile_of_row), tile.counts.index_select(0, tile_of_row),
-                 tile.predicted_mass.index_select(0, tile_of_row),
-                 tile.lengths.index_select(0, tile_of_row)});
+  SelectionRule tile_rule = rule(inputs.layer);
+  if (query_tile > kBlockSize)  // every query's own block
+    tile_rule.recency = std::max(tile_rule.recency, static_cast<int32_t>(query_tile));
+  return pruned(rows_of_tiles(select_blocks(scores, last, tile_rule), tile_of_row, lengths));
 }
 
 SpotPolicy::SpotPolicy(const Selector& selector, SelectorCache& cache, const SelectionRule& rule)
@@ -179,6 +179,21 @@ at::Tensor SpotPolicy::score_chunk(const AttentionInputs& inputs, const KvCache&
     scores.narrow(0, done, count).copy_(block_max(tokens).transpose(0, 1));
   }
   return scores;
+}
+
+bool SpotPolicy::score_tiles(const AttentionInputs& inputs, TilePrefill& prefill) const {
+  const int64_t dim = inputs.query.size(2);
+  const auto dtype = inputs.query.scalar_type();
+  if (!inputs.query.is_cuda() || (dtype != at::kBFloat16 && dtype != at::kHalf) ||
+      (dim != 64 && dim != 128 && dim != 256))
+    return false;
+  prefill.selector_query = selector_.project_query(inputs.layer, inputs.hidden, inputs.batch.positions);
+  prefill.selector_weight = selector_.project_weight(inputs.layer, inputs.hidden);
+  prefill.selector_pool = keys_.pool(inputs.layer);
+  prefill.format = keys_.format();
+  prefill.global_scale = keys_.global_scale();
+  prefill.rule = rule(inputs.layer);
+  return true;
 }
 
 at::Tensor SpotPolicy::score_decode(const AttentionInputs& inputs, const KvCache& cache,

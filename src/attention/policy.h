@@ -10,6 +10,7 @@
 
 #include "attention/dense.h"
 #include "attention/mass.h"
+#include "attention/tile_prefill.h"
 #include "model/attention.h"
 #include "model/kv_cache.h"
 #include "ops/baselines/baselines.h"
@@ -61,6 +62,10 @@ class SelectionPolicy {
   // each length.
   virtual at::Tensor score_decode(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view);
 
+  // Sparse prefill in tiles of queries: fills the selector's fields and the rule of a TilePrefill for the whole batch.
+  // False where the policy has no kernel that scores tiles, or not for these inputs.
+  virtual bool score_tiles(const AttentionInputs& inputs, TilePrefill& prefill) const { return false; }
+
   // Whether single tokens of the chosen blocks are dropped again, by surviving_tokens.
   virtual bool prunes_tokens() const { return false; }
   // Which tokens of the blocks chosen for some rows, each with its query, page table and length as the
@@ -75,9 +80,9 @@ class SelectionPolicy {
   // One row per sequence. Where tokens are pruned: their lists, and with `flags` Selection::tokens too.
   Selection select_decode(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view,
                           bool flags = true);
-  // One row per query. With query_tile 16, queries whose positions share a multiple of 16 share one set: the
-  // rule applied to the max of their scores at the last one's length. (A chunk that cuts a tile cuts its set
-  // too.)
+  // One row per query. With query_tile 16, 32 or 64, queries whose positions share a multiple of it share one set: the
+  // rule applied to the max of their scores at the last one's length; each row has the set up to its own block. (A
+  // chunk that cuts a tile cuts its set too.)
   Selection select_chunk(const AttentionInputs& inputs, const KvCache& cache, const QueryChunk& chunk,
                          int64_t query_tile = 1);
 
@@ -111,6 +116,8 @@ class SpotPolicy : public SelectionPolicy {
                          const QueryChunk& chunk) override;
   at::Tensor score_decode(const AttentionInputs& inputs, const KvCache& cache,
                           const BatchView& view) override;
+  // On CUDA, for the dtypes and head_dims of ops/prefill/prefill.h.
+  bool score_tiles(const AttentionInputs& inputs, TilePrefill& prefill) const override;
 
  private:
   void check_pages(const KvCache& cache) const;

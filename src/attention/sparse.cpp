@@ -10,10 +10,12 @@ namespace spot {
 
 SparseAttention::SparseAttention(KvCache& cache, SelectionPolicy& policy, SparseOptions options)
     : cache_(cache), policy_(policy), options_(std::move(options)) {
-  if (options_.query_tile != 1 && options_.query_tile != kBlockSize)
-    fail("sparse attention: query_tile is {}; it must be 1 or 16", options_.query_tile);
-  if (options_.prefill_chunk < kBlockSize || options_.prefill_chunk % kBlockSize != 0)
-    fail("sparse attention: prefill_chunk is {}; it must be a multiple of 16", options_.prefill_chunk);
+  if (options_.query_tile != 1 && options_.query_tile != 16 && options_.query_tile != 32 &&
+      options_.query_tile != 64)
+    fail("sparse attention: query_tile is {}; it must be 1, 16, 32 or 64", options_.query_tile);
+  const int64_t step = std::max<int64_t>(options_.query_tile, kBlockSize);
+  if (options_.prefill_chunk < step || options_.prefill_chunk % step != 0)
+    fail("sparse attention: prefill_chunk is {}; it must be a multiple of {}", options_.prefill_chunk, step);
 }
 
 AttentionPreparation SparseAttention::prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) {
@@ -75,6 +77,7 @@ at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
 }
 
 at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs) {
+  if (std::optional<at::Tensor> output = tile_prefill(inputs)) return *std::move(output);
   const at::Tensor keys = cache_.keys(inputs.layer), values = cache_.values(inputs.layer);
   const SelectionRule rule = policy_.rule(inputs.layer);
   at::Tensor output = at::empty_like(inputs.query);
@@ -92,8 +95,8 @@ at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs) {
     }
     for (int64_t done = dense; done < whole.count; done += chunk.count) {
       // Chunks end at multiples of the tile, so that none but the batch's own ends cuts a tile.
-      const int64_t start = whole.start + done,
-                    end = (start / kBlockSize) * kBlockSize + options_.prefill_chunk;
+      const int64_t step = std::max<int64_t>(options_.query_tile, kBlockSize);
+      const int64_t start = whole.start + done, end = start / step * step + options_.prefill_chunk;
       chunk = {whole.sequence, whole.first + done, std::min(whole.count - done, end - start), start};
       const Selection selection = policy_.select_chunk(inputs, cache_, chunk, options_.query_tile);
       const at::Tensor lengths =
@@ -157,11 +160,62 @@ at::Tensor SparseAttention::attend_chunk(const AttentionInputs& inputs, const Qu
   return parts.size() == 1 ? parts[0] : at::cat(parts);
 }
 
+std::optional<at::Tensor> SparseAttention::tile_prefill(const AttentionInputs& inputs) {
+  TilePrefill prefill;
+  if (options_.query_tile == 1 || policy_.prunes_tokens() || !policy_.score_tiles(inputs, prefill))
+    return std::nullopt;
+  prefill.query = inputs.query;
+  prefill.key_pool = cache_.keys(inputs.layer);
+  prefill.value_pool = cache_.values(inputs.layer);
+  prefill.page_table = view_.page_table;
+  prefill.starts = inputs.batch.starts;
+  prefill.counts = inputs.batch.query_lengths;
+  prefill.scale = inputs.scale;
+  prefill.tile_queries = options_.query_tile;
+  if (!options_.count && !options_.observer) return prefill_in_tiles(prefill);
+  return prefill_in_tiles(prefill, [&](const at::Tensor& tiles, const Selection& selection) {
+    if (options_.count) count_tiles(inputs.layer, tiles, selection, prefill.rule.floor);
+    if (!options_.observer) return;
+    const auto tile = tiles.accessor<const int32_t, 2>();
+    for (int64_t i = 0; i < tiles.size(0); ++i) {
+      if (tile[i][2] == 0) continue;
+      const at::TensorOptions options = selection.counts.options();
+      const Selection rows = rows_of_tiles(selection, at::full({tile[i][2]}, i, options.dtype(at::kLong)),
+                                           at::arange(tile[i][3] + 1, tile[i][3] + tile[i][2] + 1, options));
+      options_.observer({inputs.layer,
+                         inputs,
+                         cache_,
+                         view_,
+                         {tile[i][0], tile[i][1], tile[i][2], tile[i][3]},
+                         prefill.rule,
+                         rows});
+    }
+  });
+}
+
 void SparseAttention::count(int64_t layer, const Selection& selection, const at::Tensor& lengths) {
   const auto [kept, visible] = count_tokens(selection, lengths);
   const at::Tensor rows = at::full({}, static_cast<double>(selection.rows()), kept.options());
   const at::Tensor mass = selection.predicted_mass.to(at::kDouble).mean(1).sum();
-  const at::Tensor addend = at::stack({rows, kept, visible.to(at::kDouble), mass});
+  add_counts(layer, at::stack({rows, kept, visible.to(at::kDouble), mass}));
+}
+
+// A tile's queries keep its list up to themselves: its own tokens are always listed, and each query before the last
+// sees one less of them than the next. Queries up to the floor are dense and not counted.
+void SparseAttention::count_tiles(int64_t layer, const at::Tensor& tiles, const Selection& selection,
+                                  int64_t floor) {
+  const at::Tensor on_device = tiles.to(selection.counts.device()).to(at::kDouble);
+  const at::Tensor start = on_device.select(1, 3), end = start + on_device.select(1, 2);
+  const at::Tensor queries = (end - start.clamp_min(static_cast<double>(floor))).clamp_min(0);
+  const at::Tensor listed = selection.counts.to(at::kDouble).mean(1) * kBlockSize,
+                   past_end = at::ceil(end / kBlockSize) * kBlockSize - end,
+                   unseen = queries * (queries - 1) / 2;
+  const at::Tensor mass = at::nan_to_num(selection.predicted_mass.to(at::kDouble).mean(1));
+  add_counts(layer, at::stack({queries.sum(), (queries * (listed - past_end) - unseen).sum(),
+                               (queries * end - unseen).sum(), (queries * mass).sum()}));
+}
+
+void SparseAttention::add_counts(int64_t layer, const at::Tensor& addend) {
   at::Tensor& sum = sums_[layer];
   if (sum.defined())
     sum.add_(addend);  // in place, so that a replayed CUDA graph goes on counting

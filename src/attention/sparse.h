@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <map>
+#include <optional>
 #include <set>
 
 #include "attention/policy.h"
@@ -28,7 +29,7 @@ using SelectionObserver = std::function<void(const SelectionEvent&)>;
 struct SparseOptions {
   PrefillMode prefill = PrefillMode::dense;
   std::set<int64_t> dense_layers;  // besides those the policy does not cover
-  int64_t query_tile = 1;          // 1 or 16: queries that share one set in sparse prefill
+  int64_t query_tile = 1;          // 1, 16, 32 or 64: queries that share one set in sparse prefill
   int64_t prefill_chunk = 512;     // queries selected and attended at once in sparse prefill
   SelectionObserver observer;
   bool count = true;  // keep the counters; a benchmark saves their small kernels
@@ -36,7 +37,8 @@ struct SparseOptions {
 
 // A decode step (every sequence of the batch brings one token) selects and attends sparsely. With more tokens
 // for any sequence the call is a prefill: dense or sparse by `prefill`; the policy's caches are fed either
-// way. Queries up to the rule's floor get DenseAttention's result, exactly unless the policy prunes tokens.
+// way. Queries up to the rule's floor get DenseAttention's result, exactly unless the policy prunes tokens or
+// tiles of queries run on the GPU (ops/prefill/prefill.h).
 class SparseAttention : public AttentionBackend {
  public:
   struct Counters {
@@ -63,9 +65,13 @@ class SparseAttention : public AttentionBackend {
  private:
   at::Tensor decode(const AttentionInputs& inputs);
   at::Tensor sparse_prefill(const AttentionInputs& inputs);
+  // With the kernels for tiles; nothing where they do not serve.
+  std::optional<at::Tensor> tile_prefill(const AttentionInputs& inputs);
   at::Tensor attend_chunk(const AttentionInputs& inputs, const QueryChunk& chunk, const at::Tensor& lengths,
                           const Selection& selection);
   void count(int64_t layer, const Selection& selection, const at::Tensor& lengths);
+  void count_tiles(int64_t layer, const at::Tensor& tiles, const Selection& selection, int64_t floor);
+  void add_counts(int64_t layer, const at::Tensor& addend);
 
   KvCache& cache_;
   SelectionPolicy& policy_;

@@ -59,6 +59,15 @@ at::Tensor query_tiles(const std::vector<int64_t>& starts, const std::vector<int
   return at::tensor(tiles, at::kInt).view({-1, 4});
 }
 
+Selection rows_of_tiles(const Selection& tiles, const at::Tensor& tile_of_row, const at::Tensor& visible) {
+  const auto rows = [&](const at::Tensor& x) { return x.index_select(0, tile_of_row); };
+  at::Tensor indices = rows(tiles.indices);
+  indices = indices.masked_fill(indices * kPage >= visible.view({-1, 1, 1}), -1);
+  const at::Tensor own_block = (visible + (kPage - 1)).bitwise_and(~static_cast<int32_t>(kPage - 1));
+  return {indices, indices.ge(0).sum(-1, false, at::kInt), rows(tiles.predicted_mass),
+          at::minimum(rows(tiles.lengths), own_block)};
+}
+
 at::Tensor prefill_in_tiles(const TilePrefill& a, const TileObserver& observer) {
   const at::Tensor tiles = query_tiles(a.starts, a.counts, a.tile_queries);
   const at::Device device = a.query.device();

@@ -7,6 +7,7 @@
 #include <functional>
 #include <vector>
 
+#include "ops/prefill/prefill.h"
 #include "selection/selection.h"
 
 namespace spot {
@@ -30,6 +31,10 @@ struct TilePrefill {
 // The tiles of a batch as [N, 4] int32 on the CPU (ops/prefill/prefill.h).
 at::Tensor query_tiles(const std::vector<int64_t>& starts, const std::vector<int64_t>& counts,
                        int64_t tile_queries);
+
+// A row for each of some queries: the choice of its tile, up to its own block. tile_of_row [rows] int64; visible [rows]
+// int32, the tokens that each query sees.
+Selection rows_of_tiles(const Selection& tiles, const at::Tensor& tile_of_row, const at::Tensor& visible);
 
 // What was chosen for some tiles (rows of query_tiles' result, empty ones too), a row of the selection each.
 using TileObserver = std::function<void(const at::Tensor& tiles, const Selection& selection)>;

@@ -82,10 +82,12 @@ TEST(GpuAttention, DenseAndSparseMatchTheCpu) {
   rule.sinks = 16;
   rule.recency = 64;
   rule.floor = 128;
-  for (int64_t budget : {int64_t{1} << 20, int64_t{256}}) {
-    rule.budget = budget;
+  for (const auto& [budget, query_tile] :
+       {std::array<int64_t, 2>{1 << 20, 1}, {256, 1}, {1 << 20, 32}, {256, 32}}) {
+    rule.budget = static_cast<int32_t>(budget);
     SparseOptions options;
     options.prefill_chunk = 128;
+    options.query_tile = query_tile;
     Side cpu(model, config, rule, options, seed, at::kCPU),
         gpu(model, config, rule, options, seed, at::Device(at::kCUDA, 0));
     DenseAttention cpu_dense(cpu.cache), gpu_dense(gpu.cache);

@@ -41,7 +41,7 @@ TEST_P(Sparse, AttendsToTheSelectionAndNothingElse) {
   SelectorConfig config;
   config.scope = scope;
   const Selector selector(config, model, at::kCPU, at::kFloat, seed);
-  for (int64_t query_tile : {1, 16})
+  for (int64_t query_tile : {1, 16, 32})
     for (int64_t budget : {96, 240}) {  // gathered and masked prefill
       SelectorCache keys(config, selector.layers(), 120, KeyFormat::f32, at::kCPU);
       SelectionRule rule = small_rule();
