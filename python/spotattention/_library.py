@@ -26,7 +26,7 @@ def mismatch() -> str:
         return ""
     return (
         f"spotattention {__version__} was built for torch {built_for_torch}, but torch {torch.__version__} is installed; "
-        f"install torch {'.'.join(minor(built_for_torch))} or build spotattention again (pip install --no-binary)"
+        f"install torch {'.'.join(minor(built_for_torch))} or build spotattention against this one"
     )
 
 
