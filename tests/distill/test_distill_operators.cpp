@@ -52,7 +52,7 @@ TEST_F(DistillOperators, MassIsOfTheSoftmaxOverAllKeys) {
       for (int64_t r = 0; r < rows; ++r)
         want[r].narrow(1, 0, first + r - recency + 1 - sinks) =
             by_group[first + r].narrow(1, sinks, first + r - recency + 1 - sinks);
-      const ops::AttentionMass got = ops::teacher_mass({query, key, logsumexp, s, 0.7, groups});
+      const ops::TeacherMass::Result got = ops::teacher_mass({query, key, logsumexp, s, 0.7, groups});
       expect_near(got.mass, want, "mass");
       expect_near(got.total, want.sum(-1), "total");
       if (sinks == 0 && recency == 0)
@@ -108,7 +108,7 @@ TEST_F(DistillOperators, DivergenceIsOfTheRenormalisedTeacher) {
     if (sum.requires_grad()) sum.backward();
 
     at::Tensor grad_key = at::zeros({key_heads, tokens, 6}, at::kDouble);
-    const ops::SelectorKl got =
+    const ops::SelectorKl::Result got =
         ops::selector_kl({mass.clone(), mass.sum(-1), query, key, weight, s, k_train, grad_key});
     expect_near(got.loss, want_loss, "loss");
     expect_near(got.entropy, want_entropy, "entropy");

@@ -60,13 +60,13 @@ TEST_F(DistillOperatorsGpu, MatchTheirCpuForm) {
     // Any normaliser will do for the comparison; the true ones are near this.
     const at::Tensor logsumexp = at::rand({kv_heads * group, tokens}) + 6.0;
     const double scale = 1 / std::sqrt(static_cast<double>(dim));
-    const ops::AttentionMass mass = ops::teacher_mass({query, key, logsumexp, strip, scale, 1});
+    const ops::TeacherMass::Result mass = ops::teacher_mass({query, key, logsumexp, strip, scale, 1});
     ASSERT_TRUE(ops::fuses_mass(query.cuda(), key.cuda()));
-    const ops::AttentionMass gpu_mass =
+    const ops::TeacherMass::Result gpu_mass =
         ops::teacher_mass({query.cuda(), key.cuda(), logsumexp.cuda(), on_gpu(strip), scale, 1});
     EXPECT_LE(norm_error(gpu_mass.mass, mass.mass), 1e-5);
     EXPECT_LE(norm_error(gpu_mass.total, mass.total), 1e-5);
-    const ops::AttentionMass grouped =
+    const ops::TeacherMass::Result grouped =
         ops::teacher_mass({query.cuda(), key.cuda(), logsumexp.cuda(), on_gpu(strip), scale, kv_heads});
     EXPECT_LE(norm_error(grouped.mass.mean(1, true), mass.mass), 1e-5);
     EXPECT_LE(norm_error(grouped.total.mean(1, true), mass.total), 1e-5);
@@ -77,9 +77,9 @@ TEST_F(DistillOperatorsGpu, MatchTheirCpuForm) {
     const at::Tensor teacher = mass.mass.select(1, 0), total = mass.total.select(1, 0);
     at::Tensor grad_key = at::zeros({key_heads, tokens, 128}), gpu_grad_key = grad_key.cuda();
     ASSERT_TRUE(ops::fuses_kl(q.cuda(), k.cuda()));
-    const ops::SelectorKl want =
+    const ops::SelectorKl::Result want =
         ops::selector_kl({teacher.clone(), total, q, k, w, strip, k_train, grad_key});
-    const ops::SelectorKl got = ops::selector_kl(
+    const ops::SelectorKl::Result got = ops::selector_kl(
         {teacher.cuda(), total.cuda(), q.cuda(), k.cuda(), w.cuda(), on_gpu(strip), k_train, gpu_grad_key});
     // A top-k set may differ in a key near its edge, here and there.
     const double edge = k_train > 0 ? 2e-2 : 0.0;
@@ -88,7 +88,7 @@ TEST_F(DistillOperatorsGpu, MatchTheirCpuForm) {
     EXPECT_LE(norm_error(got.grad_weight, want.grad_weight), 1e-3 + edge);
     EXPECT_LE(norm_error(got.grad_query, want.grad_query), 4e-3 + edge);
     EXPECT_LE(norm_error(gpu_grad_key, grad_key), 4e-3 + edge);
-    const ops::SelectorKl measured = ops::selector_kl(
+    const ops::SelectorKl::Result measured = ops::selector_kl(
         {teacher.cuda(), total.cuda(), q.cuda(), k.cuda(), w.cuda(), on_gpu(strip), k_train, {}});
     EXPECT_TRUE(at::equal(measured.loss, got.loss));
   }
