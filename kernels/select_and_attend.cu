@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 
 template <typename T, int kHeadDim>
 cudaError_t launch_fused(const SelectAndAttendParams& p, cudaStream_t stream) {
-  const bool mass = p.rules.mode == SelectionMode::top_p || p.covered_share != nullptr;
+  const bool mass = p.rules.mode != SelectionMode::top_k || p.covered_share != nullptr;
   const auto kernel = mass ? fused_kernel<T, kHeadDim, true> : fused_kernel<T, kHeadDim, false>;
   const SparseDecodeAttentionParams& a = p.attention;
   LaunchShape shape;

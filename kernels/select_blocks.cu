@@ -1,6 +1,6 @@
 // Contract: select_blocks.h; the method: select_row.cuh.
 // Floor (bytes): the scores once, 32 KB a row at 128K tokens, from L2; nothing beside the latencies of about
-// ten block barriers and, for top_p, two shared-memory atomics a block. Grid: one block of 512 threads a row.
+// ten block barriers and, where masses are summed, two shared-memory atomics a block. Grid: one block of 512 threads a row.
 #include "kernels/launch.h"
 #include "kernels/select_row.cuh"
 
@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 bool valid_rules(const SelectionRule& rules) {
   return rules.block_size > 0 && rules.sinks >= 0 && rules.recency >= 0 && rules.floor >= 0 &&
          rules.cap >= 0 && rules.budget >= 0 && rules.budget_fraction >= 0.0 &&
-         rules.budget_fraction <= 1.0 && rules.p == rules.p && rules.temperature > 0.0f;
+         rules.budget_fraction <= 1.0 && rules.p == rules.p && rules.threshold > 0.0 &&
+         rules.temperature > 0.0f;
 }
 
 cudaError_t select_blocks(const SelectBlocksParams& p, cudaStream_t stream) {
@@ -45,7 +46,7 @@ cudaError_t select_blocks(const SelectBlocksParams& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
   if (p.scores == nullptr || p.lengths == nullptr || p.selected == nullptr || p.counts == nullptr)
     return cudaErrorInvalidValue;
-  const auto kernel = p.rules.mode == SelectionMode::top_p || p.covered_share != nullptr
+  const auto kernel = p.rules.mode != SelectionMode::top_k || p.covered_share != nullptr
                           ? select_kernel<true>
                           : select_kernel<false>;
   LaunchShape shape;

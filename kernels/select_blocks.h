@@ -1,4 +1,4 @@
-// Top-K and dual top-p selection of blocks on the device, exact and deterministic.
+// Top-K, dual top-p and threshold selection of blocks on the device, exact and deterministic.
 #pragma once
 
 #include "kernels/select_rules.h"
@@ -26,7 +26,7 @@ struct SelectBlocksParams {
 // Equal, index for index and bit for bit, to select_blocks_reference (select_reference.h) of every row.
 cudaError_t select_blocks(const SelectBlocksParams& params, cudaStream_t stream);
 
-// True if the rules are in range: block size and temperature positive, budgets not negative, p not NaN.
+// True if the rules are in range: block size and temperature positive, budgets not negative, p not NaN, threshold positive.
 bool valid_rules(const SelectionRule& rules);
 
 }  // namespace spot::kernels

@@ -49,6 +49,17 @@ inline std::vector<int32_t> select_blocks_reference(const float* scores, int32_t
     int32_t nucleus = 0;
     for (uint64_t sum = 0; sum < target; ++nucleus) sum += mass(entries[nucleus]);
     count = std::min(std::max(nucleus, row.min_residual), row.max_residual);
+  } else if (rule.mode == SelectionMode::threshold) {
+    // Rounding may give a block a little more mass than one of higher score: first what reaches the threshold.
+    const uint64_t least = mass_threshold(rule.threshold, total);
+    std::vector<Entry> heavy;
+    for (const Entry& e : entries)
+      if (mass(e) >= least) heavy.push_back(e);
+    count = static_cast<int32_t>(heavy.size());
+    if (count >= row.min_residual && count <= row.max_residual)
+      entries = heavy;
+    else
+      count = std::min(std::max(count, row.min_residual), row.max_residual);
   }
   uint64_t covered = 0;
   for (int32_t b = 0; b < row.residual_begin; ++b) selected.push_back(b);

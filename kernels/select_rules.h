@@ -14,6 +14,9 @@
 //             reaches p of the residual mass; lengthened along that order until floor / block_size (rounded
 //             up) blocks are chosen in all; then cut to cap / block_size (rounded down) in all, the reserved
 //             always kept.
+//   threshold the reserved, and every residual block whose mass is at least `threshold` of the residual mass.
+//             If that makes fewer than floor / block_size blocks in all, or more than cap / block_size, then
+//             exactly so many, along the order.
 //   order     descending score, ties to the lower index. NaN counts as -infinity, -0 as +0.
 //   mass      m_b = round(2^24 exp2((s_b - s_max) log2(e) / temperature)), an integer; s_max is the largest
 //             residual score. The masses and their sums are integers, so no order of summation can change a
@@ -29,20 +32,21 @@
 
 namespace spot::kernels {
 
-enum class SelectionMode : int32_t { top_k = 0, top_p = 1 };
+enum class SelectionMode : int32_t { top_k = 0, top_p = 1, threshold = 2 };
 
 // Lengths are tokens.
 struct SelectionRule {
   SelectionMode mode = SelectionMode::top_p;
   int32_t block_size = kPageTokens;
-  int32_t sinks = 128;           // reserved at the start
-  int32_t recency = 256;         // reserved at the end
-  int32_t floor = 512;           // never fewer in all (top_p); contexts no longer than this keep everything
-  int32_t cap = 0;               // top_p: never more in all, but for the reserved; 0: no cap
-  int32_t budget = 2048;         // top_k: K
+  int32_t sinks = 128;    // reserved at the start
+  int32_t recency = 256;  // reserved at the end
+  int32_t floor = 512;    // never fewer in all (but top_k); contexts no longer than this keep everything
+  int32_t cap = 0;        // but top_k: never more in all, but for the reserved; 0: no cap
+  int32_t budget = 2048;  // top_k: K
   double budget_fraction = 0.0;  // top_k: when positive, K is this share of L instead, rounded up
   double p = 0.9;                // top_p: share of the residual mass, above 0 to 1
-  double temperature = 1.0;      // top_p: of the softmax over residual scores, positive
+  double threshold = 1e-3;       // threshold: share of the residual mass that a block must hold, above 0 to 1
+  double temperature = 1.0;      // but top_k: of the softmax over residual scores, positive
 
   bool operator==(const SelectionRule&) const = default;
 };
@@ -66,14 +70,21 @@ SPOT_HOST_DEVICE uint64_t mass_target(uint32_t probability, uint64_t total) {
   return (total * probability + ((1u << kProbabilityBits) - 1)) >> kProbabilityBits;
 }
 
+// The least mass of a block under a threshold; total < 2^44. One product and one rounding of float64: equal on
+// host and device. At least 1, so that a block without mass is never chosen for it.
+SPOT_HOST_DEVICE uint64_t mass_threshold(double threshold, uint64_t total) {
+  const double least = ceil(threshold * static_cast<double>(total));
+  return least > 1.0 ? static_cast<uint64_t>(least) : 1u;
+}
+
 // The budgets of one row, in blocks.
 struct SelectRow {
   int32_t num_blocks;      // n
   int32_t residual_begin;  // residual blocks are [residual_begin, residual_end)
   int32_t residual_end;
   int32_t take_all;      // 1: every block is selected
-  int32_t min_residual;  // top_k: exactly this many residual blocks; top_p: at least
-  int32_t max_residual;  // top_k: the same; top_p: at most
+  int32_t min_residual;  // top_k: exactly this many residual blocks; otherwise at least
+  int32_t max_residual;  // top_k: the same; otherwise at most
 };
 
 // `capacity` is the number of blocks the output row can hold: a further cap, which the reserved blocks must

@@ -37,8 +37,8 @@ template <>
 struct Words<kernels::SelectionMode> {
   using Enum = kernels::SelectionMode;
   static constexpr const char* kWhat = "a selection mode";
-  static constexpr std::array<std::pair<Enum, const char*>, 2> kList = {
-      {{Enum::top_k, "top_k"}, {Enum::top_p, "top_p"}}};
+  static constexpr std::array<std::pair<Enum, const char*>, 3> kList = {
+      {{Enum::top_k, "top_k"}, {Enum::top_p, "top_p"}, {Enum::threshold, "threshold"}}};
 };
 
 template <typename Enum>

@@ -18,6 +18,8 @@ void check_rule(const char* op, const SelectionRule& rule, int64_t max_selected)
               rule.budget_fraction, "; it must be 0 (unused) to 1");
   TORCH_CHECK(rule.mode != SelectionMode::top_p || (rule.p > 0 && rule.p <= 1), op, ": p is ", rule.p,
               "; it must be above 0 and at most 1");
+  TORCH_CHECK(rule.mode != SelectionMode::threshold || (rule.threshold > 0 && rule.threshold <= 1), op,
+              ": threshold is ", rule.threshold, "; it must be above 0 and at most 1");
   TORCH_CHECK(rule.temperature > 0 && std::isfinite(rule.temperature), op, ": temperature is ",
               rule.temperature, "; it must be positive");
 }

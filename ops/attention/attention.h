@@ -21,6 +21,7 @@ constexpr auto rule_fields() {
                     optional<kAt..., &R::recency>("recency"), optional<kAt..., &R::floor>("floor"),
                     optional<kAt..., &R::cap>("cap"), optional<kAt..., &R::budget>("budget"),
                     optional<kAt..., &R::budget_fraction>("budget_fraction"), optional<kAt..., &R::p>("p"),
+                    optional<kAt..., &R::threshold>("threshold"),
                     optional<kAt..., &R::temperature>("temperature"));
 }
 

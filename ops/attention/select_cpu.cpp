@@ -53,6 +53,16 @@ class RowSelector {
       int32_t nucleus = 0;
       for (uint64_t sum = 0; sum < target; ++nucleus) sum += mass_of_rank(nucleus);
       count = std::min(std::max(nucleus, row.min_residual), row.max_residual);
+    } else if (rule.mode == SelectionMode::threshold) {
+      const uint64_t least = kernels::mass_threshold(rule.threshold, total);
+      const auto heavy = [&](uint64_t entry) { return masses_[static_cast<uint32_t>(entry)] >= least; };
+      count = static_cast<int32_t>(std::count_if(order_.begin(), order_.end(), heavy));
+      if (count >= row.min_residual && count <= row.max_residual) {
+        std::partition(order_.begin(), order_.end(), heavy);
+      } else {
+        count = std::min(std::max(count, row.min_residual), row.max_residual);
+        std::nth_element(order_.begin(), order_.begin() + count, order_.end());
+      }
     } else if (count < residual) {
       std::nth_element(order_.begin(), order_.begin() + count, order_.end());
     }

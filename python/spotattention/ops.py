@@ -20,7 +20,7 @@ from spotattention import _library  # noqa: F401  registers torch.ops.spot
 PAGE_TOKENS = 16
 KeyFormat = Literal["f32", "bf16", "int8", "int4", "mxfp4", "nvfp4"]
 KeyNorm = Literal["none", "layernorm", "rmsnorm"]
-Mode = Literal["top_p", "top_k"]
+Mode = Literal["top_p", "top_k", "threshold"]
 
 _PAGE_HEAD_BYTES = {"f32": 8192, "bf16": 4096, "int8": 2176, "int4": 1152, "mxfp4": 1088, "nvfp4": 1152}
 
@@ -164,6 +164,7 @@ def select_blocks(
     budget: int = 2048,
     budget_fraction: float = 0.0,
     p: float = 0.9,
+    threshold: float = 1e-3,
     temperature: float = 1.0,
     max_selected: int = 0,
 ) -> Selection:
@@ -171,14 +172,27 @@ def select_blocks(
 
     Always kept: the blocks of the first `sinks` and of the last `recency` tokens; everything up to `floor` tokens. top_k
     keeps `budget` tokens in all (or budget_fraction of the length); top_p the fewest further blocks whose softmax (at
-    `temperature`) over the scores that are not reserved reaches p, at least `floor` tokens and at most `cap` (0: no cap).
+    `temperature`) over the scores that are not reserved reaches p, at least `floor` tokens and at most `cap` (0: no cap);
+    threshold each block whose share of that softmax is at least `threshold`, within the same floor and cap.
 
     Returns indices [R, groups, width] int32, ascending, padded with -1; counts [R, groups] int32; predicted_mass
     [R, groups] float32, the kept share of the residual mass. width: max_selected blocks, or the most the rule can keep.
     """
     return Selection(
         *torch.ops.spot.select_blocks(
-            scores, lengths, mode, sinks, recency, floor, cap, budget, budget_fraction, p, temperature, max_selected
+            scores,
+            lengths,
+            mode,
+            sinks,
+            recency,
+            floor,
+            cap,
+            budget,
+            budget_fraction,
+            p,
+            threshold,
+            temperature,
+            max_selected,
         )
     )
 
@@ -220,6 +234,7 @@ def select_and_attend(
     budget: int = 2048,
     budget_fraction: float = 0.0,
     p: float = 0.9,
+    threshold: float = 1e-3,
     temperature: float = 1.0,
     max_selected: int = 0,
     with_mass: bool = True,
@@ -245,6 +260,7 @@ def select_and_attend(
             budget,
             budget_fraction,
             p,
+            threshold,
             temperature,
             max_selected,
             with_mass,

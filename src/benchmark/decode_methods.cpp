@@ -55,6 +55,7 @@ void describe(const DecodeScene& scene, DecodeMethod& method,
 }
 
 std::string setting(const SelectionRule& rule) {
+  if (rule.mode == SelectionMode::threshold) return fmt::format("threshold {:.2g}", rule.threshold);
   return rule.mode == SelectionMode::top_p ? fmt::format("top-p {:.3f}", rule.p)
                                            : fmt::format("{} tokens", rule.budget);
 }

@@ -30,6 +30,8 @@ bool set_option(RuleOptions& rule, const std::string& key, const std::string& va
   if (!number || (percent && key != "k")) return false;
   if (key == "p")
     rule.p = *number;
+  else if (key == "t")
+    rule.threshold = *number;
   else if (key == "k" && percent)
     rule.share = *number;
   else if (key == "k")
@@ -48,8 +50,9 @@ EvalMethod parse_method(const std::string& word, const RuleOptions& base, const 
   bool sparse_prefill = false;
   std::string rest = colon == std::string::npos ? "" : word.substr(colon + 1);
   // A method with a rule of its own has that alone.
-  if (rest.find("p=") != std::string::npos || rest.find("k=") != std::string::npos)
-    rule.p.reset(), rule.budget.reset(), rule.share.reset();
+  if (rest.find("p=") != std::string::npos || rest.find("k=") != std::string::npos ||
+      rest.find("t=") != std::string::npos)
+    rule.p.reset(), rule.threshold.reset(), rule.budget.reset(), rule.share.reset();
   while (!rest.empty()) {
     const std::string option = rest.substr(0, rest.find(','));
     rest.erase(0, option.size() + 1);
@@ -61,7 +64,7 @@ EvalMethod parse_method(const std::string& word, const RuleOptions& base, const 
     if (equals == std::string::npos || equals + 1 == option.size() ||
         !set_option(rule, option.substr(0, equals), option.substr(equals + 1)))
       fail(
-          "method '{}': '{}' is not p=SHARE, k=TOKENS, k=PERCENT%, dense=LAYERS, cache=FORMAT or prefill=sparse",
+          "method '{}': '{}' is not p=SHARE, t=THRESHOLD, k=TOKENS, k=PERCENT%, dense=LAYERS, cache=FORMAT or prefill=sparse",
           word, option);
   }
   const AttentionKind kind = attention_kind_from_string(word.substr(0, colon));
@@ -97,7 +100,7 @@ CLI::Option* EvalOptions::add(CLI::App& command) {
       .add_option(
           "--methods", methods,
           "Comma-separated attentions, each with an optional rule, format of selector keys and number of "
-          "dense first layers: spot:p=0.9, spot:k=1024,cache=mxfp4, streaming:k=1024, oracle:p=0.8, "
+          "dense first layers: spot:p=0.9, spot:t=0.001, spot:k=1024,cache=mxfp4, streaming:k=1024, oracle:p=0.8, "
           "quest:k=10%,dense=2, twilight:p=0.95,k=25% (Quest proposes k, p is kept of it); in eval ruler "
           "spot:k=10%,prefill=sparse reads the context sparsely too, one block set per 16 queries. Default: "
           "spot as its selector says, streaming and oracle at 1024 tokens")

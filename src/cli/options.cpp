@@ -64,6 +64,9 @@ void RuleOptions::add(CLI::App& app) {
   app.add_option(
       "--top-p", p,
       "Dual top-p: nucleus mass over the residual blocks, in (0, 1]; twilight: mass kept by its pruner");
+  app.add_option(
+      "--threshold", threshold,
+      "Every block that holds this share of the residual mass, by the selector's estimate, in (0, 1]");
   app.add_option("--top-k-tokens", budget,
                  "Fixed budget: tokens attended by each query; twilight: tokens that it prunes");
   app.add_option("--top-k-share", share,
@@ -71,7 +74,7 @@ void RuleOptions::add(CLI::App& app) {
   app.add_option("--sinks", sinks, "Reserved tokens at the start of the context");
   app.add_option("--recency", recency, "Reserved tokens at its end");
   app.add_option("--floor", floor, "Fewest tokens attended; shorter contexts are dense");
-  app.add_option("--cap", cap, "Most tokens attended under --top-p (0: no cap)");
+  app.add_option("--cap", cap, "Most tokens attended under --top-p or --threshold (0: no cap)");
   app.add_option("--selection-temperature", temperature,
                  "Divides block scores before the nucleus, times the fitted one");
   app.add_option("--cache-format", cache_format, "Selector keys: f32, bf16, int8, int4, mxfp4 or nvfp4");
@@ -86,6 +89,7 @@ SelectionRule RuleOptions::rule(const Selector* selector) const {
   if (share && !(*share > 0 && *share <= 1))
     fail("--top-k-share is {}; it must be above 0 and at most 1", *share);
   if (p) rule.mode = SelectionMode::top_p, rule.p = *p;
+  if (threshold) rule.mode = SelectionMode::threshold, rule.threshold = *threshold;
   if (budget) rule.mode = SelectionMode::top_k, rule.budget = *budget;
   if (share) rule.mode = SelectionMode::top_k, rule.budget_fraction = *share;
   if (sinks) rule.sinks = *sinks;
@@ -105,6 +109,11 @@ AttentionSpec RuleOptions::spec(AttentionKind kind, const Selector* selector) co
   if (kind != AttentionKind::twilight && p && (budget || share))
     fail("attention '{}' takes top-p ({}) or a fixed budget, not both; give one of them", to_string(kind),
          *p);
+  if (threshold && (p || budget || share))
+    fail("attention '{}' takes a threshold ({}) or another rule, not both; give one of them", to_string(kind),
+         *threshold);
+  if (threshold && kind == AttentionKind::twilight)
+    fail("twilight prunes what Quest proposes by a fixed budget; leave out the threshold ({})", *threshold);
   spec.rule = rule(selector);
   if (kind == AttentionKind::twilight) {
     // The defaults of its paper: Quest proposes a quarter of the context, and 95% of its weight is kept.

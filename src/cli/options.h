@@ -32,10 +32,10 @@ struct SelectorOptions {
   std::optional<Selector> load(const ModelOptions& model, const Backbone& backbone) const;
 };
 
-// --top-p | --top-k-tokens | --top-k-share, and the reserved tiers. Twilight takes p together with one of the
+// --top-p | --threshold | --top-k-tokens | --top-k-share, and the reserved tiers. Twilight takes p together with one of the
 // others.
 struct RuleOptions {
-  std::optional<double> p, share, temperature;
+  std::optional<double> p, threshold, share, temperature;
   std::optional<int32_t> budget, sinks, recency, floor, cap;  // tokens
   std::optional<std::string> cache_format;
   int64_t dense_layers = 0;  // the first layers, which then do not select

@@ -17,6 +17,7 @@
 #include "eval/ruler_log.h"
 #include "eval/ruler_random.h"
 #include "eval/shared_prefill.h"
+#include "ops/words.h"
 
 namespace spot {
 namespace {
@@ -154,10 +155,11 @@ nlohmann::json method_settings(const EvalMethod& method) {
   nlohmann::json json = {{"name", method.name}, {"kind", to_string(method.spec.kind)}};
   if (method.spec.kind == AttentionKind::dense) return json;
   const SelectionRule& rule = method.spec.rule;
-  json["rule"] = {{"mode", rule.mode == SelectionMode::top_p ? "top_p" : "top_k"},
+  json["rule"] = {{"mode", ops::word_of(rule.mode)},
                   {"budget", rule.budget},
                   {"budget_fraction", rule.budget_fraction},
                   {"p", rule.p},
+                  {"threshold", rule.threshold},
                   {"sinks", rule.sinks},
                   {"recency", rule.recency},
                   {"floor", rule.floor},

@@ -15,6 +15,7 @@ void validate(const SelectionRule& rule) {
   require(rule.budget_fraction >= 0 && rule.budget_fraction <= 1, "budget_fraction", rule.budget_fraction,
           "0 (unused) to 1");
   require(rule.p > 0 && rule.p <= 1, "p", rule.p, "above 0 and at most 1");
+  require(rule.threshold > 0 && rule.threshold <= 1, "threshold", rule.threshold, "above 0 and at most 1");
   require(rule.sinks >= 0, "sinks", rule.sinks, "0 or more tokens");
   require(rule.recency >= 0, "recency", rule.recency, "0 or more tokens");
   require(rule.floor >= 0, "floor", rule.floor, "0 or more tokens");
@@ -25,9 +26,9 @@ void validate(const SelectionRule& rule) {
 }
 
 std::string describe(const SelectionRule& rule) {
-  if (rule.mode == SelectionMode::top_p)
-    return rule.cap > 0 ? fmt::format("top-p {:g}, at most {}", rule.p, rule.cap)
-                        : fmt::format("top-p {:g}", rule.p);
+  const std::string most = rule.cap > 0 ? fmt::format(", at most {}", rule.cap) : "";
+  if (rule.mode == SelectionMode::top_p) return fmt::format("top-p {:g}{}", rule.p, most);
+  if (rule.mode == SelectionMode::threshold) return fmt::format("threshold {:g}{}", rule.threshold, most);
   return rule.budget_fraction > 0 ? fmt::format("top-k {:g}%", 100 * rule.budget_fraction)
                                   : fmt::format("top-k {}", rule.budget);
 }

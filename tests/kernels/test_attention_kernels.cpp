@@ -245,7 +245,7 @@ TEST(SelectAndAttend, EveryPathGivesTheSameBits) {
       Buffer<int32_t> selected(static_cast<size_t>(rows) * capacity), counts(rows);
       Buffer<uint16_t> out(static_cast<size_t>(scene.batch()) * shape.num_heads * shape.head_dim);
       SelectAndAttendParams p;
-      p.rules.mode = trial % 2 == 0 ? SelectionMode::top_k : SelectionMode::top_p;
+      p.rules.mode = static_cast<SelectionMode>(random() % 3);
       p.rules.budget = kEmulated ? 700 : 4096;
       p.rules.p = 0.8f;
       p.scores = device_scores.data();

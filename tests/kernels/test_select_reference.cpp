@@ -134,6 +134,79 @@ TEST(SelectReference, TopPCoversItsShareWithTheFewestBlocks) {
   }
 }
 
+TEST(SelectReference, ThresholdTakesEveryBlockThatHoldsItsShare) {
+  std::mt19937 random(seed());
+  for (int trial = 0; trial < 300; ++trial) {
+    SelectionRule p;
+    p.mode = SelectionMode::threshold;
+    p.threshold = std::pow(10.0, -4.0 * static_cast<double>(random() % 1000) / 1000);
+    p.temperature = 0.5 + static_cast<double>(random() % 100) / 40;
+    p.floor = trial % 3 == 0 ? 512 : 0;
+    p.cap = trial % 4 == 0 ? 600 + static_cast<int32_t>(random() % 3000) : 0;
+    const int32_t length = 1 + static_cast<int32_t>(random() % 20000), n = (length + 15) / 16;
+    std::vector<float> scores = testing::normal(random, n, trial % 2 == 0 ? 0.3f : 4.0f);
+    if (trial % 5 == 0) scores[random() % n] = NAN;
+    float share = -1;
+    const std::vector<int32_t> selected = select_blocks_reference(scores.data(), length, p, &share);
+    const std::set<int32_t> reserved = reserved_blocks(p, length), chosen(selected.begin(), selected.end());
+    const int32_t fixed = static_cast<int32_t>(reserved.size());
+    if (length <= p.floor || fixed == n) {
+      EXPECT_EQ(static_cast<int32_t>(selected.size()), n);
+      continue;
+    }
+    // Shares in float64. A block within the masses' rounding of the threshold may fall on either side.
+    double largest = -INFINITY, total = 0, covered = 0;
+    for (int32_t b = 0; b < n; ++b)
+      if (!reserved.count(b) && !std::isnan(scores[b])) largest = std::max<double>(largest, scores[b]);
+    const auto mass = [&](int32_t b) {
+      return std::isnan(scores[b]) ? 0.0
+                                   : std::exp((static_cast<double>(scores[b]) - largest) / p.temperature);
+    };
+    for (int32_t b = 0; b < n; ++b) total += reserved.count(b) ? 0 : mass(b);
+    int32_t surely = 0, perhaps = 0;
+    for (int32_t b = 0; b < n; ++b) {
+      if (reserved.count(b)) continue;
+      const double distance = mass(b) / total - p.threshold, rounding = 1e-4 * p.threshold + 1e-6;
+      surely += distance > rounding ? 1 : 0;
+      perhaps += distance > -rounding ? 1 : 0;
+    }
+    const int32_t least = std::max(0, (p.floor + 15) / 16 - fixed);
+    const int32_t most = std::min(n - fixed, p.cap > 0 ? std::max(0, p.cap / 16 - fixed) : n);
+    const int32_t taken = static_cast<int32_t>(selected.size()) - fixed;
+    EXPECT_GE(taken, std::min(most, std::max(least, surely)));
+    EXPECT_LE(taken, std::min(most, std::max(least, perhaps)));
+    double lightest = INFINITY, heaviest_left = 0;
+    for (int32_t b = 0; b < n; ++b) {
+      if (reserved.count(b)) {
+        EXPECT_TRUE(chosen.count(b));
+      } else if (chosen.count(b)) {
+        covered += mass(b);
+        lightest = std::min(lightest, mass(b));
+      } else {
+        heaviest_left = std::max(heaviest_left, mass(b));
+      }
+    }
+    EXPECT_GE(lightest * (1 + 1e-6) + 1e-7, heaviest_left);
+    EXPECT_NEAR(share, covered / total, 2e-3);
+  }
+}
+
+TEST(SelectReference, ThresholdOfRowsWithoutDifferences) {
+  SelectionRule p;
+  p.mode = SelectionMode::threshold;
+  std::vector<float> scores(256, 2.5f);
+  p.threshold = 1.0 / 232;  // exactly what each of the 232 residual blocks holds
+  EXPECT_EQ(select_blocks_reference(scores.data(), 4096, p).size(), 256u);
+  p.threshold = 1.0001 / 232;  // none: the floor fills up by index
+  EXPECT_EQ(select_blocks_reference(scores.data(), 4096, p).size(), 32u);
+  p.threshold = 1e-9;
+  p.cap = 640;
+  EXPECT_EQ(select_blocks_reference(scores.data(), 4096, p).size(), 40u);
+  std::fill(scores.begin(), scores.end(), -INFINITY);  // no mass at all
+  p.cap = p.floor = 0;
+  EXPECT_EQ(select_blocks_reference(scores.data(), 4096, p).size(), 24u);
+}
+
 TEST(SelectReference, ExtremesAndTies) {
   SelectionRule p;
   const int32_t length = 4096;

@@ -253,9 +253,10 @@ constexpr int kKinds = 12;
 
 TEST(SelectBlocks, EqualsTheHostOnEveryKindOfRow) {
   Random random(testing::fresh_seed());
-  for (int trial = 0; trial < (kEmulated ? 3 : 40); ++trial) {
+  for (int trial = 0; trial < (kEmulated ? 6 : 60); ++trial) {
     SelectionRule rules;
-    rules.mode = trial % 2 == 0 ? SelectionMode::top_p : SelectionMode::top_k;
+    rules.mode = static_cast<SelectionMode>(trial % 3);
+    rules.threshold = std::pow(10.0, -static_cast<double>(random() % 500) / 100);
     rules.p = trial % 10 == 8 ? 1.0f : static_cast<float>(random() % 1000) / 1000;
     rules.budget = static_cast<int32_t>(random() % 8000);
     if (random() % 2 == 0) rules.budget_fraction = static_cast<double>(random() % 1000) / 1000;

@@ -77,6 +77,10 @@ def selector_project():
 
 
 def rule():
+    if random.random() < 0.3:
+        return dict(
+            mode="threshold", sinks=16, recency=32, floor=48, threshold=10 ** random.uniform(-3, 0), temperature=0.7
+        )
     if random.random() < 0.5:
         return dict(mode="top_p", sinks=16, recency=32, floor=48, p=random.uniform(0.1, 1), temperature=0.7)
     budget = dict(budget=random.randint(0, 300)) if random.random() < 0.5 else dict(budget_fraction=random.random())

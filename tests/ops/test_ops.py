@@ -184,7 +184,7 @@ def test_errors_name_what_where_and_what_to_do(change, words):
 @pytest.mark.parametrize(
     "rule, words",
     [
-        (dict(mode="top_q"), 'a selection mode is "top_q"; it must be one of top_k, top_p'),
+        (dict(mode="top_q"), 'a selection mode is "top_q"; it must be one of top_k, top_p, threshold'),
         (dict(p=1.5), "p is 1.5; it must be above 0 and at most 1"),
         (dict(sinks=2**40), "does not fit 32 bits"),
         (dict(temperature=0.0), "temperature is 0; it must be positive"),

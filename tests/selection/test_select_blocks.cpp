@@ -21,6 +21,7 @@ SelectionRule random_rule(SelectionMode mode) {
   rule.recency = random_int(0, 3) ? random_int(1, 300) : 0;
   rule.floor = random_int(0, 600);
   rule.p = at::rand({1}).item<double>() * 0.98 + 0.01;
+  rule.threshold = std::pow(10.0, -4 * at::rand({1}).item<double>());
   rule.budget = random_int(0, 1500);
   rule.budget_fraction = random_int(0, 2) ? 0.0 : at::rand({1}).item<double>();
   rule.cap = random_int(0, 1) ? 0 : rule.floor + random_int(0, 800);
@@ -235,8 +236,8 @@ TEST(SelectBlocks, IsThePureFunctionOfItsRow) {
 TEST(SelectBlocks, EqualsTheKernelsReferenceBitForBit) {
   fresh_seed();
   for (int round = 0; round < 60; ++round) {
-    const SelectionRule rule = random_rule(round % 2 ? SelectionMode::top_p : SelectionMode::top_k);
-    const Rows rows = random_rows(5, 2, random_int(3, 200), round % 6);
+    const SelectionRule rule = random_rule(static_cast<SelectionMode>(round % 3));
+    const Rows rows = random_rows(5, 2, random_int(3, 200), random_int(0, 5));
     const Selection got = select_blocks(rows.scores, rows.lengths, rule);
     for (int64_t r = 0; r < 5; ++r)
       for (int64_t g = 0; g < 2; ++g) {
@@ -270,7 +271,14 @@ TEST(SelectBlocks, RefusesBadArguments) {
   arguments.p = 0.5;
   arguments.temperature = NAN;
   EXPECT_THROW(ops::select_blocks({scores, lengths, arguments}), c10::Error);
+  arguments = {};
+  arguments.mode = SelectionMode::threshold;
+  arguments.threshold = 0;
+  EXPECT_THROW(ops::select_blocks({scores, lengths, arguments}), c10::Error);
   SelectionRule rule;
+  rule.threshold = 1.5;
+  EXPECT_NE(error_of([&] { validate(rule); }).find("threshold is 1.5"), std::string::npos);
+  rule = {};
   rule.cap = 100;
   EXPECT_NE(error_of([&] { validate(rule); }).find("cap is 100"), std::string::npos);
   rule = {};
