@@ -6,6 +6,24 @@
 namespace spot {
 namespace fs = std::filesystem;
 
+namespace {
+
+// Weights in a form that is not read, for a folder without safetensors files: what to do about it.
+std::string advice(const fs::path& folder) {
+  std::error_code code;
+  for (fs::directory_iterator entry(folder, code), end; !code && entry != end; entry.increment(code)) {
+    const std::string name = entry->path().filename().string();
+    if (name.ends_with(".gguf")) return fmt::format("; tools/convert_gguf.py makes a checkpoint of {}", name);
+    if (name.ends_with(".bin") || name.ends_with(".pt") || name.ends_with(".pth"))
+      return fmt::format("; {} holds pickled tensors, save the model anew as safetensors", name);
+    if (name.ends_with(".safetensors"))
+      return fmt::format("; {} is there, but without an index it cannot be the whole model", name);
+  }
+  return "";
+}
+
+}  // namespace
+
 Checkpoint::Checkpoint(const fs::path& path) : path_(path) {
   std::error_code code;
   fs::path single = path;
@@ -37,8 +55,9 @@ Checkpoint::Checkpoint(const fs::path& path) : path_(path) {
       if (files_.empty()) fail("{}: weight_map is empty", index_path.string());
       return;
     }
-    if (!fs::exists(single, code)) {
-      fail("{}: holds neither model.safetensors nor model.safetensors.index.json", path.string());
+    if (!fs::exists(single, code) && !fs::is_symlink(single, code)) {
+      fail("{}: holds neither model.safetensors nor model.safetensors.index.json{}", path.string(),
+           advice(path));
     }
   }
   const auto file = std::make_shared<const SafetensorsFile>(single);

@@ -80,7 +80,11 @@ struct SafetensorsFile::Mapping {
 
   explicit Mapping(const std::filesystem::path& path) {
     std::error_code code;
-    if (!std::filesystem::exists(path, code)) fail("{}: no such file", path.string());
+    if (!std::filesystem::exists(path, code)) {
+      fail("{}: {}", path.string(),
+           std::filesystem::is_symlink(path, code) ? "is a link to a file that is not there; fetch it again"
+                                                   : "no such file");
+    }
     const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (file < 0) fail("{}: cannot be opened: {}", path.string(), std::strerror(errno));
     struct stat info{};

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "cli/commands.h"
+#include "cli/options.h"
 #include "model/kv_cache.h"
 #include "report/page.h"
 #include "selector/cache.h"
@@ -32,7 +33,7 @@ int64_t backbone_parameters(const ModelConfig& c) {
       const int64_t q = c.num_heads * c.head_dim * (c.attention_output_gate ? 2 : 1),
                     kv = c.num_kv_heads * c.head_dim;
       total += c.hidden_size * (q + 2 * kv + c.num_heads * c.head_dim) + (c.qk_norm ? 2 * c.head_dim : 0);
-      if (c.attention_bias) total += q + 2 * kv + c.hidden_size;
+      total += (c.qkv_bias ? q + 2 * kv : 0) + (c.attention_output_bias ? c.hidden_size : 0);
     } else {
       const auto& l = c.linear;
       const int64_t keys = l.num_key_heads * l.key_head_dim, values = l.num_value_heads * l.value_head_dim;
@@ -123,7 +124,7 @@ void add_inspect(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App& command =
       *app.add_subcommand("inspect", "Show a checkpoint, its selector's overhead and its memory use");
-  command.add_option("model", options->model, "Folder of a Hugging Face checkpoint")->required();
+  command.add_option("model", options->model, kModelHelp)->required()->transform(checkpoint_folder());
   command.add_option("--preset", options->preset, "Selector preset: spot or paper")->capture_default_str();
   command.add_option("--selector", options->selector, "A distilled selector instead of a preset");
   command.add_option("--memory", options->memory_gib, "Memory in GiB for weights and caches")

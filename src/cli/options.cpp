@@ -4,12 +4,22 @@
 #include <ATen/Parallel.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 
+#include "checkpoint/hub.h"
 #include "core/error.h"
 
 namespace spot::cli {
 
+CLI::Validator checkpoint_folder() {
+  return CLI::Validator(
+      [](std::string& given) {
+        given = find_checkpoint(given).string();
+        return std::string();
+      },
+      "");
+}
+
 void ModelOptions::add(CLI::App& app) {
-  app.add_option("--model", folder, "Folder of a Hugging Face checkpoint")->required();
+  app.add_option("--model", folder, kModelHelp)->required()->transform(checkpoint_folder());
   app.add_option("--device", device, "auto, cpu, cuda or cuda:N")->capture_default_str();
   app.add_option("--dtype", dtype,
                  "auto, float32, bfloat16 or float16 (auto: float32 on CPU, the checkpoint's on CUDA)")

@@ -11,6 +11,11 @@
 
 namespace spot::cli {
 
+inline constexpr const char* kModelHelp =
+    "Folder of a Hugging Face checkpoint, or ORG/NAME that the local hub cache holds";
+// Turns what --model was given into a folder (find_checkpoint).
+CLI::Validator checkpoint_folder();
+
 // --model, --device, --dtype, --threads
 struct ModelOptions {
   std::string folder, device = "auto", dtype = "auto";

@@ -123,7 +123,8 @@ class Initializer {
 
   void add(const AttentionInputs& inputs) {
     const auto unrotated = [&](const at::Tensor& x) {
-      return apply_rope(x.to(at::kFloat), inputs.batch.positions, unrotate_);
+      const at::Tensor wide = x.to(at::kFloat);
+      return model_.rotates(inputs.layer) ? apply_rope(wide, inputs.batch.positions, unrotate_) : wide;
     };
     const at::Tensor hidden = inputs.hidden.to(at::kFloat), key = unrotated(inputs.key),
                      query = unrotated(inputs.query);

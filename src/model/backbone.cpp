@@ -20,15 +20,18 @@ at::Tensor linear(const at::Tensor& x, const LinearWeights& weights) {
                     weights.bias.defined() ? std::optional<at::Tensor>(weights.bias) : std::nullopt);
 }
 
-// Two products, or one where the second matrix follows the first in memory.
+// Two products, or one where the second matrix follows the first in memory (and zeros its bias; see
+// Backbone::projection).
 std::pair<at::Tensor, at::Tensor> project_both(const at::Tensor& x, const LinearWeights& first,
                                                const at::Tensor& second) {
   const at::Tensor& weight = first.weight;
   const int64_t rows = weight.size(0), more = second.size(0), columns = weight.size(1);
-  if (first.bias.defined() || !weight.is_alias_of(second) || weight.scalar_type() != second.scalar_type() ||
+  if (!weight.is_alias_of(second) || weight.scalar_type() != second.scalar_type() ||
       second.storage_offset() != weight.storage_offset() + rows * columns)
     return {linear(x, first), at::linear(x, second)};
-  const at::Tensor both = at::linear(x, weight.as_strided({rows + more, columns}, {columns, 1}));
+  LinearWeights joined{weight.as_strided({rows + more, columns}, {columns, 1}), {}};
+  if (first.bias.defined()) joined.bias = first.bias.as_strided({rows + more}, {1});
+  const at::Tensor both = linear(x, joined);
   return {both.narrow(1, 0, rows), both.narrow(1, rows, more)};
 }
 
@@ -44,7 +47,7 @@ struct Pass {
   const Batch& batch;
   AttentionBackend& attention;
   KvCache& cache;
-  const RopeTable& rope;
+  const RopeTable &rope, &no_rotation;
   at::Tensor state_slots;  // [num_sequences], models with linear-attention layers
 };
 
@@ -53,6 +56,7 @@ struct Pass {
 at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const AttentionWeights& weights) {
   const ModelConfig& c = pass.config;
   const int64_t tokens = x.size(0), dim = c.head_dim;
+  const RopeTable& rope = c.rotates(layer) ? pass.rope : pass.no_rotation;
   AttentionPreparation wanted = pass.attention.prepare(layer, x, pass.batch);
   at::Tensor projected;
   if (wanted.selector) {
@@ -68,8 +72,8 @@ at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const At
                                   .output_gate = c.attention_output_gate,
                                   .qk_norm = weights.qk_norm,
                                   .norm_eps = c.rms_norm_eps,
-                                  .cos = pass.rope.cos,
-                                  .sin = pass.rope.sin,
+                                  .cos = rope.cos,
+                                  .sin = rope.sin,
                                   .positions = pass.batch.positions};
   const bool stored = wanted.slots.defined() && wanted.key_pool.scalar_type() == x.scalar_type();
   if (stored) {
@@ -196,7 +200,7 @@ at::Tensor Backbone::forward(const Batch& batch, AttentionBackend& attention, Kv
   const ModelConfig& config = weights_->config;
   check_batch(batch, config, device());
   const bool hybrid = config.full_attention_layers().size() != static_cast<size_t>(config.num_layers);
-  Pass pass{config, batch, attention, cache, weights_->rope, {}};
+  Pass pass{config, batch, attention, cache, weights_->rope, weights_->no_rotation, {}};
   if (hybrid) pass.state_slots = batch.state_slots.defined() ? batch.state_slots : cache.state_slots(batch);
 
   at::Tensor hidden = at::embedding(weights_->embedding, batch.tokens);
@@ -215,9 +219,9 @@ at::Tensor Backbone::forward(const Batch& batch, AttentionBackend& attention, Kv
   return ops::rms_norm({hidden, weights_->final_norm, config.rms_norm_eps});
 }
 
-at::Tensor Backbone::projection(int64_t layer) const {
+Backbone::Projection Backbone::projection(int64_t layer) const {
   const LinearWeights& qkv = weights_->layers.at(layer).attention.qkv;
-  return qkv.bias.defined() ? at::Tensor() : qkv.weight;
+  return {qkv.weight, qkv.bias};
 }
 
 at::Tensor Backbone::logits(const at::Tensor& hidden) const {

@@ -14,7 +14,7 @@
 
 namespace spot {
 
-// Llama-family, Qwen3 and Qwen3.5 text models, on any device, in float32, bfloat16 or float16. Weights are as
+// Text models of the families that ModelConfig reads, on any device, in float32, bfloat16 or float16. Weights are as
 // published; norms and softmax run in float32.
 class Backbone {
  public:
@@ -44,10 +44,14 @@ class Backbone {
   // captured in a CUDA graph if the backend can: nothing waits for the GPU or depends on its data. Set
   // batch.state_slots before (make_batch does).
   at::Tensor forward(const Batch& batch, AttentionBackend& attention, KvCache& cache) const;
-  // The matrix that makes a full-attention layer's queries, keys and values, [rows, hidden_size]: the tensor
-  // the layer itself reads, so that its memory can be moved (Tensor::set_) to where a selector's rows follow
-  // it. Undefined where the projection has a bias.
-  at::Tensor projection(int64_t layer) const;
+  // What makes a full-attention layer's queries, keys and values: the tensors the layer itself reads, so that
+  // their memory can be moved (Tensor::set_) to where a selector's rows follow the matrix, and as many zeros
+  // the bias.
+  struct Projection {
+    at::Tensor weight;  // [rows, hidden_size]; undefined where shards hold it
+    at::Tensor bias;    // [rows], or undefined
+  };
+  Projection projection(int64_t layer) const;
   // float32 logits [rows, vocab_size] of hidden states [rows, hidden_size].
   at::Tensor logits(const at::Tensor& hidden) const;
 

@@ -67,6 +67,8 @@ RopeTable rope_table(const RopeConfig& config, int64_t num_positions, at::Device
                                                     : 0.1 * std::log(config.factor) + 1.0;
   } else if (config.scaling == RopeScaling::llama3) {
     frequencies = llama3_frequencies(config, frequencies);
+  } else if (config.scaling == RopeScaling::linear) {
+    frequencies.div_(config.factor);
   }
   const at::Tensor angles = at::arange(num_positions, at::kFloat).unsqueeze(1) * frequencies;
   return {at::cos(angles).mul_(attention_factor).to(device),

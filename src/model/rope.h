@@ -9,8 +9,8 @@ namespace spot {
 
 // cos and sin, each [positions, rotary_dim / 2] float32, scaled by YaRN's attention factor where the config
 // says so. `rotary_dim` overrides the config's (a selector rotates 64 dims with the backbone's theta and
-// scaling). Frequencies: default theta^(-2i/dim); YaRN (arXiv 2309.00071) and Llama 3.1's scaling as
-// transformers computes them.
+// scaling). Frequencies: default theta^(-2i/dim); linear scaling, YaRN (arXiv 2309.00071) and Llama 3.1's
+// scaling as transformers computes them.
 struct RopeTable {
   at::Tensor cos, sin;
 };

@@ -72,6 +72,11 @@ class Builder {
     weights.final_norm = norm("norm.weight");
     weights.head = config_.tie_word_embeddings ? weights.embedding : read_(kHead, dtype_);
     weights.rope = rope_table(config_.rope, config_.max_position_embeddings, device_);
+    if (!config_.nope_layers.empty()) {
+      const auto options = at::TensorOptions(device_).dtype(at::kFloat);
+      weights.no_rotation = {at::ones({config_.max_position_embeddings, 1}, options),
+                             at::zeros({config_.max_position_embeddings, 1}, options)};
+    }
     return weights;
   }
 
@@ -110,8 +115,8 @@ class Builder {
 
   AttentionWeights attention(const std::string& prefix) {
     AttentionWeights attention;
-    attention.qkv = linear({prefix + "q_proj", prefix + "k_proj", prefix + "v_proj"}, config_.attention_bias);
-    attention.out = linear({prefix + "o_proj"}, config_.attention_bias);
+    attention.qkv = linear({prefix + "q_proj", prefix + "k_proj", prefix + "v_proj"}, config_.qkv_bias);
+    attention.out = linear({prefix + "o_proj"}, config_.attention_output_bias);
     if (config_.qk_norm) {
       const auto factor = [&](const std::string& name, int64_t heads) {
         return read_(prefix + name, at::kFloat).add(config_.zero_centred_norm ? 1 : 0).expand({heads, -1});
@@ -187,6 +192,10 @@ void check_names_and_shapes(const Checkpoint& checkpoint, const ModelConfig& con
            fmt::join(checkpoint.shape(name), ", "), fmt::join(spec.shape, ", "));
     }
   }
+  if (missing.size() == specs.size()) {
+    fail("{}: holds none of the {} tensors of a {}, but others: {}", checkpoint.path().string(), specs.size(),
+         config.architecture, some_of(checkpoint.names()));
+  }
   if (!missing.empty()) {
     fail("{}: {} of {} tensors are missing: {}", checkpoint.path().string(), missing.size(), specs.size(),
          some_of(missing));
@@ -212,6 +221,14 @@ void check_names_and_shapes(const Checkpoint& checkpoint, const ModelConfig& con
                "{}: the text model is used; {} vision and {} multi-token-prediction tensors are skipped\n",
                checkpoint.path().string(), vision, multi_token);
   }
+}
+
+// What stands before the names of tensor_specs in this checkpoint.
+std::string prefix_of(const Checkpoint& checkpoint) {
+  for (const std::string prefix : {"model.language_model.", ""}) {
+    if (checkpoint.has(prefix + "embed_tokens.weight")) return prefix;
+  }
+  return "model.";
 }
 
 bool all_finite(const at::Tensor& tensor) {
@@ -247,10 +264,10 @@ std::vector<TensorSpec> tensor_specs(const ModelConfig& c) {
     if (c.is_full_attention(i)) {
       const std::string attention = layer + "self_attn.";
       const int64_t query_rows = c.num_heads * c.head_dim * (c.attention_output_gate ? 2 : 1);
-      linear(attention + "q_proj", query_rows, c.hidden_size, c.attention_bias);
-      linear(attention + "k_proj", c.num_kv_heads * c.head_dim, c.hidden_size, c.attention_bias);
-      linear(attention + "v_proj", c.num_kv_heads * c.head_dim, c.hidden_size, c.attention_bias);
-      linear(attention + "o_proj", c.hidden_size, c.num_heads * c.head_dim, c.attention_bias);
+      linear(attention + "q_proj", query_rows, c.hidden_size, c.qkv_bias);
+      linear(attention + "k_proj", c.num_kv_heads * c.head_dim, c.hidden_size, c.qkv_bias);
+      linear(attention + "v_proj", c.num_kv_heads * c.head_dim, c.hidden_size, c.qkv_bias);
+      linear(attention + "o_proj", c.hidden_size, c.num_heads * c.head_dim, c.attention_output_bias);
       if (c.qk_norm) {
         specs.push_back({attention + "q_norm.weight", {c.head_dim}, norm_init});
         specs.push_back({attention + "k_norm.weight", {c.head_dim}, norm_init});
@@ -282,9 +299,14 @@ ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig
                           std::optional<at::ScalarType> dtype, const Shards& shards) {
   const Checkpoint checkpoint(folder);
   const auto specs = tensor_specs(config);
-  const bool nested = checkpoint.has("model.language_model.embed_tokens.weight");
-  const std::string prefix = nested ? "model.language_model." : "model.";
+  const std::string prefix = prefix_of(checkpoint);
   check_names_and_shapes(checkpoint, config, specs, prefix);
+  if (config.sliding_window > 0 && !is_silent()) {
+    fmt::print(stderr,
+               "{}: the model attends in a sliding window; it runs up to that window's {} tokens, where "
+               "every token sees all before it\n",
+               checkpoint.path().string(), config.sliding_window);
+  }
 
   if (!dtype) {
     const at::ScalarType stored = config.torch_dtype.empty()

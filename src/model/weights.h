@@ -50,7 +50,7 @@ struct ModelWeights {
   at::Tensor final_norm;
   std::vector<LayerWeights> layers;  // without their matrices where `sharded` holds those
   std::optional<ShardedLayers> sharded;
-  RopeTable rope;
+  RopeTable rope, no_rotation;  // the second, of one pair of dims, for layers that do not rotate
   std::string fingerprint;
 };
 
@@ -62,9 +62,9 @@ struct TensorSpec {
   Init init = Init::normal;
 };
 
-// Every tensor of the text model, in loading order. Names begin after "model." (Llama, Qwen3, text-only
-// Qwen3.5) or "model.language_model." (Qwen3.5 with its vision tower); "lm_head.weight" alone stands without
-// prefix.
+// Every tensor of the text model, in loading order. Names begin after "model." (as a model with a head is
+// saved), "model.language_model." (Qwen3.5 with its vision tower) or nothing (as a model without its head is,
+// such as Qwen3-Embedding); "lm_head.weight" always stands without prefix.
 std::vector<TensorSpec> tensor_specs(const ModelConfig& config);
 
 // See Backbone::load and Backbone::random.

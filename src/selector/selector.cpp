@@ -86,11 +86,11 @@ at::ScalarType Selector::fine_type(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-void Selector::stack(LayerWeights& weights, const at::Tensor& projection) {
+void Selector::stack(LayerWeights& weights, const Backbone::Projection& projection) {
   const at::NoGradGuard no_grad;
   const int64_t columns = weights.query.size(1);
   std::vector<at::Tensor> parts = {weights.query, weights.key};
-  if (projection.defined()) parts.insert(parts.begin(), projection);
+  if (projection.weight.defined()) parts.insert(parts.begin(), projection.weight);
   const at::Tensor all = at::cat(parts);
   // set_ makes no view: a trainer makes each parameter a leaf of its own and changes it in place.
   const auto place = [&](const at::Tensor& part, int64_t first_row, int64_t rows) {
@@ -105,13 +105,17 @@ void Selector::stack(LayerWeights& weights, const at::Tensor& projection) {
   if (!weights.query_key.defined()) weights.query_key = at::empty({0}, all.options());
   const int64_t own = weights.query.size(0) + weights.key.size(0);
   place(weights.query_key, row - own, own);
+  if (projection.bias.defined()) {
+    const at::Tensor bias = at::cat({projection.bias, projection.bias.new_zeros({own})});
+    projection.bias.set_(bias.storage(), 0, projection.bias.sizes(), {1});
+  }
 }
 
 void Selector::join(const Backbone& backbone) {
   for (auto& [layer, weights] : weights_) {
-    const at::Tensor projection = backbone.projection(layer);
-    if (projection.defined() && projection.scalar_type() == weights.query.scalar_type() &&
-        projection.device() == weights.query.device())
+    const Backbone::Projection projection = backbone.projection(layer);
+    if (projection.weight.defined() && projection.weight.scalar_type() == weights.query.scalar_type() &&
+        projection.weight.device() == weights.query.device())
       stack(weights, projection);
   }
 }

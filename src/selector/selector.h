@@ -95,8 +95,8 @@ class Selector {
 
   // Moves every layer's query and key weights and the backbone's own projection into one matrix, for
   // prologue(); the backbone and all parameters keep their values and are read from there. No memory is
-  // doubled unless several living selectors join one backbone. Layers of another dtype or device, or with a
-  // bias, stay apart. Not while a graph captured from the backbone is in use.
+  // doubled unless several living selectors join one backbone. Layers of another dtype or device stay apart.
+  // Not while a graph captured from the backbone is in use.
   void join(const Backbone& backbone);
 
   // Every weight, in a fixed order (layers ascending; query, key, mix, norm): what an optimiser takes. The
@@ -117,8 +117,9 @@ class Selector {
   };
   Selector() = default;
   static at::ScalarType fine_type(at::ScalarType dtype);
-  // Moves query and key into one matrix, below the rows of `projection` if that is defined.
-  static void stack(LayerWeights& weights, const at::Tensor& projection = {});
+  // Moves query and key into one matrix, below the rows of `projection` if that is defined; its bias is then
+  // followed by a zero for each row of theirs.
+  static void stack(LayerWeights& weights, const Backbone::Projection& projection = {});
   void bind(const SelectorConfig& config, const ModelConfig& backbone, at::Device device);
   const LayerWeights& layer_weights(int64_t layer) const;
   ops::KeyPreparation key_preparation(int64_t layer, const at::Tensor& positions) const;

@@ -6,6 +6,7 @@
 #include <queue>
 
 #include "core/error.h"
+#include "text/byte_characters.h"
 #include "text/unicode.h"
 
 namespace spot {
@@ -16,21 +17,6 @@ constexpr int32_t kLargestId =
 constexpr size_t kShortPiece = 24;  // up to here rescanning beats a priority queue
 constexpr size_t kLongestCached = 48;
 constexpr size_t kLargestCache = 1 << 18;
-
-// Byte-level character -> byte, or -1.
-const std::array<int16_t, 0x144>& byte_of_character() {
-  static const auto table = [] {
-    std::array<int16_t, 0x144> bytes;
-    bytes.fill(-1);
-    int next = 0x100;
-    for (int byte = 0; byte < 256; ++byte) {
-      const bool printable = (byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte <= 0xAC) || byte >= 0xAE;
-      bytes[printable ? byte : next++] = static_cast<int16_t>(byte);
-    }
-    return bytes;
-  }();
-  return table;
-}
 
 uint64_t pair_key(int32_t left, int32_t right) {
   return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
@@ -43,18 +29,8 @@ size_t hash_pair(uint64_t pair) {
 
 }  // namespace
 
-std::optional<std::string> bytes_of_token(std::string_view token) {
-  const auto& table = byte_of_character();
-  std::string bytes;
-  for (size_t i = 0; i < token.size();) {
-    const char32_t character = next_code_point(token, i);
-    if (character >= table.size() || table[character] < 0) return std::nullopt;
-    bytes += static_cast<char>(table[character]);
-  }
-  return bytes;
-}
-
-BytePairEncoding::BytePairEncoding(const nlohmann::json& json, const std::string& where) {
+BytePairEncoding::BytePairEncoding(const nlohmann::json& json, bool byte_level, const std::string& where)
+    : byte_level_(byte_level) {
   // Files of the first years lack the type; they are told by their merges.
   const std::string type = json.contains("type") ? json.at("type").get<std::string>() : "BPE";
   if (type != "BPE" || !json.contains("merges")) {
@@ -64,10 +40,13 @@ BytePairEncoding::BytePairEncoding(const nlohmann::json& json, const std::string
   if (set("dropout") && json.at("dropout").get<double>() != 0)
     fail("{}: BPE dropout is not supported", where);
   for (const char* affix : {"continuing_subword_prefix", "end_of_word_suffix"}) {
-    if (set(affix) && json.at(affix) != "") fail("{}: {} is not supported by byte-level BPE", where, affix);
+    if (set(affix) && json.at(affix) != "") fail("{}: {} is not supported", where, affix);
   }
-  if (set("byte_fallback") && json.at("byte_fallback").get<bool>()) {
-    fail("{}: byte_fallback is not supported; it belongs to SentencePiece vocabularies", where);
+  byte_fallback_ = set("byte_fallback") && json.at("byte_fallback").get<bool>();
+  if (byte_fallback_ && byte_level_) {
+    fail(
+        "{}: byte_fallback with a ByteLevel pre_tokenizer is not supported; it belongs to SentencePiece vocabularies",
+        where);
   }
   ignore_merges_ = set("ignore_merges") && json.at("ignore_merges").get<bool>();
   fuse_unk_ = set("fuse_unk") && json.at("fuse_unk").get<bool>();
@@ -78,10 +57,15 @@ BytePairEncoding::BytePairEncoding(const nlohmann::json& json, const std::string
     if (id < 0 || id > kLargestId)
       fail("{}: the token {} has the id {}, outside 0..{}", where, token, id, kLargestId);
     vocab_.emplace(token, static_cast<int32_t>(id));
-    const auto bytes = bytes_of_token(token);
+    if (!byte_level_) continue;
+    const auto bytes = bytes_of_characters(token);
     if (bytes && bytes->size() == 1)
       id_of_byte_[static_cast<unsigned char>(bytes->front())] = static_cast<int32_t>(id);
     if (bytes && ignore_merges_) id_of_bytes_.emplace(*bytes, static_cast<int32_t>(id));
+  }
+  for (int byte = 0; byte_fallback_ && byte < 256; ++byte) {
+    if (const auto found = vocab_.find(fmt::format("<0x{:02X}>", byte)); found != vocab_.end())
+      id_of_byte_[byte] = found->second;
   }
   if (set("unk_token")) {
     const std::string unk = json.at("unk_token");
@@ -133,27 +117,57 @@ const BytePairEncoding::Merge* BytePairEncoding::find_merge(int32_t left, int32_
   }
 }
 
-void BytePairEncoding::encode(std::string_view bytes, std::vector<int32_t>& ids) const {
+bool BytePairEncoding::append_bytes(std::string_view character, std::vector<int32_t>& symbols) const {
+  const auto id_of = [&](char byte) { return id_of_byte_[static_cast<unsigned char>(byte)]; };
+  for (const char byte : character) {
+    if (id_of(byte) < 0) return false;
+  }
+  for (const char byte : character) symbols.push_back(id_of(byte));
+  return true;
+}
+
+// The tokens that merging begins with. An unknown one waits until the next known one comes, which with
+// byte_fallback can let a character's bytes overtake it.
+std::vector<int32_t> BytePairEncoding::first_symbols(std::string_view piece) const {
+  std::vector<int32_t> symbols;
+  symbols.reserve(piece.size());
+  bool unknown_waits = false;
+  const auto release = [&] {
+    if (unknown_waits && unk_id_ >= 0) symbols.push_back(unk_id_);
+    unknown_waits = false;
+  };
+  for (size_t begin = 0, end = 0; begin < piece.size(); begin = end) {
+    int32_t id;
+    if (byte_level_) {
+      end = begin + 1;
+      id = id_of_byte_[static_cast<unsigned char>(piece[begin])];
+    } else {
+      next_code_point(piece, end);
+      const std::string_view character = piece.substr(begin, end - begin);
+      const auto found = vocab_.find(character);
+      id = found == vocab_.end() ? -1 : found->second;
+      if (id < 0 && byte_fallback_ && append_bytes(character, symbols)) continue;
+    }
+    if (id >= 0 || !fuse_unk_) release();
+    if (id >= 0) {
+      symbols.push_back(id);
+    } else {
+      unknown_waits = true;
+    }
+  }
+  release();
+  return symbols;
+}
+
+void BytePairEncoding::encode(std::string_view piece, std::vector<int32_t>& ids) const {
   if (ignore_merges_) {
-    const auto whole = id_of_bytes_.find(bytes);
-    if (whole != id_of_bytes_.end()) {
+    const auto& whole_tokens = byte_level_ ? id_of_bytes_ : vocab_;
+    if (const auto whole = whole_tokens.find(piece); whole != whole_tokens.end()) {
       ids.push_back(whole->second);
       return;
     }
   }
-  std::vector<int32_t> symbols;
-  symbols.reserve(bytes.size());
-  bool unknown_before = false;
-  for (const char byte : bytes) {
-    const int32_t id = id_of_byte_[static_cast<unsigned char>(byte)];
-    const bool fused = id < 0 && fuse_unk_ && unknown_before;
-    if (id >= 0) {
-      symbols.push_back(id);
-    } else if (unk_id_ >= 0 && !fused) {
-      symbols.push_back(unk_id_);
-    }
-    unknown_before = id < 0;
-  }
+  std::vector<int32_t> symbols = first_symbols(piece);
   if (symbols.size() <= kShortPiece) {
     merge_short(symbols);
   } else {

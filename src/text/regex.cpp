@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
+#include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "text/unicode.h"
 #include "text/unicode_categories.h"
 
 namespace spot {
@@ -148,6 +150,18 @@ Regex::Regex(std::string_view pattern, const std::string& where) {
   pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);
 }
 
+Regex Regex::of_pattern(const nlohmann::json& pattern, const std::string& where) {
+  if (pattern.contains("Regex")) return Regex(pattern.at("Regex").get<std::string>(), where);
+  const std::string text = pattern.at("String");
+  if (text.empty()) fail("{}: a pattern is an empty string, which is not supported", where);
+  std::string escaped;
+  for (const char c : text) {
+    if (c > ' ' && c < 0x7F && !std::isalnum(c)) escaped += '\\';
+    escaped += c;
+  }
+  return Regex(escaped, where);
+}
+
 struct RegexMatcher::State {
   explicit State(std::shared_ptr<const Regex::Code> c) : code(std::move(c)) {
     match = pcre2_match_data_create_from_pattern(code->code, nullptr);
@@ -194,6 +208,34 @@ bool RegexMatcher::find(std::string_view text, size_t from, Match& match) {
   const PCRE2_SIZE* range = pcre2_get_ovector_pointer(state_->match);
   match = {range[0], range[1]};
   return true;
+}
+
+void RegexMatcher::for_each(std::string_view text, const std::function<void(size_t, size_t)>& found) {
+  Match match{};
+  size_t from = 0;
+  bool any = false;
+  for (size_t last_end = 0; from <= text.size() && find(text, from, match);) {
+    if (match.begin == match.end && any && match.end == last_end) {
+      if (from == text.size()) return;
+      next_code_point(text, from);
+      continue;
+    }
+    any = true;
+    from = last_end = match.end;
+    found(match.begin, match.end);
+  }
+}
+
+std::string replace_all(const Regex& regex, std::string_view text, std::string_view content) {
+  std::string out;
+  size_t done = 0;
+  RegexMatcher(regex).for_each(text, [&](size_t begin, size_t end) {
+    out += text.substr(done, begin - done);
+    out += content;
+    done = end;
+  });
+  out += text.substr(done);
+  return out;
 }
 
 }  // namespace spot

@@ -1,7 +1,9 @@
 // The regular expressions of tokenizer.json files, run by PCRE2 with just-in-time compilation.
 #pragma once
 
+#include <functional>
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <string_view>
 
@@ -15,6 +17,8 @@ class Regex {
  public:
   // Throws Error, beginning with `where`, when the pattern is malformed or uses an unsupported construct.
   Regex(std::string_view pattern, const std::string& where);
+  // A `pattern` of tokenizer.json: {"Regex": ...}, or {"String": ...} for plain text, which must not be empty.
+  static Regex of_pattern(const nlohmann::json& pattern, const std::string& where);
 
   struct Code;  // pcre2_code
 
@@ -37,9 +41,16 @@ class RegexMatcher {
   // none. `text` must be well-formed UTF-8.
   bool find(std::string_view text, size_t from, Match& match);
 
+  // Calls `found` with the begin and end of all matches, leftmost first and without overlap; an empty one does
+  // not count where the one before ends.
+  void for_each(std::string_view text, const std::function<void(size_t, size_t)>& found);
+
  private:
   struct State;
   std::unique_ptr<State> state_;
 };
+
+// `text` with every match replaced by `content`.
+std::string replace_all(const Regex& regex, std::string_view text, std::string_view content);
 
 }  // namespace spot

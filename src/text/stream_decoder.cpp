@@ -3,16 +3,12 @@
 namespace spot {
 
 std::string StreamDecoder::push(int32_t id) {
-  std::string text;
-  const std::string& bytes = tokenizer_.token_bytes(id);
-  if (!skip_special_tokens_ || !tokenizer_.is_special(id)) stream_.push(bytes, text);
-  return text;
+  if (!tokenizer_.has_token(id) || (skip_special_tokens_ && tokenizer_.is_special(id))) return "";
+  return state_.push(tokenizer_.token_text(id));
 }
 
 std::string StreamDecoder::finish() {
-  std::string text;
-  stream_.finish(text);
-  return text;
+  return state_.finish();
 }
 
 }  // namespace spot

@@ -8,7 +8,11 @@
 #include "core/files.h"
 #include "text/added_tokens.h"
 #include "text/bpe.h"
+#include "text/byte_characters.h"
+#include "text/decoder.h"
+#include "text/normalizer.h"
 #include "text/pretokenizer.h"
+#include "text/stream_decoder.h"
 #include "text/unicode.h"
 
 namespace spot {
@@ -20,29 +24,6 @@ namespace {
 const json& member(const json& object, const char* key) {
   static const json null;
   return object.contains(key) ? object.at(key) : null;
-}
-
-// Whether the normalizer is NFC; false if there is none.
-bool normalizes(const json& normalizer, const std::string& where) {
-  if (normalizer.is_null()) return false;
-  const std::string type = normalizer.at("type");
-  if (type == "NFC") return true;
-  if (type != "Sequence")
-    fail("{}: the normalizer {} is not supported; NFC, Sequence and null are", where, type);
-  bool any = false;
-  for (const auto& part : normalizer.at("normalizers")) any |= normalizes(part, where);
-  return any;
-}
-
-void check_decoder(const json& decoder, const std::string& where) {
-  if (decoder.is_null())
-    fail("{}: there is no decoder; a byte-level BPE tokenizer needs a ByteLevel one", where);
-  const std::string type = decoder.at("type");
-  if (type == "ByteLevel") return;
-  const auto& parts = member(decoder, "decoders");
-  if (type != "Sequence" || parts.size() != 1)
-    fail("{}: the decoder {} is not supported; ByteLevel is", where, type);
-  check_decoder(parts[0], where);
 }
 
 // The ids that a TemplateProcessing post-processor puts around one sequence.
@@ -99,13 +80,14 @@ struct Tokenizer::Tables {
   void check_id(int32_t id) const;
 
   struct Token {
-    std::string bytes;
+    std::string text;  // bytes in a byte-level vocabulary
     bool known = false, special = false;
   };
   std::string where;
-  BytePairEncoding bpe;
   PreTokenizer pre_tokenizer;
-  bool nfc;
+  BytePairEncoding bpe;
+  Normalizer normalizer;
+  Decoder decoder;
   Frame frame;
   std::vector<AddedToken> added;
   std::vector<Token> tokens;  // by id
@@ -146,24 +128,25 @@ std::vector<AddedToken> Tokenizer::Tables::read_added(const json& file, const js
 
 Tokenizer::Tables::Tables(const json& file, const json& config, const std::string& path)
     : where(path),
-      bpe(file.at("model"), path),
       pre_tokenizer(member(file, "pre_tokenizer"), path),
-      nfc(normalizes(member(file, "normalizer"), path)),
+      bpe(file.at("model"), pre_tokenizer.is_byte_level(), path),
+      normalizer(member(file, "normalizer"), path),
+      decoder(member(file, "decoder"), path),
       added(read_added(file, config, bpe, path)),
       raw_matcher(added, [](const AddedToken& t) { return t.normalized ? "" : t.content; }),
       normalized_matcher(added, [this](const AddedToken& t) {
-        return !t.normalized ? "" : nfc ? normalize_nfc(t.content) : t.content;
+        return t.normalized ? normalizer.normalize(t.content) : "";
       }) {
-  check_decoder(member(file, "decoder"), path);
   read_post_processor(member(file, "post_processor"), path, frame);
   const auto place = [&](int32_t id, const std::string& text) -> Token& {
     if (static_cast<size_t>(id) >= tokens.size()) tokens.resize(static_cast<size_t>(id) + 1);
-    // A token with a character that stands for no byte means itself.
-    return tokens[static_cast<size_t>(id)] = {bytes_of_token(text).value_or(text), true, false};
+    // In a byte-level vocabulary a token with a character that stands for no byte means itself.
+    const auto bytes = decoder.is_byte_level() ? bytes_of_characters(text) : std::nullopt;
+    return tokens[static_cast<size_t>(id)] = {bytes.value_or(text), true, false};
   };
   for (const auto& [text, id] : bpe.vocab()) place(id, text);
   for (const AddedToken& token : added) {
-    place(token.id, token.normalized && nfc ? normalize_nfc(token.content) : token.content).special =
+    place(token.id, token.normalized ? normalizer.normalize(token.content) : token.content).special =
         token.special;
     added_ids.emplace(token.content, token.id);
   }
@@ -252,12 +235,16 @@ std::vector<int32_t> Tokenizer::encode(std::string_view utf8, bool add_special_t
       ids.push_back(raw.id);
       continue;
     }
-    const std::string normalized = tables.nfc ? normalize_nfc(raw.text) : std::string();
-    for (const auto& part : tables.normalized_matcher.split(tables.nfc ? normalized : raw.text)) {
+    std::string normalized;
+    std::string_view text = raw.text;
+    bool at_start = text.data() == utf8.data();
+    if (!tables.normalizer.is_empty()) text = normalized = tables.normalizer.normalize(text, at_start);
+    for (const auto& part : tables.normalized_matcher.split(text)) {
       if (part.id >= 0) {
         ids.push_back(part.id);
       } else {
-        splitter.split(part.text, [&](std::string_view piece) { cache.encode(piece, ids); });
+        splitter.split(part.text, at_start && part.text.data() == text.data(),
+                       [&](std::string_view piece) { cache.encode(piece, ids); });
       }
     }
   }
@@ -266,15 +253,10 @@ std::vector<int32_t> Tokenizer::encode(std::string_view utf8, bool add_special_t
 }
 
 std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special_tokens) const {
+  StreamDecoder decoder(*this, skip_special_tokens);
   std::string text;
-  Utf8Stream stream;
-  for (const int32_t id : ids) {
-    tables_->check_id(id);
-    const auto& token = tables_->tokens[static_cast<size_t>(id)];
-    if (!skip_special_tokens || !token.special) stream.push(token.bytes, text);
-  }
-  stream.finish(text);
-  return text;
+  for (const int32_t id : ids) text += decoder.push(id);
+  return text + decoder.finish();
 }
 
 std::optional<int32_t> Tokenizer::token_id(std::string_view token) const {
@@ -284,9 +266,18 @@ std::optional<int32_t> Tokenizer::token_id(std::string_view token) const {
   return std::nullopt;
 }
 
-const std::string& Tokenizer::token_bytes(int32_t id) const {
+bool Tokenizer::has_token(int32_t id) const {
+  return id >= 0 && static_cast<size_t>(id) < tables_->tokens.size() &&
+         tables_->tokens[static_cast<size_t>(id)].known;
+}
+
+const std::string& Tokenizer::token_text(int32_t id) const {
   tables_->check_id(id);
-  return tables_->tokens[static_cast<size_t>(id)].bytes;
+  return tables_->tokens[static_cast<size_t>(id)].text;
+}
+
+const Decoder& Tokenizer::decoder() const {
+  return tables_->decoder;
 }
 
 int64_t Tokenizer::vocab_size() const {

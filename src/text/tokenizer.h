@@ -12,8 +12,11 @@
 
 namespace spot {
 
-// A byte-level BPE tokenizer (Qwen2, Qwen3, Qwen3.5, Llama 3, SmolLM2, GPT-2 and their like). Its ids equal
-// those of the Hugging Face `tokenizers` library. Immutable after load: all methods may be called from many
+class Decoder;
+
+// A BPE tokenizer: byte-level (Qwen, Llama 3, SmolLM, Falcon 3, GPT-2 and their like) or converted from
+// SentencePiece (Llama 2, TinyLlama, Yi, Mistral). Its ids and texts equal those of the Hugging Face
+// `tokenizers` library. Immutable after load: all methods may be called from many
 // threads; copies share the tables.
 class Tokenizer {
  public:
@@ -29,15 +32,17 @@ class Tokenizer {
   std::vector<int32_t> encode(std::string_view utf8, bool add_special_tokens = false) const;
 
   // The text of `ids`; bytes that form no UTF-8 become U+FFFD. With `skip_special_tokens`, tokens marked
-  // special are left out. Throws Error for an id outside the vocabulary.
+  // special are left out. An id without a token stands for nothing: models have more rows than tokens.
   std::string decode(std::span<const int32_t> ids, bool skip_special_tokens = false) const;
 
   // The id of a token written as in tokenizer.json ("<|im_end|>", "Ġthe"), if it is one.
   std::optional<int32_t> token_id(std::string_view token) const;
 
-  // The bytes that a token decodes to: any bytes, not always whole characters. Throws Error for an unknown
-  // id.
-  const std::string& token_bytes(int32_t id) const;
+  bool has_token(int32_t id) const;
+  // A token as decoder() takes it: its bytes in a byte-level vocabulary, not always whole characters, else its
+  // text. Throws Error for an unknown id.
+  const std::string& token_text(int32_t id) const;
+  const Decoder& decoder() const;
 
   // The largest id plus one. A model may have more rows in its embedding: those ids stand for nothing.
   int64_t vocab_size() const;

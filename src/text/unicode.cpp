@@ -35,7 +35,24 @@ constexpr Range kYoungerThanUnicode9[] = {
     {0x11F41, 0x11F42}, {0x16100, 0x1613F}, {0x16D40, 0x16D7F}, {0x16FF0, 0x16FF1}, {0x1E08F, 0x1E08F},
     {0x1E130, 0x1E136}, {0x1E2AE, 0x1E2AE}, {0x1E2EC, 0x1E2EF}, {0x1E4EC, 0x1E4EF}, {0x1E5EE, 0x1E5EF}};
 
-// The first code point that normalization may change or move; all below are starters that NFC leaves alone.
+// Characters younger than Unicode 9 with a compatibility decomposition.
+constexpr Range kYoungerCompatibility[] = {
+    {0x32FF, 0x32FF},   {0xA7F1, 0xA7F4},   {0xAB69, 0xAB69},   {0x10781, 0x10785}, {0x10787, 0x107B0},
+    {0x107B2, 0x107BA}, {0x1CCD6, 0x1CCF9}, {0x1E030, 0x1E06D}, {0x1F16C, 0x1F16C}, {0x1FBF0, 0x1FBF9}};
+
+// Letters whose lower case is younger than Unicode 15, or not one letter: {first, last, distance}.
+struct LowerCase {
+  char32_t first, last;
+  int32_t distance;
+};
+constexpr LowerCase kYoungerLowerCase[] = {{0x1C89, 0x1C89, 1},      {0xA7CB, 0xA7CB, 0x264 - 0xA7CB},
+                                           {0xA7CC, 0xA7CC, 1},      {0xA7CE, 0xA7CE, 1},
+                                           {0xA7D2, 0xA7D2, 1},      {0xA7D4, 0xA7D4, 1},
+                                           {0xA7DA, 0xA7DA, 1},      {0xA7DC, 0xA7DC, 0x19B - 0xA7DC},
+                                           {0x10D50, 0x10D65, 0x20}, {0x16EA0, 0x16EB8, 0x1B}};
+constexpr char32_t kCapitalIWithDot = 0x130;
+
+// The first code point that NFC may change or move; all below are starters that NFC leaves alone.
 constexpr char32_t kFirstCombining = 0x300;
 constexpr unsigned char kLeadByteOfFirstCombining = 0xCC;
 
@@ -76,9 +93,9 @@ int combining_class(utf8proc_int32_t code_point) {
   return utf8proc_get_property(code_point)->combining_class;
 }
 
-// Canonical order, then composition, of a fully decomposed run. utf8proc would do all three steps in one
-// call, but its ordering step takes quadratic time on long runs of marks.
-void compose(std::vector<utf8proc_int32_t>& run, std::string& out) {
+// Canonical order, then composition if wanted, of a fully decomposed run. utf8proc would do all three steps
+// in one call, but its ordering step takes quadratic time on long runs of marks.
+void finish_run(std::vector<utf8proc_int32_t>& run, bool composes, std::string& out) {
   for (size_t i = 0; i < run.size();) {
     if (combining_class(run[i]) == 0) {
       ++i;
@@ -90,9 +107,10 @@ void compose(std::vector<utf8proc_int32_t>& run, std::string& out) {
                      [](auto a, auto b) { return combining_class(a) < combining_class(b); });
     i = end;
   }
-  const auto length =
-      utf8proc_normalize_utf32(run.data(), static_cast<utf8proc_ssize_t>(run.size()),
-                               static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+  auto length = static_cast<utf8proc_ssize_t>(run.size());
+  if (composes)
+    length = utf8proc_normalize_utf32(run.data(), length,
+                                      static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
   for (utf8proc_ssize_t i = 0; i < length; ++i) append_utf8(out, static_cast<char32_t>(run[i]));
   run.clear();
 }
@@ -154,7 +172,21 @@ bool is_white_space(char32_t c) {
          c == 0x3000;
 }
 
-std::string normalize_nfc(std::string_view text) {
+std::optional<NormalizationForm> normalization_form(std::string_view name) {
+  if (name == "NFC") return NormalizationForm::nfc;
+  if (name == "NFD") return NormalizationForm::nfd;
+  if (name == "NFKC") return NormalizationForm::nfkc;
+  if (name == "NFKD") return NormalizationForm::nfkd;
+  return std::nullopt;
+}
+
+std::string normalize(std::string_view text, NormalizationForm form) {
+  const bool composes = form == NormalizationForm::nfc || form == NormalizationForm::nfkc;
+  const bool compatible = form == NormalizationForm::nfkc || form == NormalizationForm::nfkd;
+  const auto options =
+      static_cast<utf8proc_option_t>(UTF8PROC_DECOMPOSE | (compatible ? UTF8PROC_COMPAT : UTF8PROC_STABLE));
+  // Below it nothing changes, unless what follows combines.
+  const char32_t first_changed = form == NormalizationForm::nfc ? kFirstCombining : 0x80;
   const auto below_combining = [&](size_t i) {
     return i >= text.size() || static_cast<unsigned char>(text[i]) < kLeadByteOfFirstCombining;
   };
@@ -165,25 +197,44 @@ std::string normalize_nfc(std::string_view text) {
   for (size_t i = 0; i < text.size();) {
     const size_t begin = i;
     const char32_t code_point = next_code_point(text, i);
-    if (run.empty() && code_point < kFirstCombining && below_combining(i)) {
+    if (run.empty() && code_point < first_changed && below_combining(i)) {
       out.append(text, begin, i - begin);
       continue;
     }
-    if (code_point == kHangulTrailingBase || contains(kYoungerThanUnicode9, code_point)) {
-      compose(run, out);
+    if (code_point == kHangulTrailingBase || contains(kYoungerThanUnicode9, code_point) ||
+        (compatible && contains(kYoungerCompatibility, code_point))) {
+      finish_run(run, composes, out);
       out.append(text, begin, i - begin);
       continue;
     }
     // A starter that nothing can combine with (and U+0300 up may) ends the run before it, which bounds its
     // length.
-    if (code_point < kFirstCombining) compose(run, out);
+    if (code_point < kFirstCombining) finish_run(run, composes, out);
     int boundary = 0;
     const auto count =
         utf8proc_decompose_char(static_cast<utf8proc_int32_t>(code_point), parts.data(),
-                                static_cast<utf8proc_ssize_t>(parts.size()), UTF8PROC_DECOMPOSE, &boundary);
+                                static_cast<utf8proc_ssize_t>(parts.size()), options, &boundary);
     run.insert(run.end(), parts.begin(), parts.begin() + count);
   }
-  compose(run, out);
+  finish_run(run, composes, out);
+  return out;
+}
+
+std::string lowercase(std::string_view text) {
+  std::string out;
+  out.reserve(text.size());
+  for (size_t i = 0; i < text.size();) {
+    const char32_t c = next_code_point(text, i);
+    if (c == kCapitalIWithDot) {
+      out += "i\u0307";
+      continue;
+    }
+    const auto* young = std::find_if(std::begin(kYoungerLowerCase), std::end(kYoungerLowerCase),
+                                     [c](const LowerCase& l) { return c >= l.first && c <= l.last; });
+    append_utf8(out, young != std::end(kYoungerLowerCase)
+                         ? static_cast<char32_t>(static_cast<int32_t>(c) + young->distance)
+                         : static_cast<char32_t>(utf8proc_tolower(static_cast<utf8proc_int32_t>(c))));
+  }
   return out;
 }
 

@@ -1,8 +1,9 @@
-// What a tokenizer needs of Unicode: strict UTF-8, lossy decoding of byte streams, NFC and
-// white space.
+// What a tokenizer needs of Unicode: strict UTF-8, lossy decoding of byte streams, normalization, lower case
+// and white space.
 #pragma once
 
 #include <cstddef>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -23,10 +24,17 @@ void append_utf8(std::string& out, char32_t code_point);
 // Unicode property White_Space: what \s means in the pre-tokenizers' patterns.
 bool is_white_space(char32_t code_point);
 
-// Normalization form C of well-formed UTF-8, in linear time. Characters that entered Unicode after version 9
+enum class NormalizationForm { nfc, nfd, nfkc, nfkd };
+// "NFC", "NFD", "NFKC", "NFKD".
+std::optional<NormalizationForm> normalization_form(std::string_view name);
+
+// A normalization form of well-formed UTF-8, in linear time. Characters that entered Unicode after version 9
 // are left as they are: the published tokenizers' reference normalizer stops at that version's tables, and a
 // model has only ever seen its output.
-std::string normalize_nfc(std::string_view text);
+std::string normalize(std::string_view text, NormalizationForm form);
+
+// Every character's lower case by itself (no final sigma), as of Unicode 17.
+std::string lowercase(std::string_view text);
 
 // Turns a stream of bytes into well-formed UTF-8: a sequence is held back until it is complete, and every
 // maximal ill-formed part becomes one U+FFFD (Unicode 3.9, "substitution of maximal subparts").

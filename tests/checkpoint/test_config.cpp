@@ -161,6 +161,88 @@ TEST(Config, YarnRaisesTheLastPosition) {
   EXPECT_DOUBLE_EQ(ModelConfig::from_json(j, "config.json").rope.theta, 5e6);
 }
 
+// As published by Mistral AI, Qwen and Hugging Face, shortened.
+const json kMistral7B = json::parse(R"({
+  "architectures": ["MistralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "model_type": "mistral",
+  "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+  "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": null, "vocab_size": 32768})");
+const json kQwen25_05B = json::parse(R"({
+  "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864, "model_type": "qwen2",
+  "max_position_embeddings": 32768, "max_window_layers": 21, "num_attention_heads": 14, "num_hidden_layers": 24,
+  "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+  "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936})");
+const json kSmolLM3 = json::parse(R"({
+  "architectures": ["SmolLM3ForCausalLM"], "hidden_size": 2048, "intermediate_size": 11008, "model_type": "smollm3",
+  "max_position_embeddings": 65536, "mlp_bias": false, "attention_bias": false, "num_attention_heads": 16,
+  "num_hidden_layers": 9, "num_key_value_heads": 4, "no_rope_layer_interval": 4, "rms_norm_eps": 1e-06,
+  "rope_scaling": null, "rope_theta": 5000000.0, "sliding_window": null, "use_sliding_window": false,
+  "vocab_size": 128256})");
+
+json with(json base, const json& change) {
+  base.update(change);
+  return base;
+}
+
+TEST(Config, ReadsMistralQwen2AndSmolLM3) {
+  const ModelConfig mistral = ModelConfig::from_json(kMistral7B, "config.json");
+  EXPECT_EQ(mistral.head_dim, 128);
+  EXPECT_EQ(mistral.sliding_window, 0);
+  EXPECT_FALSE(mistral.qkv_bias || mistral.attention_output_bias || mistral.tie_word_embeddings);
+  const ModelConfig qwen2 = ModelConfig::from_json(kQwen25_05B, "config.json");
+  EXPECT_EQ(qwen2.head_dim, 64);
+  EXPECT_EQ(qwen2.max_position_embeddings, 32768);
+  EXPECT_TRUE(qwen2.qkv_bias && !qwen2.attention_output_bias && !qwen2.qk_norm);
+  const ModelConfig smollm3 = ModelConfig::from_json(kSmolLM3, "config.json");
+  EXPECT_EQ(smollm3.nope_layers, (std::vector<int64_t>{3, 7}));
+  EXPECT_TRUE(smollm3.rotates(2) && !smollm3.rotates(3) && smollm3.rotates(8));
+  EXPECT_TRUE(smollm3.tie_word_embeddings);
+  json bare = kSmolLM3;
+  bare.erase("rope_theta");
+  EXPECT_DOUBLE_EQ(ModelConfig::from_json(bare, "config.json").rope.theta, 2e6);
+}
+
+TEST(Config, AWindowShorterThanTheContextIsTheLimit) {
+  // {config, positions, window}; Mistral 7B v0.1 is the first.
+  struct Case {
+    json config;
+    int64_t positions, window;
+  };
+  json absent = kMistral7B;
+  absent.erase("sliding_window");
+  for (const Case& c :
+       {Case{with(kMistral7B, {{"sliding_window", 4096}}), 4096, 4096}, Case{absent, 4096, 4096},
+        Case{with(kMistral7B, {{"sliding_window", 32768}}), 32768, 0},
+        Case{with(kQwen25_05B, {{"sliding_window", 100}}), 32768, 0},
+        Case{with(kQwen25_05B, {{"use_sliding_window", true}, {"sliding_window", 100}}), 100, 100},
+        Case{with(kQwen25_05B,
+                  {{"use_sliding_window", true}, {"sliding_window", 100}, {"max_window_layers", 24}}),
+             32768, 0},
+        Case{with(kSmolLM3, {{"use_sliding_window", true}, {"sliding_window", 777}}), 777, 777},
+        Case{with(kLlama32_1B, {{"sliding_window", 512}}), 512, 512}}) {
+    ModelConfig config = ModelConfig::from_json(c.config, "config.json");
+    EXPECT_EQ(config.max_position_embeddings, c.positions) << c.config;
+    EXPECT_EQ(config.sliding_window, c.window) << c.config;
+    if (c.window > 0) expect_error([&] { config.set_yarn(4); }, {"sliding window", "YaRN"});
+  }
+}
+
+TEST(Config, LinearAndDynamicRope) {
+  json j = kLlama32_1B;
+  for (const char* key : {"type", "rope_type"}) {
+    j["rope_scaling"] = {{key, "linear"}, {"factor", 4.0}};
+    ModelConfig linear = ModelConfig::from_json(j, "config.json");
+    EXPECT_EQ(linear.rope.scaling, RopeScaling::linear);
+    EXPECT_DOUBLE_EQ(linear.rope.factor, 4.0);
+    EXPECT_EQ(linear.max_position_embeddings, 131072);
+    expect_error([&] { linear.set_yarn(2); }, {"linear", "YaRN"});
+    j["rope_scaling"] = {{key, "dynamic"}, {"factor", 2.0}};
+    ModelConfig dynamic = ModelConfig::from_json(j, "config.json");
+    EXPECT_EQ(dynamic.rope.scaling, RopeScaling::dynamic);
+    dynamic.set_yarn(2);
+    EXPECT_EQ(dynamic.max_position_embeddings, 262144);
+  }
+}
+
 TEST(Config, GenerationConfigNamesTheEndTokens) {
   TemporaryFolder folder;
   write_file_atomically(folder / "config.json", kQwen3_8B.dump());
@@ -181,7 +263,6 @@ TEST(Config, RefusesWhatItCannotRun) {
   refuse(kQwen3_8B, {{"architectures", {"Qwen3_5MoeForConditionalGeneration"}}}, {"mixture of experts"});
   refuse(kQwen3_8B, {{"architectures", nullptr}}, {"architectures"});
   refuse(kQwen3_8B, {{"num_experts", 128}}, {"num_experts"});
-  refuse(kQwen3_8B, {{"use_sliding_window", true}}, {"sliding"});
   refuse(kQwen3_8B, {{"hidden_act", "gelu"}}, {"gelu"});
   refuse(kQwen3_8B, {{"quantization_config", {{"quant_method", "fp8"}}}}, {"quantised"});
   refuse(kQwen3_8B, {{"hidden_size", nullptr}}, {"hidden_size is missing"});
@@ -195,6 +276,12 @@ TEST(Config, RefusesWhatItCannotRun) {
   refuse(kQwen3_8B, {{"rope_scaling", {{"rope_type", "longrope"}, {"factor", 2}}}}, {"longrope"});
   refuse(kQwen3_8B, {{"rope_scaling", {{"rope_type", "yarn"}, {"factor", 0.5}}}}, {"factor is 0.5"});
   refuse(kQwen3_8B, {{"rope_scaling", "yarn"}}, {"rope_scaling"});
+  refuse(kQwen3_8B, {{"rope_scaling", {{"type", "linear"}}}}, {"rope_scaling", "factor is missing"});
+  refuse(kQwen3_8B, {{"rope_scaling", {{"type", "linear"}, {"factor", 0}}}}, {"factor is 0"});
+  refuse(kSmolLM3, {{"no_rope_layers", {1, 0}}}, {"no_rope_layers", "9 layers"});
+  refuse(kSmolLM3, {{"no_rope_layers", {1, 1, 1, 2, 1, 1, 1, 0, 1}}}, {"no_rope_layers", "layer 3"});
+  refuse(kMistral7B, {{"sliding_window", 0}}, {"sliding_window is 0"});
+  refuse(kQwen25_05B, {{"hidden_size", 897}}, {"897", "head_dim"});
   refuse(kQwen3_8B, {{"rope_theta", "x"}}, {"rope_theta"});
   refuse(kQwen3_8B, {{"layer_types", {"full_attention"}}}, {"layer_types"});
   refuse(kQwen3_8B, {{"layer_types", json(36, "sliding_attention")}}, {"sliding"});

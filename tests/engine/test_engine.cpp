@@ -115,13 +115,18 @@ class Unprepared : public AttentionBackend {
 TEST(Decode, PreparedAndJoinedEqualUnprepared) {
   const uint64_t seed = std::random_device{}();
   std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
-  for (bool hybrid : {false, true}) {
-    const ModelConfig config = hybrid ? testing::small_qwen3_5() : testing::small_qwen3();
+  for (const ModelConfig& config :
+       {testing::small_qwen3(), testing::small_qwen3_5(), testing::small_qwen2(), testing::small_smollm3()}) {
+    SCOPED_TRACE(config.architecture);
     const Backbone backbone = Backbone::random(config, at::kCPU, at::kFloat, seed);
     Selector selector(SelectorConfig{}, config, at::kCPU, at::kFloat, seed);
+    const int64_t layer = config.full_attention_layers().front();
     std::vector<at::Tensor> before;
     for (const at::Tensor& parameter : selector.parameters()) before.push_back(parameter.clone());
-    const at::Tensor projection = backbone.projection(hybrid ? 2 : 0).clone();
+    const Backbone::Projection projection = backbone.projection(layer);
+    const at::Tensor weight = projection.weight.clone();
+    EXPECT_EQ(projection.bias.defined(), config.qkv_bias);
+    const at::Tensor bias = config.qkv_bias ? projection.bias.clone() : at::Tensor();
     for (AttentionKind kind : {AttentionKind::dense, AttentionKind::spot}) {
       AttentionSpec spec;
       spec.kind = kind;
@@ -150,7 +155,9 @@ TEST(Decode, PreparedAndJoinedEqualUnprepared) {
     // Only the memory has moved.
     const std::vector<at::Tensor> after = selector.parameters();
     for (size_t i = 0; i < before.size(); ++i) EXPECT_TRUE(at::equal(after[i], before[i]));
-    EXPECT_TRUE(at::equal(backbone.projection(hybrid ? 2 : 0), projection));
+    EXPECT_TRUE(at::equal(backbone.projection(layer).weight, weight));
+    EXPECT_TRUE(backbone.projection(layer).weight.is_alias_of(after.front()));
+    if (config.qkv_bias) EXPECT_TRUE(at::equal(backbone.projection(layer).bias, bias));
   }
 }
 

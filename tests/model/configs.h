@@ -40,4 +40,33 @@ inline ModelConfig small_qwen3_5() {
                                 "small qwen3.5");
 }
 
+// Biases on queries, keys and values.
+inline ModelConfig small_qwen2() {
+  return ModelConfig::from_json({{"architectures", {"Qwen2ForCausalLM"}},
+                                 {"hidden_size", 84},
+                                 {"num_hidden_layers", 2},
+                                 {"num_attention_heads", 7},
+                                 {"num_key_value_heads", 1},
+                                 {"intermediate_size", 60},
+                                 {"vocab_size", 103},
+                                 {"max_position_embeddings", 450},
+                                 {"tie_word_embeddings", true}},
+                                "small qwen2");
+}
+
+// Layers 0 and 2 do not rotate.
+inline ModelConfig small_smollm3() {
+  return ModelConfig::from_json({{"architectures", {"SmolLM3ForCausalLM"}},
+                                 {"hidden_size", 60},
+                                 {"num_hidden_layers", 3},
+                                 {"num_attention_heads", 6},
+                                 {"num_key_value_heads", 2},
+                                 {"head_dim", 12},
+                                 {"intermediate_size", 52},
+                                 {"vocab_size", 99},
+                                 {"max_position_embeddings", 420},
+                                 {"no_rope_layers", {0, 1, 0}}},
+                                "small smollm3");
+}
+
 }  // namespace spot::testing

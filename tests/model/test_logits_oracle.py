@@ -81,6 +81,23 @@ def qwen3_5(**changes):
     return transformers.Qwen3_5TextConfig(**(fields | changes))
 
 
+def others(family, **changes):
+    """Mistral, Qwen2 and SmolLM3: five query heads on one KV head, a head of 24 dims."""
+    fields = dict(
+        hidden_size=120,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        intermediate_size=104,
+        vocab_size=VOCAB,
+        max_position_embeddings=512,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return getattr(transformers, f"{family}Config")(**(fields | changes))
+
+
 CONFIGS = {
     "llama": lambda: llama(),
     "llama-multi-head-tied": lambda: llama(num_key_value_heads=6, tie_word_embeddings=True),
@@ -89,6 +106,24 @@ CONFIGS = {
     "qwen3-tied": lambda: qwen3(),
     "qwen3-untied-bias": lambda: qwen3(tie_word_embeddings=False, attention_bias=True, num_key_value_heads=1),
     "qwen3-yarn": lambda: qwen3(rope_parameters=YARN_ROPE),
+    "llama-linear-rope": lambda: llama(
+        rope_parameters={"rope_type": "linear", "rope_theta": 7000.0, "factor": 3.7}, head_dim=22
+    ),
+    "llama-dynamic-rope": lambda: llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.5}),
+    "mistral": lambda: others("Mistral", sliding_window=None),
+    "mistral-own-head-dim": lambda: others("Mistral", sliding_window=None, head_dim=40, rms_norm_eps=1e-5),
+    "mistral-window-as-long-as-the-context": lambda: others("Mistral", sliding_window=512, num_attention_heads=6),
+    "mistral-shorter-window": lambda: others("Mistral", sliding_window=261),
+    "qwen2": lambda: others("Qwen2"),
+    "qwen2-tied-yarn": lambda: others("Qwen2", tie_word_embeddings=True, rope_parameters=YARN_ROPE),
+    "qwen2-some-layers-slide": lambda: others(
+        "Qwen2", use_sliding_window=True, sliding_window=260, max_window_layers=2, num_key_value_heads=5
+    ),
+    "smollm3": lambda: others("SmolLM3"),
+    "smollm3-own-layers": lambda: others("SmolLM3", no_rope_layers=[0, 1, 1, 0], tie_word_embeddings=False),
+    "smollm3-biases": lambda: others(
+        "SmolLM3", attention_bias=True, mlp_bias=True, no_rope_layer_interval=2, rope_parameters=YARN_ROPE
+    ),
     "qwen3.5-tied": lambda: qwen3_5(),
     "qwen3.5-untied": lambda: qwen3_5(
         tie_word_embeddings=False, num_key_value_heads=2, linear_num_value_heads=2, linear_value_head_dim=32
@@ -191,7 +226,7 @@ def test_logits_equal_transformers(name, build_folder, tmp_path, seed):
     check(outputs, model, sequences)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "qwen3.5-tied"])
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "qwen3.5-tied", "qwen2", "smollm3-biases"])
 def test_bfloat16_stays_close(name, build_folder, tmp_path, seed):
     """In bfloat16 no further from float32 than transformers' own bfloat16 is."""
     rng = random.Random(seed)
@@ -271,7 +306,84 @@ def test_smollm2(build_folder, smollm2, tmp_path, seed):
     check(outputs, model, sequences)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3-rope", "qwen3-yarn", "qwen3.5-tied"])
+ROPE_SPELLINGS = {
+    "linear, type": (dict(rope_theta=5e4, rope_scaling={"type": "linear", "factor": 4.0}), "linear"),
+    "linear, rope_type": (dict(rope_theta=5e4, rope_scaling={"rope_type": "linear", "factor": 4}), "linear"),
+    "both keys": (
+        dict(
+            rope_theta=5e4,
+            rope_scaling={"type": "linear", "factor": 4.0},
+            rope_parameters={"rope_type": "default", "rope_theta": 9e5},
+        ),
+        "linear",
+    ),
+    "empty rope_scaling": (
+        dict(rope_scaling={}, rope_parameters={"rope_type": "linear", "rope_theta": 5e4, "factor": 4.0}),
+        "linear",
+    ),
+    "theta at the top": (dict(rope_theta=5e4, rope_parameters={"type": "linear", "factor": 4.0}), "linear"),
+    "theta in both": (
+        dict(rope_theta=1e3, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}),
+        "linear",
+    ),
+    "no theta": (dict(rope_scaling={"type": "linear", "factor": 4.0}), "linear"),
+    "dynamic": (dict(rope_theta=5e4, rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic"),
+    "yarn, no original": (dict(rope_theta=5e4, rope_scaling={"type": "yarn", "factor": 2.0}), "yarn"),
+    "yarn, original at the top": (
+        dict(
+            rope_theta=5e4,
+            original_max_position_embeddings=128,
+            rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 400},
+        ),
+        "yarn",
+    ),
+    "nothing": (dict(), "default"),
+}
+
+
+@pytest.mark.parametrize("spelling", ROPE_SPELLINGS)
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "SmolLM3"])
+def test_every_spelling_of_rope(family, spelling, build_folder, tmp_path, seed):
+    """The rotary tables and logits of a checkpoint whose config.json says RoPE in one of the ways there are."""
+    rng = random.Random(seed)
+    folder = tmp_path / "model"
+    fields, kind = ROPE_SPELLINGS[spelling]
+    model = randomise(transformers.AutoModelForCausalLM.from_config(others(family, num_hidden_layers=2)), seed)
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    model = trained(folder)
+    assert model.config.rope_parameters["rope_type"] == kind
+    sequences = random_sequences(rng, [rng.randrange(130, 300)])
+    outputs, _ = run_tool(build_folder, folder, tmp_path, rng, sequences)
+    check(outputs, model, sequences)
+    positions = torch.arange(512)[None]
+    cos, sin = model.model.rotary_emb(torch.zeros(1), positions)
+    half = outputs["rope.cos"].shape[1]
+    torch.testing.assert_close(outputs["rope.cos"][:512], cos[0, :, :half], rtol=0, atol=2e-7)
+    torch.testing.assert_close(outputs["rope.sin"][:512], sin[0, :, :half], rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen2", "Llama"])
+def test_names_without_prefix(family, build_folder, tmp_path, seed):
+    """As Qwen3-Embedding is published: the model without its head, whose names begin with nothing."""
+    rng = random.Random(seed)
+    config = qwen3() if family == "Qwen3" else others(family, tie_word_embeddings=True)
+    model = randomise(transformers.AutoModelForCausalLM.from_config(config).eval(), seed)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("model."): value for name, value in tensors.items()}
+    assert "embed_tokens.weight" in bare and "lm_head.weight" not in bare
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    sequences = random_sequences(rng, [rng.randrange(20, 90)])
+    outputs, _ = run_tool(build_folder, folder, tmp_path, rng, sequences)
+    check(outputs, model, sequences)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3-rope", "qwen3-yarn", "qwen3.5-tied", "llama-linear-rope"])
 def test_rotary_table(name, build_folder, tmp_path, seed):
     """The whole cos and sin tables, at every position, against the model's own rotary module."""
     rng = random.Random(seed)

@@ -9,7 +9,7 @@
 #include <string>
 
 #include "core/files.h"
-#include "text/bpe.h"
+#include "text/byte_characters.h"
 #include "text/unicode.h"
 
 namespace spot::testing {
@@ -19,7 +19,7 @@ inline std::string character_of_byte(unsigned char byte) {
   for (char32_t c = 0; c < 0x200; ++c) {
     std::string character;
     append_utf8(character, c);
-    const auto bytes = bytes_of_token(character);
+    const auto bytes = bytes_of_characters(character);
     if (bytes && *bytes == std::string(1, static_cast<char>(byte))) return character;
   }
   throw std::logic_error("no character stands for the byte");

@@ -71,17 +71,19 @@ TEST(Unicode, NfcEqualsTheLibrarysOnOldCharacters) {
     }
     utf8proc_uint8_t* wanted = utf8proc_NFC(reinterpret_cast<const utf8proc_uint8_t*>(text.c_str()));
     ASSERT_NE(wanted, nullptr);
-    EXPECT_EQ(normalize_nfc(text), reinterpret_cast<const char*>(wanted));
+    EXPECT_EQ(normalize(text, NormalizationForm::nfc), reinterpret_cast<const char*>(wanted));
     std::free(wanted);
   }
 }
 
 TEST(Unicode, NfcKeepsWhatTheReferenceKeeps) {
-  EXPECT_EQ(normalize_nfc("\uBC14\u11A7"), "\uBC14\u11A7");  // no trailing consonant
-  EXPECT_EQ(normalize_nfc("e\u0301"), "\u00E9");
-  EXPECT_EQ(normalize_nfc("a\u0315\u0300\u05AE\u0300b"), "\u00E0\u05AE\u0300\u0315b");
-  EXPECT_EQ(normalize_nfc("\U00011935\U00011930"), "\U00011935\U00011930");  // composes since Unicode 13
-  EXPECT_EQ(normalize_nfc("a\u0301\u1DF9"), "\u00E1\u1DF9");  // class 220 since Unicode 10, not moved
+  EXPECT_EQ(normalize("\uBC14\u11A7", NormalizationForm::nfc), "\uBC14\u11A7");  // no trailing consonant
+  EXPECT_EQ(normalize("e\u0301", NormalizationForm::nfc), "\u00E9");
+  EXPECT_EQ(normalize("a\u0315\u0300\u05AE\u0300b", NormalizationForm::nfc), "\u00E0\u05AE\u0300\u0315b");
+  EXPECT_EQ(normalize("\U00011935\U00011930", NormalizationForm::nfc),
+            "\U00011935\U00011930");  // composes since Unicode 13
+  EXPECT_EQ(normalize("a\u0301\u1DF9", NormalizationForm::nfc),
+            "\u00E1\u1DF9");  // class 220 since Unicode 10, not moved
 }
 
 TEST(Regex, RefusesWhatTheDialectsReadDifferently) {
