@@ -11,6 +11,7 @@
 #include <limits>
 #include <optional>
 
+#include "attention/prefill.h"
 #include "core/error.h"
 #include "ops/attention/attention.h"
 
@@ -171,27 +172,6 @@ at::Tensor causal_attention_masked(const at::Tensor& query, const at::Tensor& ke
 
 }  // namespace
 
-std::vector<QueryChunk> query_chunks(const Batch& batch, int64_t most) {
-  std::vector<QueryChunk> chunks;
-  int64_t row = 0;
-  for (int64_t i = 0; i < batch.num_sequences(); ++i) {
-    const int64_t total = batch.query_lengths[i], step = most > 0 ? most : std::max<int64_t>(total, 1);
-    for (int64_t done = 0; done < total; done += step)
-      chunks.push_back({i, row + done, std::min(step, total - done), batch.starts[i] + done});
-    row += total;
-  }
-  return chunks;
-}
-
-void BatchView::update(const KvCache& cache, const Batch& batch, int64_t layer) {
-  if (!fixed_ && (layer <= last_layer_ || !slots.defined())) {
-    slots = cache.slots(batch);
-    page_table = cache.page_table(batch);
-    lengths = cache.lengths(batch);
-  }
-  last_layer_ = layer;
-}
-
 at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                             int64_t start, double scale, at::Tensor* logsumexp) {
   if (query.size(1) % key.size(0) != 0 || key.size(1) < start + query.size(0))
@@ -206,39 +186,44 @@ at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, cons
   return causal_attention_flash(query, key, value, start, scale, logsumexp);
 }
 
-at::Tensor sequence_pages(const KvCache& cache, int64_t sequence, int64_t blocks, at::Device device) {
-  const auto& pages = cache.pages(sequence);
-  return at::tensor(at::ArrayRef<int32_t>(pages).slice(0, blocks), at::TensorOptions().dtype(at::kLong))
-      .to(device);
+at::Tensor attend_dense_decode(const AttentionInputs& inputs, const at::Tensor& keys,
+                               const at::Tensor& values) {
+  const Batch& batch = inputs.batch;
+  if (ops::attends(inputs.query, keys))
+    return ops::sparse_decode_attention(
+        {inputs.query, keys, values, batch.page_table, batch.lengths, inputs.scale});
+  // Shapes that the operator does not know: as chunks of one token.
+  at::Tensor output = at::empty_like(inputs.query);
+  paged_prefill_attention(inputs.query, keys, values, paged_chunks(batch, query_chunks(batch)), inputs.scale,
+                          output);
+  return output;
 }
 
-at::Tensor attend_dense(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {
-  const at::Tensor keys = cache.keys(inputs.layer), values = cache.values(inputs.layer);
-  if (inputs.batch.is_decode() && ops::attends(inputs.query, keys))
-    return ops::sparse_decode_attention(
-        {inputs.query, keys, values, view.page_table, view.lengths, inputs.scale});
+at::Tensor attend_dense(const AttentionInputs& inputs, const at::Tensor& keys, const at::Tensor& values) {
+  const Batch& batch = inputs.batch;
+  if (batch.is_decode()) return attend_dense_decode(inputs, keys, values);
   at::Tensor output = at::empty_like(inputs.query);
-  for (const QueryChunk& chunk : query_chunks(inputs.batch)) {
-    const int64_t sequence = inputs.batch.sequences[chunk.sequence], length = chunk.start + chunk.count;
-    output.narrow(0, chunk.first, chunk.count)
-        .copy_(causal_attention(inputs.query.narrow(0, chunk.first, chunk.count),
-                                cache.gather(keys, sequence, length), cache.gather(values, sequence, length),
-                                chunk.start, inputs.scale));
+  if (batch.num_decodes > 0) {
+    const Batch decodes = batch.decodes();
+    output.narrow(0, 0, batch.num_decodes)
+        .copy_(attend_dense_decode(inputs.decode_rows(decodes), keys, values));
   }
+  attend_prefill(inputs, keys, values, output);
   return output;
 }
 
 AttentionPreparation DenseAttention::prepare(int64_t layer, const at::Tensor&, const Batch& batch) {
-  view_.update(cache_, batch, layer);
-  return {.key_pool = cache_.keys(layer), .value_pool = cache_.values(layer), .slots = view_.slots};
+  return {
+      .key_pool = pools_.get("keys", layer), .value_pool = pools_.get("values", layer), .slots = batch.slots};
 }
 
 at::Tensor DenseAttention::forward(const AttentionInputs& inputs) {
+  const at::Tensor &keys = pools_.get("keys", inputs.layer), &values = pools_.get("values", inputs.layer);
   if (!inputs.stored) {
-    view_.update(cache_, inputs.batch, inputs.layer);
-    cache_.write(inputs.layer, view_.slots, inputs.key, inputs.value);
+    write_tokens(keys, inputs.batch.slots, inputs.key);
+    write_tokens(values, inputs.batch.slots, inputs.value);
   }
-  return attend_dense(inputs, cache_, view_);
+  return attend_dense(inputs, keys, values);
 }
 
 }  // namespace spot

@@ -24,30 +24,18 @@ at::Tensor rows_of(const at::Tensor& tensor, const QueryChunk& chunk) {
 
 }  // namespace
 
-at::Tensor page_index(const std::vector<int32_t>& pages, at::Device device) {
-  return at::tensor(at::ArrayRef<int32_t>(pages), at::TensorOptions().dtype(at::kLong)).to(device);
-}
-
-const at::Tensor& state_tensor(const PolicyState& state, const std::string& name) {
-  auto found = state.find(name);
-  if (found == state.end())
-    fail("the saved sequence has no {}: it was saved under another selection policy; process its text again",
-         name);
-  return found->second;
-}
-
 void SelectionPolicy::set_rule(const SelectionRule& rule) {
   validate(rule);
   rule_ = rule;
 }
 
-at::Tensor SelectionPolicy::score_decode(const AttentionInputs& inputs, const KvCache& cache,
-                                         const BatchView& view) {
+at::Tensor SelectionPolicy::score_decode(const AttentionInputs& inputs) {
   const auto options = inputs.query.options().dtype(at::kFloat);
-  at::Tensor scores =
-      at::full({inputs.batch.num_sequences(), groups(), view.page_table.size(1)}, kMinusInfinity, options);
+  at::Tensor scores = at::full({inputs.batch.num_sequences(), groups(), inputs.batch.page_table.size(1)},
+                               kMinusInfinity, options);
   for (const QueryChunk& chunk : query_chunks(inputs.batch)) {
-    const at::Tensor row = score_chunk(inputs, cache, chunk);
+    if (inputs.batch.sequences[chunk.sequence] < 0) continue;  // a padded row
+    const at::Tensor row = score_chunk(inputs, chunk);
     scores[chunk.sequence].narrow(1, 0, row.size(2)).copy_(row[0]);
   }
   return scores;
@@ -63,27 +51,24 @@ void add_tokens(Selection& selection, ops::PrunedTokens kept, bool flags) {
 
 }  // namespace
 
-Selection SelectionPolicy::select_decode(const AttentionInputs& inputs, const KvCache& cache,
-                                         const BatchView& view, bool flags) {
-  Selection selection = select_blocks(score_decode(inputs, cache, view), view.lengths, rule(inputs.layer));
+Selection SelectionPolicy::select_decode(const AttentionInputs& inputs, bool flags) {
+  const Batch& batch = inputs.batch;
+  Selection selection = select_blocks(score_decode(inputs), batch.lengths, rule(inputs.layer));
   if (prunes_tokens())
-    add_tokens(
-        selection,
-        surviving_tokens(inputs.layer, inputs.query, view.page_table, view.lengths, inputs.scale, selection),
-        flags);
+    add_tokens(selection,
+               surviving_tokens(inputs.layer, inputs.query, batch.page_table, batch.lengths, inputs.scale,
+                                selection),
+               flags);
   return selection;
 }
 
-Selection SelectionPolicy::select_chunk(const AttentionInputs& inputs, const KvCache& cache,
-                                        const QueryChunk& chunk, int64_t query_tile) {
+Selection SelectionPolicy::select_chunk(const AttentionInputs& inputs, const QueryChunk& chunk,
+                                        int64_t query_tile) {
   const at::Tensor lengths = row_lengths(chunk, inputs.query.device());
-  at::Tensor scores = score_chunk(inputs, cache, chunk);
+  at::Tensor scores = score_chunk(inputs, chunk);
   auto pruned = [&](Selection selection) {
     if (!prunes_tokens()) return selection;
-    const int64_t blocks = (chunk.start + chunk.count + kBlockSize - 1) / kBlockSize;
-    const at::Tensor table =
-        sequence_pages(cache, inputs.batch.sequences[chunk.sequence], blocks, inputs.query.device())
-            .to(at::kInt);
+    const at::Tensor table = sequence_pages(inputs.batch, chunk.sequence, chunk.start + chunk.count);
     add_tokens(
         selection,
         surviving_tokens(inputs.layer, rows_of(inputs.query, chunk),
@@ -125,47 +110,23 @@ SelectionRule SpotPolicy::rule(int64_t layer) const {
   return rule;
 }
 
-void SpotPolicy::check_pages(const KvCache& cache) const {
-  if (cache.num_pages() > keys_.num_pages())
-    fail("the selector cache has {} pages, the KV cache {}; they share page ids and must be of one size",
-         keys_.num_pages(), cache.num_pages());
-}
-
-AttentionPreparation SpotPolicy::prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
-                                         const KvCache& cache) {
-  check_pages(cache);
+AttentionPreparation SpotPolicy::prepare(int64_t layer, const at::Tensor& hidden,
+                                         const at::Tensor& positions) {
   return selector_.prologue(layer, hidden, positions, keys_);
 }
 
-void SpotPolicy::append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {
+void SpotPolicy::append(const AttentionInputs& inputs) {
   if (inputs.selector_query.defined()) return;  // prepare() has had it done
-  check_pages(cache);
-  selector_.append_keys(inputs.layer, inputs.hidden, inputs.batch.positions, view.slots, keys_);
+  selector_.append_keys(inputs.layer, inputs.hidden, inputs.batch.positions, inputs.batch.slots, keys_);
 }
 
-PolicyState SpotPolicy::export_pages(const std::vector<int32_t>& pages) const {
-  PolicyState state;
-  for (int64_t layer : selector_.layers())
-    state[fmt::format("selector_keys.{}", layer)] =
-        keys_.pool(layer).index_select(0, page_index(pages, keys_.device()));
-  return state;
-}
-
-void SpotPolicy::import_pages(const std::vector<int32_t>& pages, const PolicyState& state) {
-  for (int64_t layer : selector_.layers())
-    keys_.pool(layer).index_copy_(0, page_index(pages, keys_.device()),
-                                  state_tensor(state, fmt::format("selector_keys.{}", layer)));
-}
-
-at::Tensor SpotPolicy::score_chunk(const AttentionInputs& inputs, const KvCache& cache,
-                                   const QueryChunk& chunk) {
+at::Tensor SpotPolicy::score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) {
   const at::Tensor hidden = rows_of(inputs.hidden, chunk), positions = rows_of(inputs.batch.positions, chunk);
   const at::Tensor query = selector_.project_query(inputs.layer, hidden, positions).to(at::kFloat);
   const at::Tensor weight = selector_.project_weight(inputs.layer, hidden);
   const int64_t length = chunk.start + chunk.count, blocks = (length + kBlockSize - 1) / kBlockSize;
-  const at::Tensor pages =
-      sequence_pages(cache, inputs.batch.sequences[chunk.sequence], blocks, hidden.device());
-  const at::Tensor key = keys_.gather(inputs.layer, pages.to(at::kInt), length);
+  const at::Tensor key =
+      keys_.gather(inputs.layer, sequence_pages(inputs.batch, chunk.sequence, length), length);
   at::Tensor scores = at::empty({chunk.count, groups(), blocks}, weight.options());
   // In parts, so that the [4, queries, tokens] products stay small.
   const int64_t step = std::max<int64_t>(1, (int64_t{1} << 24) / (4 * length));
@@ -196,8 +157,7 @@ bool SpotPolicy::score_tiles(const AttentionInputs& inputs, TilePrefill& prefill
   return true;
 }
 
-at::Tensor SpotPolicy::score_decode(const AttentionInputs& inputs, const KvCache& cache,
-                                    const BatchView& view) {
+at::Tensor SpotPolicy::score_decode(const AttentionInputs& inputs) {
   const bool prepared = inputs.selector_query.defined();
   // The kernel before has written nothing but the step's query, weight and newest key.
   const ops::SettledHistory settled(prepared);
@@ -206,7 +166,8 @@ at::Tensor SpotPolicy::score_decode(const AttentionInputs& inputs, const KvCache
                 : selector_.project_query(inputs.layer, inputs.hidden, inputs.batch.positions),
        prepared ? inputs.selector_weight.view({-1, groups(), inputs.selector_query.size(1)})
                 : selector_.project_weight(inputs.layer, inputs.hidden),
-       keys_.pool(inputs.layer), view.page_table, view.lengths, keys_.format(), keys_.global_scale()});
+       keys_.pool(inputs.layer), inputs.batch.page_table, inputs.batch.lengths, keys_.format(),
+       keys_.global_scale()});
 }
 
 namespace {
@@ -229,16 +190,14 @@ SelectionRule window_rule(int64_t budget, int64_t sinks) {
 StreamingPolicy::StreamingPolicy(int64_t budget, int64_t sinks)
     : SelectionPolicy(window_rule(budget, sinks)) {}
 
-at::Tensor StreamingPolicy::score_chunk(const AttentionInputs& inputs, const KvCache&,
-                                        const QueryChunk& chunk) {
+at::Tensor StreamingPolicy::score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) {
   const int64_t blocks = (chunk.start + chunk.count + kBlockSize - 1) / kBlockSize;
   return at::zeros({chunk.count, 1, blocks}, inputs.query.options().dtype(at::kFloat));
 }
 
-at::Tensor OraclePolicy::score_chunk(const AttentionInputs& inputs, const KvCache& cache,
-                                     const QueryChunk& chunk) {
-  const at::Tensor key = cache.gather(cache.keys(inputs.layer), inputs.batch.sequences[chunk.sequence],
-                                      chunk.start + chunk.count);
+at::Tensor OraclePolicy::score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) {
+  const at::Tensor key = sequence_tokens(pools_.get("keys", inputs.layer), inputs.batch, chunk.sequence,
+                                         chunk.start + chunk.count);
   return attention_mass(rows_of(inputs.query, chunk), key, inputs.scale, chunk.start, groups_, reduction_)
       .to(at::kFloat)
       .log();

@@ -4,15 +4,14 @@
 #include <ATen/ATen.h>
 
 #include <map>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "attention/dense.h"
 #include "attention/mass.h"
 #include "attention/tile_prefill.h"
+#include "cache/page_pools.h"
 #include "model/attention.h"
-#include "model/kv_cache.h"
 #include "ops/baselines/baselines.h"
 #include "selection/selection.h"
 #include "selector/cache.h"
@@ -20,11 +19,9 @@
 
 namespace spot {
 
-// By name, such as "selector_keys.3"; copies on the cache's device, first dim the pages.
-using PolicyState = std::map<std::string, at::Tensor>;
-
 // A policy scores blocks; the rule, the same for all policies, turns scores into a selection. Subclasses give
-// scores, and may prune what the rule chose.
+// scores, and may prune what the rule chose. What a policy keeps of the tokens it declares in the cache's
+// PagePools, so that a page carries it wherever the page goes.
 class SelectionPolicy {
  public:
   explicit SelectionPolicy(const SelectionRule& rule) : rule_(rule) { validate(rule_); }
@@ -40,27 +37,20 @@ class SelectionPolicy {
 
   // What the kernel that makes a decode step's queries and keys can do for the policy along the way; slots
   // are not the policy's to say.
-  virtual AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
-                                       const KvCache& cache) {
+  virtual AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions) {
     return {};
   }
 
-  // Called for every covered layer of every pass, prefill and decode, after keys and values were written to
-  // `cache` at view.slots: where a policy feeds its own caches.
-  virtual void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {}
-
-  // What the policy's own caches hold for some pages, and putting it back under other pages of the same
-  // number: for sequences that are copied, saved or moved. Empty for policies without caches.
-  virtual PolicyState export_pages(const std::vector<int32_t>& pages) const { return {}; }
-  virtual void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) {}
+  // Called for every covered layer of every pass, prefill and decode, after keys and values were written at
+  // the batch's slots: where a policy feeds its own stores.
+  virtual void append(const AttentionInputs& inputs) {}
 
   // Block scores [count, groups, blocks] float32 of one chunk's queries, blocks = ceil((start + count) / 16);
   // blocks past a query's position hold -inf.
-  virtual at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
-                                 const QueryChunk& chunk) = 0;
-  // Block scores [sequences, groups, most blocks] float32 of a batch with one query a sequence, -inf past
-  // each length.
-  virtual at::Tensor score_decode(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view);
+  virtual at::Tensor score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) = 0;
+  // Block scores [sequences, groups, table width] float32 of a batch of decode rows alone, -inf past each
+  // length.
+  virtual at::Tensor score_decode(const AttentionInputs& inputs);
 
   // Sparse prefill in tiles of queries: fills the selector's fields and the rule of a TilePrefill for the whole batch.
   // False where the policy has no kernel that scores tiles, or not for these inputs.
@@ -77,29 +67,22 @@ class SelectionPolicy {
     return {};
   }
 
-  // One row per sequence. Where tokens are pruned: their lists, and with `flags` Selection::tokens too.
-  Selection select_decode(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view,
-                          bool flags = true);
+  // One row per sequence of a batch of decode rows alone. Where tokens are pruned: their lists, and with
+  // `flags` Selection::tokens too.
+  Selection select_decode(const AttentionInputs& inputs, bool flags = true);
   // One row per query. With query_tile 16, 32 or 64, queries whose positions share a multiple of it share one set: the
   // rule applied to the max of their scores at the last one's length; each row has the set up to its own block. (A
   // chunk that cuts a tile cuts its set too.)
-  Selection select_chunk(const AttentionInputs& inputs, const KvCache& cache, const QueryChunk& chunk,
-                         int64_t query_tile = 1);
+  Selection select_chunk(const AttentionInputs& inputs, const QueryChunk& chunk, int64_t query_tile = 1);
 
  protected:
   SelectionRule rule_;
 };
 
-// For implementing import_pages and export_pages: page ids as an int64 tensor, and an entry of a state
-// (throws Error when it is missing).
-at::Tensor page_index(const std::vector<int32_t>& pages, at::Device device);
-const at::Tensor& state_tensor(const PolicyState& state, const std::string& name);
-
 // SpotAttention: block max of the trained selector's token scores, over its own key cache.
 class SpotPolicy : public SelectionPolicy {
  public:
-  // The cache must have been made for the same selector and hold as many pages as the KvCache. Both outlive
-  // the policy.
+  // The cache must have been made for the same selector, in the pools of the cache. Both outlive the policy.
   SpotPolicy(const Selector& selector, SelectorCache& cache, const SelectionRule& rule);
 
   std::string name() const override { return "spot"; }
@@ -107,20 +90,14 @@ class SpotPolicy : public SelectionPolicy {
   bool covers(int64_t layer) const override { return selector_.has_layer(layer); }
   // The rule with the layer's fitted temperature (times the rule's own).
   SelectionRule rule(int64_t layer) const override;
-  AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions,
-                               const KvCache& cache) override;
-  void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
-  PolicyState export_pages(const std::vector<int32_t>& pages) const override;
-  void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) override;
-  at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
-                         const QueryChunk& chunk) override;
-  at::Tensor score_decode(const AttentionInputs& inputs, const KvCache& cache,
-                          const BatchView& view) override;
+  AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions) override;
+  void append(const AttentionInputs& inputs) override;
+  at::Tensor score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) override;
+  at::Tensor score_decode(const AttentionInputs& inputs) override;
   // On CUDA, for the dtypes and head_dims of ops/prefill/prefill.h.
   bool score_tiles(const AttentionInputs& inputs, TilePrefill& prefill) const override;
 
  private:
-  void check_pages(const KvCache& cache) const;
   const Selector& selector_;
   SelectorCache& keys_;
 };
@@ -132,8 +109,7 @@ class StreamingPolicy : public SelectionPolicy {
   explicit StreamingPolicy(int64_t budget, int64_t sinks = 128);
   std::string name() const override { return "streaming"; }
   int64_t groups() const override { return 1; }
-  at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
-                         const QueryChunk& chunk) override;
+  at::Tensor score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) override;
 };
 
 // The exact teacher under the same rule: block score = log of the block's head-averaged probability (sum over
@@ -141,14 +117,16 @@ class StreamingPolicy : public SelectionPolicy {
 // method.
 class OraclePolicy : public SelectionPolicy {
  public:
-  OraclePolicy(const SelectionRule& rule, int64_t groups = 1, BlockReduction reduction = BlockReduction::sum)
-      : SelectionPolicy(rule), groups_(groups), reduction_(reduction) {}
+  // Reads the pools "keys", which outlive the policy.
+  OraclePolicy(const PagePools& pools, const SelectionRule& rule, int64_t groups = 1,
+               BlockReduction reduction = BlockReduction::sum)
+      : SelectionPolicy(rule), pools_(pools), groups_(groups), reduction_(reduction) {}
   std::string name() const override { return "oracle"; }
   int64_t groups() const override { return groups_; }
-  at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
-                         const QueryChunk& chunk) override;
+  at::Tensor score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) override;
 
  private:
+  const PagePools& pools_;
   int64_t groups_;
   BlockReduction reduction_;
 };
@@ -159,28 +137,25 @@ class OraclePolicy : public SelectionPolicy {
 // `layer` takes the mean over all heads and keeps one set.
 class QuestPolicy : public SelectionPolicy {
  public:
-  // `dtype` is the cache's: a page's bounds are among its keys' numbers.
-  QuestPolicy(const ModelConfig& model, int64_t num_pages, at::ScalarType dtype, at::Device device,
-              const SelectionRule& rule, SelectorScope scope = SelectorScope::kv_group);
+  // Declares a pool "quest_bounds" [num_kv_heads, num_pages, 2, head_dim] beside the "keys" of each layer, of
+  // their dtype: a page's bounds (minimum, maximum) are among its keys' numbers. `pools` outlives the policy.
+  QuestPolicy(const ModelConfig& model, PagePools& pools, const SelectionRule& rule,
+              SelectorScope scope = SelectorScope::kv_group);
   std::string name() const override { return "quest"; }
   int64_t groups() const override { return scope_ == SelectorScope::layer ? 1 : num_kv_heads_; }
-  void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
-  PolicyState export_pages(const std::vector<int32_t>& pages) const override;
-  void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) override;
-  at::Tensor score_chunk(const AttentionInputs& inputs, const KvCache& cache,
-                         const QueryChunk& chunk) override;
-  at::Tensor score_decode(const AttentionInputs& inputs, const KvCache& cache,
-                          const BatchView& view) override;
+  void append(const AttentionInputs& inputs) override;
+  at::Tensor score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) override;
+  at::Tensor score_decode(const AttentionInputs& inputs) override;
 
  protected:
   // append(), and the 4-bit copy of the new keys where codes and ranges are defined.
-  void append_summaries(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view,
-                        const at::Tensor& codes, const at::Tensor& ranges);
+  void append_summaries(const AttentionInputs& inputs, const at::Tensor& codes, const at::Tensor& ranges);
 
  private:
+  const PagePools& pools_;
   int64_t num_kv_heads_;
   SelectorScope scope_;
-  std::map<int64_t, at::Tensor> bounds_;  // by layer, [num_kv_heads, num_pages, 2, head_dim]: min, max
+  std::map<int64_t, at::Tensor> bounds_;  // by layer
 };
 
 // Twilight (Lin et al. 2025) on Quest: Quest, under the rule, proposes blocks with a generous budget; a 4-bit
@@ -194,13 +169,13 @@ class QuestPolicy : public SelectionPolicy {
 // bisect a threshold until 1e-5.
 class TwilightPolicy : public QuestPolicy {
  public:
-  // `rule` is Quest's, `p` the pruner's. Throws Error when p is not in (0, 1] or head_dim is odd.
-  TwilightPolicy(const ModelConfig& model, int64_t num_pages, at::ScalarType dtype, at::Device device,
-                 const SelectionRule& rule, double p);
+  // `rule` is Quest's, `p` the pruner's. Declares, besides Quest's, the pools "twilight_codes" [num_kv_heads,
+  // num_pages, 16, head_dim / 2], two codes a byte with the even dim in the low half, and "twilight_ranges"
+  // [num_kv_heads, num_pages, 16, 2], scale and minimum. Throws Error when p is not in (0, 1] or head_dim is
+  // odd.
+  TwilightPolicy(const ModelConfig& model, PagePools& pools, const SelectionRule& rule, double p);
   std::string name() const override { return "twilight"; }
-  void append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) override;
-  PolicyState export_pages(const std::vector<int32_t>& pages) const override;
-  void import_pages(const std::vector<int32_t>& pages, const PolicyState& state) override;
+  void append(const AttentionInputs& inputs) override;
   bool prunes_tokens() const override { return true; }
   ops::PrunedTokens surviving_tokens(int64_t layer, const at::Tensor& query, const at::Tensor& page_table,
                                      const at::Tensor& lengths, double scale,
@@ -208,8 +183,7 @@ class TwilightPolicy : public QuestPolicy {
 
  private:
   double p_;
-  // By layer, [num_kv_heads, num_pages * 16, ...]: two codes a byte, the even dim in the low half; scale and
-  // minimum.
+  // By layer, with pages and their tokens as one dim.
   std::map<int64_t, at::Tensor> codes_, ranges_;
 };
 

@@ -1,59 +1,36 @@
 #include <limits>
 
 #include "attention/policy.h"
-#include "core/error.h"
 
 namespace spot {
 
-QuestPolicy::QuestPolicy(const ModelConfig& model, int64_t num_pages, at::ScalarType dtype, at::Device device,
-                         const SelectionRule& rule, SelectorScope scope)
-    : SelectionPolicy(rule), num_kv_heads_(model.num_kv_heads), scope_(scope) {
+QuestPolicy::QuestPolicy(const ModelConfig& model, PagePools& pools, const SelectionRule& rule,
+                         SelectorScope scope)
+    : SelectionPolicy(rule), pools_(pools), num_kv_heads_(model.num_kv_heads), scope_(scope) {
   for (int64_t layer : model.full_attention_layers())
-    bounds_[layer] =
-        at::zeros({num_kv_heads_, num_pages, 2, model.head_dim}, at::TensorOptions(device).dtype(dtype));
+    bounds_[layer] = pools.add("quest_bounds", layer, {{num_kv_heads_}, {2, model.head_dim}},
+                               pools.get("keys", layer).scalar_type());
 }
 
-void QuestPolicy::append_summaries(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view,
-                                   const at::Tensor& codes, const at::Tensor& ranges) {
-  const at::Tensor &bounds = bounds_.at(inputs.layer), &keys = cache.keys(inputs.layer);
-  if (cache.num_pages() != bounds.size(1) || keys.scalar_type() != bounds.scalar_type())
-    fail(
-        "Quest holds bounds of {} pages in {}, the KV cache has {} in {}; they share page ids and must be alike",
-        bounds.size(1), c10::toString(bounds.scalar_type()), cache.num_pages(),
-        c10::toString(keys.scalar_type()));
-  ops::key_summary_append({bounds, codes, ranges, keys, view.slots});
+void QuestPolicy::append_summaries(const AttentionInputs& inputs, const at::Tensor& codes,
+                                   const at::Tensor& ranges) {
+  ops::key_summary_append(
+      {bounds_.at(inputs.layer), codes, ranges, pools_.get("keys", inputs.layer), inputs.batch.slots});
 }
 
-void QuestPolicy::append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {
-  append_summaries(inputs, cache, view, {}, {});
+void QuestPolicy::append(const AttentionInputs& inputs) {
+  append_summaries(inputs, {}, {});
 }
 
-PolicyState QuestPolicy::export_pages(const std::vector<int32_t>& pages) const {
-  PolicyState state;
-  for (const auto& [layer, bounds] : bounds_)
-    state[fmt::format("quest_bounds.{}", layer)] =
-        bounds.index_select(1, page_index(pages, bounds.device())).transpose(0, 1).contiguous();
-  return state;
+at::Tensor QuestPolicy::score_decode(const AttentionInputs& inputs) {
+  return ops::quest_score({inputs.query, bounds_.at(inputs.layer), inputs.batch.page_table,
+                           inputs.batch.lengths, inputs.scale, scope_ != SelectorScope::layer});
 }
 
-void QuestPolicy::import_pages(const std::vector<int32_t>& pages, const PolicyState& state) {
-  for (auto& [layer, bounds] : bounds_)
-    bounds.index_copy_(1, page_index(pages, bounds.device()),
-                       state_tensor(state, fmt::format("quest_bounds.{}", layer)).transpose(0, 1));
-}
-
-at::Tensor QuestPolicy::score_decode(const AttentionInputs& inputs, const KvCache&, const BatchView& view) {
-  return ops::quest_score({inputs.query, bounds_.at(inputs.layer), view.page_table, view.lengths,
-                           inputs.scale, scope_ != SelectorScope::layer});
-}
-
-at::Tensor QuestPolicy::score_chunk(const AttentionInputs& inputs, const KvCache& cache,
-                                    const QueryChunk& chunk) {
+at::Tensor QuestPolicy::score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) {
   const int64_t length = chunk.start + chunk.count, blocks = (length + kBlockSize - 1) / kBlockSize;
-  const at::Tensor pages =
-      sequence_pages(cache, inputs.batch.sequences[chunk.sequence], blocks, inputs.query.device());
   const at::Tensor bounds = bounds_.at(inputs.layer)
-                                .index_select(1, pages)
+                                .index_select(1, sequence_pages(inputs.batch, chunk.sequence, length))
                                 .to(at::kFloat)
                                 .permute({2, 0, 3, 1});  // [2, Hkv, d, blocks]
   const int64_t group = inputs.query.size(1) / num_kv_heads_, dim = inputs.query.size(2);

@@ -2,14 +2,15 @@
 
 #include <algorithm>
 
+#include "attention/prefill.h"
 #include "core/error.h"
 #include "ops/attention/attention.h"
 #include "ops/settled_history.h"
 
 namespace spot {
 
-SparseAttention::SparseAttention(KvCache& cache, SelectionPolicy& policy, SparseOptions options)
-    : cache_(cache), policy_(policy), options_(std::move(options)) {
+SparseAttention::SparseAttention(const PagedCache& cache, SelectionPolicy& policy, SparseOptions options)
+    : pools_(cache.pools()), policy_(policy), options_(std::move(options)) {
   if (options_.query_tile != 1 && options_.query_tile != 16 && options_.query_tile != 32 &&
       options_.query_tile != 64)
     fail("sparse attention: query_tile is {}; it must be 1, 16, 32 or 64", options_.query_tile);
@@ -18,71 +19,86 @@ SparseAttention::SparseAttention(KvCache& cache, SelectionPolicy& policy, Sparse
     fail("sparse attention: prefill_chunk is {}; it must be a multiple of {}", options_.prefill_chunk, step);
 }
 
+bool SparseAttention::selects(int64_t layer) const {
+  return policy_.covers(layer) && !options_.dense_layers.count(layer);
+}
+
 AttentionPreparation SparseAttention::prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) {
-  view_.update(cache_, batch, layer);
   AttentionPreparation wanted;
-  if (policy_.covers(layer) && batch.is_decode() && !options_.dense_layers.count(layer))
-    wanted = policy_.prepare(layer, hidden, batch.positions, cache_);
-  wanted.key_pool = cache_.keys(layer);
-  wanted.value_pool = cache_.values(layer);
-  wanted.slots = view_.slots;
+  // With prefill chunks in the batch the selector's queries would be made for all of their rows too.
+  if (selects(layer) && batch.is_decode()) wanted = policy_.prepare(layer, hidden, batch.positions);
+  wanted.key_pool = pools_.get("keys", layer);
+  wanted.value_pool = pools_.get("values", layer);
+  wanted.slots = batch.slots;
   return wanted;
 }
 
 at::Tensor SparseAttention::forward(const AttentionInputs& inputs) {
+  const at::Tensor &keys = pools_.get("keys", inputs.layer), &values = pools_.get("values", inputs.layer);
+  const Batch& batch = inputs.batch;
   if (!inputs.stored) {
-    view_.update(cache_, inputs.batch, inputs.layer);
-    cache_.write(inputs.layer, view_.slots, inputs.key, inputs.value);
+    write_tokens(keys, batch.slots, inputs.key);
+    write_tokens(values, batch.slots, inputs.value);
   }
-  if (!policy_.covers(inputs.layer)) return attend_dense(inputs, cache_, view_);
-  policy_.append(inputs, cache_, view_);
-  if (options_.dense_layers.count(inputs.layer)) return attend_dense(inputs, cache_, view_);
-  if (inputs.batch.is_decode()) return decode(inputs);
-  return options_.prefill == PrefillMode::dense ? attend_dense(inputs, cache_, view_)
-                                                : sparse_prefill(inputs);
+  if (policy_.covers(inputs.layer)) policy_.append(inputs);
+  if (!selects(inputs.layer)) return attend_dense(inputs, keys, values);
+  if (batch.is_decode()) return decode(inputs);
+  if (batch.num_decodes == 0 && options_.prefill == PrefillMode::sparse) return sparse_prefill(inputs);
+  at::Tensor output = at::empty_like(inputs.query);
+  if (batch.num_decodes > 0) {
+    const Batch decodes = batch.decodes();
+    output.narrow(0, 0, batch.num_decodes).copy_(decode(inputs.decode_rows(decodes)));
+  }
+  if (options_.prefill == PrefillMode::dense) {
+    attend_prefill(inputs, keys, values, output);
+  } else {
+    const Batch prefills = batch.prefills();
+    const AttentionInputs rows = inputs.prefill_rows(prefills);
+    output.narrow(0, batch.num_decodes, rows.query.size(0)).copy_(sparse_prefill(rows));
+  }
+  return output;
 }
 
-// Rows up to the floor keep every block in the operator that attend_dense uses too: no case apart.
+// Every row is a decode row. Rows up to the floor keep every block in the operator that attend_dense uses
+// too: no case apart.
 at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
+  const at::Tensor &keys = pools_.get("keys", inputs.layer), &values = pools_.get("values", inputs.layer);
+  const Batch& batch = inputs.batch;
   const SelectionRule rule = policy_.rule(inputs.layer);
   const bool observed = options_.count || options_.observer != nullptr;
   auto report = [&](const Selection& selection) {
-    if (options_.count) count(inputs.layer, selection, view_.lengths);
+    if (options_.count) count(inputs.layer, selection, batch.lengths);
     if (options_.observer)
-      options_.observer(
-          {inputs.layer, inputs, cache_, view_, {-1, 0, inputs.batch.num_sequences(), 0}, rule, selection});
+      options_.observer({inputs.layer, inputs, keys, {-1, 0, batch.num_sequences(), 0}, rule, selection});
   };
   if (policy_.prunes_tokens()) {
-    const Selection selection = policy_.select_decode(inputs, cache_, view_, observed);
+    const Selection selection = policy_.select_decode(inputs, observed);
     report(selection);
-    return ops::token_attention({inputs.query, cache_.keys(inputs.layer), cache_.values(inputs.layer),
-                                 view_.page_table, view_.lengths, selection.token_positions,
-                                 selection.token_counts, inputs.scale});
+    return ops::token_attention({inputs.query, keys, values, batch.page_table, batch.lengths,
+                                 selection.token_positions, selection.token_counts, inputs.scale});
   }
-  const at::Tensor scores = policy_.score_decode(inputs, cache_, view_);
+  const at::Tensor scores = policy_.score_decode(inputs);
   // Scoring is a launch of its own in every policy: what this step wrote before it is settled.
   const ops::SettledHistory settled(true);
-  const ops::SelectAndAttend::Result attended =
-      ops::select_and_attend({.scores = scores,
-                              .query = inputs.query,
-                              .key_pool = cache_.keys(inputs.layer),
-                              .value_pool = cache_.values(inputs.layer),
-                              .page_table = view_.page_table,
-                              .lengths = view_.lengths,
-                              .scale = inputs.scale,
-                              .rule = rule,
-                              .with_mass = observed});
-  report({attended.indices, attended.counts, attended.predicted_mass, view_.lengths});
+  const ops::SelectAndAttend::Result attended = ops::select_and_attend({.scores = scores,
+                                                                        .query = inputs.query,
+                                                                        .key_pool = keys,
+                                                                        .value_pool = values,
+                                                                        .page_table = batch.page_table,
+                                                                        .lengths = batch.lengths,
+                                                                        .scale = inputs.scale,
+                                                                        .rule = rule,
+                                                                        .with_mass = observed});
+  report({attended.indices, attended.counts, attended.predicted_mass, batch.lengths});
   return attended.output;
 }
 
 at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs) {
   if (std::optional<at::Tensor> output = tile_prefill(inputs)) return *std::move(output);
-  const at::Tensor keys = cache_.keys(inputs.layer), values = cache_.values(inputs.layer);
-  const SelectionRule rule = policy_.rule(inputs.layer);
+  const at::Tensor &keys = pools_.get("keys", inputs.layer), &values = pools_.get("values", inputs.layer);
   at::Tensor output = at::empty_like(inputs.query);
+  const SelectionRule rule = policy_.rule(inputs.layer);
   for (const QueryChunk& whole : query_chunks(inputs.batch)) {
-    const int64_t sequence = inputs.batch.sequences[whole.sequence];
     QueryChunk chunk = whole;
     // Queries up to the floor see everything: no selection to make.
     const int64_t dense = std::clamp<int64_t>(rule.floor - whole.start, 0, whole.count);
@@ -90,19 +106,20 @@ at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs) {
       const int64_t length = whole.start + dense;
       output.narrow(0, whole.first, dense)
           .copy_(causal_attention(inputs.query.narrow(0, whole.first, dense),
-                                  cache_.gather(keys, sequence, length),
-                                  cache_.gather(values, sequence, length), whole.start, inputs.scale));
+                                  sequence_tokens(keys, inputs.batch, whole.sequence, length),
+                                  sequence_tokens(values, inputs.batch, whole.sequence, length), whole.start,
+                                  inputs.scale));
     }
     for (int64_t done = dense; done < whole.count; done += chunk.count) {
       // Chunks end at multiples of the tile, so that none but the batch's own ends cuts a tile.
       const int64_t step = std::max<int64_t>(options_.query_tile, kBlockSize);
       const int64_t start = whole.start + done, end = start / step * step + options_.prefill_chunk;
       chunk = {whole.sequence, whole.first + done, std::min(whole.count - done, end - start), start};
-      const Selection selection = policy_.select_chunk(inputs, cache_, chunk, options_.query_tile);
+      const Selection selection = policy_.select_chunk(inputs, chunk, options_.query_tile);
       const at::Tensor lengths =
-          at::arange(chunk.start + 1, chunk.start + chunk.count + 1, view_.lengths.options());
+          at::arange(chunk.start + 1, chunk.start + chunk.count + 1, inputs.batch.lengths.options());
       if (options_.count) count(inputs.layer, selection, lengths);
-      if (options_.observer) options_.observer({inputs.layer, inputs, cache_, view_, chunk, rule, selection});
+      if (options_.observer) options_.observer({inputs.layer, inputs, keys, chunk, rule, selection});
       output.narrow(0, chunk.first, chunk.count).copy_(attend_chunk(inputs, chunk, lengths, selection));
     }
   }
@@ -135,8 +152,8 @@ at::Tensor masked_attention(const at::Tensor& query, const at::Tensor& key, cons
 at::Tensor SparseAttention::attend_chunk(const AttentionInputs& inputs, const QueryChunk& chunk,
                                          const at::Tensor& lengths, const Selection& selection) {
   const at::Tensor query = inputs.query.narrow(0, chunk.first, chunk.count);
-  const at::Tensor keys = cache_.keys(inputs.layer), values = cache_.values(inputs.layer);
-  const int64_t length = chunk.start + chunk.count, sequence = inputs.batch.sequences[chunk.sequence];
+  const at::Tensor &keys = pools_.get("keys", inputs.layer), &values = pools_.get("values", inputs.layer);
+  const int64_t length = chunk.start + chunk.count;
   // Measured on two AVX-512 cores: gathering wins while less than a quarter is selected. (A mask needs a
   // token in every row, which a rule without recent tokens may not give.) Single tokens need the mask.
   const bool mostly_selected =
@@ -144,10 +161,11 @@ at::Tensor SparseAttention::attend_chunk(const AttentionInputs& inputs, const Qu
   if (mostly_selected || selection.tokens.defined()) {
     const at::Tensor positions = at::arange(length, lengths.options());
     const at::Tensor mask = token_mask(selection, length).logical_and(positions < lengths.view({-1, 1, 1}));
-    return masked_attention(query, cache_.gather(keys, sequence, length),
-                            cache_.gather(values, sequence, length), mask.transpose(0, 1), inputs.scale);
+    return masked_attention(query, sequence_tokens(keys, inputs.batch, chunk.sequence, length),
+                            sequence_tokens(values, inputs.batch, chunk.sequence, length),
+                            mask.transpose(0, 1), inputs.scale);
   }
-  const at::Tensor table = view_.page_table.narrow(0, chunk.sequence, 1);
+  const at::Tensor table = inputs.batch.page_table.narrow(0, chunk.sequence, 1);
   const int64_t step = ops::kMaxAttentionParts / (2 * keys.size(0));  // a group has at most two tiles
   std::vector<at::Tensor> parts;
   for (int64_t done = 0; done < chunk.count; done += step) {
@@ -165,9 +183,9 @@ std::optional<at::Tensor> SparseAttention::tile_prefill(const AttentionInputs& i
   if (options_.query_tile == 1 || policy_.prunes_tokens() || !policy_.score_tiles(inputs, prefill))
     return std::nullopt;
   prefill.query = inputs.query;
-  prefill.key_pool = cache_.keys(inputs.layer);
-  prefill.value_pool = cache_.values(inputs.layer);
-  prefill.page_table = view_.page_table;
+  prefill.key_pool = pools_.get("keys", inputs.layer);
+  prefill.value_pool = pools_.get("values", inputs.layer);
+  prefill.page_table = inputs.batch.page_table;
   prefill.starts = inputs.batch.starts;
   prefill.counts = inputs.batch.query_lengths;
   prefill.scale = inputs.scale;
@@ -184,8 +202,7 @@ std::optional<at::Tensor> SparseAttention::tile_prefill(const AttentionInputs& i
                                            at::arange(tile[i][3] + 1, tile[i][3] + tile[i][2] + 1, options));
       options_.observer({inputs.layer,
                          inputs,
-                         cache_,
-                         view_,
+                         prefill.key_pool,
                          {tile[i][0], tile[i][1], tile[i][2], tile[i][3]},
                          prefill.rule,
                          rows});

@@ -17,9 +17,9 @@ enum class PrefillMode { dense, sparse };
 // rows are the batch's sequences), or per chunk of a sparse prefill.
 struct SelectionEvent {
   int64_t layer;
-  const AttentionInputs& inputs;
-  const KvCache& cache;
-  const BatchView& view;
+  const AttentionInputs& inputs;  // of the decode rows alone, or of the prefill chunks alone
+  // The pool of the layer's keys; sequence_tokens() reads a sequence of inputs.batch.
+  const at::Tensor& keys;
   QueryChunk chunk;
   SelectionRule rule;
   const Selection& selection;  // one row per query of the chunk, or per sequence
@@ -35,10 +35,10 @@ struct SparseOptions {
   bool count = true;  // keep the counters; a benchmark saves their small kernels
 };
 
-// A decode step (every sequence of the batch brings one token) selects and attends sparsely. With more tokens
-// for any sequence the call is a prefill: dense or sparse by `prefill`; the policy's caches are fed either
-// way. Queries up to the rule's floor get DenseAttention's result, exactly unless the policy prunes tokens or
-// tiles of queries run on the GPU (ops/prefill/prefill.h).
+// Decode rows select and attend sparsely; prefill chunks, in the same batch or another, attend densely or
+// sparsely by `prefill`. The policy's stores are fed either way. Queries up to the rule's floor get
+// DenseAttention's result, exactly unless the policy prunes tokens or tiles of queries run on the GPU
+// (ops/prefill/prefill.h).
 class SparseAttention : public AttentionBackend {
  public:
   struct Counters {
@@ -49,7 +49,7 @@ class SparseAttention : public AttentionBackend {
   };
 
   // The cache and the policy outlive this object. Throws Error on an unsupported query_tile.
-  SparseAttention(KvCache& cache, SelectionPolicy& policy, SparseOptions options = {});
+  SparseAttention(const PagedCache& cache, SelectionPolicy& policy, SparseOptions options = {});
 
   AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) override;
   at::Tensor forward(const AttentionInputs& inputs) override;
@@ -57,13 +57,14 @@ class SparseAttention : public AttentionBackend {
   void set_prefill(PrefillMode mode) { options_.prefill = mode; }
   void set_observer(SelectionObserver observer) { options_.observer = std::move(observer); }
   SelectionPolicy& policy() { return policy_; }
-  BatchView& view() { return view_; }
   // By model layer, since the last reset; dense layers have none. Copies from the device.
   std::map<int64_t, Counters> counters() const;
   void reset_counters() { sums_.clear(); }
 
  private:
+  bool selects(int64_t layer) const;
   at::Tensor decode(const AttentionInputs& inputs);
+  // Every row of `inputs` is a prefill chunk's.
   at::Tensor sparse_prefill(const AttentionInputs& inputs);
   // With the kernels for tiles; nothing where they do not serve.
   std::optional<at::Tensor> tile_prefill(const AttentionInputs& inputs);
@@ -73,10 +74,9 @@ class SparseAttention : public AttentionBackend {
   void count_tiles(int64_t layer, const at::Tensor& tiles, const Selection& selection, int64_t floor);
   void add_counts(int64_t layer, const at::Tensor& addend);
 
-  KvCache& cache_;
+  const PagePools& pools_;
   SelectionPolicy& policy_;
   SparseOptions options_;
-  BatchView view_;
   std::map<int64_t, at::Tensor> sums_;  // by layer: [4] float64 on the device, fields of Counters in order
 };
 

@@ -5,49 +5,25 @@
 
 namespace spot {
 
-TwilightPolicy::TwilightPolicy(const ModelConfig& model, int64_t num_pages, at::ScalarType dtype,
-                               at::Device device, const SelectionRule& rule, double p)
-    : QuestPolicy(model, num_pages, dtype, device, rule), p_(p) {
+TwilightPolicy::TwilightPolicy(const ModelConfig& model, PagePools& pools, const SelectionRule& rule,
+                               double p)
+    : QuestPolicy(model, pools, rule), p_(p) {
   if (!(p > 0 && p <= 1))
     fail("Twilight prunes to the mass p, which is {}; it must be above 0 and at most 1", p);
   if (model.head_dim % 2 != 0)
     fail("Twilight packs two 4-bit codes a byte, but head_dim is {}; use a model where it is even",
          model.head_dim);
-  const int64_t slots = num_pages * kPageSize;
   for (int64_t layer : model.full_attention_layers()) {
-    const auto on_device = at::TensorOptions(device);
-    codes_[layer] = at::zeros({model.num_kv_heads, slots, model.head_dim / 2}, on_device.dtype(at::kByte));
-    ranges_[layer] = at::zeros({model.num_kv_heads, slots, 2}, on_device.dtype(at::kHalf));
+    const auto add = [&](const char* name, int64_t width, at::ScalarType dtype) {
+      return pools.add(name, layer, {{model.num_kv_heads}, {pools.page_size(), width}}, dtype).flatten(1, 2);
+    };
+    codes_[layer] = add("twilight_codes", model.head_dim / 2, at::kByte);
+    ranges_[layer] = add("twilight_ranges", 2, at::kHalf);
   }
 }
 
-void TwilightPolicy::append(const AttentionInputs& inputs, const KvCache& cache, const BatchView& view) {
-  append_summaries(inputs, cache, view, codes_.at(inputs.layer), ranges_.at(inputs.layer));
-}
-
-PolicyState TwilightPolicy::export_pages(const std::vector<int32_t>& pages) const {
-  PolicyState state = QuestPolicy::export_pages(pages);
-  auto by_page = [&](const at::Tensor& pool) {
-    const at::Tensor paged = pool.unflatten(1, {-1, kPageSize});
-    return paged.index_select(1, page_index(pages, pool.device())).transpose(0, 1).contiguous();
-  };
-  for (const auto& [layer, codes] : codes_) {
-    state[fmt::format("twilight_codes.{}", layer)] = by_page(codes);
-    state[fmt::format("twilight_ranges.{}", layer)] = by_page(ranges_.at(layer));
-  }
-  return state;
-}
-
-void TwilightPolicy::import_pages(const std::vector<int32_t>& pages, const PolicyState& state) {
-  QuestPolicy::import_pages(pages, state);
-  auto put = [&](at::Tensor& pool, const std::string& name) {
-    pool.unflatten(1, {-1, kPageSize})
-        .index_copy_(1, page_index(pages, pool.device()), state_tensor(state, name).transpose(0, 1));
-  };
-  for (auto& [layer, codes] : codes_) {
-    put(codes, fmt::format("twilight_codes.{}", layer));
-    put(ranges_.at(layer), fmt::format("twilight_ranges.{}", layer));
-  }
+void TwilightPolicy::append(const AttentionInputs& inputs) {
+  append_summaries(inputs, codes_.at(inputs.layer), ranges_.at(inputs.layer));
 }
 
 ops::PrunedTokens TwilightPolicy::surviving_tokens(int64_t layer, const at::Tensor& query,

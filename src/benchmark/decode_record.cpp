@@ -3,14 +3,16 @@
 #include <algorithm>
 
 #include "attention/sparse.h"
+#include "cache/batch_builder.h"
 #include "core/error.h"
 #include "core/progress.h"
+#include "model/model_cache.h"
 
 namespace spot {
 
 void check_recording(const ModelConfig& model, int64_t text_tokens, int64_t length, int64_t batch) {
-  if (length < kPageSize || length % kPageSize != 0)
-    fail("a recording of {} tokens a sequence: give a positive multiple of {}", length, kPageSize);
+  if (length < kBlockSize || length % kBlockSize != 0)
+    fail("a recording of {} tokens a sequence: give a positive multiple of {}", length, kBlockSize);
   if (length > model.max_position_embeddings)
     fail("a recording of {} tokens a sequence passes the model's limit of {} positions; give shorter lengths",
          length, model.max_position_embeddings);
@@ -24,9 +26,8 @@ DecodeScene record_decode(const Backbone& backbone, const Selector& selector,
                           const std::vector<int32_t>& text, int64_t length, int64_t batch, int64_t chunk) {
   const ModelConfig& model = backbone.config();
   check_recording(model, static_cast<int64_t>(text.size()), length, batch);
-  KvCache cache(model, batch * length / kPageSize, backbone.dtype(), backbone.device(), batch);
-  SelectorCache keys(selector.config(), selector.layers(), cache.num_pages(), KeyFormat::int4,
-                     backbone.device());
+  ModelCache cache(model, batch * length / kBlockSize, backbone.dtype(), backbone.device(), batch);
+  SelectorCache keys(selector.config(), selector.layers(), cache.pools(), KeyFormat::int4);
   SelectionRule all;  // every block, so that each layer's inputs are the dense model's
   all.mode = SelectionMode::top_k;
   all.budget_fraction = 1;
@@ -41,12 +42,12 @@ DecodeScene record_decode(const Backbone& backbone, const Selector& selector,
     const at::Tensor& positions = inputs.batch.positions;
     const bool prepared = inputs.selector_query.defined();
     DecodeSet& set = sets.emplace_back();
-    set.keys = cache.keys(event.layer);
-    set.values = cache.values(event.layer);
+    set.keys = event.keys;
+    set.values = cache.pools().get("values", event.layer);
     set.query = inputs.query.clone();
-    set.page_table = event.view.page_table.clone();
-    set.lengths = event.view.lengths.clone();
-    set.slots = event.view.slots.clone();
+    set.page_table = inputs.batch.page_table.clone();
+    set.lengths = inputs.batch.lengths.clone();
+    set.slots = inputs.batch.slots.clone();
     set.selector_query = prepared ? inputs.selector_query.clone()
                                   : selector.project_query(event.layer, inputs.hidden, positions);
     set.selector_weight =
@@ -66,16 +67,18 @@ DecodeScene record_decode(const Backbone& backbone, const Selector& selector,
     sequences.push_back(cache.open_sequence());
     const auto begin = text.begin() + i * length;
     for (int64_t done = 0; done < length - 1;) {
-      // No chunk of one token: that would be a decode step.
-      const int64_t left = length - 1 - done, count = left == chunk + 1 ? left : std::min(chunk, left);
-      backbone.forward(make_batch(cache, {sequences[i]}, {{begin + done, begin + done + count}}), attention,
-                       cache);
+      const int64_t count = std::min(chunk, length - 1 - done);
+      backbone.forward(
+          build_batch(
+              cache,
+              {{.sequence = sequences[i], .tokens = {begin + done, begin + done + count}, .decode = false}}),
+          attention, cache.states());
       done += count;
       progress.update(i * length + done);
     }
     last.push_back({begin[length - 1]});
   }
-  backbone.forward(make_batch(cache, sequences, last), attention, cache);
+  backbone.forward(make_batch(cache, sequences, last), attention, cache.states());
 
   const SelectionRule tiers = selector.config().selection.rule;
   return {{model.architecture, model.num_heads, model.num_kv_heads, model.head_dim},

@@ -54,14 +54,12 @@ double peak_gib(const at::Device& device) {
 void fill_with_noise(const Backbone& backbone, AttentionRun& run, const std::vector<int64_t>& sequences,
                      int64_t context, int64_t chunk) {
   const ModelConfig& config = backbone.config();
-  KvCache& cache = run.cache();
+  PagedCache& cache = run.cache();
   for (int64_t sequence : sequences) {
     for (int64_t start = 0; start < context; start += chunk) {
       const int64_t count = std::min(chunk, context - start);
       const Batch batch =
           make_batch(cache, {sequence}, {std::vector<int32_t>(static_cast<size_t>(count), 0)});
-      BatchView view;
-      view.update(cache, batch, 0);
       const auto options = at::TensorOptions().device(backbone.device()).dtype(backbone.dtype());
       for (int64_t layer : config.full_attention_layers()) {
         const AttentionInputs inputs{layer,
@@ -71,9 +69,9 @@ void fill_with_noise(const Backbone& backbone, AttentionRun& run, const std::vec
                                      at::randn({count, config.num_kv_heads, config.head_dim}, options),
                                      1.0,
                                      batch};
-        cache.write(layer, view.slots, inputs.key, inputs.value);
-        if (run.sparse() && run.sparse()->policy().covers(layer))
-          run.sparse()->policy().append(inputs, cache, view);
+        write_tokens(cache.pools().get("keys", layer), batch.slots, inputs.key);
+        write_tokens(cache.pools().get("values", layer), batch.slots, inputs.value);
+        if (run.sparse() && run.sparse()->policy().covers(layer)) run.sparse()->policy().append(inputs);
       }
     }
   }
@@ -112,7 +110,7 @@ Measurement measure(const Options& options, const Backbone& backbone, const std:
     fill_with_noise(backbone, run, sequences, options.context, options.chunk);
   }
 
-  DecodeStep step(backbone, run.backend(), run.view(), run.cache(), sequences, room);
+  DecodeStep step(backbone, run.backend(), run.cache(), sequences, room);
   const std::vector<int32_t> tokens(sequences.size(), 1);
   if (device.is_cuda() && !options.eager) step.capture();
   for (int i = 0; i < 3; ++i) step.run(tokens);

@@ -7,7 +7,7 @@
 
 #include "cli/commands.h"
 #include "cli/options.h"
-#include "model/kv_cache.h"
+#include "model/model_cache.h"
 #include "report/page.h"
 #include "selector/cache.h"
 #include "selector/selector.h"
@@ -86,14 +86,13 @@ void run(const Options& options) {
              static_cast<double>(extra) / 1e6,
              100.0 * static_cast<double>(extra) / static_cast<double>(weights), selected, with);
 
-  const double kv = static_cast<double>(2 * model.num_kv_heads * model.head_dim * options.kv_bytes *
-                                        static_cast<int64_t>(full.size()));
-  const auto& l = model.linear;
-  const double state =
-      static_cast<double>(model.num_layers - static_cast<int64_t>(full.size())) *
-      static_cast<double>(4 * l.num_value_heads * l.key_head_dim * l.value_head_dim +
-                          options.kv_bytes * l.conv_kernel *
-                              (2 * l.num_key_heads * l.key_head_dim + l.num_value_heads * l.value_head_dim));
+  // The cache itself says what it holds; on no device, so that nothing is allocated.
+  const at::ScalarType dtype = options.kv_bytes == 1   ? at::kByte
+                               : options.kv_bytes == 2 ? at::kBFloat16
+                                                       : at::kFloat;
+  ModelCache cache(model, 1, dtype, at::kMeta);
+  const double kv = static_cast<double>(cache.pools().page_bytes()) / static_cast<double>(cache.page_size());
+  const double state = static_cast<double>(cache.states().slot_bytes());
   const double memory =
       options.memory_gib * (1 << 30) - static_cast<double>((weights + extra) * options.kv_bytes) - state;
   fmt::print("KV cache: {:.0f} bytes a token, all layers ({} bytes a number)", kv, options.kv_bytes);
@@ -112,7 +111,7 @@ void run(const Options& options) {
   row("none (dense)", 0);
   for (KeyFormat format :
        {KeyFormat::bf16, KeyFormat::int8, KeyFormat::int4, KeyFormat::mxfp4, KeyFormat::nvfp4}) {
-    const SelectorCache one(selector, {0}, 1, format, at::kCPU);
+    const SelectorCache one(selector, {0}, cache.pools(), format);
     row(to_string(format), one.bytes_per_token());
   }
   fmt::print("{}", table.to_text());

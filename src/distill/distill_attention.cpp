@@ -7,6 +7,7 @@
 
 #include "attention/dense.h"
 #include "core/error.h"
+#include "model/model_cache.h"
 
 namespace spot {
 
@@ -98,21 +99,13 @@ at::Tensor DistillAttention::take_sums() {
 
 void forward_sequence(const Backbone& backbone, AttentionBackend& attention,
                       const std::vector<int32_t>& tokens, const std::vector<int64_t>& part_starts) {
-  // One page: keys and values are never stored; linear-attention layers keep their states here.
-  KvCache cache(backbone.config(), 1, backbone.dtype(), backbone.device());
-  const auto length = static_cast<int64_t>(tokens.size());
-  Batch batch;
-  std::vector<at::Tensor> positions;
-  for (size_t i = 0; i < part_starts.size(); ++i) {
-    const int64_t count = (i + 1 < part_starts.size() ? part_starts[i + 1] : length) - part_starts[i];
-    batch.sequences.push_back(cache.open_sequence());
-    batch.starts.push_back(0);
-    batch.query_lengths.push_back(count);
-    positions.push_back(at::arange(count, at::kLong));
-  }
-  batch.tokens = at::tensor(tokens, at::kInt).to(at::kLong).to(backbone.device());
-  batch.positions = at::cat(positions).to(backbone.device());
-  backbone.forward(batch, attention, cache);
+  Batch batch = unpaged_batch(tokens, part_starts, backbone.device());
+  // A fresh state a part, for linear-attention layers.
+  const int64_t parts = batch.num_sequences();
+  StateSlots states(parts, 0, backbone.device());
+  declare_states(states, backbone.config());
+  if (!states.empty()) batch.state_slots = at::arange(parts, batch.positions.options());
+  backbone.forward(batch, attention, states);
 }
 
 }  // namespace spot

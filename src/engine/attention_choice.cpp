@@ -31,7 +31,7 @@ AttentionKind attention_kind_from_string(const std::string& word) {
 }
 
 Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector,
-                   int64_t num_pages) {
+                   PagePools& pools) {
   Policy made;
   switch (spec.kind) {
     case AttentionKind::dense:
@@ -40,9 +40,9 @@ Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Se
       if (!selector)
         fail(
             "attention 'spot' needs a selector; name one with --selector, or distil one with `spot distill`");
-      made.keys = std::make_unique<SelectorCache>(selector->config(), selector->layers(), num_pages,
-                                                  spec.cache_format.value_or(selector->config().cache_format),
-                                                  backbone.device());
+      made.keys =
+          std::make_unique<SelectorCache>(selector->config(), selector->layers(), pools,
+                                          spec.cache_format.value_or(selector->config().cache_format));
       made.policy = std::make_unique<SpotPolicy>(*selector, *made.keys, spec.rule);
       break;
     }
@@ -50,15 +50,13 @@ Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Se
       made.policy = std::make_unique<StreamingPolicy>(spec.rule.budget, spec.rule.sinks);
       break;
     case AttentionKind::oracle:
-      made.policy = std::make_unique<OraclePolicy>(spec.rule);
+      made.policy = std::make_unique<OraclePolicy>(pools, spec.rule);
       break;
     case AttentionKind::quest:
-      made.policy = std::make_unique<QuestPolicy>(backbone.config(), num_pages, backbone.dtype(),
-                                                  backbone.device(), spec.rule);
+      made.policy = std::make_unique<QuestPolicy>(backbone.config(), pools, spec.rule);
       break;
     case AttentionKind::twilight:
-      made.policy = std::make_unique<TwilightPolicy>(backbone.config(), num_pages, backbone.dtype(),
-                                                     backbone.device(), spec.rule, spec.rule.p);
+      made.policy = std::make_unique<TwilightPolicy>(backbone.config(), pools, spec.rule, spec.rule.p);
       break;
   }
   return made;
@@ -66,20 +64,17 @@ Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Se
 
 AttentionRun::AttentionRun(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector,
                            int64_t max_tokens, int64_t num_sequences) {
-  const int64_t num_pages = (max_tokens + kPageSize - 1) / kPageSize + num_sequences;
-  cache_ = std::make_unique<KvCache>(backbone.config(), num_pages, backbone.dtype(), backbone.device());
+  const int64_t num_pages = (max_tokens + kBlockSize - 1) / kBlockSize + num_sequences;
+  cache_ = std::make_unique<ModelCache>(backbone.config(), num_pages, backbone.dtype(), backbone.device(),
+                                        num_sequences);
   if (spec.kind == AttentionKind::dense) {
     backend_ = std::make_unique<DenseAttention>(*cache_);
     return;
   }
-  policy_ = make_policy(spec, backbone, selector, num_pages);
+  policy_ = make_policy(spec, backbone, selector, cache_->pools());
   auto sparse = std::make_unique<SparseAttention>(*cache_, *policy_.policy, spec.sparse);
   sparse_ = sparse.get();
   backend_ = std::move(sparse);
-}
-
-BatchView& AttentionRun::view() {
-  return sparse_ ? sparse_->view() : static_cast<DenseAttention&>(*backend_).view();
 }
 
 }  // namespace spot

@@ -7,6 +7,7 @@
 
 #include "attention/sparse.h"
 #include "model/backbone.h"
+#include "model/model_cache.h"
 #include "selector/selector.h"
 
 namespace spot {
@@ -26,14 +27,14 @@ struct AttentionSpec {
   std::optional<KeyFormat> cache_format;  // of the selector's keys; without it the selector's own
 };
 
-// A policy with the caches it feeds. `selector` is needed for spot only (Error without it) and must outlive
-// the result.
+// A policy, and the selector's keys that it feeds, in the pools of a cache that outlives both. `selector` is
+// needed for spot only (Error without it) and must outlive the result.
 struct Policy {
   std::unique_ptr<SelectorCache> keys;
   std::unique_ptr<SelectionPolicy> policy;
 };
 Policy make_policy(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector,
-                   int64_t num_pages);
+                   PagePools& pools);
 
 // KV cache, policy and backend of one run over at most `max_tokens` tokens in all (each sequence rounded up
 // to whole pages).
@@ -41,14 +42,13 @@ class AttentionRun {
  public:
   AttentionRun(const AttentionSpec& spec, const Backbone& backbone, const Selector* selector,
                int64_t max_tokens, int64_t num_sequences = 1);
-  KvCache& cache() { return *cache_; }
+  PagedCache& cache() { return *cache_; }
   AttentionBackend& backend() { return *backend_; }
-  BatchView& view();  // the backend's
   // The sparse backend, for its counters; null for dense.
   SparseAttention* sparse() { return sparse_; }
 
  private:
-  std::unique_ptr<KvCache> cache_;
+  std::unique_ptr<ModelCache> cache_;
   Policy policy_;
   std::unique_ptr<AttentionBackend> backend_;
   SparseAttention* sparse_ = nullptr;

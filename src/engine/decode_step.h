@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "attention/dense.h"
+#include "cache/batch_builder.h"
 #include "model/backbone.h"
 
 namespace spot {
@@ -18,10 +18,8 @@ namespace spot {
 // on the device.
 class DecodeStep {
  public:
-  // `view` is the backend's (DenseAttention::view(), SparseAttention::view()) and is fixed from now on. Each
-  // sequence can
-  // grow to `max_tokens` tokens. All arguments outlive this object.
-  DecodeStep(const Backbone& backbone, AttentionBackend& attention, BatchView& view, KvCache& cache,
+  // Each sequence can grow to `max_tokens` tokens. All arguments outlive this object.
+  DecodeStep(const Backbone& backbone, AttentionBackend& attention, PagedCache& cache,
              std::vector<int64_t> sequences, int64_t max_tokens);
   ~DecodeStep();
 
@@ -42,9 +40,9 @@ class DecodeStep {
 
   const Backbone& backbone_;
   AttentionBackend& attention_;
-  BatchView& view_;
-  KvCache& cache_;
-  int64_t max_tokens_;
+  PagedCache& cache_;
+  std::vector<int64_t> sequences_;
+  BatchShape shape_;
   Batch batch_;
   at::Tensor logits_;
   std::unique_ptr<Graph> graph_;

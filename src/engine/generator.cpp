@@ -18,7 +18,7 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 // Closes what it opened, whatever happens in between.
 class OpenSequences {
  public:
-  OpenSequences(KvCache& cache, size_t count) : cache_(cache) {
+  OpenSequences(PagedCache& cache, size_t count) : cache_(cache) {
     for (size_t i = 0; i < count; ++i) ids_.push_back(cache_.open_sequence());
   }
   ~OpenSequences() {
@@ -29,13 +29,13 @@ class OpenSequences {
   int64_t operator[](size_t i) const { return ids_[i]; }
 
  private:
-  KvCache& cache_;
+  PagedCache& cache_;
   std::vector<int64_t> ids_;
 };
 
 }  // namespace
 
-at::Tensor prefill(const Backbone& backbone, AttentionBackend& attention, KvCache& cache, int64_t sequence,
+at::Tensor prefill(const Backbone& backbone, AttentionBackend& attention, PagedCache& cache, int64_t sequence,
                    const std::vector<int32_t>& tokens, int64_t chunk, const std::string& progress_label) {
   if (chunk < 1) fail("prefill chunk is {}; give at least 1 token", chunk);
   std::unique_ptr<Progress> progress;
@@ -45,14 +45,16 @@ at::Tensor prefill(const Backbone& backbone, AttentionBackend& attention, KvCach
   for (int64_t start = 0; start < total; start += chunk) {
     const int64_t end = std::min(total, start + chunk);
     const std::vector<int32_t> part(tokens.begin() + start, tokens.begin() + end);
-    const at::Tensor hidden = backbone.forward(make_batch(cache, {sequence}, {part}), attention, cache);
+    const at::Tensor hidden =
+        backbone.forward(build_batch(cache, {{.sequence = sequence, .tokens = part, .decode = false}}),
+                         attention, cache.states());
     last = hidden.slice(0, hidden.size(0) - 1);
     if (progress) progress->update(end);
   }
   return last;
 }
 
-GenerateResult generate(const Backbone& backbone, AttentionBackend& attention, KvCache& cache,
+GenerateResult generate(const Backbone& backbone, AttentionBackend& attention, PagedCache& cache,
                         const std::vector<std::vector<int32_t>>& prompts, const GenerateOptions& options,
                         const TokenCallback& on_token) {
   const c10::InferenceMode inference;
@@ -106,7 +108,7 @@ GenerateResult generate(const Backbone& backbone, AttentionBackend& attention, K
     std::vector<std::vector<int32_t>> tokens;
     for (size_t i : active) ids.push_back(sequences[i]), tokens.push_back({next[i]});
     const at::Tensor logits =
-        backbone.logits(backbone.forward(make_batch(cache, ids, tokens), attention, cache)).cpu();
+        backbone.logits(backbone.forward(make_batch(cache, ids, tokens), attention, cache.states())).cpu();
     std::vector<size_t> still;
     for (size_t row = 0; row < active.size(); ++row) {
       result.decode_tokens++;

@@ -5,6 +5,7 @@
 #include <functional>
 #include <vector>
 
+#include "cache/batch_builder.h"
 #include "engine/row_sampler.h"
 #include "model/backbone.h"
 
@@ -37,13 +38,13 @@ using TokenCallback = std::function<void(int64_t, int32_t)>;
 // here.
 // Throws Error when a prompt plus max_new_tokens passes the model's max_position_embeddings or the cache's
 // room.
-GenerateResult generate(const Backbone& backbone, AttentionBackend& attention, KvCache& cache,
+GenerateResult generate(const Backbone& backbone, AttentionBackend& attention, PagedCache& cache,
                         const std::vector<std::vector<int32_t>>& prompts, const GenerateOptions& options,
                         const TokenCallback& on_token = {});
 
 // Runs `tokens` of one open sequence through the model in chunks; returns the hidden state of the last token,
 // [1, hidden_size].
-at::Tensor prefill(const Backbone& backbone, AttentionBackend& attention, KvCache& cache, int64_t sequence,
+at::Tensor prefill(const Backbone& backbone, AttentionBackend& attention, PagedCache& cache, int64_t sequence,
                    const std::vector<int32_t>& tokens, int64_t chunk, const std::string& progress_label = "");
 
 }  // namespace spot

@@ -14,8 +14,7 @@ struct DecodeMass {
     for (int64_t i = 0; i < event.inputs.batch.num_sequences(); ++i) {
       const int64_t position = event.inputs.batch.starts[i];
       const Selection row = event.selection.row(i);
-      const at::Tensor key =
-          event.cache.gather(event.cache.keys(event.layer), event.inputs.batch.sequences[i], position + 1);
+      const at::Tensor key = sequence_tokens(event.keys, event.inputs.batch, i, position + 1);
       const at::Tensor mass = attention_mass(event.inputs.query.narrow(0, i, 1), key, event.inputs.scale,
                                              position, row.groups(), mass_reduction(row));
       captured += captured_mass(mass, row, event.rule).total.mean().item<double>();

@@ -11,6 +11,7 @@
 #include "engine/generator.h"
 #include "eval/decode_mass.h"
 #include "eval/shared_prefill.h"
+#include "model/model_cache.h"
 
 namespace spot {
 namespace {
@@ -25,13 +26,13 @@ struct Contestant {
 };
 
 Contestant make_contestant(const EvalMethod& method, const Backbone& backbone, const Selector* selector,
-                           KvCache& cache) {
+                           PagedCache& cache) {
   Contestant made;
   if (method.spec.kind == AttentionKind::dense) {
     made.backend = std::make_unique<DenseAttention>(cache);
     return made;
   }
-  made.policy = make_policy(method.spec, backbone, selector, cache.num_pages());
+  made.policy = make_policy(method.spec, backbone, selector, cache.pools());
   auto sparse = std::make_unique<SparseAttention>(cache, *made.policy.policy, method.spec.sparse);
   made.sparse = sparse.get();
   made.backend = std::move(sparse);
@@ -41,18 +42,18 @@ Contestant make_contestant(const EvalMethod& method, const Backbone& backbone, c
 // Reads `question` and writes the answer, one token a step. Returns the answer's tokens and the seconds of
 // the steps.
 std::pair<std::vector<int32_t>, double> answer_question(const Backbone& backbone, AttentionBackend& attention,
-                                                        KvCache& cache, int64_t sequence,
+                                                        PagedCache& cache, int64_t sequence,
                                                         const std::vector<int32_t>& question) {
   std::vector<int32_t> output;
   RowSampler greedy{SamplingOptions{}};
   const auto start = std::chrono::steady_clock::now();
   at::Tensor hidden;
   for (int32_t token : question)
-    hidden = backbone.forward(make_batch(cache, {sequence}, {{token}}), attention, cache);
+    hidden = backbone.forward(make_batch(cache, {sequence}, {{token}}), attention, cache.states());
   for (int64_t i = 0; i < kAnswerTokens; ++i) {
     output.push_back(greedy.sample(backbone.logits(hidden)[0]));
     if (i + 1 < kAnswerTokens)
-      hidden = backbone.forward(make_batch(cache, {sequence}, {{output.back()}}), attention, cache);
+      hidden = backbone.forward(make_batch(cache, {sequence}, {{output.back()}}), attention, cache.states());
   }
   return {output, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
 }
@@ -71,8 +72,8 @@ NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* sele
     fail("needle evaluation: length {} plus {} answer tokens pass the model's limit of {} positions",
          options.length, kAnswerTokens, backbone.config().max_position_embeddings);
   }
-  KvCache cache(backbone.config(), (options.length + kAnswerTokens) / kPageSize + 2, backbone.dtype(),
-                backbone.device());
+  ModelCache cache(backbone.config(), (options.length + kAnswerTokens) / kBlockSize + 2, backbone.dtype(),
+                   backbone.device());
   std::vector<Contestant> contestants;
   std::vector<SelectionPolicy*> policies;
   NeedleEvalResult result;
@@ -94,7 +95,7 @@ NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* sele
     const auto start = std::chrono::steady_clock::now();
     prefill(backbone, shared, cache, sequence, prompt.context, 1024);
     result.prefill_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    const KvCache::Mark after_context = cache.mark(sequence);
+    const PagedCache::Mark after_context = cache.mark(sequence);
     for (size_t m = 0; m < contestants.size(); ++m) {
       Contestant& c = contestants[m];
       const auto [output, elapsed] = answer_question(backbone, *c.backend, cache, sequence, prompt.question);
@@ -107,7 +108,7 @@ NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* sele
       // The true mass needs dense attention, so it is measured on a second, untimed reading of the question.
       c.sparse->set_observer([&sum = masses[m]](const SelectionEvent& event) { sum(event); });
       for (int32_t token : prompt.question)
-        backbone.forward(make_batch(cache, {sequence}, {{token}}), *c.backend, cache);
+        backbone.forward(make_batch(cache, {sequence}, {{token}}), *c.backend, cache.states());
       c.sparse->set_observer({});
       cache.rollback(sequence, after_context);
     }

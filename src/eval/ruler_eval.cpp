@@ -17,6 +17,7 @@
 #include "eval/ruler_log.h"
 #include "eval/ruler_random.h"
 #include "eval/shared_prefill.h"
+#include "model/model_cache.h"
 #include "ops/words.h"
 
 namespace spot {
@@ -49,18 +50,18 @@ std::vector<Job> list_jobs(const RulerEvalOptions& options) {
 // own.
 class MethodRun {
  public:
-  MethodRun(const EvalMethod& method, const Backbone& backbone, const Selector* selector, KvCache& shared)
+  MethodRun(const EvalMethod& method, const Backbone& backbone, const Selector* selector, PagedCache& shared)
       : backbone_(backbone),
         own_cache_(method.spec.sparse.prefill == PrefillMode::sparse
-                       ? std::make_unique<KvCache>(backbone.config(), shared.num_pages(), backbone.dtype(),
-                                                   backbone.device())
+                       ? std::make_unique<ModelCache>(backbone.config(), shared.num_pages(), backbone.dtype(),
+                                                      backbone.device())
                        : nullptr),
         cache_(own_cache_ ? *own_cache_ : shared) {
     if (method.spec.kind == AttentionKind::dense) {
       backend_ = std::make_unique<DenseAttention>(cache_);
       return;
     }
-    policy_ = make_policy(method.spec, backbone, selector, cache_.num_pages());
+    policy_ = make_policy(method.spec, backbone, selector, cache_.pools());
     SparseOptions options = method.spec.sparse;
     if (own_cache_) {
       options.count = false;
@@ -82,7 +83,7 @@ class MethodRun {
                             const std::vector<int32_t>& question, const RulerSample& sample,
                             const TextCodec& codec, const RulerEvalOptions& options) {
     if (!own_cache_) {
-      const KvCache::Mark after_context = cache_.mark(shared_sequence);
+      const PagedCache::Mark after_context = cache_.mark(shared_sequence);
       RulerOutcome outcome = answer(shared_sequence, question, sample, codec, options);
       cache_.rollback(shared_sequence, after_context);
       return outcome;
@@ -135,14 +136,15 @@ class MethodRun {
   at::Tensor step(int64_t sequence, int32_t token, int64_t mass_every) {
     const bool measure = sparse_ && mass_every > 0 && step_++ % mass_every == 0;
     if (measure) sparse_->set_observer([this](const SelectionEvent& event) { mass_(event); });
-    at::Tensor hidden = backbone_.forward(make_batch(cache_, {sequence}, {{token}}), *backend_, cache_);
+    at::Tensor hidden =
+        backbone_.forward(make_batch(cache_, {sequence}, {{token}}), *backend_, cache_.states());
     if (measure) sparse_->set_observer({});
     return hidden;
   }
 
   const Backbone& backbone_;
-  std::unique_ptr<KvCache> own_cache_;
-  KvCache& cache_;
+  std::unique_ptr<ModelCache> own_cache_;
+  PagedCache& cache_;
   Policy policy_;
   std::unique_ptr<SparseAttention> reader_;  // of the context, into its own cache
   std::unique_ptr<AttentionBackend> backend_;
@@ -272,7 +274,7 @@ RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, c
   }
 
   const int64_t longest = *std::max_element(options.lengths.begin(), options.lengths.end());
-  KvCache cache(backbone.config(), longest / kPageSize + 2, backbone.dtype(), backbone.device());
+  ModelCache cache(backbone.config(), longest / kBlockSize + 2, backbone.dtype(), backbone.device());
   std::vector<std::unique_ptr<MethodRun>> runs;
   std::vector<SelectionPolicy*> policies;
   for (const EvalMethod& method : methods) {

@@ -8,24 +8,25 @@
 
 namespace spot {
 
-// Dense attention that also lets every policy append to its own caches. `cache` and the policies outlive it.
+// Dense attention that also lets every policy feed its own stores. `cache` and the policies outlive it.
 class SharedPrefill : public AttentionBackend {
  public:
-  SharedPrefill(KvCache& cache, std::vector<SelectionPolicy*> policies)
-      : cache_(cache), dense_(cache), policies_(std::move(policies)) {}
+  SharedPrefill(const PagedCache& cache, std::vector<SelectionPolicy*> policies)
+      : dense_(cache), policies_(std::move(policies)) {}
+
+  AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) override {
+    return dense_.prepare(layer, hidden, batch);
+  }
 
   at::Tensor forward(const AttentionInputs& inputs) override {
-    view_.update(cache_, inputs.batch, inputs.layer);
     at::Tensor out = dense_.forward(inputs);
     for (SelectionPolicy* policy : policies_)
-      if (policy->covers(inputs.layer)) policy->append(inputs, cache_, view_);
+      if (policy->covers(inputs.layer)) policy->append(inputs);
     return out;
   }
 
  private:
-  KvCache& cache_;
   DenseAttention dense_;
-  BatchView view_;
   std::vector<SelectionPolicy*> policies_;
 };
 

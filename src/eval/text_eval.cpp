@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "attention/mass.h"
+#include "cache/batch_builder.h"
 #include "core/error.h"
 #include "core/progress.h"
 
@@ -73,13 +74,12 @@ class Measurer {
 
   void operator()(const SelectionEvent& event) const {
     if (event.chunk.start + event.chunk.count <= options_.skip) return;
-    const int64_t sequence = event.inputs.batch.sequences[event.chunk.sequence];
     const int64_t count = std::min(options_.measured_queries, event.chunk.count);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = (2 * i + 1) * event.chunk.count / (2 * count);
       const QueryChunk one{event.chunk.sequence, event.chunk.first + row, 1, event.chunk.start + row};
       if (one.start < options_.skip) continue;
-      const at::Tensor key = event.cache.gather(event.cache.keys(event.layer), sequence, one.start + 1);
+      const at::Tensor key = sequence_tokens(event.keys, event.inputs.batch, one.sequence, one.start + 1);
       const Selection selection = event.selection.row(row);
       const at::Tensor lengths = selection.lengths;
       const at::Tensor mass =
@@ -94,12 +94,12 @@ class Measurer {
       layer.captured_residual += captured.residual.mean().item<double>();
       layer.oracle_recall += oracle_recall(mass, selection).mean().item<double>();
       if (policy_.name() != "spot") continue;
-      const at::Tensor scores = policy_.score_chunk(event.inputs, event.cache, one);
+      const at::Tensor scores = policy_.score_chunk(event.inputs, one);
       for (double p : options_.calibration_p) {
         SelectionRule rule = event.rule;
         rule.mode = SelectionMode::top_p, rule.p = p, rule.cap = 0;
         // Without the floor: it would add mass that p did not ask for.
-        rule.floor = rule.sinks + rule.recency + kPageSize;
+        rule.floor = rule.sinks + rule.recency + kBlockSize;
         layer.calibration[p] +=
             captured_mass(mass, select_blocks(scores, lengths, rule), rule).residual.mean().item<double>();
       }
@@ -184,7 +184,7 @@ TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
       for (size_t m = 0; m < runs.size(); ++m) {
         const auto clock = std::chrono::steady_clock::now();
         const Batch batch = make_batch(runs[m]->cache(), {ids[m]}, {part});
-        const at::Tensor hidden = backbone.forward(batch, runs[m]->backend(), runs[m]->cache());
+        const at::Tensor hidden = backbone.forward(batch, runs[m]->backend(), runs[m]->cache().states());
         sums[m].seconds += since(clock);
         progress.update(done += end - start, m ? methods[m - 1].name : "dense");
         if (first >= last) continue;

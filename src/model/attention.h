@@ -7,8 +7,7 @@
 
 #include <optional>
 
-#include "model/batch.h"
-#include "model/kv_cache.h"
+#include "cache/batch.h"
 #include "ops/layer/layer.h"
 
 namespace spot {
@@ -16,7 +15,8 @@ namespace spot {
 // What a backend wants done in the kernel that makes queries, keys and values, which saves it launches of its
 // own.
 struct AttentionPreparation {
-  // Where keys and values are written: KvCache's pools of the layer, and slots [T] int64. Undefined: nowhere.
+  // Where keys and values are written: the cache's pools of the layer, and slots [T] int64. Undefined:
+  // nowhere.
   at::Tensor key_pool, value_pool, slots;
   // Needs slots; all but `projected`, which the backbone makes with selector_projection [rows, hidden_size]:
   // in one product with its own where that lies right below Backbone::projection in memory.
@@ -37,6 +37,18 @@ struct AttentionInputs {
   // float32 of the selector, whose key is in its own cache, or undefined.
   bool stored = false;
   at::Tensor selector_query = {}, selector_weight = {};
+
+  // The decode rows alone, or the prefill chunks alone; `part` is batch.decodes() or batch.prefills(), and
+  // outlives the result.
+  AttentionInputs decode_rows(const Batch& part) const { return rows(part, 0); }
+  AttentionInputs prefill_rows(const Batch& part) const { return rows(part, batch.num_decodes); }
+  AttentionInputs rows(const Batch& part, int64_t first) const {
+    const auto of = [&](const at::Tensor& t) {
+      return t.defined() ? t.narrow(0, first, part.num_tokens()) : t;
+    };
+    return {layer,  of(hidden),         of(query),          of(key), of(value), scale, part,
+            stored, of(selector_query), of(selector_weight)};
+  }
 };
 
 class AttentionBackend {
@@ -46,8 +58,9 @@ class AttentionBackend {
   virtual AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) {
     return {};
   }
-  // Called once a forward pass and full-attention layer, in layer order. Returns [T, num_heads, head_dim] in
-  // the dtype of query. Query t of a sequence attends to that sequence's positions <= its own.
+  // Called once a forward pass and full-attention layer, in layer order. Decode rows and prefill chunks of
+  // the batch are apart: a row's result does not depend on what shares its batch. Returns [T, num_heads,
+  // head_dim] in the dtype of query. Query t of a sequence attends to that sequence's positions <= its own.
   virtual at::Tensor forward(const AttentionInputs& inputs) = 0;
 };
 

@@ -46,9 +46,8 @@ struct Pass {
   const ModelConfig& config;
   const Batch& batch;
   AttentionBackend& attention;
-  KvCache& cache;
+  const StateSlots& states;
   const RopeTable &rope, &no_rotation;
-  at::Tensor state_slots;  // [num_sequences], models with linear-attention layers
 };
 
 // Projects, normalises, rotates, stores what the backend wants stored, lets it attend; returns the heads'
@@ -114,10 +113,19 @@ at::Tensor delta_net(const Pass& pass, int64_t layer, const at::Tensor& x, const
   const int64_t channels = 2 * c.num_key_heads * c.key_head_dim + value_rows;
   const auto parts =
       linear(x, weights.in).split_with_sizes({channels, value_rows, c.num_value_heads, c.num_value_heads}, 1);
-  return ops::gated_delta_layer(
-      {parts[0], parts[1], parts[2], parts[3], weights.rule, pass.cache.conv_states(layer),
-       pass.cache.recurrent_states(layer), pass.state_slots},
-      pass.batch.query_lengths);
+  const at::Tensor conv = pass.states.get("conv", layer), recurrent = pass.states.get("recurrent", layer);
+  const Batch& batch = pass.batch;
+  const int64_t decodes = batch.num_decodes;
+  const auto run = [&](int64_t row, int64_t rows, int64_t sequence, int64_t sequences) {
+    const auto rows_of = [&](const at::Tensor& t) { return t.narrow(0, row, rows); };
+    return ops::gated_delta_layer(
+        {rows_of(parts[0]), rows_of(parts[1]), rows_of(parts[2]), rows_of(parts[3]), weights.rule, conv,
+         recurrent, batch.state_slots.narrow(0, sequence, sequences)},
+        {batch.query_lengths.begin() + sequence, batch.query_lengths.begin() + sequence + sequences});
+  };
+  if (decodes == 0 || batch.is_decode()) return run(0, x.size(0), 0, batch.num_sequences());
+  return at::cat({run(0, decodes, 0, decodes),
+                  run(decodes, x.size(0) - decodes, decodes, batch.num_sequences() - decodes)});
 }
 
 at::Tensor mlp_inner(const at::Tensor& x, const LinearWeights& gate_up) {
@@ -132,6 +140,11 @@ void check_batch(const Batch& batch, const ModelConfig& config, at::Device devic
     fail("a batch of {} sequences has {} starts and {} lengths", sequences, batch.starts.size(),
          batch.query_lengths.size());
   }
+  if (batch.num_decodes < 0 || batch.num_decodes > batch.num_sequences() ||
+      std::any_of(batch.query_lengths.begin(), batch.query_lengths.begin() + batch.num_decodes,
+                  [](int64_t n) { return n != 1; }))
+    fail("a batch of {} sequences has {} decode rows, which are the first ones and have one token each",
+         sequences, batch.num_decodes);
   for (size_t i = 0; i < sequences; ++i) {
     const int64_t end = batch.starts[i] + batch.query_lengths[i];
     if (batch.starts[i] < 0 || batch.query_lengths[i] < 1 || end > config.max_position_embeddings) {
@@ -148,7 +161,8 @@ void check_batch(const Batch& batch, const ModelConfig& config, at::Device devic
   if (batch.tokens.device() != device || batch.positions.device() != device) {
     fail("the batch lies on {}, the model on {}", batch.tokens.device().str(), device.str());
   }
-  // On a GPU this would stop the stream, and break a graph capture; make_batch checks the host's ids instead.
+  // On a GPU this would stop the stream, and break a graph capture; build_batch checks the host's ids
+  // instead.
   if (device.is_cpu()) {
     const auto [least, greatest] = at::aminmax(batch.tokens);
     if (least.item<int64_t>() < 0 || greatest.item<int64_t>() >= config.vocab_size) {
@@ -195,13 +209,16 @@ std::string Backbone::fingerprint() const {
   return weights_->fingerprint;
 }
 
-at::Tensor Backbone::forward(const Batch& batch, AttentionBackend& attention, KvCache& cache) const {
+at::Tensor Backbone::forward(const Batch& batch, AttentionBackend& attention,
+                             const StateSlots& states) const {
   const at::NoGradGuard no_grad;
   const ModelConfig& config = weights_->config;
   check_batch(batch, config, device());
   const bool hybrid = config.full_attention_layers().size() != static_cast<size_t>(config.num_layers);
-  Pass pass{config, batch, attention, cache, weights_->rope, weights_->no_rotation, {}};
-  if (hybrid) pass.state_slots = batch.state_slots.defined() ? batch.state_slots : cache.state_slots(batch);
+  if (hybrid && !batch.state_slots.defined())
+    fail(
+        "the batch says no state slots, which this model's linear-attention layers need; make its cache for this model");
+  const Pass pass{config, batch, attention, states, weights_->rope, weights_->no_rotation};
 
   at::Tensor hidden = at::embedding(weights_->embedding, batch.tokens);
   for (int64_t i = 0; i < config.num_layers; ++i) {
@@ -234,62 +251,6 @@ at::Tensor Backbone::logits(const at::Tensor& hidden) const {
     return at::mm(hidden, weights_->head.t(), at::kFloat);
   }
   return at::linear(hidden, weights_->head).to(at::kFloat);
-}
-
-Batch make_batch(KvCache& cache, const std::vector<int64_t>& sequences,
-                 const std::vector<std::vector<int32_t>>& tokens) {
-  if (sequences.empty() || sequences.size() != tokens.size()) {
-    fail("a batch of {} sequences was given {} token lists", sequences.size(), tokens.size());
-  }
-  // Everything is checked before the cache changes, so that a refused batch leaves no sequence half extended.
-  const ModelConfig& config = cache.config();
-  Batch batch;
-  batch.sequences = sequences;
-  std::vector<int64_t> ids, positions;
-  int64_t pages = 0;
-  for (size_t i = 0; i < sequences.size(); ++i) {
-    if (std::count(sequences.begin(), sequences.end(), sequences[i]) != 1) {
-      fail("sequence {} occurs twice in a batch", sequences[i]);
-    }
-    if (tokens[i].empty()) fail("sequence {} has no token in a batch", sequences[i]);
-    const int64_t start = cache.length(sequences[i]), count = static_cast<int64_t>(tokens[i].size());
-    if (start + count > config.max_position_embeddings) {
-      fail(
-          "a sequence of {} tokens exceeds the model's {} positions; shorten the prompt or the answer, or "
-          "extend the model with YaRN",
-          start + count, config.max_position_embeddings);
-    }
-    pages += cache.pages_needed(sequences[i], count);
-    for (int64_t j = 0; j < count; ++j) {
-      const int32_t id = tokens[i][j];
-      if (id < 0 || id >= config.vocab_size) {
-        fail("token id {} lies outside the model's vocabulary of {}; is this the model's own tokenizer?", id,
-             config.vocab_size);
-      }
-      ids.push_back(id);
-      positions.push_back(start + j);
-    }
-    batch.starts.push_back(start);
-    batch.query_lengths.push_back(count);
-  }
-  if (pages > cache.num_free_pages()) {
-    fail(
-        "the KV cache of {} tokens is full: the batch needs {} more pages of {} tokens, {} are free; make "
-        "the cache larger or the requests shorter or fewer",
-        cache.num_pages() * kPageSize, pages, kPageSize, cache.num_free_pages());
-  }
-  for (size_t i = 0; i < sequences.size(); ++i) cache.extend(sequences[i], batch.query_lengths[i]);
-  const auto to_device = [&](std::vector<int64_t>& values) {
-    return at::from_blob(values.data(), {static_cast<int64_t>(values.size())}, at::kLong)
-        .clone()
-        .to(cache.device());
-  };
-  batch.tokens = to_device(ids);
-  batch.positions = to_device(positions);
-  if (config.full_attention_layers().size() != static_cast<size_t>(config.num_layers)) {
-    batch.state_slots = cache.state_slots(batch);
-  }
-  return batch;
 }
 
 }  // namespace spot

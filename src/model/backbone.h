@@ -6,10 +6,9 @@
 #include <filesystem>
 #include <memory>
 
+#include "cache/state_slots.h"
 #include "checkpoint/config.h"
 #include "model/attention.h"
-#include "model/batch.h"
-#include "model/kv_cache.h"
 #include "model/sharding.h"
 
 namespace spot {
@@ -36,14 +35,14 @@ class Backbone {
   bool is_sharded() const;
 
   // Final hidden states [T, hidden_size], after the last norm, of the batch's tokens. Attention goes through
-  // `attention`; the recurrent states of linear-attention layers live in `cache` (unused by pure-attention
-  // models). Linear-attention states advance by this call. Throws Error on token ids outside the vocabulary
-  // (on a GPU only make_batch sees them) and on positions past max_position_embeddings.
+  // `attention`; the recurrent states of linear-attention layers live in `states`, at batch.state_slots (both
+  // unused by pure-attention models), and advance by this call: one step for the decode rows, in chunks for
+  // the others. Throws Error on token ids outside the vocabulary (on a GPU only build_batch sees them) and on
+  // positions past max_position_embeddings.
   //
   // Runs without autograd; a backend that trains turns it on itself (at::AutoGradMode). A decode batch can be
-  // captured in a CUDA graph if the backend can: nothing waits for the GPU or depends on its data. Set
-  // batch.state_slots before (make_batch does).
-  at::Tensor forward(const Batch& batch, AttentionBackend& attention, KvCache& cache) const;
+  // captured in a CUDA graph if the backend can: nothing waits for the GPU or depends on its data.
+  at::Tensor forward(const Batch& batch, AttentionBackend& attention, const StateSlots& states) const;
   // What makes a full-attention layer's queries, keys and values: the tensors the layer itself reads, so that
   // their memory can be moved (Tensor::set_) to where a selector's rows follow the matrix, and as many zeros
   // the bias.
@@ -63,11 +62,5 @@ class Backbone {
   explicit Backbone(std::shared_ptr<const Weights> weights) : weights_(std::move(weights)) {}
   std::shared_ptr<const Weights> weights_;
 };
-
-// The batch for the next tokens of some open sequences: extends the cache by each token list's length and
-// fills positions. tokens[i] belongs to sequences[i]. Throws Error on token ids outside the vocabulary, when
-// the cache is full and beyond max_position_embeddings; then the cache is unchanged.
-Batch make_batch(KvCache& cache, const std::vector<int64_t>& sequences,
-                 const std::vector<std::vector<int32_t>>& tokens);
 
 }  // namespace spot

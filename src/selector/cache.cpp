@@ -5,19 +5,12 @@
 namespace spot {
 
 SelectorCache::SelectorCache(const SelectorConfig& config, const std::vector<int64_t>& layers,
-                             int64_t num_pages, KeyFormat format, at::Device device)
-    : format_(format),
-      key_heads_(config.key_heads),
-      head_dim_(config.head_dim),
-      num_pages_(num_pages),
-      page_bytes_(kernels::page_head_bytes(format)),
-      device_(device) {
-  if (num_pages <= 0)
-    fail("a selector cache of {} pages holds nothing; give it as many pages as the KV cache", num_pages);
-  if (format == KeyFormat::f32 && !device.is_cpu())
-    fail("selector cache format f32 exists on the CPU only; use bf16 on {}", device.str());
-  const auto options = at::TensorOptions(device).dtype(at::kByte);
-  for (int64_t layer : layers) pools_[layer] = at::zeros({num_pages, key_heads_, page_bytes_}, options);
+                             PagePools& pools, KeyFormat format)
+    : format_(format), key_heads_(config.key_heads), page_bytes_(kernels::page_head_bytes(format)) {
+  if (format == KeyFormat::f32 && !pools.device().is_cpu())
+    fail("selector cache format f32 exists on the CPU only; use bf16 on {}", pools.device().str());
+  for (int64_t layer : layers)
+    pools_[layer] = pools.add("selector_keys", layer, {{}, {key_heads_, page_bytes_}}, at::kByte);
 }
 
 at::Tensor SelectorCache::pool(int64_t layer) const {

@@ -1,4 +1,4 @@
-// Paged store of the selector's keys, beside KvCache and under the same page ids.
+// Paged store of the selector's keys, in the pools that hold keys and values too.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,18 +7,20 @@
 #include <map>
 #include <vector>
 
+#include "cache/page_pools.h"
 #include "ops/selector/selector.h"
 #include "selector/config.h"
 
 namespace spot {
 
-// One pool per selector layer, [num_pages, key_heads, bytes] uint8; kernels/key_format.h says how a page of
-// 16 tokens lies in it. Pages need no clearing when they change hands: only positions below a sequence's
-// length are ever read.
+// A pool "selector_keys" per selector layer, [num_pages, key_heads, bytes] uint8; kernels/key_format.h says
+// how a page of 16 tokens lies in it. Pages need no clearing when they change hands: only positions below a
+// sequence's length are ever read.
 class SelectorCache {
  public:
-  SelectorCache(const SelectorConfig& config, const std::vector<int64_t>& layers, int64_t num_pages,
-                KeyFormat format, at::Device device);
+  // Declares them in `pools`. Throws Error for the format f32 elsewhere than on the CPU.
+  SelectorCache(const SelectorConfig& config, const std::vector<int64_t>& layers, PagePools& pools,
+                KeyFormat format);
 
   // Writes key [T, key_heads, head_dim] at slots [T] int64 (page * 16 + offset).
   void append(int64_t layer, const at::Tensor& slots, const at::Tensor& key);
@@ -26,7 +28,7 @@ class SelectorCache {
   void append(int64_t layer, const at::Tensor& slots, const at::Tensor& projected,
               const ops::KeyPreparation& preparation);
   // The first `length` tokens of a sequence, dequantised: [length, key_heads, head_dim] float32. page_table
-  // [pages] int32 is the sequence's row of KvCache::page_table.
+  // [pages] int32 is the sequence's row of Batch::page_table.
   at::Tensor gather(int64_t layer, const at::Tensor& page_table, int64_t length) const;
 
   at::Tensor pool(int64_t layer) const;
@@ -36,15 +38,12 @@ class SelectorCache {
   double global_scale() const { return format_ == KeyFormat::nvfp4 ? 0.0625 : 1.0; }
   KeyFormat format() const { return format_; }
   int64_t key_heads() const { return key_heads_; }
-  int64_t num_pages() const { return num_pages_; }
   // Bytes of one token in one layer, scales included.
   double bytes_per_token() const;
-  at::Device device() const { return device_; }
 
  private:
   KeyFormat format_;
-  int64_t key_heads_, head_dim_, num_pages_, page_bytes_;
-  at::Device device_;
+  int64_t key_heads_, page_bytes_;
   std::map<int64_t, at::Tensor> pools_;
 };
 

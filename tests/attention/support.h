@@ -6,8 +6,9 @@
 #include <cmath>
 #include <vector>
 
+#include "cache/batch_builder.h"
 #include "model/attention.h"
-#include "model/kv_cache.h"
+#include "model/model_cache.h"
 #include "tests/selection/support.h"
 #include "tests/selector/support.h"
 
@@ -27,11 +28,11 @@ struct Pass {
 class LayerHistory {
  public:
   LayerHistory(const ModelConfig& model, int64_t num_pages, at::ScalarType dtype, int64_t num_sequences)
-      : model_(model), cache_(model, num_pages, dtype, at::kCPU), dtype_(dtype) {
+      : model_(model), cache_(model, num_pages, dtype, at::kCPU, num_sequences), dtype_(dtype) {
     // What no token was written to is NaN: reading it would show.
     for (int64_t layer : model.full_attention_layers()) {
-      cache_.keys(layer).fill_(NAN);
-      cache_.values(layer).fill_(NAN);
+      at::Tensor(cache_.pools().get("keys", layer)).fill_(NAN);
+      at::Tensor(cache_.pools().get("values", layer)).fill_(NAN);
     }
     for (int64_t i = 0; i < num_sequences; ++i) {
       ids_.push_back(cache_.open_sequence());
@@ -43,18 +44,12 @@ class LayerHistory {
   // Extends sequence i by counts[i] tokens (0: not in the batch).
   Pass next(const std::vector<int64_t>& counts) {
     Pass pass;
-    std::vector<int64_t> positions;
-    for (size_t i = 0; i < counts.size(); ++i) {
-      if (counts[i] == 0) continue;
-      pass.batch.sequences.push_back(ids_[i]);
-      pass.batch.starts.push_back(cache_.length(ids_[i]));
-      pass.batch.query_lengths.push_back(counts[i]);
-      cache_.extend(ids_[i], counts[i]);
-      for (int64_t t = 0; t < counts[i]; ++t) positions.push_back(pass.batch.starts.back() + t);
-    }
-    const auto tokens = static_cast<int64_t>(positions.size());
-    pass.batch.tokens = at::zeros({tokens}, at::kLong);
-    pass.batch.positions = at::tensor(positions, at::kLong);
+    std::vector<BatchEntry> entries;
+    for (size_t i = 0; i < counts.size(); ++i)
+      if (counts[i] > 0)
+        entries.push_back({ids_[i], std::vector<int32_t>(static_cast<size_t>(counts[i]), 0)});
+    pass.batch = build_batch(cache_, entries);
+    const int64_t tokens = pass.batch.num_tokens();
     pass.hidden = at::randn({tokens, model_.hidden_size}).to(dtype_);
     pass.query = at::randn({tokens, model_.num_heads, model_.head_dim}).to(dtype_);
     pass.key = at::randn({tokens, model_.num_kv_heads, model_.head_dim}).to(dtype_);
@@ -82,13 +77,14 @@ class LayerHistory {
   }
 
   double scale() const { return 1 / std::sqrt(static_cast<double>(model_.head_dim)); }
-  KvCache& cache() { return cache_; }
+  PagedCache& cache() { return cache_; }
+  PagePools& pools() { return cache_.pools(); }
   int64_t id(int64_t i) const { return ids_[i]; }
   at::Tensor keys(int64_t i) const { return keys_[i]; }  // [length, Hkv, d]
 
  private:
   ModelConfig model_;
-  KvCache cache_;
+  ModelCache cache_;
   at::ScalarType dtype_;
   std::vector<int64_t> ids_;
   std::vector<at::Tensor> keys_, values_;

@@ -6,6 +6,8 @@
 #include <memory>
 
 #include "attention/sparse.h"
+#include "cache/batch_builder.h"
+#include "model/model_cache.h"
 #include "tests/selector/support.h"
 
 using namespace spot;
@@ -16,7 +18,7 @@ namespace {
 // The same layer on one device: caches, policy and backend.
 struct Side {
   at::Device device;
-  KvCache cache;
+  ModelCache cache;
   Selector selector;
   SelectorCache keys;
   SpotPolicy policy;
@@ -26,9 +28,9 @@ struct Side {
   Side(const ModelConfig& model, const SelectorConfig& config, const SelectionRule& rule,
        const SparseOptions& options, uint64_t seed, at::Device device_)
       : device(device_),
-        cache(model, 200, at::kBFloat16, device),
+        cache(model, 200, at::kBFloat16, device, 2),
         selector(config, model, device, at::kBFloat16, seed),
-        keys(config, selector.layers(), 200, KeyFormat::int4, device),
+        keys(config, selector.layers(), cache.pools(), KeyFormat::int4),
         policy(selector, keys, rule),
         sparse(cache, policy, options),
         ids{cache.open_sequence(), cache.open_sequence()} {}
@@ -48,18 +50,14 @@ Tokens random_tokens(const ModelConfig& model, const std::vector<int64_t>& count
           random({total, model.num_kv_heads, model.head_dim})};
 }
 
+// The next tokens through a backend; or, without `extend`, the last ones of each sequence once more.
 at::Tensor forward(Side& side, AttentionBackend& backend, const Tokens& tokens, bool extend) {
-  Batch batch;
-  std::vector<int64_t> positions;
+  std::vector<BatchEntry> entries;
   for (size_t i = 0; i < tokens.counts.size(); ++i) {
-    if (extend) side.cache.extend(side.ids[i], tokens.counts[i]);
-    batch.sequences.push_back(side.ids[i]);
-    batch.starts.push_back(side.cache.length(side.ids[i]) - tokens.counts[i]);
-    batch.query_lengths.push_back(tokens.counts[i]);
-    for (int64_t t = 0; t < tokens.counts[i]; ++t) positions.push_back(batch.starts.back() + t);
+    if (!extend) side.cache.rollback(side.ids[i], {side.cache.length(side.ids[i]) - tokens.counts[i], {}});
+    entries.push_back({side.ids[i], std::vector<int32_t>(static_cast<size_t>(tokens.counts[i]), 0)});
   }
-  batch.positions = at::tensor(positions, at::kLong).to(side.device);
-  batch.tokens = at::zeros_like(batch.positions);
+  const Batch batch = build_batch(side.cache, entries);
   auto here = [&](const at::Tensor& x) { return x.to(side.device); };
   return backend
       .forward(
@@ -165,20 +163,19 @@ TEST(GpuAttention, PoliciesScoreAsOnTheCpu) {
   rule.floor = 0;
   Side cpu(model, config, rule, {}, seed, at::kCPU),
       gpu(model, config, rule, {}, seed, at::Device(at::kCUDA, 0));
-  QuestPolicy cpu_quest(model, 200, at::kBFloat16, cpu.device, rule),
-      gpu_quest(model, 200, at::kBFloat16, gpu.device, rule);
-  OraclePolicy oracle(rule, 2);
+  QuestPolicy cpu_quest(model, cpu.cache.pools(), rule), gpu_quest(model, gpu.cache.pools(), rule);
+  OraclePolicy cpu_oracle(cpu.cache.pools(), rule, 2), gpu_oracle(gpu.cache.pools(), rule, 2);
   SparseAttention cpu_side(cpu.cache, cpu_quest), gpu_side(gpu.cache, gpu_quest);
   const Tokens prompt = random_tokens(model, {500, 90}), step = random_tokens(model, {1, 1});
   for (const Tokens* tokens : {&prompt, &step}) {
     std::vector<at::Tensor> quest_scores, oracle_scores;
-    for (auto [side, attention, quest] :
-         {std::tuple{&cpu, &cpu_side, &cpu_quest}, std::tuple{&gpu, &gpu_side, &gpu_quest}}) {
+    for (auto [side, attention, quest, oracle] : {std::tuple{&cpu, &cpu_side, &cpu_quest, &cpu_oracle},
+                                                  std::tuple{&gpu, &gpu_side, &gpu_quest, &gpu_oracle}}) {
       attention->set_prefill(PrefillMode::sparse);
-      attention->set_observer([&, quest = quest](const SelectionEvent& event) {
+      attention->set_observer([&, quest = quest, oracle = oracle](const SelectionEvent& event) {
         if (event.chunk.sequence >= 0) return;
-        quest_scores.push_back(quest->score_decode(event.inputs, event.cache, event.view).cpu());
-        oracle_scores.push_back(oracle.score_decode(event.inputs, event.cache, event.view).cpu());
+        quest_scores.push_back(quest->score_decode(event.inputs).cpu());
+        oracle_scores.push_back(oracle->score_decode(event.inputs).cpu());
       });
       forward(*side, *attention, *tokens, true);
     }
@@ -207,9 +204,9 @@ TEST(GpuAttention, QuestAndTwilightMatchTheCpu) {
   Side cpu(model, config, rule, {}, seed, at::kCPU),
       gpu(model, config, rule, {}, seed, at::Device(at::kCUDA, 0));
   for (bool prune : {false, true}) {
-    auto policy = [&](const Side& side) -> std::unique_ptr<SelectionPolicy> {
-      if (prune) return std::make_unique<TwilightPolicy>(model, 200, at::kBFloat16, side.device, rule, 0.9);
-      return std::make_unique<QuestPolicy>(model, 200, at::kBFloat16, side.device, rule);
+    auto policy = [&](Side& side) -> std::unique_ptr<SelectionPolicy> {
+      if (prune) return std::make_unique<TwilightPolicy>(model, side.cache.pools(), rule, 0.9);
+      return std::make_unique<QuestPolicy>(model, side.cache.pools(), rule);
     };
     const auto on_cpu = policy(cpu), on_gpu = policy(gpu);
     SparseAttention cpu_side(cpu.cache, *on_cpu), gpu_side(gpu.cache, *on_gpu);

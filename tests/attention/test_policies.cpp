@@ -12,12 +12,11 @@ namespace {
 struct Feeder {
   LayerHistory& history;
   SelectionPolicy& policy;
-  BatchView view;
   void feed(const Pass& pass) {
     const AttentionInputs inputs = pass.inputs(0, history.scale());
-    view.update(history.cache(), pass.batch, 0);
-    history.cache().write(0, view.slots, inputs.key, inputs.value);
-    policy.append(inputs, history.cache(), view);
+    write_tokens(history.pools().get("keys", 0), pass.batch.slots, inputs.key);
+    write_tokens(history.pools().get("values", 0), pass.batch.slots, inputs.value);
+    policy.append(inputs);
   }
 };
 
@@ -42,10 +41,10 @@ TEST(SpotPolicy, ScoresAreBlockMaximaOfTokenScores) {
       config.scope = scope;
       const Selector selector(config, model, at::kCPU, at::kFloat, seed);
       LayerHistory history(model, 40, at::kFloat, 2);
-      SelectorCache keys(config, selector.layers(), 40, KeyFormat::f32, at::kCPU);
+      SelectorCache keys(config, selector.layers(), history.pools(), KeyFormat::f32);
       SpotPolicy policy(selector, keys, small_rule());
       ASSERT_EQ(policy.groups(), scope == SelectorScope::layer ? 1 : 2);
-      Feeder feeder{history, policy, {}};
+      Feeder feeder{history, policy};
       std::vector<at::Tensor> hidden(2);
       for (const std::vector<int64_t>& counts : {std::vector<int64_t>{random_int(20, 70), random_int(17, 40)},
                                                  {random_int(2, 33), random_int(2, 40)},
@@ -53,15 +52,14 @@ TEST(SpotPolicy, ScoresAreBlockMaximaOfTokenScores) {
         const Pass pass = history.next(counts);
         feeder.feed(pass);
         const AttentionInputs inputs = pass.inputs(0, history.scale());
-        const at::Tensor decoded =
-            pass.batch.is_decode() ? policy.score_decode(inputs, history.cache(), feeder.view) : at::Tensor();
+        const at::Tensor decoded = pass.batch.is_decode() ? policy.score_decode(inputs) : at::Tensor();
         for (const QueryChunk& chunk : query_chunks(pass.batch)) {
           at::Tensor& past = hidden[chunk.sequence];
           const at::Tensor own = pass.hidden.slice(0, chunk.first, chunk.first + chunk.count);
           past = past.defined() ? at::cat({past, own}) : own;
           const at::Tensor position = at::arange(past.size(0), at::kLong);
           const SelectorProjection all = selector.project(0, past, position);
-          const at::Tensor scores = policy.score_chunk(inputs, history.cache(), chunk);
+          const at::Tensor scores = policy.score_chunk(inputs, chunk);
           const int64_t blocks = (past.size(0) + 15) / 16;
           ASSERT_EQ(scores.sizes(), (std::vector<int64_t>{chunk.count, policy.groups(), blocks}));
           for (int64_t t = 0; t < chunk.count; ++t)
@@ -95,7 +93,8 @@ TEST(SpotPolicy, TemperatureComesFromTheSelector) {
   SelectorConfig config;
   config.selection.temperature = {0.5, 3.0};
   const Selector selector(config, model, at::kCPU);
-  SelectorCache keys(config, selector.layers(), 4, KeyFormat::bf16, at::kCPU);
+  PagePools pools(4, 16, at::kCPU);
+  SelectorCache keys(config, selector.layers(), pools, KeyFormat::bf16);
   SelectionRule rule = small_rule();
   rule.temperature = 2;
   SpotPolicy policy(selector, keys, rule);
@@ -105,9 +104,9 @@ TEST(SpotPolicy, TemperatureComesFromTheSelector) {
   EXPECT_FALSE(policy.covers(2));
   SelectorConfig other;
   other.key_heads = 4;
-  SelectorCache wrong(other, {0, 1}, 4, KeyFormat::bf16, at::kCPU);
+  SelectorCache wrong(other, {0, 1}, pools, KeyFormat::bf16);
   EXPECT_THROW(SpotPolicy(selector, wrong, rule), Error);
-  SelectorCache lacking(config, {0}, 4, KeyFormat::bf16, at::kCPU);
+  SelectorCache lacking(config, {0}, pools, KeyFormat::bf16);
   EXPECT_THROW(SpotPolicy(selector, lacking, rule), Error);
 }
 
@@ -116,32 +115,41 @@ TEST(Policies, SelectionsOfChunksAndDecodeAgree) {
   const ModelConfig model = small_model(24, 1, 6, 2, 32);
   const SelectorConfig config;
   const Selector selector(config, model, at::kCPU, at::kFloat, seed);
-  SelectorCache keys(config, selector.layers(), 60, KeyFormat::f32, at::kCPU);
   SelectionRule rule = small_rule();
   rule.mode = SelectionMode::top_k;
   rule.budget = 96;
-  std::vector<std::unique_ptr<SelectionPolicy>> policies;
-  policies.push_back(std::make_unique<SpotPolicy>(selector, keys, rule));
-  policies.push_back(std::make_unique<OraclePolicy>(rule, 2));
-  policies.push_back(std::make_unique<OraclePolicy>(rule, 1, BlockReduction::max));
-  policies.push_back(
-      std::make_unique<QuestPolicy>(model, 60, at::kFloat, at::kCPU, rule, SelectorScope::layer));
-  policies.push_back(std::make_unique<QuestPolicy>(model, 60, at::kFloat, at::kCPU, rule));
-  policies.push_back(std::make_unique<StreamingPolicy>(96, 16));
-  policies.push_back(std::make_unique<TwilightPolicy>(model, 60, at::kFloat, at::kCPU, rule, 0.8));
-  for (auto& policy : policies) {
-    SCOPED_TRACE(policy->name());
+  for (int kind = 0; kind < 7; ++kind) {
     LayerHistory history(model, 60, at::kFloat, 3);
-    Feeder feeder{history, *policy, {}};
+    SelectorCache keys(config, selector.layers(), history.pools(), KeyFormat::f32);
+    const std::unique_ptr<SelectionPolicy> policy = [&]() -> std::unique_ptr<SelectionPolicy> {
+      switch (kind) {
+        case 0:
+          return std::make_unique<SpotPolicy>(selector, keys, rule);
+        case 1:
+          return std::make_unique<OraclePolicy>(history.pools(), rule, 2);
+        case 2:
+          return std::make_unique<OraclePolicy>(history.pools(), rule, 1, BlockReduction::max);
+        case 3:
+          return std::make_unique<QuestPolicy>(model, history.pools(), rule, SelectorScope::layer);
+        case 4:
+          return std::make_unique<QuestPolicy>(model, history.pools(), rule);
+        case 5:
+          return std::make_unique<StreamingPolicy>(96, 16);
+        default:
+          return std::make_unique<TwilightPolicy>(model, history.pools(), rule, 0.8);
+      }
+    }();
+    SCOPED_TRACE(policy->name());
+    Feeder feeder{history, *policy};
     feeder.feed(history.next({random_int(100, 260), random_int(1, 30), random_int(64, 66)}));
     const Pass step = history.next({1, 1, 1});
     feeder.feed(step);
     const AttentionInputs inputs = step.inputs(0, history.scale());
-    const Selection together = policy->select_decode(inputs, history.cache(), feeder.view);
+    const Selection together = policy->select_decode(inputs);
     ASSERT_EQ(together.rows(), 3);
     ASSERT_EQ(together.groups(), policy->groups());
     for (const QueryChunk& chunk : query_chunks(step.batch)) {
-      const Selection alone = policy->select_chunk(inputs, history.cache(), chunk);
+      const Selection alone = policy->select_chunk(inputs, chunk);
       EXPECT_TRUE(at::equal(alone.counts[0], together.counts[chunk.sequence]));
       const int64_t width = alone.indices.size(2);
       EXPECT_TRUE(at::equal(alone.indices[0], together.indices[chunk.sequence].slice(1, 0, width)));
@@ -159,11 +167,11 @@ TEST(StreamingPolicy, KeepsSinksAndTheWindow) {
   const ModelConfig model = small_model(24, 1, 4, 2, 16);
   LayerHistory history(model, 80, at::kFloat, 1);
   StreamingPolicy policy(256, 64);
-  Feeder feeder{history, policy, {}};
+  Feeder feeder{history, policy};
   feeder.feed(history.next({random_int(600, 900)}));
   const Pass step = history.next({1});
   feeder.feed(step);
-  const Selection s = policy.select_decode(step.inputs(0, 1), history.cache(), feeder.view);
+  const Selection s = policy.select_decode(step.inputs(0, 1));
   const int64_t length = history.cache().length(history.id(0)), first = (length - 192) / 16,
                 blocks = (length + 15) / 16;
   std::vector<int32_t> expected = {0, 1, 2, 3};
@@ -180,19 +188,17 @@ TEST(OraclePolicy, CapturesTheMostMass) {
   rule.mode = SelectionMode::top_k;
   rule.budget = 128;
   LayerHistory history(model, 40, at::kFloat, 1);
-  OraclePolicy oracle(rule);
-  QuestPolicy quest(model, 40, at::kFloat, at::kCPU, rule, SelectorScope::layer);
-  Feeder feeder{history, quest, {}};
+  OraclePolicy oracle(history.pools(), rule);
+  QuestPolicy quest(model, history.pools(), rule, SelectorScope::layer);
+  Feeder feeder{history, quest};
   const Pass pass = history.next({500});
   feeder.feed(pass);
   const AttentionInputs inputs = pass.inputs(0, history.scale());
   const QueryChunk chunk{0, 300, 200, 300};
   const at::Tensor mass =
       attention_mass(pass.query.slice(0, 300), history.keys(0).transpose(0, 1), history.scale(), 300);
-  const at::Tensor best =
-      captured_mass(mass, oracle.select_chunk(inputs, history.cache(), chunk), rule).total;
-  const at::Tensor other =
-      captured_mass(mass, quest.select_chunk(inputs, history.cache(), chunk), rule).total;
+  const at::Tensor best = captured_mass(mass, oracle.select_chunk(inputs, chunk), rule).total;
+  const at::Tensor other = captured_mass(mass, quest.select_chunk(inputs, chunk), rule).total;
   EXPECT_TRUE((best >= other - 1e-5).all().item<bool>());
   EXPECT_GT((best - other).mean().item<double>(), 0.0);
   // p of the oracle is the captured residual mass itself.
@@ -201,7 +207,7 @@ TEST(OraclePolicy, CapturesTheMostMass) {
   for (double p : {0.3, 0.8}) {
     rule.p = p;
     oracle.set_rule(rule);
-    const Selection s = oracle.select_chunk(inputs, history.cache(), chunk);
+    const Selection s = oracle.select_chunk(inputs, chunk);
     const at::Tensor residual = captured_mass(mass, s, rule).residual;
     EXPECT_GE(residual.min().item<double>(), p - 1e-4);
     EXPECT_LT(largest_difference(residual, s.predicted_mass), 1e-3);
@@ -212,14 +218,13 @@ TEST(QuestPolicy, BoundsEveryKeyAndSurvivesReusedPages) {
   fresh_seed();
   const ModelConfig model = small_model(24, 1, 6, 2, 32);
   LayerHistory history(model, 12, at::kFloat, 3);
-  QuestPolicy group(model, 12, at::kFloat, at::kCPU, small_rule()),
-      layer(model, 12, at::kFloat, at::kCPU, small_rule(), SelectorScope::layer);
-  Feeder feeder{history, group, {}};
-  BatchView view;
+  QuestPolicy group(model, history.pools(), small_rule()),
+      layer(model, history.pools(), small_rule(), SelectorScope::layer);
+  Feeder feeder{history, group};
   auto feed = [&](const std::vector<int64_t>& counts) {
     const Pass pass = history.next(counts);
     feeder.feed(pass);
-    layer.append(pass.inputs(0, history.scale()), history.cache(), feeder.view);
+    layer.append(pass.inputs(0, history.scale()));
     return pass;
   };
   feed({100, 0, 0});
@@ -232,8 +237,7 @@ TEST(QuestPolicy, BoundsEveryKeyAndSurvivesReusedPages) {
     const at::Tensor key = history.keys(row + 1);
     const int64_t length = key.size(0), blocks = (length + 15) / 16;
     const QueryChunk chunk{row, row, 1, length - 1};
-    const at::Tensor grouped = group.score_chunk(inputs, history.cache(), chunk),
-                     shared = layer.score_chunk(inputs, history.cache(), chunk);
+    const at::Tensor grouped = group.score_chunk(inputs, chunk), shared = layer.score_chunk(inputs, chunk);
     for (int64_t b = 0; b < blocks; ++b) {
       double mean = 0;
       std::vector<double> best(2, -INFINITY);
@@ -256,17 +260,17 @@ TEST(Policies, QueriesOfATileShareOneSet) {
   const ModelConfig model = small_model(24, 1, 6, 2, 32);
   const SelectorConfig config;
   const Selector selector(config, model, at::kCPU, at::kFloat, seed);
-  SelectorCache keys(config, selector.layers(), 40, KeyFormat::f32, at::kCPU);
   LayerHistory history(model, 40, at::kFloat, 1);
+  SelectorCache keys(config, selector.layers(), history.pools(), KeyFormat::f32);
   SpotPolicy policy(selector, keys, small_rule());
-  Feeder feeder{history, policy, {}};
+  Feeder feeder{history, policy};
   feeder.feed(history.next({random_int(200, 240)}));
   const Pass pass = history.next({random_int(50, 90)});
   feeder.feed(pass);
   const AttentionInputs inputs = pass.inputs(0, history.scale());
   const QueryChunk chunk = query_chunks(pass.batch)[0];
-  const Selection tiled = policy.select_chunk(inputs, history.cache(), chunk, 16);
-  const at::Tensor scores = policy.score_chunk(inputs, history.cache(), chunk);
+  const Selection tiled = policy.select_chunk(inputs, chunk, 16);
+  const at::Tensor scores = policy.score_chunk(inputs, chunk);
   ASSERT_EQ(tiled.rows(), chunk.count);
   for (int64_t t = 0; t < chunk.count; ++t) {
     const int64_t tile = (chunk.start + t) / 16;
@@ -281,37 +285,41 @@ TEST(Policies, QueriesOfATileShareOneSet) {
   }
 }
 
-TEST(Policies, PagesCanBeMoved) {
+// A copied page carries what every policy keeps of it.
+TEST(Policies, PagesCanBeCopied) {
   const uint64_t seed = fresh_seed();
   const ModelConfig model = small_model(24, 2, 4, 2, 16);
   const SelectorConfig config;
   const Selector selector(config, model, at::kCPU, at::kFloat, seed);
-  SelectorCache keys(config, selector.layers(), 20, KeyFormat::int4, at::kCPU);
+  LayerHistory history(model, 20, at::kFloat, 2);
+  SelectorCache keys(config, selector.layers(), history.pools(), KeyFormat::int4);
   SpotPolicy spot(selector, keys, small_rule());
-  QuestPolicy quest(model, 20, at::kFloat, at::kCPU, small_rule());
-  for (SelectionPolicy* policy :
-       {static_cast<SelectionPolicy*>(&spot), static_cast<SelectionPolicy*>(&quest)}) {
-    LayerHistory history(model, 20, at::kFloat, 2);
-    Feeder feeder{history, *policy, {}};
+  QuestPolicy quest(model, history.pools(), small_rule());
+  TwilightPolicy twilight(model, history.pools(), small_rule(), 0.8);
+  for (SelectionPolicy* policy : {static_cast<SelectionPolicy*>(&spot), static_cast<SelectionPolicy*>(&quest),
+                                  static_cast<SelectionPolicy*>(&twilight)}) {
+    SCOPED_TRACE(policy->name());
+    Feeder feeder{history, *policy};
+    const PagedCache::Mark first = history.cache().mark(history.id(0)),
+                           second = history.cache().mark(history.id(1));
     feeder.feed(history.next({60, 0}));
-    const PolicyState state = policy->export_pages(history.cache().pages(history.id(0)));
-    // A copy of the sequence, on other pages.
-    history.cache().extend(history.id(1), 60);
-    policy->import_pages(history.cache().pages(history.id(1)), state);
-    for (int64_t layer : {0}) {
-      const at::Tensor from = history.cache().keys(layer).index_select(
-          1, page_index(history.cache().pages(history.id(0)), at::kCPU));
-      history.cache().keys(layer).index_copy_(1, page_index(history.cache().pages(history.id(1)), at::kCPU),
-                                              from);
-    }
+    history.next({0, 60});
+    std::vector<PageCopy> copies;
+    for (size_t page = 0; page < 4; ++page)
+      copies.push_back(
+          {history.cache().pages(history.id(0))[page], history.cache().pages(history.id(1))[page]});
+    history.pools().copy(copies);
     Pass step = history.next({1, 1});
     for (at::Tensor* x : {&step.hidden, &step.query, &step.key, &step.value}) (*x)[1] = (*x)[0];
     feeder.feed(step);
-    const at::Tensor scores = policy->score_decode(step.inputs(0, 0.25), history.cache(), feeder.view);
-    EXPECT_TRUE(at::equal(scores[0], scores[1])) << policy->name();
-    EXPECT_NE(error_of([&] {
-                policy->import_pages(history.cache().pages(history.id(1)), {});
-              }).find("saved under another"),
-              std::string::npos);
+    const Selection selection = policy->select_decode(step.inputs(0, 0.25));
+    EXPECT_TRUE(at::equal(selection.indices[0], selection.indices[1]));
+    if (policy->prunes_tokens()) {
+      EXPECT_TRUE(at::equal(selection.tokens[0], selection.tokens[1]));
+    }
+    const at::Tensor scores = policy->score_decode(step.inputs(0, 0.25));
+    EXPECT_TRUE(at::equal(scores[0], scores[1]));
+    history.cache().rollback(history.id(0), first);
+    history.cache().rollback(history.id(1), second);
   }
 }

@@ -43,11 +43,11 @@ TEST_P(Sparse, AttendsToTheSelectionAndNothingElse) {
   const Selector selector(config, model, at::kCPU, at::kFloat, seed);
   for (int64_t query_tile : {1, 16, 32})
     for (int64_t budget : {96, 240}) {  // gathered and masked prefill
-      SelectorCache keys(config, selector.layers(), 120, KeyFormat::f32, at::kCPU);
+      LayerHistory history(model, 120, dtype, 3);
+      SelectorCache keys(config, selector.layers(), history.pools(), KeyFormat::f32);
       SelectionRule rule = small_rule();
       rule.budget = budget;
       SpotPolicy policy(selector, keys, rule);
-      LayerHistory history(model, 120, dtype, 3);
       SparseOptions options;
       options.prefill = PrefillMode::sparse;
       options.query_tile = query_tile;
@@ -56,6 +56,7 @@ TEST_P(Sparse, AttendsToTheSelectionAndNothingElse) {
       const std::vector<std::vector<int64_t>> passes = {{random_int(500, 600), random_int(1, 40), 0},
                                                         {random_int(10, 100), 0, random_int(60, 200)},
                                                         {1, 1, 1},
+                                                        {1, random_int(20, 60), 1},
                                                         {1, 1, 1}};
       for (const auto& counts : passes) {
         const Pass pass = history.next(counts);
@@ -66,7 +67,8 @@ TEST_P(Sparse, AttendsToTheSelectionAndNothingElse) {
         sampled[0] = sampled[tokens - 1] = true;
         attention.set_observer([&](const SelectionEvent& event) {
           for (int64_t r = 0; r < event.selection.rows(); ++r) {
-            const int64_t row = event.chunk.sequence < 0 ? r : event.chunk.first + r;
+            // A prefill's rows count from the batch's first prefill chunk.
+            const int64_t row = event.chunk.sequence < 0 ? r : pass.batch.num_decodes + event.chunk.first + r;
             if (!sampled[row].item<bool>()) continue;
             seen[row] = chosen_tokens(event.selection, r, pass.batch.positions[row].item<int64_t>() + 1);
           }
@@ -78,7 +80,7 @@ TEST_P(Sparse, AttendsToTheSelectionAndNothingElse) {
           for (int64_t t = 0; t < counts[i]; ++t, ++row) {
             if (!sampled[row].item<bool>()) continue;
             const int64_t position = pass.batch.positions[row].item<int64_t>();
-            ASSERT_TRUE(seen.count(row) || (position < rule.floor && !pass.batch.is_decode())) << row;
+            ASSERT_TRUE(seen.count(row) || (position < rule.floor && row >= pass.batch.num_decodes)) << row;
             const at::Tensor expected = seen.count(row) ? history.attention(pass, row, i, seen[row])
                                                         : history.dense(pass, row, i, position);
             ASSERT_LT(largest_difference(got[row], expected), tolerance)
@@ -105,9 +107,9 @@ TEST(SparseAttention, FullBudgetAndShortContextsGiveTheDenseBits) {
     SelectionRule rule = small_rule();
     rule.budget = full ? 1 << 20 : 64;
     rule.floor = full ? 0 : 500;
-    SelectorCache keys(config, selector.layers(), 60, KeyFormat::int4, at::kCPU);
-    SpotPolicy policy(selector, keys, rule);
     LayerHistory history(model, 60, at::kFloat, 2);
+    SelectorCache keys(config, selector.layers(), history.pools(), KeyFormat::int4);
+    SpotPolicy policy(selector, keys, rule);
     SparseAttention sparse(history.cache(), policy);
     DenseAttention dense(history.cache());
     for (const auto& counts :
@@ -129,9 +131,9 @@ TEST(SparseAttention, DensePrefillFeedsThePolicies) {
   const ModelConfig model = small_model(24, 1, 4, 2, 32);
   const SelectorConfig config;
   const Selector selector(config, model, at::kCPU, at::kFloat, seed);
-  SelectorCache keys(config, selector.layers(), 40, KeyFormat::bf16, at::kCPU);
-  SpotPolicy policy(selector, keys, small_rule());
   LayerHistory history(model, 40, at::kFloat, 1);
+  SelectorCache keys(config, selector.layers(), history.pools(), KeyFormat::bf16);
+  SpotPolicy policy(selector, keys, small_rule());
   SparseOptions options;
   int64_t events = 0;
   options.observer = [&](const SelectionEvent&) { ++events; };
@@ -154,7 +156,7 @@ TEST(SparseAttention, CountsTokens) {
   fresh_seed();
   const ModelConfig model = small_model(24, 2, 4, 2, 32);
   LayerHistory history(model, 60, at::kFloat, 2);
-  OraclePolicy policy(small_rule(), 2);
+  OraclePolicy policy(history.pools(), small_rule(), 2);
   SparseOptions options;
   options.dense_layers = {0};
   SparseAttention attention(history.cache(), policy, options);
@@ -190,22 +192,14 @@ TEST(SparseAttention, CountsTokens) {
 
 TEST(SparseAttention, RefusesOptionsItCannotHonour) {
   const ModelConfig model = small_model(24, 1, 4, 2, 32);
-  KvCache cache(model, 4, at::kFloat, at::kCPU);
-  OraclePolicy policy(small_rule());
+  ModelCache cache(model, 4, at::kFloat, at::kCPU);
+  OraclePolicy policy(cache.pools(), small_rule());
   SparseOptions options;
   options.query_tile = 8;
   EXPECT_THROW(SparseAttention(cache, policy, options), Error);
   options.query_tile = 16;
   options.prefill_chunk = 40;
   EXPECT_THROW(SparseAttention(cache, policy, options), Error);
-  SelectorCache keys(SelectorConfig{}, {0}, 3, KeyFormat::bf16, at::kCPU);
-  const Selector selector(SelectorConfig{}, model, at::kCPU);
-  SpotPolicy small(selector, keys, small_rule());
-  LayerHistory history(model, 4, at::kFloat, 1);
-  SparseAttention attention(history.cache(), small);
-  const Pass pass = history.next({5});
-  EXPECT_NE(error_of([&] { attention.forward(pass.inputs(0, 1)); }).find("must be of one size"),
-            std::string::npos);
 }
 
 // A whole backbone: with every block selected, sparse logits are the dense ones, in prefill and decode.
@@ -221,8 +215,8 @@ TEST(SparseAttention, DrivesABackbone) {
   for (int i = 0; i < 200; ++i) prompt.push_back(static_cast<int32_t>(random_int(0, 96)));
   for (int i = 0; i < 77; ++i) second.push_back(static_cast<int32_t>(random_int(0, 96)));
   auto run = [&](bool sparse, PrefillMode prefill) {
-    KvCache cache(model, 40, at::kFloat, at::kCPU);
-    SelectorCache keys(config, selector.layers(), 40, KeyFormat::nvfp4, at::kCPU);
+    ModelCache cache(model, 40, at::kFloat, at::kCPU);
+    SelectorCache keys(config, selector.layers(), cache.pools(), KeyFormat::nvfp4);
     SpotPolicy policy(selector, keys, rule);
     SparseOptions options;
     options.prefill = prefill;
@@ -230,11 +224,11 @@ TEST(SparseAttention, DrivesABackbone) {
     DenseAttention dense_attention(cache);
     AttentionBackend& attention = sparse ? static_cast<AttentionBackend&>(sparse_attention) : dense_attention;
     const std::vector<int64_t> ids = {cache.open_sequence(), cache.open_sequence()};
-    std::vector<at::Tensor> logits = {
-        backbone.logits(backbone.forward(make_batch(cache, ids, {prompt, second}), attention, cache))};
+    std::vector<at::Tensor> logits = {backbone.logits(
+        backbone.forward(make_batch(cache, ids, {prompt, second}), attention, cache.states()))};
     for (int32_t token = 3; token < 6; ++token)
-      logits.push_back(
-          backbone.logits(backbone.forward(make_batch(cache, ids, {{token}, {token}}), attention, cache)));
+      logits.push_back(backbone.logits(
+          backbone.forward(make_batch(cache, ids, {{token}, {token}}), attention, cache.states())));
     return at::cat(logits);
   };
   const at::Tensor dense = run(false, PrefillMode::dense);

@@ -81,8 +81,8 @@ TEST(Twilight, EachHeadPrunesQuestsBlocksAndTheUnionIsAttended) {
   const ModelConfig model = small_model(24, 1, 6, 2, 32);
   for (double p : {0.5, 0.9}) {
     LayerHistory history(model, 80, at::kFloat, 3);
-    TwilightPolicy policy(model, 80, at::kFloat, at::kCPU, quest_rule(), p);
-    QuestPolicy quest(model, 80, at::kFloat, at::kCPU, quest_rule());
+    TwilightPolicy policy(model, history.pools(), quest_rule(), p);
+    QuestPolicy quest(model, history.pools(), quest_rule());
     SparseOptions options;
     options.prefill = PrefillMode::sparse;
     SparseAttention attention(history.cache(), policy, options);
@@ -103,7 +103,7 @@ TEST(Twilight, EachHeadPrunesQuestsBlocksAndTheUnionIsAttended) {
           if (!decode && r % 37 != 0) continue;  // the reference is slow
           rows += 1;
           const QueryChunk one{sequence, row, 1, position};
-          const Selection base = quest.select_chunk(inputs, history.cache(), one);
+          const Selection base = quest.select_chunk(inputs, one);
           for (int64_t g = 0; g < 2; ++g) {
             const std::set<int64_t> got = attended(event.selection, r, g, length);
             const std::vector<int64_t> proposed =
@@ -125,10 +125,8 @@ TEST(Twilight, EachHeadPrunesQuestsBlocksAndTheUnionIsAttended) {
           }
         }
       });
-      BatchView view;
-      view.update(history.cache(), pass.batch, 0);
-      history.cache().write(0, view.slots, inputs.key, inputs.value);
-      quest.append(inputs, history.cache(), view);
+      write_tokens(history.pools().get("keys", 0), pass.batch.slots, inputs.key);
+      quest.append(inputs);
       attention.forward(inputs);
       EXPECT_GE(rows, 2);
       EXPECT_LT(kept_tokens, proposed_tokens) << "nothing was pruned";
@@ -141,7 +139,7 @@ TEST(Twilight, AttendsToTheSurvivorsAndNothingElse) {
   for (at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     const ModelConfig model = small_model(24, 1, 6, 2, 32);
     LayerHistory history(model, 60, dtype, 2);
-    TwilightPolicy policy(model, 60, dtype, at::kCPU, quest_rule(), 0.7);
+    TwilightPolicy policy(model, history.pools(), quest_rule(), 0.7);
     SparseOptions options;
     options.prefill = PrefillMode::sparse;
     SparseAttention attention(history.cache(), policy, options);
@@ -182,7 +180,7 @@ TEST(Twilight, CapturedMassCountsSurvivorsOnly) {
   fresh_seed();
   const ModelConfig model = small_model(24, 1, 6, 2, 32);
   LayerHistory history(model, 40, at::kFloat, 1);
-  TwilightPolicy policy(model, 40, at::kFloat, at::kCPU, quest_rule(), 0.6);
+  TwilightPolicy policy(model, history.pools(), quest_rule(), 0.6);
   SparseAttention attention(history.cache(), policy);
   attention.forward(history.next({400}).inputs(0, history.scale()));
   const Pass step = history.next({1});
@@ -221,7 +219,7 @@ TEST(Twilight, WholeMassOfAllBlocksIsDenseAttention) {
   SelectionRule rule = quest_rule();
   rule.budget = 1 << 20;
   LayerHistory history(model, 40, at::kFloat, 2);
-  TwilightPolicy policy(model, 40, at::kFloat, at::kCPU, rule, 1.0);
+  TwilightPolicy policy(model, history.pools(), rule, 1.0);
   SparseAttention sparse(history.cache(), policy);
   DenseAttention dense(history.cache());
   for (const auto& counts : {std::vector<int64_t>{random_int(200, 400), random_int(1, 20)}, {1, 1}}) {
@@ -239,7 +237,7 @@ TEST(Twilight, FlatAndEqualKeys) {
   LayerHistory history(model, 20, at::kFloat, 1);
   SelectionRule rule = quest_rule();
   rule.budget = 1 << 20;
-  TwilightPolicy policy(model, 20, at::kFloat, at::kCPU, rule, 0.9);
+  TwilightPolicy policy(model, history.pools(), rule, 0.9);
   SparseAttention attention(history.cache(), policy);
   Pass context = history.next({200});
   context.key.fill_(0.25);
@@ -253,33 +251,9 @@ TEST(Twilight, FlatAndEqualKeys) {
   EXPECT_TRUE(at::isfinite(output).all().item<bool>());
 }
 
-TEST(Twilight, PagesCanBeMoved) {
-  fresh_seed();
-  const ModelConfig model = small_model(24, 1, 4, 2, 16);
-  LayerHistory history(model, 40, at::kFloat, 2);
-  TwilightPolicy policy(model, 40, at::kFloat, at::kCPU, quest_rule(), 0.8);
-  SparseAttention attention(history.cache(), policy);
-  attention.forward(history.next({230, 0}).inputs(0, history.scale()));
-  KvCache& cache = history.cache();
-  const PolicyState state = policy.export_pages(cache.pages(history.id(0)));
-  cache.extend(history.id(1), 230);
-  policy.import_pages(cache.pages(history.id(1)), state);
-  for (const at::Tensor& pool : {cache.keys(0), cache.values(0)})
-    pool.index_copy_(1, page_index(cache.pages(history.id(1)), at::kCPU),
-                     pool.index_select(1, page_index(cache.pages(history.id(0)), at::kCPU)));
-  Pass step = history.next({1, 1});
-  for (at::Tensor* x : {&step.hidden, &step.query, &step.key, &step.value}) (*x)[1] = (*x)[0];
-  attention.set_observer([&](const SelectionEvent& event) {
-    EXPECT_TRUE(at::equal(event.selection.tokens[0], event.selection.tokens[1]));
-    EXPECT_GT(event.selection.tokens.sum().item<int64_t>(), 0);
-  });
-  const at::Tensor output = attention.forward(step.inputs(0, history.scale()));
-  EXPECT_TRUE(at::equal(output[0], output[1]));
-  EXPECT_THROW(policy.import_pages(cache.pages(history.id(1)), {}), Error);
-}
-
 TEST(Twilight, RefusesImpossibleMasses) {
   const ModelConfig model = small_model(24, 1, 4, 2, 16);
-  EXPECT_THROW(TwilightPolicy(model, 4, at::kFloat, at::kCPU, quest_rule(), 0), Error);
-  EXPECT_THROW(TwilightPolicy(model, 4, at::kFloat, at::kCPU, quest_rule(), 1.01), Error);
+  LayerHistory history(model, 4, at::kFloat, 1);
+  EXPECT_THROW(TwilightPolicy(model, history.pools(), quest_rule(), 0), Error);
+  EXPECT_THROW(TwilightPolicy(model, history.pools(), quest_rule(), 1.01), Error);
 }

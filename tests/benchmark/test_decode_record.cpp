@@ -1,13 +1,18 @@
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <memory>
 #include <numeric>
+#include <optional>
 
 #include "attention/sparse.h"
 #include "benchmark/decode_methods.h"
 #include "benchmark/decode_record.h"
+#include "cache/batch_builder.h"
 #include "core/error.h"
 #include "core/files.h"
 #include "eval/decode_mass.h"
+#include "model/model_cache.h"
 #include "ops/baselines/baselines.h"
 #include "text/tokenizer.h"
 
@@ -35,43 +40,45 @@ const Recorded& recorded() {
 // The same stretches run through SparseAttention itself, then the last tokens' step again and again.
 class OwnRun {
  public:
-  OwnRun(SelectionPolicy& policy, int64_t num_pages)
-      : policy_(policy), cache_(recorded().backbone.config(), num_pages, at::kFloat, at::kCPU, kBatch) {
-    SparseAttention prefill(cache_, policy);
+  // `make` gives the policy, whose stores lie in the cache's pools.
+  explicit OwnRun(const std::function<std::unique_ptr<SelectionPolicy>(PagePools&)>& make)
+      : cache_(recorded().backbone.config(), kBatch * kLength / 16 + 5, at::kFloat, at::kCPU, kBatch),
+        policy_(make(cache_.pools())) {
+    SparseAttention prefill(cache_, *policy_);
     for (int64_t i = 0; i < kBatch; ++i) {
       sequences_.push_back(cache_.open_sequence());
       const auto begin = recorded().text.begin() + i * kLength;
       recorded().backbone.forward(make_batch(cache_, {sequences_[i]}, {{begin, begin + kLength - 1}}),
-                                  prefill, cache_);
+                                  prefill, cache_.states());
       last_.push_back({begin[kLength - 1]});
       marks_.push_back(cache_.mark(sequences_[i]));
     }
   }
-  KvCache& cache() { return cache_; }
+  PagedCache& cache() { return cache_; }
   int64_t sequence(int64_t i) const { return sequences_[i]; }
 
   // Counters and captured mass of the step with this layer alone sparse, which leaves the layers before it as
   // they were recorded.
   std::pair<SparseAttention::Counters, double> step(const SelectionRule& rule, int64_t sparse_layer) {
-    policy_.set_rule(rule);
+    policy_->set_rule(rule);
     DecodeMass mass;
     SparseOptions options;
     for (int64_t layer : recorded().selector.layers())
       if (layer != sparse_layer) options.dense_layers.insert(layer);
     options.observer = std::ref(mass);
-    SparseAttention attention(cache_, policy_, options);
+    SparseAttention attention(cache_, *policy_, options);
     for (int64_t i = 0; i < kBatch; ++i) cache_.rollback(sequences_[i], marks_[i]);
-    recorded().backbone.forward(make_batch(cache_, sequences_, last_), attention, cache_);
+    recorded().backbone.forward(make_batch(cache_, sequences_, last_), attention, cache_.states());
     EXPECT_EQ(mass.terms, kBatch);
     return {attention.counters().at(sparse_layer), mass.captured / static_cast<double>(mass.terms)};
   }
 
  private:
-  SelectionPolicy& policy_;
-  KvCache cache_;
+  ModelCache cache_;
+  std::unique_ptr<SelectionPolicy> policy_;
   std::vector<int64_t> sequences_;
   std::vector<std::vector<int32_t>> last_;
-  std::vector<KvCache::Mark> marks_;
+  std::vector<PagedCache::Mark> marks_;
 };
 
 SelectionRule top_k(int64_t tokens) {
@@ -103,8 +110,7 @@ void expect_same(OwnRun& run, const SelectionRule& rule, const DecodeMethod& met
 
 TEST(DecodeRecord, HoldsWhatTheStepReads) {
   const DecodeScene& scene = recorded().scene;
-  OraclePolicy policy(top_k(512));
-  OwnRun run(policy, kBatch * kLength / 16 + 5);
+  OwnRun run([](PagePools& pools) { return std::make_unique<OraclePolicy>(pools, top_k(512)); });
   ASSERT_EQ(scene.sets(), static_cast<int64_t>(recorded().selector.layers().size()));
   for (int64_t i = 0; i < scene.sets(); ++i) {
     const int64_t layer = recorded().selector.layers()[i];
@@ -114,8 +120,9 @@ TEST(DecodeRecord, HoldsWhatTheStepReads) {
     for (int64_t row = 0; row < kBatch; ++row) {
       const at::Tensor pages = set.page_table[row].to(at::kLong);
       for (const bool values : {false, true}) {
-        const at::Tensor pool = values ? run.cache().values(layer) : run.cache().keys(layer);
-        const at::Tensor own = run.cache().gather(pool, run.sequence(row), kLength);
+        const at::Tensor own =
+            gather_tokens(run.cache().pools().get(values ? "values" : "keys", layer),
+                          at::tensor(run.cache().pages(run.sequence(row)), at::kInt), kLength);
         const at::Tensor taken = (values ? set.values : set.keys).index_select(1, pages).flatten(1, 2);
         EXPECT_LT((own - taken).abs().max().item<double>(), 2e-3) << layer;
       }
@@ -147,10 +154,11 @@ TEST(DecodeRecord, QuestsBoundsBoundEveryTokenOfAPage) {
 
 TEST(DecodeRecord, SpotAgreesWithSparseAttentionsOwnCounters) {
   const Recorded& r = recorded();
-  SelectorCache keys(r.selector.config(), r.selector.layers(), kBatch * kLength / 16, KeyFormat::int4,
-                     at::kCPU);
-  SpotPolicy policy(r.selector, keys, top_p(0.9));
-  OwnRun run(policy, keys.num_pages());
+  std::optional<SelectorCache> keys;
+  OwnRun run([&](PagePools& pools) {
+    keys.emplace(r.selector.config(), r.selector.layers(), pools, KeyFormat::int4);
+    return std::make_unique<SpotPolicy>(r.selector, *keys, top_p(0.9));
+  });
   const int64_t key_heads = r.selector.config().key_heads;
   EXPECT_TRUE(r.scene.has_selector(key_heads));
   EXPECT_FALSE(r.scene.has_selector(5 - key_heads));
@@ -161,8 +169,9 @@ TEST(DecodeRecord, SpotAgreesWithSparseAttentionsOwnCounters) {
 
 TEST(DecodeRecord, QuestAgreesWithSparseAttentionsOwnCounters) {
   const Recorded& r = recorded();
-  QuestPolicy policy(r.backbone.config(), kBatch * kLength / 16, at::kFloat, at::kCPU, top_k(640));
-  OwnRun run(policy, kBatch * kLength / 16);
+  OwnRun run([&](PagePools& pools) {
+    return std::make_unique<QuestPolicy>(r.backbone.config(), pools, top_k(640));
+  });
   expect_same(run, top_k(640), quest_method(r.scene, top_k_rule(640, r.scene.tiers())));
 }
 

@@ -68,8 +68,8 @@ TEST_P(GpuDecodeStep, CapturedAndFusedEqualsUnprepared) {
     Unprepared plain(run.backend());
     AttentionBackend& backend = way == 0 ? static_cast<AttentionBackend&>(plain) : run.backend();
     const std::vector<int64_t> ids = {run.cache().open_sequence(), run.cache().open_sequence()};
-    backbone.forward(make_batch(run.cache(), ids, prompts), backend, run.cache());
-    DecodeStep step(backbone, backend, run.view(), run.cache(), ids, room);
+    backbone.forward(make_batch(run.cache(), ids, prompts), backend, run.cache().states());
+    DecodeStep step(backbone, backend, run.cache(), ids, room);
     if (way >= 2) step.capture();
     std::vector<at::Tensor>& out = logits.emplace_back();
     for (int32_t i = 0; i < 40; ++i) out.push_back(step.run({7 + i, 90 - i}).clone());

@@ -142,10 +142,11 @@ TEST(Decode, PreparedAndJoinedEqualUnprepared) {
         const std::vector<int64_t> ids = {run.cache().open_sequence(), run.cache().open_sequence()};
         std::vector<std::vector<int32_t>> tokens(2);
         for (int32_t i = 0; i < 200; ++i) tokens[i % 3 == 0].push_back(i * 31 % 97);
-        at::Tensor all = backbone.forward(make_batch(run.cache(), ids, tokens), backend, run.cache());
+        at::Tensor all =
+            backbone.forward(make_batch(run.cache(), ids, tokens), backend, run.cache().states());
         for (int32_t step = 0; step < 5; ++step)
           all = at::cat({all, backbone.forward(make_batch(run.cache(), ids, {{step}, {90 - step}}), backend,
-                                               run.cache())});
+                                               run.cache().states())});
         hidden.push_back(all);
       }
       for (int way : {1, 2})

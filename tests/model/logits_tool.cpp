@@ -26,7 +26,7 @@ using Tokens = std::vector<int32_t>;
 
 int64_t pages_for(const std::vector<Tokens>& sequences) {
   int64_t pages = 0;
-  for (const Tokens& tokens : sequences) pages += static_cast<int64_t>(tokens.size()) / kPageSize + 1;
+  for (const Tokens& tokens : sequences) pages += static_cast<int64_t>(tokens.size()) / 16 + 1;
   return pages;
 }
 
@@ -34,7 +34,8 @@ class Runner {
  public:
   Runner(const Backbone& model, const std::vector<Tokens>& sequences)
       : model_(model),
-        cache_(model.config(), pages_for(sequences), model.dtype(), model.device()),
+        cache_(model.config(), pages_for(sequences), model.dtype(), model.device(),
+               static_cast<int64_t>(sequences.size())),
         attention_(cache_) {
     for (const Tokens& tokens : sequences) {
       ids_.push_back(cache_.open_sequence());
@@ -57,7 +58,7 @@ class Runner {
       owner.push_back(i);
     }
     const Batch batch = make_batch(cache_, sequences, tokens);
-    const at::Tensor logits = model_.logits(model_.forward(batch, attention_, cache_)).cpu();
+    const at::Tensor logits = model_.logits(model_.forward(batch, attention_, cache_.states())).cpu();
     int64_t first = 0;
     for (size_t i = 0; i < owner.size(); ++i) {
       logits_[owner[i]].push_back(logits.narrow(0, first, batch.query_lengths[i]));
@@ -76,7 +77,7 @@ class Runner {
 
  private:
   const Backbone& model_;
-  KvCache cache_;
+  ModelCache cache_;
   testing::GatheredAttention attention_;
   std::vector<int64_t> ids_;
   std::vector<Tokens> left_;

@@ -32,12 +32,12 @@ double difference(const at::Tensor& a, const at::Tensor& b) {
 // One sequence or several through the model, keeping the cache between calls.
 struct Session {
   explicit Session(const Backbone& model, int64_t pages = 60)
-      : model(model), cache(model.config(), pages, model.dtype(), model.device()), attention(cache) {}
+      : model(model), cache(model.config(), pages, model.dtype(), model.device(), 4), attention(cache) {}
   at::Tensor run(const std::vector<int64_t>& sequences, const std::vector<Tokens>& tokens) {
-    return model.forward(make_batch(cache, sequences, tokens), attention, cache);
+    return model.forward(make_batch(cache, sequences, tokens), attention, cache.states());
   }
   const Backbone& model;
-  KvCache cache;
+  ModelCache cache;
   GatheredAttention attention;
 };
 
@@ -112,7 +112,7 @@ TEST_P(Backbones, ChunksDecodeAndBatchesAgreeWithWholePrefill) {
   for (size_t i = 0; i < prompts.size(); ++i) EXPECT_LT(difference(at::cat(parts[i]), whole[i]), 1e-4) << i;
 }
 
-TEST_P(Backbones, CopiedAndSavedSequencesContinueAlike) {
+TEST_P(Backbones, ForkedSequencesContinueAlike) {
   const uint64_t seed = fresh_seed();
   std::mt19937_64 random(seed);
   const Backbone model = Backbone::random(config(), at::kCPU, at::kFloat, seed);
@@ -120,18 +120,13 @@ TEST_P(Backbones, CopiedAndSavedSequencesContinueAlike) {
   const Tokens prompt = random_tokens(config(), 77, random);
   const int64_t original = session.cache.open_sequence();
   session.run({original}, {prompt});
-  const SequenceState saved = session.cache.export_sequence(original);
-  const int64_t copy = session.cache.copy_sequence(original);
+  const int64_t copy = session.cache.fork_sequence(original);
   const Tokens a = random_tokens(config(), 9, random), b = random_tokens(config(), 9, random);
-  const at::Tensor first = session.run({original}, {a});
   session.run({copy}, {b});  // the copy goes its own way
-  elsewhere.cache.open_sequence();
-  elsewhere.run({elsewhere.cache.open_sequence()}, {b});
-  const int64_t restored = elsewhere.cache.import_sequence(saved);
-  EXPECT_EQ(elsewhere.cache.length(restored), 77);
-  EXPECT_LT(difference(elsewhere.run({restored}, {a}), first), 1e-5);
-  const int64_t again = session.cache.import_sequence(saved);
-  EXPECT_LT(difference(session.run({again}, {a}), first), 1e-5);
+  const at::Tensor forked = session.run({original}, {a});
+  const int64_t alone = elsewhere.cache.open_sequence();
+  elsewhere.run({alone}, {prompt});
+  EXPECT_LT(difference(forked, elsewhere.run({alone}, {a})), 1e-5);
 }
 
 TEST_P(Backbones, LaterTokensDoNotChangeEarlierOnes) {
@@ -149,7 +144,7 @@ TEST_P(Backbones, LaterTokensDoNotChangeEarlierOnes) {
 
 TEST_P(Backbones, BackendSeesTheNormedInputAndContiguousHeads) {
   struct Recorder : AttentionBackend {
-    explicit Recorder(KvCache& cache) : dense(cache) {}
+    explicit Recorder(PagedCache& cache) : dense(cache) {}
     at::Tensor forward(const AttentionInputs& inputs) override {
       layers.push_back(inputs.layer);
       hidden = inputs.hidden;
@@ -165,48 +160,47 @@ TEST_P(Backbones, BackendSeesTheNormedInputAndContiguousHeads) {
   const uint64_t seed = fresh_seed();
   std::mt19937_64 random(seed);
   const Backbone model = Backbone::random(config(), at::kCPU, at::kFloat, seed);
-  KvCache cache(config(), 10, at::kFloat, at::kCPU);
+  ModelCache cache(config(), 10, at::kFloat, at::kCPU);
   Recorder recorder(cache);
   model.forward(make_batch(cache, {cache.open_sequence()}, {random_tokens(config(), 33, random)}), recorder,
-                cache);
+                cache.states());
   EXPECT_EQ(recorder.layers, config().full_attention_layers());
   // Norm weights of a random model are 1: each row's mean square is 1, short of eps.
   EXPECT_LT((recorder.hidden.square().mean(1) - 1).abs().max().item<double>(), 0.05);
 }
 
-TEST_P(Backbones, RefusedBatchesLeaveTheCacheAlone) {
+TEST_P(Backbones, RefusesBatchesThatDoNotFit) {
   std::mt19937_64 random(fresh_seed());
-  KvCache cache(config(), 4, at::kFloat, at::kCPU);
+  ModelCache cache(config(), 4, at::kFloat, at::kCPU, 2);
   const int64_t a = cache.open_sequence(), b = cache.open_sequence();
   const auto vocab = static_cast<int32_t>(config().vocab_size);
   expect_error([&] { make_batch(cache, {a, b}, {{1, 2}, {3, vocab}}); }, {fmt::format("token id {}", vocab)});
-  expect_error([&] { make_batch(cache, {a, b}, {{1, 2}, {-1}}); }, {"token id -1"});
-  expect_error([&] { make_batch(cache, {a, b}, {Tokens(40, 1), Tokens(17, 1)}); }, {"64 tokens is full"});
-  expect_error([&] { make_batch(cache, {a, a}, {{1}, {2}}); }, {"twice"});
-  expect_error([&] { make_batch(cache, {a}, {{}}); }, {"no token"});
-  expect_error([&] { make_batch(cache, {}, {}); }, {"0 sequences"});
-  expect_error([&] { make_batch(cache, {a, 99}, {{1}, {1}}); }, {"sequence 99"});
   expect_error([&] { make_batch(cache, {a}, {Tokens(501, 1)}); }, {"positions", "YaRN"});
-  EXPECT_EQ(cache.length(a), 0);
-  EXPECT_EQ(cache.num_free_pages(), 4);
-  const Batch good = make_batch(cache, {b, a}, {{5, 6, 7}, {8}});
-  EXPECT_TRUE(at::equal(good.tokens, at::tensor({5, 6, 7, 8}, at::kLong)));
-  EXPECT_TRUE(at::equal(good.positions, at::tensor({0, 1, 2, 0}, at::kLong)));
+  make_batch(cache, {b, a}, {{5, 6, 7}, {8}});
   const Batch next = make_batch(cache, {a, b}, {{9}, {10}});
-  EXPECT_TRUE(at::equal(next.positions, at::tensor({1, 3}, at::kLong)));
-  EXPECT_TRUE(next.is_decode());
 
   const Backbone model = Backbone::random(config(), at::kCPU, at::kFloat, random());
   GatheredAttention attention(cache);
+  const auto refuses = [&](const Batch& bad, std::initializer_list<std::string> parts) {
+    expect_error([&] { model.forward(bad, attention, cache.states()); }, parts);
+  };
   Batch bad = next;
   bad.tokens = at::tensor({0, vocab}, at::kLong);
-  expect_error([&] { model.forward(bad, attention, cache); }, {"token ids run from 0"});
+  refuses(bad, {"token ids run from 0"});
   bad = next;
   bad.starts[0] = 500;
-  expect_error([&] { model.forward(bad, attention, cache); }, {"positions"});
+  refuses(bad, {"positions"});
   bad = next;
   bad.positions = at::zeros({3}, at::kLong);
-  expect_error([&] { model.forward(bad, attention, cache); }, {"2 tokens"});
+  refuses(bad, {"2 tokens"});
+  bad = make_batch(cache, {b, a}, {{5, 6, 7}, {8}});
+  bad.num_decodes = 1;
+  refuses(bad, {"1 decode rows"});
+  if (GetParam()) {
+    bad = next;
+    bad.state_slots = at::Tensor();
+    refuses(bad, {"state slots"});
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(, Backbones, ::testing::Bool(),

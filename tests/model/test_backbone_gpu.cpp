@@ -31,51 +31,33 @@ Tokens random_tokens(const ModelConfig& config, int64_t count, std::mt19937_64& 
   return tokens;
 }
 
-// Dense attention of a decode batch in fixed shapes: every input is a tensor that can be refilled between
-// replays.
+// Dense attention of a decode batch in fixed shapes: reads the batch's tensors alone, which are refilled
+// between replays.
 class FixedShapeAttention : public AttentionBackend {
  public:
-  FixedShapeAttention(KvCache& cache, int64_t longest) : cache_(cache), longest_(longest) {}
-
-  // Refills what the next step reads. `batch` as make_batch gives it.
-  void prepare(const Batch& batch) {
-    const at::Tensor pages = cache_.page_table(batch).to(at::kLong);
-    const at::Tensor offset = at::arange(kPageSize, pages.options());
-    const at::Tensor table = (pages.unsqueeze(2) * kPageSize + offset).flatten(1);
-    at::Tensor padded = at::zeros({batch.num_sequences(), longest_}, table.options());
-    padded.narrow(1, 0, table.size(1)).copy_(table);
-    refill(slots_, cache_.slots(batch));
-    refill(table_, padded);
-    refill(lengths_, cache_.lengths(batch).to(at::kLong));
-  }
+  explicit FixedShapeAttention(PagedCache& cache) : pools_(cache.pools()) {}
 
   at::Tensor forward(const AttentionInputs& inputs) override {
-    cache_.write(inputs.layer, slots_, inputs.key, inputs.value);
-    const int64_t sequences = table_.size(0);
+    const Batch& batch = inputs.batch;
+    const at::Tensor keys = pools_.get("keys", inputs.layer), values = pools_.get("values", inputs.layer);
+    keys.flatten(1, 2).index_copy_(1, batch.slots, inputs.key.transpose(0, 1));
+    values.flatten(1, 2).index_copy_(1, batch.slots, inputs.value.transpose(0, 1));
+    const int64_t sequences = batch.page_table.size(0), longest = batch.page_table.size(1) * batch.page_size;
     const auto history = [&](const at::Tensor& pool) {  // [sequences, num_kv_heads, longest, head_dim]
-      return pool.flatten(1, 2)
-          .index_select(1, table_.flatten())
-          .unflatten(1, {sequences, longest_})
+      return pool.index_select(1, batch.page_table.flatten())
+          .flatten(1, 2)
+          .unflatten(1, {sequences, longest})
           .transpose(0, 1);
     };
-    const at::Tensor visible = at::arange(longest_, table_.options()).unsqueeze(0) < lengths_.unsqueeze(1);
-    return at::scaled_dot_product_attention(inputs.query.unsqueeze(2), history(cache_.keys(inputs.layer)),
-                                            history(cache_.values(inputs.layer)),
+    const at::Tensor visible =
+        at::arange(longest, batch.lengths.options()).unsqueeze(0) < batch.lengths.unsqueeze(1);
+    return at::scaled_dot_product_attention(inputs.query.unsqueeze(2), history(keys), history(values),
                                             visible.unsqueeze(1).unsqueeze(1), 0.0, false, inputs.scale, true)
         .squeeze(2);
   }
 
  private:
-  static void refill(at::Tensor& held, const at::Tensor& fresh) {
-    if (held.defined()) {
-      held.copy_(fresh);
-    } else {
-      held = fresh.clone();
-    }
-  }
-  KvCache& cache_;
-  int64_t longest_;
-  at::Tensor slots_, table_, lengths_;
+  PagePools& pools_;
 };
 
 class GpuBackbones : public ::testing::TestWithParam<bool> {
@@ -101,14 +83,14 @@ TEST_P(GpuBackbones, LogitsEqualTheCpus) {
   const Tokens next = random_tokens(config(), 2, random);
   const auto run = [&](at::Device device, at::ScalarType dtype) {
     const Backbone model = Backbone::load(folder.path(), config(), device, dtype);
-    KvCache cache(config(), 40, dtype, device);
+    ModelCache cache(config(), 40, dtype, device, 2);
     GatheredAttention attention(cache);
     const std::vector<int64_t> ids = {cache.open_sequence(), cache.open_sequence()};
     std::vector<at::Tensor> logits;
-    logits.push_back(model.logits(model.forward(make_batch(cache, ids, prompts), attention, cache)));
+    logits.push_back(model.logits(model.forward(make_batch(cache, ids, prompts), attention, cache.states())));
     for (int step = 0; step < 3; ++step) {
       const Batch batch = make_batch(cache, ids, {{next[0]}, {next[1]}});
-      logits.push_back(model.logits(model.forward(batch, attention, cache)));
+      logits.push_back(model.logits(model.forward(batch, attention, cache.states())));
     }
     EXPECT_EQ(logits[0].scalar_type(), at::kFloat);
     return at::cat(logits).cpu();
@@ -124,40 +106,45 @@ TEST_P(GpuBackbones, DecodeStepReplaysAsAGraph) {
   std::mt19937_64 random(seed);
   const at::NoGradGuard no_grad;
   const Backbone model = Backbone::random(config(), gpu, at::kBFloat16, seed);
-  KvCache cache(config(), 60, at::kBFloat16, gpu, 3);
+  ModelCache cache(config(), 60, at::kBFloat16, gpu, 3);
   GatheredAttention eager(cache);
-  FixedShapeAttention fixed(cache, 256);
+  FixedShapeAttention fixed(cache);
   const std::vector<int64_t> ids = {cache.open_sequence(), cache.open_sequence(), cache.open_sequence()};
   model.forward(make_batch(cache, ids,
                            {random_tokens(config(), 70, random), random_tokens(config(), 5, random),
                             random_tokens(config(), 17, random)}),
-                eager, cache);
+                eager, cache.states());
   const auto one_each = [&] {
     std::vector<Tokens> tokens;
     for (int i = 0; i < 3; ++i) tokens.push_back(random_tokens(config(), 1, random));
     return tokens;
   };
   const auto marks = [&] {
-    std::vector<KvCache::Mark> marks;
+    std::vector<PagedCache::Mark> marks;
     for (const int64_t id : ids) marks.push_back(cache.mark(id));
     return marks;
   };
-  const auto rollback = [&](const std::vector<KvCache::Mark>& to) {
+  const auto rollback = [&](const std::vector<PagedCache::Mark>& to) {
     for (size_t i = 0; i < ids.size(); ++i) cache.rollback(ids[i], to[i]);
   };
 
   // Capture on a side stream, after a warm-up; what they change is undone.
   const auto before = marks();
-  Batch held = make_batch(cache, ids, one_each());
-  fixed.prepare(held);
+  const BatchShape shape{.rows = 3, .table_width = 16};
+  const auto entries = [&](const std::vector<Tokens>& tokens) {
+    std::vector<BatchEntry> list;
+    for (size_t i = 0; i < ids.size(); ++i) list.push_back({.sequence = ids[i], .tokens = tokens[i]});
+    return list;
+  };
+  Batch held = build_batch(cache, entries(one_each()), shape);
   at::cuda::CUDAGraph graph;
   at::Tensor logits;
   {
     const c10::cuda::CUDAStreamGuard stream(c10::cuda::getStreamFromPool());
-    model.logits(model.forward(held, fixed, cache));
+    model.logits(model.forward(held, fixed, cache.states()));
     c10::cuda::getCurrentCUDAStream().synchronize();
     graph.capture_begin();
-    logits = model.logits(model.forward(held, fixed, cache));
+    logits = model.logits(model.forward(held, fixed, cache.states()));
     graph.capture_end();
     c10::cuda::getCurrentCUDAStream().synchronize();
   }
@@ -166,12 +153,10 @@ TEST_P(GpuBackbones, DecodeStepReplaysAsAGraph) {
   for (int step = 0; step < 20; ++step) {
     const auto tokens = one_each();
     const auto here = marks();
-    const at::Tensor expected = model.logits(model.forward(make_batch(cache, ids, tokens), eager, cache));
+    const at::Tensor expected =
+        model.logits(model.forward(make_batch(cache, ids, tokens), eager, cache.states()));
     rollback(here);
-    const Batch batch = make_batch(cache, ids, tokens);
-    held.tokens.copy_(batch.tokens);
-    held.positions.copy_(batch.positions);
-    fixed.prepare(batch);
+    rebuild_batch(cache, entries(tokens), shape, held);
     graph.replay();
     EXPECT_LT(difference(logits, expected), 0.02) << "step " << step;
   }

@@ -45,7 +45,8 @@ TEST(SelectorCache, KeepsKeysUnderAnyPages) {
     for (int64_t key_heads : {1, 4}) {
       SelectorConfig config;
       config.key_heads = key_heads;
-      SelectorCache cache(config, {2, 5}, 9, format, at::kCPU);
+      PagePools pools(9, 16, at::kCPU);
+      SelectorCache cache(config, {2, 5}, pools, format);
       const int64_t length = random_int(50, 80);
       const at::Tensor pages = at::randperm(9, at::kInt).slice(0, 0, 5);
       const at::Tensor keys = at::randn({length, key_heads, 128}) * 2;
@@ -97,16 +98,19 @@ TEST(SelectorCache, CountsItsBytes) {
                                                  {KeyFormat::mxfp4, 68}, {KeyFormat::nvfp4, 72}};
   for (const auto& [format, bytes] : shared) {
     SelectorConfig config;
-    EXPECT_EQ(SelectorCache(config, {0}, 4, format, at::kCPU).bytes_per_token(), bytes);
+    PagePools pools(4, 16, at::kCPU);
+    EXPECT_EQ(SelectorCache(config, {0}, pools, format).bytes_per_token(), bytes);
     config.key_heads = 4;
-    const SelectorCache cache(config, {0}, 4, format, at::kCPU);
+    const SelectorCache cache(config, {0}, pools, format);
     EXPECT_EQ(cache.bytes_per_token(), 4 * bytes);
     EXPECT_EQ(static_cast<double>(cache.pool(0).numel()), 4 * bytes * 4 * 16);
+    EXPECT_EQ(static_cast<double>(pools.page_bytes("selector_keys")), 5 * bytes * 16);  // of both
   }
 }
 
 TEST(SelectorCache, RefusesWhatLiesOutside) {
-  SelectorCache cache(SelectorConfig{}, {0}, 2, KeyFormat::bf16, at::kCPU);
+  PagePools pools(2, 16, at::kCPU);
+  SelectorCache cache(SelectorConfig{}, {0}, pools, KeyFormat::bf16);
   const at::Tensor key = at::ones({1, 1, 128});
   EXPECT_THROW(cache.append(1, at::zeros({1}, at::kLong), key), Error);
   EXPECT_THROW(cache.append(0, at::full({1}, 32, at::kLong), key), c10::Error);
@@ -116,7 +120,6 @@ TEST(SelectorCache, RefusesWhatLiesOutside) {
   EXPECT_THROW(cache.gather(0, at::full({1}, 2, at::kInt), 3), c10::Error);
   cache.append(0, at::full({1}, -1, at::kLong), key);  // a padded row of a captured batch
   EXPECT_EQ(cache.pool(0).count_nonzero().item<int64_t>(), 0);
-  EXPECT_THROW(SelectorCache(SelectorConfig{}, {0}, 0, KeyFormat::bf16, at::kCPU), Error);
 }
 
 // Every instruction set of this processor, against double precision.
@@ -188,7 +191,8 @@ TEST(SelectorCache, AppendsProjectedKeys) {
       const Selector selector(config, model, at::kCPU, at::kFloat, seed);
       for (const auto& [name, tensor] : selector.named_parameters())
         if (name.find("norm") != std::string::npos) at::Tensor(tensor).add_(at::randn_like(tensor), 0.3);
-      SelectorCache cache(config, {0, 1}, 5, KeyFormat::f32, at::kCPU);
+      PagePools pools(5, 16, at::kCPU);
+      SelectorCache cache(config, {0, 1}, pools, KeyFormat::f32);
       const at::Tensor hidden = at::randn({40, 20}), positions = at::randint(0, 3000, {40}, at::kLong);
       selector.append_keys(1, hidden, positions, at::arange(16, 56, at::kLong), cache);
       const at::Tensor pages = at::tensor({1, 2, 3}, at::kInt);
