@@ -22,7 +22,7 @@ for word in "$@"; do
   esac
 done
 mkdir -p "$out"
-tests=(test_kernels_gpu test_layer_ops_gpu test_operators_gpu test_wide_linear test_layer_loss test_distill_operators_gpu test_attention_gpu test_backbone_gpu test_decode_step_gpu)
+tests=(test_kernels_gpu test_layer_ops_gpu test_operators_gpu test_wide_linear test_layer_loss test_distill_operators_gpu test_attention_gpu test_backbone_gpu test_runner_gpu)
 if [ $build = yes ]; then
   cmake --preset cuda -B build/gpu -DPython3_EXECUTABLE="$(command -v "$python")" >"$out/configure.log" ||
     { cat "$out/configure.log"; exit 1; }

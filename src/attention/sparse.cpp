@@ -41,20 +41,26 @@ at::Tensor SparseAttention::forward(const AttentionInputs& inputs) {
     write_tokens(values, batch.slots, inputs.value);
   }
   if (policy_.covers(inputs.layer)) policy_.append(inputs);
+  return attend(inputs, options_.prefill, options_.query_tile);
+}
+
+at::Tensor SparseAttention::attend(const AttentionInputs& inputs, PrefillMode prefill, int64_t query_tile) {
+  const at::Tensor &keys = pools_.get("keys", inputs.layer), &values = pools_.get("values", inputs.layer);
+  const Batch& batch = inputs.batch;
   if (!selects(inputs.layer)) return attend_dense(inputs, keys, values);
   if (batch.is_decode()) return decode(inputs);
-  if (batch.num_decodes == 0 && options_.prefill == PrefillMode::sparse) return sparse_prefill(inputs);
+  if (batch.num_decodes == 0 && prefill == PrefillMode::sparse) return sparse_prefill(inputs, query_tile);
   at::Tensor output = at::empty_like(inputs.query);
   if (batch.num_decodes > 0) {
     const Batch decodes = batch.decodes();
     output.narrow(0, 0, batch.num_decodes).copy_(decode(inputs.decode_rows(decodes)));
   }
-  if (options_.prefill == PrefillMode::dense) {
+  if (prefill == PrefillMode::dense) {
     attend_prefill(inputs, keys, values, output);
   } else {
     const Batch prefills = batch.prefills();
     const AttentionInputs rows = inputs.prefill_rows(prefills);
-    output.narrow(0, batch.num_decodes, rows.query.size(0)).copy_(sparse_prefill(rows));
+    output.narrow(0, batch.num_decodes, rows.query.size(0)).copy_(sparse_prefill(rows, query_tile));
   }
   return output;
 }
@@ -67,6 +73,7 @@ at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
   const SelectionRule rule = policy_.rule(inputs.layer);
   const bool observed = options_.count || options_.observer != nullptr;
   auto report = [&](const Selection& selection) {
+    if (options_.recorder) options_.recorder(inputs.layer, selection, batch.lengths);
     if (options_.count) count(inputs.layer, selection, batch.lengths);
     if (options_.observer)
       options_.observer({inputs.layer, inputs, keys, {-1, 0, batch.num_sequences(), 0}, rule, selection});
@@ -93,8 +100,8 @@ at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
   return attended.output;
 }
 
-at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs) {
-  if (std::optional<at::Tensor> output = tile_prefill(inputs)) return *std::move(output);
+at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs, int64_t query_tile) {
+  if (std::optional<at::Tensor> output = tile_prefill(inputs, query_tile)) return *std::move(output);
   const at::Tensor &keys = pools_.get("keys", inputs.layer), &values = pools_.get("values", inputs.layer);
   at::Tensor output = at::empty_like(inputs.query);
   const SelectionRule rule = policy_.rule(inputs.layer);
@@ -112,12 +119,13 @@ at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs) {
     }
     for (int64_t done = dense; done < whole.count; done += chunk.count) {
       // Chunks end at multiples of the tile, so that none but the batch's own ends cuts a tile.
-      const int64_t step = std::max<int64_t>(options_.query_tile, kBlockSize);
+      const int64_t step = std::max<int64_t>(query_tile, kBlockSize);
       const int64_t start = whole.start + done, end = start / step * step + options_.prefill_chunk;
       chunk = {whole.sequence, whole.first + done, std::min(whole.count - done, end - start), start};
-      const Selection selection = policy_.select_chunk(inputs, chunk, options_.query_tile);
+      const Selection selection = policy_.select_chunk(inputs, chunk, query_tile);
       const at::Tensor lengths =
           at::arange(chunk.start + 1, chunk.start + chunk.count + 1, inputs.batch.lengths.options());
+      if (options_.recorder) options_.recorder(inputs.layer, selection, lengths);
       if (options_.count) count(inputs.layer, selection, lengths);
       if (options_.observer) options_.observer({inputs.layer, inputs, keys, chunk, rule, selection});
       output.narrow(0, chunk.first, chunk.count).copy_(attend_chunk(inputs, chunk, lengths, selection));
@@ -178,9 +186,9 @@ at::Tensor SparseAttention::attend_chunk(const AttentionInputs& inputs, const Qu
   return parts.size() == 1 ? parts[0] : at::cat(parts);
 }
 
-std::optional<at::Tensor> SparseAttention::tile_prefill(const AttentionInputs& inputs) {
+std::optional<at::Tensor> SparseAttention::tile_prefill(const AttentionInputs& inputs, int64_t query_tile) {
   TilePrefill prefill;
-  if (options_.query_tile == 1 || policy_.prunes_tokens() || !policy_.score_tiles(inputs, prefill))
+  if (query_tile == 1 || policy_.prunes_tokens() || !policy_.score_tiles(inputs, prefill))
     return std::nullopt;
   prefill.query = inputs.query;
   prefill.key_pool = pools_.get("keys", inputs.layer);
@@ -189,7 +197,7 @@ std::optional<at::Tensor> SparseAttention::tile_prefill(const AttentionInputs& i
   prefill.starts = inputs.batch.starts;
   prefill.counts = inputs.batch.query_lengths;
   prefill.scale = inputs.scale;
-  prefill.tile_queries = options_.query_tile;
+  prefill.tile_queries = query_tile;
   if (!options_.count && !options_.observer) return prefill_in_tiles(prefill);
   return prefill_in_tiles(prefill, [&](const at::Tensor& tiles, const Selection& selection) {
     if (options_.count) count_tiles(inputs.layer, tiles, selection, prefill.rule.floor);

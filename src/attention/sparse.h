@@ -25,6 +25,9 @@ struct SelectionEvent {
   const Selection& selection;  // one row per query of the chunk, or per sequence
 };
 using SelectionObserver = std::function<void(const SelectionEvent&)>;
+// The same of decode rows, and of chunks with a set for each query, with nothing computed for it (no predicted mass),
+// so that a CUDA graph can hold it: layer, selection, and the tokens that each of its rows sees, [rows] int32.
+using SelectionRecorder = std::function<void(int64_t, const Selection&, const at::Tensor&)>;
 
 struct SparseOptions {
   PrefillMode prefill = PrefillMode::dense;
@@ -32,6 +35,7 @@ struct SparseOptions {
   int64_t query_tile = 1;          // 1, 16, 32 or 64: queries that share one set in sparse prefill
   int64_t prefill_chunk = 512;     // queries selected and attended at once in sparse prefill
   SelectionObserver observer;
+  SelectionRecorder recorder;
   bool count = true;  // keep the counters; a benchmark saves their small kernels
 };
 
@@ -53,6 +57,8 @@ class SparseAttention : public AttentionBackend {
 
   AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) override;
   at::Tensor forward(const AttentionInputs& inputs) override;
+  // The same of tokens that are stored already, in the policy's stores too, with another reading of prefill chunks.
+  at::Tensor attend(const AttentionInputs& inputs, PrefillMode prefill, int64_t query_tile);
 
   void set_prefill(PrefillMode mode) { options_.prefill = mode; }
   void set_observer(SelectionObserver observer) { options_.observer = std::move(observer); }
@@ -65,9 +71,9 @@ class SparseAttention : public AttentionBackend {
   bool selects(int64_t layer) const;
   at::Tensor decode(const AttentionInputs& inputs);
   // Every row of `inputs` is a prefill chunk's.
-  at::Tensor sparse_prefill(const AttentionInputs& inputs);
+  at::Tensor sparse_prefill(const AttentionInputs& inputs, int64_t query_tile);
   // With the kernels for tiles; nothing where they do not serve.
-  std::optional<at::Tensor> tile_prefill(const AttentionInputs& inputs);
+  std::optional<at::Tensor> tile_prefill(const AttentionInputs& inputs, int64_t query_tile);
   at::Tensor attend_chunk(const AttentionInputs& inputs, const QueryChunk& chunk, const at::Tensor& lengths,
                           const Selection& selection);
   void count(int64_t layer, const Selection& selection, const at::Tensor& lengths);

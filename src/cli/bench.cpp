@@ -12,8 +12,7 @@
 #include "core/error.h"
 #include "core/files.h"
 #include "core/progress.h"
-#include "engine/decode_step.h"
-#include "engine/generator.h"
+#include "engine/engine.h"
 #include "report/page.h"
 
 namespace spot::cli {
@@ -21,16 +20,17 @@ namespace {
 
 struct Options {
   ModelOptions model;
-  RuleOptions rule;
+  MethodOptions method;
   std::vector<std::string> attentions = {"dense", "spot"};
   std::string preset = "spot", out;
   int64_t context = 32768, batch = 1, steps = 32, chunk = 4096;
-  bool random = false, prefill = false, eager = false;
+  bool random = false, prefill = false, eager = false, engine = false;
 };
 
 struct Measurement {
-  std::string attention;
-  double prefill_seconds = 0, decode_ms = 0, attended_share = 1, peak_gib = 0;
+  std::string attention, rule;
+  double prefill_seconds = 0, decode_ms = 0, peak_gib = 0;
+  double engine_tokens = 0;  // a second, of all sequences
 };
 
 double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::steady_clock::time_point b) {
@@ -51,10 +51,11 @@ double peak_gib(const at::Device& device) {
 // A context without the cost of its prefill: keys and values are drawn at random (so are selector keys,
 // through random
 // hidden states), which decode cannot tell apart by time.
-void fill_with_noise(const Backbone& backbone, AttentionRun& run, const std::vector<int64_t>& sequences,
+void fill_with_noise(const Backbone& backbone, AttentionStack& stack, const std::vector<int64_t>& sequences,
                      int64_t context, int64_t chunk) {
   const ModelConfig& config = backbone.config();
-  PagedCache& cache = run.cache();
+  PagedCache& cache = stack.cache();
+  SelectionPolicy* policy = stack.policy(0);
   for (int64_t sequence : sequences) {
     for (int64_t start = 0; start < context; start += chunk) {
       const int64_t count = std::min(chunk, context - start);
@@ -71,54 +72,108 @@ void fill_with_noise(const Backbone& backbone, AttentionRun& run, const std::vec
                                      batch};
         write_tokens(cache.pools().get("keys", layer), batch.slots, inputs.key);
         write_tokens(cache.pools().get("values", layer), batch.slots, inputs.value);
-        if (run.sparse() && run.sparse()->policy().covers(layer)) run.sparse()->policy().append(inputs);
+        if (policy && policy->covers(layer)) policy->append(inputs);
       }
     }
   }
 }
 
+void prefill(Runner& runner, const std::vector<int64_t>& sequences, const std::vector<int32_t>& prompt,
+             int64_t chunk, const std::string& label) {
+  const auto total = static_cast<int64_t>(prompt.size());
+  Progress progress(label, total * static_cast<int64_t>(sequences.size()));
+  int64_t done = 0;
+  for (int64_t sequence : sequences) {
+    for (int64_t start = 0; start < total; start += chunk) {
+      const int64_t end = std::min(total, start + chunk);
+      runner.run({{.tokens = {.sequence = sequence,
+                              .tokens = {prompt.begin() + start, prompt.begin() + end},
+                              .decode = false,
+                              .logits = end == total}}});
+      progress.update(done += end - start);
+    }
+  }
+}
+
+// Tokens a second of decode through the engine, as `spot generate` runs it: scheduling, sampling and events included.
+double measure_engine(const Options& options, const Backbone& backbone, const Selector* selector,
+                      const MethodSpec& spec) {
+  const int64_t room = options.context + options.steps + 8;
+  AttentionStack stack(
+      backbone, selector, {spec},
+      {.num_pages = options.batch * (room / kBlockSize + 1), .num_sequences = options.batch});
+  Engine engine(backbone, stack,
+                {.max_step_tokens = std::max(options.chunk, kBlockSize) + options.batch,
+                 .max_sequences = options.batch,
+                 .max_tokens = room,
+                 .prefix_cache = false,
+                 .graphs = !options.eager});
+  engine.capture(0, options.batch);
+  std::vector<Request> requests(static_cast<size_t>(options.batch));
+  for (size_t r = 0; r < requests.size(); ++r) {
+    requests[r].max_new_tokens = options.steps;
+    for (int64_t i = 0; i < options.context; ++i)
+      requests[r].prompt.push_back(static_cast<int32_t>((static_cast<size_t>(i) * 7919 + 13 + r) %
+                                                        static_cast<size_t>(backbone.config().vocab_size)));
+  }
+  Progress progress(fmt::format("engine, {}", spec.name), options.context * options.batch);
+  int64_t alone = 0, decoded = 0;
+  double seconds = 0;
+  generate(engine, requests, {}, [&] {
+    const EngineStatistics now = engine.statistics();
+    progress.update(now.read_tokens);
+    if (now.decode_seconds > seconds) alone += now.decode_tokens - decoded;
+    seconds = now.decode_seconds, decoded = now.decode_tokens;
+  });
+  const EngineStatistics done = engine.statistics();
+  // Of steps that decode alone: with several sequences some tokens come while another prompt is read.
+  return static_cast<double>(alone) / done.decode_seconds;
+}
+
 Measurement measure(const Options& options, const Backbone& backbone, const std::string& attention) {
   const c10::InferenceMode inference;
-  const AttentionKind kind = attention_kind_from_string(attention);
   const at::Device device = backbone.device();
   if (device.is_cuda()) at::accelerator::resetPeakStats(device.index());
   std::optional<Selector> selector;
-  if (kind == AttentionKind::spot) {
+  if (attention.substr(0, attention.find(':')) == "spot") {
     selector.emplace(SelectorConfig::from_preset(options.preset), backbone.config(), device,
                      backbone.dtype());
     selector->join(backbone);
   }
-  AttentionSpec spec = options.rule.spec(kind, selector ? &*selector : nullptr);
-  spec.sparse.count = false;
+  const MethodSpec spec = parse_method(attention, options.method, selector ? &*selector : nullptr);
+  Measurement result{attention, spec.describe()};
+  if (options.engine)
+    result.engine_tokens = measure_engine(options, backbone, selector ? &*selector : nullptr, spec);
   const int64_t room = options.context + options.steps + 8;
-  AttentionRun run(spec, backbone, selector ? &*selector : nullptr, room * options.batch, options.batch);
-  Measurement result{attention};
+  AttentionStack stack(
+      backbone, selector ? &*selector : nullptr, {spec},
+      {.num_pages = options.batch * (room / kBlockSize + 1), .num_sequences = options.batch});
+  Runner runner(backbone, stack,
+                {.graphs = !options.eager, .max_sequences = options.batch, .max_tokens = room});
   std::vector<int64_t> sequences;
-  for (int64_t i = 0; i < options.batch; ++i) sequences.push_back(run.cache().open_sequence());
+  for (int64_t i = 0; i < options.batch; ++i) sequences.push_back(stack.cache().open_sequence());
 
   auto start = std::chrono::steady_clock::now();
   if (options.prefill) {
     std::vector<int32_t> prompt(static_cast<size_t>(options.context));
     for (size_t i = 0; i < prompt.size(); ++i)
       prompt[i] = static_cast<int32_t>((i * 7919 + 13) % static_cast<size_t>(backbone.config().vocab_size));
-    for (int64_t sequence : sequences)
-      prefill(backbone, run.backend(), run.cache(), sequence, prompt, options.chunk,
-              fmt::format("prefill, {}", attention));
+    prefill(runner, sequences, prompt, options.chunk, fmt::format("prefill, {}", attention));
     synchronize(device);
     result.prefill_seconds = seconds_between(start, std::chrono::steady_clock::now());
   } else {
-    fill_with_noise(backbone, run, sequences, options.context, options.chunk);
+    fill_with_noise(backbone, stack, sequences, options.context, options.chunk);
   }
 
-  DecodeStep step(backbone, run.backend(), run.cache(), sequences, room);
-  const std::vector<int32_t> tokens(sequences.size(), 1);
-  if (device.is_cuda() && !options.eager) step.capture();
-  for (int i = 0; i < 3; ++i) step.run(tokens);
+  std::vector<StepEntry> step;
+  for (int64_t sequence : sequences)
+    step.push_back({.tokens = {.sequence = sequence, .tokens = {1}, .decode = true}});
+  for (int i = 0; i < 3; ++i) runner.run(step);
   synchronize(device);
   std::vector<double> times;
   for (int64_t i = 0; i < options.steps; ++i) {
     start = std::chrono::steady_clock::now();
-    step.run(tokens);
+    runner.run(step);
     synchronize(device);
     times.push_back(1000 * seconds_between(start, std::chrono::steady_clock::now()));
   }
@@ -138,31 +193,39 @@ void run(const Options& options) {
   const at::Device device = backbone.device();
   synchronize(device);
   const double load_seconds = seconds_between(begin, std::chrono::steady_clock::now());
-  Table table{{"attention", "prefill s", "decode ms/step", "tokens/s", "vs first", "peak GiB"}, {}};
+  Table table{{"attention", "keeps", "prefill s", "decode ms/step", "tokens/s", "engine tokens/s", "vs first",
+               "peak GiB"},
+              {}};
   nlohmann::json json = {{"context", options.context},
                          {"batch", options.batch},
                          {"device", device.str()},
                          {"dtype", std::string(c10::toString(backbone.dtype()))},
-                         {"rule", describe(options.rule.rule(nullptr))},
                          {"load_seconds", load_seconds},
                          {"random_weights", options.random},
                          {"cuda_graph", device.is_cuda() && !options.eager}};
   double first = 0;
-  for (const std::string& attention : options.attentions) {
+  for (const std::string& attention : join_methods(options.attentions)) {
     const Measurement m = measure(options, backbone, attention);
     if (first == 0) first = m.decode_ms;
-    table.rows.push_back({m.attention, options.prefill ? fmt::format("{:.2f}", m.prefill_seconds) : "-",
-                          fmt::format("{:.3f}", m.decode_ms),
-                          fmt::format("{:.1f}", 1000.0 * static_cast<double>(options.batch) / m.decode_ms),
-                          fmt::format("{:.2f}x", first / m.decode_ms), fmt::format("{:.2f}", m.peak_gib)});
+    table.rows.push_back(
+        {m.attention, m.rule.empty() ? "-" : m.rule,
+         options.prefill ? fmt::format("{:.2f}", m.prefill_seconds) : "-", fmt::format("{:.3f}", m.decode_ms),
+         fmt::format("{:.1f}", 1000.0 * static_cast<double>(options.batch) / m.decode_ms),
+         m.engine_tokens > 0
+             ? fmt::format("{:.1f} ({:.2f}x)", m.engine_tokens,
+                           m.engine_tokens * m.decode_ms / (1000.0 * static_cast<double>(options.batch)))
+             : "-",
+         fmt::format("{:.2f}x", first / m.decode_ms), fmt::format("{:.2f}", m.peak_gib)});
     json["runs"].push_back({{"attention", m.attention},
+                            {"rule", m.rule},
                             {"prefill_seconds", m.prefill_seconds},
                             {"decode_ms", m.decode_ms},
+                            {"engine_tokens_per_second", m.engine_tokens},
                             {"peak_gib", m.peak_gib}});
   }
-  fmt::print("{} on {}, {}, {} in {:.1f} s, context {}, batch {}, {}{}\n{}", backbone.config().architecture,
+  fmt::print("{} on {}, {}, {} in {:.1f} s, context {}, batch {}{}\n{}", backbone.config().architecture,
              device.str(), c10::toString(backbone.dtype()), options.random ? "random weights" : "loaded",
-             load_seconds, options.context, options.batch, describe(options.rule.rule(nullptr)),
+             load_seconds, options.context, options.batch,
              options.prefill ? "" : ", random keys and values instead of a prefill", table.to_text());
   if (!options.out.empty()) write_file_atomically(options.out, json.dump(1) + "\n");
 }
@@ -177,9 +240,12 @@ void add_bench(CLI::App& app) {
   add_bench_distill(command);
   options->model.add(command);
   command.get_option("--model")->required(false);  // the subcommands have none
-  options->rule.add(command);
+  options->method.add(command);
   command.add_flag("--random", options->random, "Random weights of the shapes in MODEL/config.json");
-  command.add_option("--attention", options->attentions, "Attentions to compare; the first is the reference")
+  command
+      .add_option("--attention", options->attentions,
+                  "Attentions to compare, " + attention_words() +
+                      ", as in `spot generate`; the first is the reference")
       ->delimiter(',')
       ->capture_default_str();
   command.add_option("--preset", options->preset, "Preset of the (untrained) selector")
@@ -198,6 +264,8 @@ void add_bench(CLI::App& app) {
       ->capture_default_str();
   command.add_flag("--prefill", options->prefill,
                    "Run and time the prefill instead of filling the cache with random numbers");
+  command.add_flag("--engine", options->engine,
+                   "Also the tokens a second of the engine that `spot generate` runs, after a prefill");
   command.add_flag("--eager", options->eager, "No CUDA graph");
   command.add_option("--out", options->out, "JSON file for the numbers");
   command.callback([options, &command] {

@@ -10,7 +10,6 @@
 
 #include "cli/options.h"
 #include "core/files.h"
-#include "eval/text_eval.h"
 #include "report/page.h"
 
 namespace spot::cli {
@@ -18,7 +17,7 @@ namespace spot::cli {
 struct EvalOptions {
   ModelOptions model;
   SelectorOptions selector;
-  RuleOptions rule;
+  MethodOptions method;
   std::vector<std::string> methods, text_files;
   std::string out;
 
@@ -27,7 +26,7 @@ struct EvalOptions {
   // The methods named on the command line (or the default ones), dense first if asked for. Those with
   // prefill=sparse are
   // refused unless `may_prefill`.
-  std::vector<EvalMethod> parse_methods(const Selector* selector, bool with_dense,
+  std::vector<MethodSpec> parse_methods(const Selector* selector, bool with_dense,
                                         bool may_prefill = false) const;
   // The text files, one after the other.
   std::string read_text() const;

@@ -101,7 +101,8 @@ void run(Options options) {
   const RulerResult result =
       evaluate_ruler(backbone, chosen, codec, essay, options.parse_methods(chosen, true, true), options.eval);
   if (result.reused > 0)
-    fmt::print("{} of {} prompts were finished before\n", result.reused, result.records.size());
+    fmt::print("{} of {} prompts stand in {}/ruler.jsonl already and were not run again\n", result.reused,
+               result.records.size(), options.out);
   fmt::print("{}\n", result.measures().to_text());
   deliver(result, "spot eval ruler", options.out);
 }
@@ -157,6 +158,9 @@ void add_eval_ruler(CLI::App& parent) {
       ->capture_default_str();
   command.add_option("--prefill-chunk", eval.prefill_chunk, "Prompt tokens a forward call")
       ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option("--batch", eval.batch, "Prompts at once; more need more memory for keys and values")
+      ->check(CLI::Range(1, 256))
       ->capture_default_str();
   command.add_option("--write-prompts", options->prompts_file,
                      "Write the prompts to this file, one JSON object a line, and run nothing");

@@ -1,6 +1,7 @@
-// spot generate: continue a prompt, densely or sparsely, streaming to the terminal.
+// spot generate: continue prompts, densely or sparsely, streaming to the terminal.
 #include <fmt/format.h>
 
+#include <cmath>
 #include <cstdio>
 #include <memory>
 
@@ -9,9 +10,9 @@
 #include "cli/options.h"
 #include "core/error.h"
 #include "core/files.h"
-#include "engine/generator.h"
+#include "core/progress.h"
+#include "engine/engine.h"
 #include "report/page.h"
-#include "text/stream_decoder.h"
 #include "text/tokenizer.h"
 
 namespace spot::cli {
@@ -20,17 +21,18 @@ namespace {
 struct Options {
   ModelOptions model;
   SelectorOptions selector;
-  RuleOptions rule;
-  GenerateOptions generate;
+  MethodOptions method;
+  SamplingFlags sampling;
+  Request request;
+  int64_t prefill_chunk = 2048;
   std::string prompt, prompt_file, attention = "auto", system;
+  std::vector<std::string> stop;
+  int64_t logprobs = -1;
   ChatOptions chat;
-  bool thinking = false, ignore_eos = false, sparse_prefill = false, by_layer = false;
+  bool thinking = false, ignore_eos = false, by_layer = false, eager = false;
 };
 
-void run(const Options& options) {
-  const Backbone backbone = options.model.load();
-  const std::optional<Selector> selector = options.selector.load(options.model, backbone);
-  const Tokenizer tokenizer = Tokenizer::load(options.model.folder);
+std::vector<int32_t> read_prompt(const Options& options, const Tokenizer& tokenizer) {
   std::string text = options.prompt_file.empty() ? options.prompt : read_file(options.prompt_file);
   if (options.chat.chat) {
     std::vector<ChatMessage> messages;
@@ -40,57 +42,100 @@ void run(const Options& options) {
     prompt.variables["enable_thinking"] = options.thinking;
     text = options.chat.load(options.model.folder).render(prompt);
   }
-  const std::vector<int32_t> prompt = tokenizer.encode(text, /*add_special_tokens=*/!options.chat.chat);
+  return tokenizer.encode(text, /*add_special_tokens=*/!options.chat.chat);
+}
 
-  const AttentionKind kind = options.attention == "auto"
-                                 ? (selector ? AttentionKind::spot : AttentionKind::dense)
-                                 : attention_kind_from_string(options.attention);
-  AttentionSpec spec = options.rule.spec(kind, selector ? &*selector : nullptr);
-  if (options.sparse_prefill) spec.sparse.prefill = PrefillMode::sparse, spec.sparse.query_tile = 16;
-  GenerateOptions generation = options.generate;
-  if (!options.ignore_eos) generation.stop_ids = backbone.config().eos_token_ids;
-  const auto total = static_cast<int64_t>(prompt.size()) + generation.max_new_tokens;
-  AttentionRun attention(spec, backbone, selector ? &*selector : nullptr, total);
-
-  StreamDecoder decoder(tokenizer, /*skip_special_tokens=*/true);
-  auto print = [](const std::string& piece) {
-    std::fwrite(piece.data(), 1, piece.size(), stdout);
-    std::fflush(stdout);
+void print_logprobs(const Tokenizer& tokenizer, const GeneratedAnswer& answer) {
+  const auto shown = [&](int32_t token) {
+    return nlohmann::json(tokenizer.decode(std::vector<int32_t>{token}))
+        .dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   };
-  const GenerateResult result =
-      generate(backbone, attention.backend(), attention.cache(), {prompt}, generation,
-               [&](int64_t, int32_t token) { print(decoder.push(token)); });
-  print(decoder.finish() + "\n");
-
-  auto rate = [](int64_t tokens, double seconds) {
-    return seconds > 0 ? static_cast<double>(tokens) / seconds : 0.0;
-  };
-  fmt::print(
-      stderr,
-      "prompt {} tokens at {:.1f} tokens/s; generated {} tokens ({}), {:.1f} tokens/s in decode; attention {}",
-      result.prompt_tokens, rate(result.prompt_tokens, result.prefill_seconds),
-      result.sequences[0].tokens.size(),
-      result.sequences[0].finish == FinishReason::stop ? "ended itself" : "length limit",
-      rate(result.decode_tokens, result.decode_seconds), to_string(kind));
-  if (!attention.sparse()) {
+  for (const SampledToken& token : answer.sampled) {
+    fmt::print(stderr, "{} {:.4f}", shown(token.token), token.logprob);
+    for (const TokenLogprob& other : token.top)
+      fmt::print(stderr, "  {} {:.4f}", shown(other.token), other.logprob);
     fmt::print(stderr, "\n");
-    return;
   }
-  if (kind != AttentionKind::streaming) fmt::print(stderr, ", {}", describe(spec.rule));
-  if (kind == AttentionKind::twilight) fmt::print(stderr, " pruned to {:g}", spec.rule.p);
+}
+
+void print_attended(const std::vector<AttendedTokens>& layers, bool by_layer) {
   double attended = 0, visible = 0;
   Table table{{"layer", "tokens attended", "of visible"}, {}};
-  for (const auto& [layer, c] : attention.sparse()->counters()) {
-    attended += c.tokens_attended, visible += static_cast<double>(c.tokens_visible);
-    table.rows.push_back(
-        {fmt::format("{}", layer), fmt::format("{:.0f}", c.tokens_attended / static_cast<double>(c.rows)),
-         fmt::format("{:.1f}%", 100 * c.tokens_attended / static_cast<double>(c.tokens_visible))});
+  for (const AttendedTokens& layer : layers) {
+    attended += layer.attended, visible += layer.visible;
+    table.rows.push_back({fmt::format("{}", layer.layer),
+                          fmt::format("{:.0f}", layer.attended / layer.queries),
+                          fmt::format("{:.1f}%", 100 * layer.attended / layer.visible)});
   }
   if (visible > 0)
     fmt::print(stderr, "; attended {:.1f}% of the visible tokens (mean over sparse layers)",
                100 * attended / visible);
   fmt::print(stderr, "\n");
-  if (options.by_layer) fmt::print(stderr, "{}", table.to_text());
+  if (by_layer) fmt::print(stderr, "{}", table.to_text());
+}
+
+void run(const Options& options) {
+  const Backbone backbone = options.model.load();
+  const std::optional<Selector> loaded = options.selector.load(options.model, backbone);
+  const Selector* selector = loaded ? &*loaded : nullptr;
+  const Tokenizer tokenizer = Tokenizer::load(options.model.folder);
+  Request request = options.request;
+  request.prompt = read_prompt(options, tokenizer);
+  request.sampling = options.sampling.resolve(options.model.folder);
+  request.sampling.logprobs = options.logprobs;
+  request.stop_strings = options.stop;
+  if (!options.ignore_eos) request.stop_ids = backbone.config().eos_token_ids;
+
+  const std::string attention =
+      options.attention == "auto" ? (selector ? "spot" : "dense") : options.attention;
+  const MethodSpec method = parse_method(attention, options.method, selector);
+  const int64_t answers = request.completions,
+                total = static_cast<int64_t>(request.prompt.size()) + request.max_new_tokens;
+  AttentionStack stack(
+      backbone, selector, {method},
+      {.num_pages = answers * (total / kBlockSize + 1), .num_sequences = answers, .num_snapshots = 1});
+  Engine engine(backbone, stack,
+                {.max_step_tokens = options.prefill_chunk + answers,
+                 .max_sequences = answers,
+                 .max_tokens = std::min(total, backbone.config().max_position_embeddings),
+                 .graphs = !options.eager,
+                 .tokenizer = &tokenizer});
+  engine.capture(0, answers);
+
+  std::vector<AttendedTokens> attended;
+  const auto prompt = static_cast<int64_t>(request.prompt.size());
+  std::optional<Progress> progress(std::in_place, "prefill", prompt);
+  const auto on_event = [&](const Event& event) {
+    progress.reset();
+    if (event.completion == 0 && event.finish) attended = event.attended;
+    if (answers > 1) return;
+    std::fwrite(event.text.data(), 1, event.text.size(), stdout);
+    std::fflush(stdout);
+  };
+  const auto whole = generate(engine, {request}, on_event, [&] {
+    if (progress) progress->update(std::min(engine.statistics().read_tokens, prompt));
+  })[0];
+  for (size_t i = 0; answers > 1 && i < whole.size(); ++i) fmt::print("[{}]\n{}\n", i + 1, whole[i].text);
+  if (answers == 1) fmt::print("\n");
+  if (options.logprobs >= 0)
+    for (const GeneratedAnswer& answer : whole) print_logprobs(tokenizer, answer);
+
+  const auto rate = [](int64_t tokens, double seconds) {
+    return seconds > 0 ? static_cast<double>(tokens) / seconds : 0.0;
+  };
+  const EngineStatistics done = engine.statistics();
+  fmt::print(
+      stderr,
+      "prompt {} tokens at {:.1f} tokens/s; generated {} tokens ({}), {:.1f} tokens/s in decode; attention {}",
+      request.prompt.size(), rate(done.prompt_tokens - done.cached_tokens, done.prefill_seconds),
+      whole[0].tokens.size(), whole[0].finish == FinishReason::stop ? "ended itself" : "length limit",
+      rate(done.decode_tokens, done.decode_seconds), method.name);
+  if (method.is_dense()) {
+    fmt::print(stderr, "\n");
+    return;
+  }
+  if (!method.describe().empty()) fmt::print(stderr, ", {}", method.describe());
+  print_attended(attended, options.by_layer);
 }
 
 }  // namespace
@@ -100,36 +145,36 @@ void add_generate(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("generate", "Continue a prompt, densely or sparsely");
   options->model.add(command);
   options->selector.add(command);
-  options->rule.add(command);
+  options->method.add(command);
   auto* text = command.add_option("--prompt", options->prompt, "The prompt");
   auto* file = command.add_option("--prompt-file", options->prompt_file, "A file that holds the prompt");
   text->excludes(file);
   command
-      .add_option(
-          "--attention", options->attention,
-          "auto (spot with a selector, else dense), dense, spot, streaming, oracle, quest or twilight")
+      .add_option("--attention", options->attention,
+                  "auto (spot with a selector, else dense), " + attention_words() +
+                      ", with settings of its own if wanted: spot:p=0.9,dense=2 (" + method_grammar() + ")")
       ->capture_default_str();
-  command.add_option("--max-new-tokens", options->generate.max_new_tokens, "Most tokens to generate")
+  command.add_option("--max-new-tokens", options->request.max_new_tokens, "Most tokens to generate")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command.add_option("--temperature", options->generate.sampling.temperature, "0: greedy")
+  command.add_option("--completions", options->request.completions, "Answers, each with the next seed")
+      ->check(CLI::Range(1, 256))
       ->capture_default_str();
-  command.add_option("--sampling-top-p", options->generate.sampling.top_p, "Nucleus of the sampler")
-      ->capture_default_str();
-  command
-      .add_option("--sampling-top-k", options->generate.sampling.top_k, "Candidates of the sampler (0: all)")
-      ->capture_default_str();
-  command.add_option("--seed", options->generate.sampling.seed, "Seed of the sampler")->capture_default_str();
-  command.add_option("--prefill-chunk", options->generate.prefill_chunk, "Prompt tokens a forward call")
-      ->check(CLI::PositiveNumber)
+  options->sampling.add(command);
+  command.add_option("--stop", options->stop, "A text that ends the answer and is no part of it");
+  command.add_option("--logprobs", options->logprobs,
+                     "Print each token's log-probability and those of the N likeliest tokens");
+  command.add_option("--prefill-chunk", options->prefill_chunk, "Prompt tokens a forward call")
+      ->check(CLI::Range(16, 1 << 24))
       ->capture_default_str();
   options->chat.add(command, "Wrap the prompt in the model's chat template");
   command.add_option("--system", options->system, "System message with --chat");
   command.add_flag("--thinking", options->thinking, "Let the chat template ask for thinking");
   command.add_flag("--ignore-eos", options->ignore_eos, "Go on past the end-of-sequence token");
-  command.add_flag("--sparse-prefill", options->sparse_prefill,
+  command.add_flag("--sparse-prefill", options->method.sparse_prefill,
                    "Select in prefill too, one block set per 16 queries");
   command.add_flag("--by-layer", options->by_layer, "Print the tokens attended in each layer");
+  command.add_flag("--eager", options->eager, "No CUDA graphs");
   command.callback([options, &command] {
     if (!command.count("--prompt") && !command.count("--prompt-file"))
       fail("no prompt: give --prompt TEXT or --prompt-file FILE");

@@ -4,6 +4,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 
+#include <cstdio>
+
 #include "checkpoint/hub.h"
 #include "core/error.h"
 
@@ -70,7 +72,7 @@ std::optional<Selector> SelectorOptions::load(const ModelOptions& model, const B
   return selector;
 }
 
-void RuleOptions::add(CLI::App& app) {
+void MethodOptions::add(CLI::App& app) {
   app.add_option(
       "--top-p", p,
       "Dual top-p: nucleus mass over the residual blocks, in (0, 1]; twilight: mass kept by its pruner");
@@ -93,47 +95,38 @@ void RuleOptions::add(CLI::App& app) {
       ->check(CLI::NonNegativeNumber);
 }
 
-SelectionRule RuleOptions::rule(const Selector* selector) const {
-  SelectionRule rule = selector ? selector->config().selection.rule : SelectionRule{};
-  if (budget && *budget < 1) fail("--top-k-tokens is {}; it must be at least 1 token", *budget);
-  if (share && !(*share > 0 && *share <= 1))
-    fail("--top-k-share is {}; it must be above 0 and at most 1", *share);
-  if (p) rule.mode = SelectionMode::top_p, rule.p = *p;
-  if (threshold) rule.mode = SelectionMode::threshold, rule.threshold = *threshold;
-  if (budget) rule.mode = SelectionMode::top_k, rule.budget = *budget;
-  if (share) rule.mode = SelectionMode::top_k, rule.budget_fraction = *share;
-  if (sinks) rule.sinks = *sinks;
-  if (recency) rule.recency = *recency;
-  if (floor) rule.floor = *floor;
-  if (cap) rule.cap = *cap;
-  if (temperature) rule.temperature = *temperature;
-  validate(rule);
-  return rule;
+void SamplingFlags::add(CLI::App& app) {
+  app.add_option("--temperature", temperature,
+                 "0: greedy (this and the next ones: default as in the model's generation_config.json)");
+  app.add_option("--sampling-top-p", top_p, "Nucleus of the sampler");
+  app.add_option("--sampling-top-k", top_k, "Candidates of the sampler (0: all)");
+  app.add_option("--sampling-min-p", min_p, "Least probability of a candidate, relative to the likeliest");
+  app.add_option("--repetition-penalty", repetition_penalty,
+                 "Divides logits of tokens seen before (1: none)");
+  app.add_option("--presence-penalty", presence_penalty, "Subtracted from logits of tokens written before");
+  app.add_option("--frequency-penalty", frequency_penalty, "The same for each time they were written");
+  app.add_option("--logit-bias", logit_bias, "ID=BIAS, added to the logit of a token")->delimiter(',');
+  app.add_option("--seed", seed, "Seed of the sampler")->capture_default_str();
 }
 
-AttentionSpec RuleOptions::spec(AttentionKind kind, const Selector* selector) const {
-  AttentionSpec spec;
-  spec.kind = kind;
-  if (budget && share)
-    fail("a fixed budget is given in tokens ({}) and as a share ({}); give one of them", *budget, *share);
-  if (kind != AttentionKind::twilight && p && (budget || share))
-    fail("attention '{}' takes top-p ({}) or a fixed budget, not both; give one of them", to_string(kind),
-         *p);
-  if (threshold && (p || budget || share))
-    fail("attention '{}' takes a threshold ({}) or another rule, not both; give one of them", to_string(kind),
-         *threshold);
-  if (threshold && kind == AttentionKind::twilight)
-    fail("twilight prunes what Quest proposes by a fixed budget; leave out the threshold ({})", *threshold);
-  spec.rule = rule(selector);
-  if (kind == AttentionKind::twilight) {
-    // The defaults of its paper: Quest proposes a quarter of the context, and 95% of its weight is kept.
-    spec.rule.mode = SelectionMode::top_k;
-    if (!budget && !share) spec.rule.budget_fraction = 0.25;
-    if (!p) spec.rule.p = 0.95;
+SamplingOptions SamplingFlags::resolve(const std::filesystem::path& model_folder) const {
+  SamplingOptions options = SamplingOptions::from_generation_config(model_folder);
+  const auto set = [](const auto& flag, auto& field) {
+    if (flag) field = *flag;
+  };
+  set(temperature, options.temperature), set(top_p, options.top_p), set(top_k, options.top_k);
+  set(min_p, options.min_p), set(repetition_penalty, options.repetition_penalty);
+  set(presence_penalty, options.presence_penalty), set(frequency_penalty, options.frequency_penalty);
+  for (const std::string& text : logit_bias) {
+    int id = 0;
+    double bias = 0;
+    char extra = 0;
+    if (std::sscanf(text.c_str(), "%d=%lf%c", &id, &bias, &extra) != 2)
+      fail("--logit-bias is '{}'; give ID=BIAS, such as 42=-5", text);
+    options.logit_bias.emplace_back(id, bias);
   }
-  for (int64_t layer = 0; layer < dense_layers; ++layer) spec.sparse.dense_layers.insert(layer);
-  if (cache_format) spec.cache_format = key_format_from_string(*cache_format);
-  return spec;
+  options.seed = seed;
+  return options;
 }
 
 }  // namespace spot::cli

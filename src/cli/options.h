@@ -2,10 +2,13 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <filesystem>
 #include <optional>
 #include <string>
+#include <vector>
 
-#include "engine/attention_choice.h"
+#include "attention/methods.h"
+#include "engine/sampling.h"
 #include "model/backbone.h"
 #include "selector/selector.h"
 
@@ -37,19 +40,20 @@ struct SelectorOptions {
   std::optional<Selector> load(const ModelOptions& model, const Backbone& backbone) const;
 };
 
-// --top-p | --threshold | --top-k-tokens | --top-k-share, and the reserved tiers. Twilight takes p together with one of the
-// others.
-struct RuleOptions {
-  std::optional<double> p, threshold, share, temperature;
-  std::optional<int32_t> budget, sinks, recency, floor, cap;  // tokens
-  std::optional<std::string> cache_format;
-  int64_t dense_layers = 0;  // the first layers, which then do not select
+// The settings of attention methods as flags: what a method's own text does not say (attention/methods.h).
+struct MethodOptions : MethodSettings {
+  void add(CLI::App& app);
+};
+
+// The sampler's settings: the checkpoint's generation_config.json, and above it what was given on the command line.
+struct SamplingFlags {
+  std::optional<double> temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
+  std::optional<int64_t> top_k;
+  std::vector<std::string> logit_bias;  // ID=BIAS
+  uint64_t seed = 42;
 
   void add(CLI::App& app);
-  // The selector's defaults (or the method's, without one) with what was given on the command line.
-  SelectionRule rule(const Selector* selector) const;
-  // Throws Error when options do not go together.
-  AttentionSpec spec(AttentionKind kind, const Selector* selector) const;
+  SamplingOptions resolve(const std::filesystem::path& model_folder) const;
 };
 
 }  // namespace spot::cli

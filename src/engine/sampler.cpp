@@ -231,11 +231,9 @@ std::vector<SampledToken> Sampler::sample(const at::Tensor& logits, const std::v
     const auto row = static_cast<int64_t>(i);
     sampled[i].token = static_cast<int32_t>(values[0][row]);
     if (std::isnan(values[1][row]))
-      sampled[i].error =
-          fmt::format("logits of request {} hold NaN; the model or its weights are broken", ids[i]);
+      sampled[i].error = "the logits hold NaN; the model or its weights are broken";
     else if (!std::isfinite(values[1][row]))
-      sampled[i].error = fmt::format(
-          "logits of request {} have no finite maximum; the model or its weights are broken", ids[i]);
+      sampled[i].error = "the logits have no finite maximum; the model or its weights are broken";
   }
   add_logprobs(sampled, logits, ids);
   return sampled;

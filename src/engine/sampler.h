@@ -20,7 +20,7 @@ struct TokenLogprob {
 
 struct SampledToken {
   int32_t token = 0;
-  // The logits had no finite maximum: what is wrong with them, in words. `token` then means nothing.
+  // What is wrong with the row's logits, in words, when they have no finite maximum; `token` then means nothing.
   std::string error;
   // As SamplingOptions::logprobs asks: of the token, and of the likeliest, most likely first.
   float logprob = 0;

@@ -1,4 +1,4 @@
-// The true attention mass that decode steps' selections hold, added up by an observer of SparseAttention.
+// The true attention mass that a decode row's selection holds.
 #pragma once
 
 #include "attention/mass.h"
@@ -6,21 +6,14 @@
 
 namespace spot {
 
-struct DecodeMass {
-  double captured = 0;  // summed over sparse layers, steps and sequences; averaged over groups
-  int64_t terms = 0;
-
-  void operator()(const SelectionEvent& event) {
-    for (int64_t i = 0; i < event.inputs.batch.num_sequences(); ++i) {
-      const int64_t position = event.inputs.batch.starts[i];
-      const Selection row = event.selection.row(i);
-      const at::Tensor key = sequence_tokens(event.keys, event.inputs.batch, i, position + 1);
-      const at::Tensor mass = attention_mass(event.inputs.query.narrow(0, i, 1), key, event.inputs.scale,
-                                             position, row.groups(), mass_reduction(row));
-      captured += captured_mass(mass, row, event.rule).total.mean().item<double>();
-      terms += 1;
-    }
-  }
-};
+// Of row `row` of an event of decode rows; averaged over groups.
+inline double captured_by_row(const SelectionEvent& event, int64_t row) {
+  const int64_t position = event.inputs.batch.starts[static_cast<size_t>(row)];
+  const Selection selection = event.selection.row(row);
+  const at::Tensor key = sequence_tokens(event.keys, event.inputs.batch, row, position + 1);
+  const at::Tensor mass = attention_mass(event.inputs.query.narrow(0, row, 1), key, event.inputs.scale,
+                                         position, selection.groups(), mass_reduction(selection));
+  return captured_mass(mass, selection, event.rule).total.mean().item<double>();
+}
 
 }  // namespace spot

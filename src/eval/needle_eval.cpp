@@ -3,59 +3,25 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <chrono>
-#include <memory>
 
 #include "core/error.h"
 #include "core/progress.h"
-#include "engine/generator.h"
+#include "engine/engine.h"
 #include "eval/decode_mass.h"
-#include "eval/shared_prefill.h"
-#include "model/model_cache.h"
 
 namespace spot {
 namespace {
 
 constexpr int64_t kAnswerTokens = 10;  // room for the value and what ends it
 
-// One method's view of the shared cache.
-struct Contestant {
-  Policy policy;  // empty for dense
-  std::unique_ptr<AttentionBackend> backend;
-  SparseAttention* sparse = nullptr;
-};
-
-Contestant make_contestant(const EvalMethod& method, const Backbone& backbone, const Selector* selector,
-                           PagedCache& cache) {
-  Contestant made;
-  if (method.spec.kind == AttentionKind::dense) {
-    made.backend = std::make_unique<DenseAttention>(cache);
-    return made;
-  }
-  made.policy = make_policy(method.spec, backbone, selector, cache.pools());
-  auto sparse = std::make_unique<SparseAttention>(cache, *made.policy.policy, method.spec.sparse);
-  made.sparse = sparse.get();
-  made.backend = std::move(sparse);
-  return made;
-}
-
-// Reads `question` and writes the answer, one token a step. Returns the answer's tokens and the seconds of
-// the steps.
-std::pair<std::vector<int32_t>, double> answer_question(const Backbone& backbone, AttentionBackend& attention,
-                                                        PagedCache& cache, int64_t sequence,
-                                                        const std::vector<int32_t>& question) {
-  std::vector<int32_t> output;
-  RowSampler greedy{SamplingOptions{}};
-  const auto start = std::chrono::steady_clock::now();
-  at::Tensor hidden;
-  for (int32_t token : question)
-    hidden = backbone.forward(make_batch(cache, {sequence}, {{token}}), attention, cache.states());
-  for (int64_t i = 0; i < kAnswerTokens; ++i) {
-    output.push_back(greedy.sample(backbone.logits(hidden)[0]));
-    if (i + 1 < kAnswerTokens)
-      hidden = backbone.forward(make_batch(cache, {sequence}, {{output.back()}}), attention, cache.states());
-  }
-  return {output, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
+Request question_for(const NeedlePrompt& prompt, int64_t method) {
+  Request request;
+  request.prompt = prompt.context;
+  request.prompt.insert(request.prompt.end(), prompt.question.begin(), prompt.question.end());
+  request.context = static_cast<int64_t>(prompt.context.size());
+  request.max_new_tokens = kAnswerTokens;
+  request.method = method;
+  return request;
 }
 
 }  // namespace
@@ -66,66 +32,69 @@ int64_t NeedleMethodResult::num_correct() const {
 
 NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* selector,
                                   const Tokenizer& tokenizer, const std::vector<NeedlePrompt>& prompts,
-                                  const NeedleOptions& options, const std::vector<EvalMethod>& methods) {
+                                  const NeedleOptions& options, const std::vector<MethodSpec>& methods) {
   const c10::InferenceMode inference;
   if (options.length + kAnswerTokens > backbone.config().max_position_embeddings) {
     fail("needle evaluation: length {} plus {} answer tokens pass the model's limit of {} positions",
          options.length, kAnswerTokens, backbone.config().max_position_embeddings);
   }
-  ModelCache cache(backbone.config(), (options.length + kAnswerTokens) / kBlockSize + 2, backbone.dtype(),
-                   backbone.device());
-  std::vector<Contestant> contestants;
-  std::vector<SelectionPolicy*> policies;
   NeedleEvalResult result;
   result.options = options;
-  for (const EvalMethod& method : methods) {
-    contestants.push_back(make_contestant(method, backbone, selector, cache));
-    if (contestants.back().policy.policy) policies.push_back(contestants.back().policy.policy.get());
-    result.methods.push_back({.name = method.name});
-  }
-  SharedPrefill shared(cache, policies);
+  for (const MethodSpec& method : methods) result.methods.push_back({.name = method.name});
+  const auto count = static_cast<int64_t>(methods.size());
+  AttentionStack stack(backbone, selector, methods,
+                       {.num_pages = (options.length + kAnswerTokens) / kBlockSize + 2, .num_snapshots = 2});
+  // One prompt and method at a time, so that steps can be timed. The true mass needs dense attention: it is measured
+  // while the answer is written once more, by an engine whose time nobody takes.
+  EngineOptions engine_options{.max_step_tokens = 1024, .max_sequences = 1};
+  Engine engine(backbone, stack, engine_options);
+  std::vector<double> captured(methods.size(), 0);
+  std::vector<int64_t> terms(methods.size(), 0);
+  size_t measured = 0;
+  engine_options.observe_every = 1;
+  engine_options.observer = [&](const SelectionEvent& event, int64_t row, int64_t, int64_t) {
+    captured[measured] += captured_by_row(event, row);
+    terms[measured] += 1;
+  };
+  Engine observed(backbone, stack, engine_options);
+  std::vector<AttendedTokens> sums(methods.size());
   std::vector<double> seconds(methods.size(), 0);
-  std::vector<DecodeMass> masses(methods.size());
   std::vector<int64_t> steps(methods.size(), 0);
   Progress progress("needles", static_cast<int64_t>(prompts.size()));
 
   for (size_t p = 0; p < prompts.size(); ++p) {
-    const NeedlePrompt& prompt = prompts[p];
-    const int64_t sequence = cache.open_sequence();
-    const auto start = std::chrono::steady_clock::now();
-    prefill(backbone, shared, cache, sequence, prompt.context, 1024);
-    result.prefill_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    const PagedCache::Mark after_context = cache.mark(sequence);
-    for (size_t m = 0; m < contestants.size(); ++m) {
-      Contestant& c = contestants[m];
-      const auto [output, elapsed] = answer_question(backbone, *c.backend, cache, sequence, prompt.question);
-      seconds[m] += elapsed;
-      steps[m] += static_cast<int64_t>(prompt.question.size()) + kAnswerTokens - 1;
-      result.methods[m].outputs.push_back(tokenizer.decode(output));
-      result.methods[m].correct.push_back(answers(result.methods[m].outputs.back(), prompt.answer));
-      cache.rollback(sequence, after_context);
-      if (!c.sparse) continue;
-      // The true mass needs dense attention, so it is measured on a second, untimed reading of the question.
-      c.sparse->set_observer([&sum = masses[m]](const SelectionEvent& event) { sum(event); });
-      for (int32_t token : prompt.question)
-        backbone.forward(make_batch(cache, {sequence}, {{token}}), *c.backend, cache.states());
-      c.sparse->set_observer({});
-      cache.rollback(sequence, after_context);
+    for (int64_t m = 0; m < count; ++m) {
+      const auto method = static_cast<size_t>(m);
+      const EngineStatistics before = engine.statistics();
+      const auto answer = generate(engine, {question_for(prompts[p], m)}, [&](const Event& event) {
+        for (const AttendedTokens& layer : event.attended) {
+          sums[method].queries += layer.queries;
+          sums[method].attended += layer.attended;
+          sums[method].visible += layer.visible;
+        }
+      })[0][0];
+      const EngineStatistics after = engine.statistics();
+      seconds[method] += after.decode_seconds - before.decode_seconds;
+      steps[method] += after.decode_tokens - before.decode_tokens;
+      result.prefill_seconds += after.prefill_seconds - before.prefill_seconds;
+      result.methods[method].outputs.push_back(tokenizer.decode(answer.tokens));
+      result.methods[method].correct.push_back(
+          answers(result.methods[method].outputs.back(), prompts[p].answer));
+      if (methods[method].is_dense()) continue;
+      measured = method;
+      generate(observed, {question_for(prompts[p], m)});
     }
-    cache.close_sequence(sequence);
-    result.depths.push_back(prompt.depth);
+    result.depths.push_back(prompts[p].depth);
     progress.update(static_cast<int64_t>(p) + 1);
   }
-  for (size_t m = 0; m < contestants.size(); ++m) {
+  for (size_t m = 0; m < methods.size(); ++m) {
     NeedleMethodResult& method = result.methods[m];
     method.milliseconds_per_token = 1000 * seconds[m] / static_cast<double>(std::max<int64_t>(steps[m], 1));
-    if (!contestants[m].sparse) continue;
-    double attended = 0, visible = 0, rows = 0;
-    for (const auto& [layer, counter] : contestants[m].sparse->counters())
-      attended += counter.tokens_attended, visible += static_cast<double>(counter.tokens_visible),
-          rows += counter.rows;
-    if (visible > 0) method.attended_share = attended / visible, method.attended_tokens = attended / rows;
-    if (masses[m].terms > 0) method.captured_mass = masses[m].captured / static_cast<double>(masses[m].terms);
+    if (sums[m].visible > 0) {
+      method.attended_share = sums[m].attended / sums[m].visible;
+      method.attended_tokens = sums[m].attended / sums[m].queries;
+    }
+    if (terms[m] > 0) method.captured_mass = captured[m] / static_cast<double>(terms[m]);
   }
   return result;
 }

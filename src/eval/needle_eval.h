@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "attention/methods.h"
 #include "eval/needle_task.h"
-#include "eval/text_eval.h"
 #include "report/page.h"
 #include "text/tokenizer.h"
 
@@ -45,13 +45,11 @@ struct NeedleSweep {
   void add_to(Page& page) const;
 };
 
-// Each prompt's context is prefilled densely once. Then every method reads the question token by token and
-// writes the
-// answer greedily, all through its own (sparse) decode, so that finding the needle falls to the method. A
-// method of kind dense is
-// the reference.
+// Each prompt's context is prefilled densely once. Then every method reads the question, each token selecting for
+// itself, and writes the answer greedily, all through its own (sparse) attention, so that finding the needle falls to
+// the method. A dense method is the reference.
 NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* selector,
                                   const Tokenizer& tokenizer, const std::vector<NeedlePrompt>& prompts,
-                                  const NeedleOptions& options, const std::vector<EvalMethod>& methods);
+                                  const NeedleOptions& options, const std::vector<MethodSpec>& methods);
 
 }  // namespace spot

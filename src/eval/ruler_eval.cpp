@@ -12,12 +12,10 @@
 
 #include "core/error.h"
 #include "core/progress.h"
-#include "engine/generator.h"
+#include "engine/engine.h"
 #include "eval/decode_mass.h"
 #include "eval/ruler_log.h"
 #include "eval/ruler_random.h"
-#include "eval/shared_prefill.h"
-#include "model/model_cache.h"
 #include "ops/words.h"
 
 namespace spot {
@@ -46,117 +44,135 @@ std::vector<Job> list_jobs(const RulerEvalOptions& options) {
   return jobs;
 }
 
-// One method's attention, over the shared cache or, where it reads the context by itself, over one of its
-// own.
-class MethodRun {
+// A prompt that is being answered.
+struct Running {
+  Job job;
+  RulerSample sample;
+  std::vector<RulerOutcome> outcomes;         // by method
+  std::vector<std::vector<int32_t>> written;  // likewise
+  size_t answers_left = 0;
+};
+
+// The prompts of a run through one engine, several at a time: each is one request a method. The requests of a prompt
+// share the pages of its context where they read it alike.
+class PromptRunner {
  public:
-  MethodRun(const EvalMethod& method, const Backbone& backbone, const Selector* selector, PagedCache& shared)
-      : backbone_(backbone),
-        own_cache_(method.spec.sparse.prefill == PrefillMode::sparse
-                       ? std::make_unique<ModelCache>(backbone.config(), shared.num_pages(), backbone.dtype(),
-                                                      backbone.device())
-                       : nullptr),
-        cache_(own_cache_ ? *own_cache_ : shared) {
-    if (method.spec.kind == AttentionKind::dense) {
-      backend_ = std::make_unique<DenseAttention>(cache_);
-      return;
-    }
-    policy_ = make_policy(method.spec, backbone, selector, cache_.pools());
-    SparseOptions options = method.spec.sparse;
-    if (own_cache_) {
-      options.count = false;
-      reader_ = std::make_unique<SparseAttention>(cache_, *policy_.policy, options);
-    }
-    options = method.spec.sparse;
-    options.prefill = PrefillMode::sparse, options.query_tile = 1;  // of the question
-    auto sparse = std::make_unique<SparseAttention>(cache_, *policy_.policy, std::move(options));
-    sparse_ = sparse.get();
-    backend_ = std::move(sparse);
+  PromptRunner(const Backbone& backbone, const Selector* selector, const TextCodec& codec,
+               const std::vector<MethodSpec>& methods, const RulerEvalOptions& options)
+      : codec_(codec),
+        options_(options),
+        num_methods_(static_cast<int64_t>(methods.size())),
+        stack_(backbone, selector, methods, stack_options(methods, options)),
+        engine_(backbone, stack_, engine_options(options)) {}
+
+  void start(const Job& job, const RulerSample& sample) {
+    const int64_t id = next_prompt_++;
+    Running& running = running_[id];
+    running = {job, sample, {}, {}, static_cast<size_t>(num_methods_)};
+    running.outcomes.resize(running.answers_left), running.written.resize(running.answers_left);
+    Request request;
+    request.prompt = codec_.encode(sample.context, true);
+    request.context = static_cast<int64_t>(request.prompt.size());
+    for (int32_t token : codec_.encode(sample.question + sample.answer_prefix, false))
+      request.prompt.push_back(token);
+    request.max_new_tokens = sample.max_new_tokens;
+    request.stop_ids.assign(codec_.stop_ids.begin(), codec_.stop_ids.end());
+    for (request.method = 0; request.method < num_methods_; ++request.method)
+      asked_[engine_.add(request)] = {id, request.method};
   }
+  int64_t num_running() const { return static_cast<int64_t>(running_.size()); }
+  int64_t read_tokens() const { return engine_.statistics().read_tokens; }
 
-  // Feeds on the dense prefill that methods share; null for dense attention and where the method has its own
-  // prefill.
-  SelectionPolicy* shared_policy() const { return own_cache_ ? nullptr : policy_.policy.get(); }
-
-  // The answer after the context that `shared_sequence` holds, which stays as it was.
-  RulerOutcome answer_after(const std::vector<int32_t>& context, int64_t shared_sequence,
-                            const std::vector<int32_t>& question, const RulerSample& sample,
-                            const TextCodec& codec, const RulerEvalOptions& options) {
-    if (!own_cache_) {
-      const PagedCache::Mark after_context = cache_.mark(shared_sequence);
-      RulerOutcome outcome = answer(shared_sequence, question, sample, codec, options);
-      cache_.rollback(shared_sequence, after_context);
-      return outcome;
+  // One step; the prompts that all methods have answered now.
+  std::vector<Running> step() {
+    std::vector<Running> finished;
+    for (const Event& event : engine_.step()) {
+      const auto asked = asked_.find(event.request);
+      if (asked == asked_.end()) continue;
+      const auto [id, method] = asked->second;
+      Running& running = running_.at(id);
+      if (event.finish == FinishReason::error)
+        fail("{} at {} tokens, prompt {}: {}", to_string(running.job.task), running.job.length,
+             running.job.sample, event.error);
+      if (event.token) running.written[static_cast<size_t>(method)].push_back(event.token->token);
+      RulerOutcome& outcome = running.outcomes[static_cast<size_t>(method)];
+      const bool ended = event.token && ends(running, method);
+      if (!event.finish && !ended) continue;
+      // Read before the request is gone.
+      for (const AttendedTokens& layer : event.finish ? event.attended : engine_.attended(event.request)) {
+        outcome.attended += layer.attended;
+        outcome.visible += layer.visible;
+        outcome.rows += static_cast<int64_t>(layer.queries);
+      }
+      outcome.answer_tokens = static_cast<int64_t>(running.written[static_cast<size_t>(method)].size());
+      outcome.score = ruler_score(running.sample.task, outcome.output, running.sample.references);
+      engine_.cancel(event.request);
+      asked_.erase(asked);
+      if (--running.answers_left == 0) {
+        finished.push_back(std::move(running));
+        running_.erase(id);
+      }
     }
-    const int64_t sequence = cache_.open_sequence();
-    prefill(backbone_, *reader_, cache_, sequence, context, options.prefill_chunk);
-    RulerOutcome outcome = answer(sequence, question, sample, codec, options);
-    cache_.close_sequence(sequence);
-    return outcome;
+    return finished;
   }
 
  private:
-  // Reads `question` (every token selects for itself, as in decode) and writes the answer, one token a step,
-  // behind what
-  // `sequence` holds.
-  RulerOutcome answer(int64_t sequence, const std::vector<int32_t>& question, const RulerSample& sample,
-                      const TextCodec& codec, const RulerEvalOptions& options) {
-    if (sparse_) sparse_->reset_counters();
-    mass_ = {}, step_ = 0;
-    at::Tensor hidden = prefill(backbone_, *backend_, cache_, sequence, question, options.prefill_chunk);
-    RowSampler greedy{SamplingOptions{}};
-    std::vector<int32_t> written;
-    RulerOutcome outcome;
-    for (;;) {
-      const int32_t token = greedy.sample(backbone_.logits(hidden)[0]);
-      if (std::find(codec.stop_ids.begin(), codec.stop_ids.end(), token) != codec.stop_ids.end()) break;
-      written.push_back(token);
-      outcome.output = codec.decode(written);
-      if (static_cast<int64_t>(written.size()) == sample.max_new_tokens) break;
-      if (options.stop_when_answered && ruler_score(sample.task, outcome.output, sample.references) == 1)
-        break;
-      const size_t text = outcome.output.find_first_not_of(" \n\t\r");
-      if (options.stop_at_newline && text != std::string::npos &&
-          outcome.output.find('\n', text) != std::string::npos)
-        break;
-      hidden = step(sequence, token, options.mass_every);
-    }
-    outcome.answer_tokens = static_cast<int64_t>(written.size());
-    outcome.score = ruler_score(sample.task, outcome.output, sample.references);
-    if (!sparse_) return outcome;
-    for (const auto& [layer, counter] : sparse_->counters()) {
-      outcome.attended += counter.tokens_attended;
-      outcome.visible += static_cast<double>(counter.tokens_visible);
-      outcome.rows += counter.rows;
-    }
-    outcome.captured = mass_.captured, outcome.measured = mass_.terms;
-    return outcome;
+  // Whether the answer, with its newest token, is over before its time.
+  bool ends(Running& running, int64_t method) const {
+    RulerOutcome& outcome = running.outcomes[static_cast<size_t>(method)];
+    outcome.output = codec_.decode(running.written[static_cast<size_t>(method)]);
+    if (options_.stop_when_answered &&
+        ruler_score(running.sample.task, outcome.output, running.sample.references) == 1)
+      return true;
+    const size_t text = outcome.output.find_first_not_of(" \n\t\r");
+    return options_.stop_at_newline && text != std::string::npos &&
+           outcome.output.find('\n', text) != std::string::npos;
   }
 
-  at::Tensor step(int64_t sequence, int32_t token, int64_t mass_every) {
-    const bool measure = sparse_ && mass_every > 0 && step_++ % mass_every == 0;
-    if (measure) sparse_->set_observer([this](const SelectionEvent& event) { mass_(event); });
-    at::Tensor hidden =
-        backbone_.forward(make_batch(cache_, {sequence}, {{token}}), *backend_, cache_.states());
-    if (measure) sparse_->set_observer({});
-    return hidden;
+  // Room for `batch` prompts: a context for all methods that read it densely and one for each that does not, and
+  // question and answer of each. Requests wait where that is too little.
+  static StackOptions stack_options(const std::vector<MethodSpec>& methods, const RulerEvalOptions& options) {
+    constexpr int64_t kTail = 512;
+    const int64_t longest = *std::max_element(options.lengths.begin(), options.lengths.end());
+    int64_t contexts = 0, shared = 0;
+    for (const MethodSpec& method : methods) (method.has_sparse_prefill() ? contexts : shared) += 1;
+    const auto pages = [](int64_t tokens) { return tokens / kBlockSize + 2; };
+    const int64_t prompt =
+        (contexts + (shared > 0)) * pages(longest) + std::max<int64_t>(shared - 1, 0) * pages(kTail);
+    return {.num_pages = options.batch * prompt,
+            .num_sequences = options.batch * static_cast<int64_t>(methods.size()),
+            .num_snapshots = 2 * options.batch};
   }
 
-  const Backbone& backbone_;
-  std::unique_ptr<ModelCache> own_cache_;
-  PagedCache& cache_;
-  Policy policy_;
-  std::unique_ptr<SparseAttention> reader_;  // of the context, into its own cache
-  std::unique_ptr<AttentionBackend> backend_;
-  SparseAttention* sparse_ = nullptr;
-  DecodeMass mass_;
-  int64_t step_ = 0;
+  EngineOptions engine_options(const RulerEvalOptions& options) {
+    const int64_t sequences = options.batch * num_methods_;
+    EngineOptions made{.max_step_tokens = std::max(options.prefill_chunk, kBlockSize) + sequences,
+                       .max_sequences = sequences,
+                       .max_tokens = *std::max_element(options.lengths.begin(), options.lengths.end()),
+                       .observe_every = options.mass_every};
+    made.observer = [this](const SelectionEvent& event, int64_t row, int64_t request, int64_t) {
+      const auto [id, method] = asked_.at(request);
+      RulerOutcome& outcome = running_.at(id).outcomes[static_cast<size_t>(method)];
+      outcome.captured += captured_by_row(event, row);
+      outcome.measured += 1;
+    };
+    return made;
+  }
+
+  const TextCodec& codec_;
+  const RulerEvalOptions& options_;
+  int64_t num_methods_;
+  AttentionStack stack_;
+  std::map<int64_t, Running> running_;                    // by our number
+  std::map<int64_t, std::pair<int64_t, int64_t>> asked_;  // the engine's requests: our number, method
+  int64_t next_prompt_ = 0;
+  Engine engine_;
 };
 
-nlohmann::json method_settings(const EvalMethod& method) {
-  nlohmann::json json = {{"name", method.name}, {"kind", to_string(method.spec.kind)}};
-  if (method.spec.kind == AttentionKind::dense) return json;
-  const SelectionRule& rule = method.spec.rule;
+nlohmann::json method_settings(const MethodSpec& method) {
+  nlohmann::json json = {{"name", method.name}, {"kind", method.word}};
+  if (method.is_dense()) return json;
+  const SelectionRule& rule = method.rule;
   json["rule"] = {{"mode", ops::word_of(rule.mode)},
                   {"budget", rule.budget},
                   {"budget_fraction", rule.budget_fraction},
@@ -167,10 +183,9 @@ nlohmann::json method_settings(const EvalMethod& method) {
                   {"floor", rule.floor},
                   {"cap", rule.cap},
                   {"temperature", rule.temperature}};
-  json["dense_layers"] = method.spec.sparse.dense_layers;
-  if (method.spec.sparse.prefill == PrefillMode::sparse)
-    json["sparse_prefill"] = {{"query_tile", method.spec.sparse.query_tile}};
-  if (method.spec.cache_format) json["cache_format"] = to_string(*method.spec.cache_format);
+  json["dense_layers"] = method.dense_layers;
+  if (method.has_sparse_prefill()) json["sparse_prefill"] = {{"query_tile", method.query_tile}};
+  if (method.cache_format) json["cache_format"] = to_string(*method.cache_format);
   return json;
 }
 
@@ -188,7 +203,7 @@ std::string selector_hash(const Selector& selector) {
 // Everything that a prompt's outcomes depend on, besides its name. Tasks, lengths and numbers of samples are
 // left out, so that a finished run can be extended.
 nlohmann::json settings_of(const Backbone& backbone, const Selector* selector, const TextCodec& codec,
-                           const std::string& essay, const std::vector<EvalMethod>& methods,
+                           const std::string& essay, const std::vector<MethodSpec>& methods,
                            const RulerEvalOptions& options) {
   const RopeConfig& rope = backbone.config().rope;
   const std::vector<int32_t> probe =
@@ -210,23 +225,23 @@ nlohmann::json settings_of(const Backbone& backbone, const Selector* selector, c
       {"tokenizer", probe},
       {"stop_ids", codec.stop_ids},
       {"methods", nlohmann::json::array()}};
-  for (const EvalMethod& method : methods) json["methods"].push_back(method_settings(method));
+  for (const MethodSpec& method : methods) json["methods"].push_back(method_settings(method));
   return json;
 }
 
 // Refuses what could only fail later, after hours.
-void check(const RulerGenerator& generator, const Backbone& backbone, const std::vector<EvalMethod>& methods,
+void check(const RulerGenerator& generator, const Backbone& backbone, const std::vector<MethodSpec>& methods,
            const RulerEvalOptions& options) {
   if (methods.empty()) fail("RULER evaluation: no attention method was given; name at least one");
   if (options.tasks.empty() || options.lengths.empty() || options.samples < 1)
     fail("RULER evaluation: {} tasks, {} lengths and {} samples; give at least one of each",
          options.tasks.size(), options.lengths.size(), options.samples);
   if (options.first_sample < 0) fail("RULER evaluation: first sample {} is negative", options.first_sample);
-  if (options.prefill_chunk < 1 || options.mass_every < 0)
+  if (options.prefill_chunk < 1 || options.batch < 1 || options.mass_every < 0)
     fail(
-        "RULER evaluation: prefill chunk {} and mass_every {}; the first must be positive, the second not "
+        "RULER evaluation: prefill chunk {}, batch {} and mass_every {}; the first two must be positive, the last not "
         "negative",
-        options.prefill_chunk, options.mass_every);
+        options.prefill_chunk, options.batch, options.mass_every);
   const int64_t longest = *std::max_element(options.lengths.begin(), options.lengths.end());
   if (longest > backbone.config().max_position_embeddings)
     fail(
@@ -250,7 +265,7 @@ TextCodec codec_of(const Tokenizer& tokenizer, bool add_special_tokens) {
 }
 
 RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, const TextCodec& codec,
-                           const std::string& essay, const std::vector<EvalMethod>& methods,
+                           const std::string& essay, const std::vector<MethodSpec>& methods,
                            const RulerEvalOptions& options) {
   const c10::InferenceMode inference;
   const RulerGenerator generator(options.prompts, essay, [&](const std::string& text, bool first) {
@@ -260,7 +275,7 @@ RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, c
   RulerResult result;
   result.options = options;
   result.settings = settings_of(backbone, selector, codec, essay, methods, options);
-  for (const EvalMethod& method : methods) result.methods.push_back(method.name);
+  for (const MethodSpec& method : methods) result.methods.push_back(method.name);
 
   std::map<decltype(Job{}.name()), RulerRecord> finished;
   std::optional<RulerLog> log;
@@ -273,58 +288,57 @@ RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, c
     }
   }
 
-  const int64_t longest = *std::max_element(options.lengths.begin(), options.lengths.end());
-  ModelCache cache(backbone.config(), longest / kBlockSize + 2, backbone.dtype(), backbone.device());
-  std::vector<std::unique_ptr<MethodRun>> runs;
-  std::vector<SelectionPolicy*> policies;
-  for (const EvalMethod& method : methods) {
-    runs.push_back(std::make_unique<MethodRun>(method, backbone, selector, cache));
-    if (runs.back()->shared_policy()) policies.push_back(runs.back()->shared_policy());
-  }
-  SharedPrefill shared(cache, policies);
+  PromptRunner prompts(backbone, selector, codec, methods, options);
 
-  // Progress counts tokens: half of a prompt's for its prefill, the other half for the methods' answers.
-  const std::vector<Job> jobs = list_jobs(options);
-  int64_t all = 0, done = 0;
-  for (const Job& job : jobs) {
-    all += 2 * job.length;
-    if (finished.count(job.name())) done += 2 * job.length;
+  // Every prompt once: what the log holds, what is asked for twice, and what is to be run.
+  std::vector<Job> jobs;
+  int64_t all = 0;
+  for (const Job& job : list_jobs(options)) {
+    const auto known = [&](const Job& other) { return other.name() == job.name(); };
+    if (std::any_of(jobs.begin(), jobs.end(), known)) continue;
+    jobs.push_back(job);
+    all += job.length;
   }
   Progress progress("ruler", all);
+  int64_t done = 0, running = 0;
+  for (const Job& job : jobs) {
+    if (!finished.count(job.name())) continue;
+    result.reused += 1;
+    done += job.length;
+  }
   progress.start_from(done);
 
-  for (const Job& job : jobs) {
-    if (const auto found = finished.find(job.name()); found != finished.end()) {
-      result.records.push_back(found->second);
-      result.reused += 1;
-      continue;
+  size_t next = 0;
+  int64_t read = 0;
+  for (;;) {
+    for (; next < jobs.size() && prompts.num_running() < options.batch; ++next) {
+      const Job& job = jobs[next];
+      if (finished.count(job.name())) continue;
+      prompts.start(job, generator.make(job.task, job.length, job.sample, job.depth));
+      running += job.length;
     }
-    const std::string note = fmt::format("{} at {}, prompt {} of {}", to_string(job.task), job.length,
-                                         job.sample - options.first_sample + 1, options.samples);
-    const RulerSample sample = generator.make(job.task, job.length, job.sample, job.depth);
-    const std::vector<int32_t> context = codec.encode(sample.context, true);
-    const std::vector<int32_t> question = codec.encode(sample.question + sample.answer_prefix, false);
-    const int64_t sequence = cache.open_sequence();
-    const auto tokens = static_cast<int64_t>(context.size());
-    for (int64_t start = 0; start < tokens; start += options.prefill_chunk) {
-      const int64_t end = std::min(tokens, start + options.prefill_chunk);
-      prefill(backbone, shared, cache, sequence, {context.begin() + start, context.begin() + end},
-              options.prefill_chunk);
-      progress.update(done + job.length * end / tokens, note);
-    }
-    RulerRecord record{job.task,     job.length,           job.sample,        job.depth,
-                       sample.depth, sample.prompt_tokens, sample.references, {}};
-    for (size_t m = 0; m < runs.size(); ++m) {
-      record.outcomes.push_back(runs[m]->answer_after(context, sequence, question, sample, codec, options));
+    if (prompts.num_running() == 0) break;
+    for (Running& prompt : prompts.step()) {
+      const Job& job = prompt.job;
+      RulerRecord record{job.task,
+                         job.length,
+                         job.sample,
+                         job.depth,
+                         prompt.sample.depth,
+                         prompt.sample.prompt_tokens,
+                         prompt.sample.references,
+                         std::move(prompt.outcomes)};
+      done += job.length, running -= job.length;
+      read = prompts.read_tokens();
       progress.update(
-          done + job.length + job.length * static_cast<int64_t>(m + 1) / static_cast<int64_t>(runs.size()),
-          note + ", " + methods[m].name);
+          done, fmt::format("{} at {}, prompt {} done", to_string(job.task), job.length, job.sample + 1));
+      if (log) log->append(record.to_json());
+      finished[job.name()] = std::move(record);
     }
-    cache.close_sequence(sequence);
-    done += 2 * job.length;
-    if (log) log->append(record.to_json());
-    result.records.push_back(std::move(record));
+    // Between two answers the prompts' own tokens move the bar.
+    progress.update(done + std::min(running, prompts.read_tokens() - read));
   }
+  for (const Job& job : jobs) result.records.push_back(finished.at(job.name()));
   return result;
 }
 

@@ -13,9 +13,9 @@
 #include <string_view>
 #include <vector>
 
+#include "attention/methods.h"
 #include "eval/ruler_score.h"
 #include "eval/ruler_tasks.h"
-#include "eval/text_eval.h"
 #include "report/page.h"
 #include "text/tokenizer.h"
 
@@ -45,6 +45,7 @@ struct RulerEvalOptions {
   bool stop_when_answered = true;
   int64_t mass_every = 4;  // answer tokens from one measurement of captured mass to the next; 0: none
   int64_t prefill_chunk = 1024;
+  int64_t batch = 4;  // prompts at once
   // Every finished prompt is appended to out/ruler.jsonl, and prompts that this file holds already are not
   // run again. Empty: nothing is kept.
   std::filesystem::path out;
@@ -102,7 +103,7 @@ struct RulerResult {
 // needs one; `selector` may be null when no method needs it. Throws Error before any work when a length is
 // too small for a task or passes the model's positions.
 RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, const TextCodec& codec,
-                           const std::string& essay, const std::vector<EvalMethod>& methods,
+                           const std::string& essay, const std::vector<MethodSpec>& methods,
                            const RulerEvalOptions& options);
 
 }  // namespace spot

@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "attention/mass.h"
+#include "attention/stack.h"
 #include "cache/batch_builder.h"
 #include "core/error.h"
 #include "core/progress.h"
@@ -129,7 +130,7 @@ double MethodResult::attended_share() const {
 }
 
 TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
-                             const std::vector<int32_t>& tokens, const std::vector<EvalMethod>& methods,
+                             const std::vector<int32_t>& tokens, const std::vector<MethodSpec>& methods,
                              const TextEvalOptions& options) {
   const c10::InferenceMode inference;
   const auto available = static_cast<int64_t>(tokens.size());
@@ -155,18 +156,19 @@ TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
   int64_t done = 0;
 
   for (int64_t s = 0; s < options.sequences; ++s) {
-    std::vector<std::unique_ptr<AttentionRun>> runs;
+    std::vector<std::unique_ptr<AttentionStack>> runs;
     std::vector<int64_t> ids;
     for (size_t m = 0; m <= methods.size(); ++m) {
-      AttentionSpec spec = m ? methods[m - 1].spec : AttentionSpec{};
-      spec.sparse.prefill = PrefillMode::sparse;
-      runs.push_back(std::make_unique<AttentionRun>(spec, backbone, selector, options.length));
+      MethodSpec spec = m ? methods[m - 1] : MethodSpec{};
+      spec.prefill = PrefillMode::sparse, spec.query_tile = 1;
+      const StackOptions room{.num_pages = options.length / kBlockSize + 1};
+      runs.push_back(std::make_unique<AttentionStack>(backbone, selector, std::vector{spec}, room));
       ids.push_back(runs.back()->cache().open_sequence());
       if (m) {
         MethodResult& method = result.methods[m - 1];
         method.name = methods[m - 1].name;
-        runs.back()->sparse()->set_observer(
-            Measurer(runs.back()->sparse()->policy(), options, method.layers));
+        if (SelectionPolicy* policy = runs.back()->policy(0))
+          runs.back()->set_observer(Measurer(*policy, options, method.layers));
       }
     }
     // All methods advance chunk by chunk together, so that logits are compared without being kept.
@@ -183,8 +185,10 @@ TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
       }
       for (size_t m = 0; m < runs.size(); ++m) {
         const auto clock = std::chrono::steady_clock::now();
-        const Batch batch = make_batch(runs[m]->cache(), {ids[m]}, {part});
-        const at::Tensor hidden = backbone.forward(batch, runs[m]->backend(), runs[m]->cache().states());
+        PagedCache& cache = runs[m]->cache();
+        const Batch batch = build_batch(cache, {{.sequence = ids[m], .tokens = part, .decode = false}});
+        runs[m]->begin_pass(batch);
+        const at::Tensor hidden = backbone.forward(batch, *runs[m], cache.states());
         sums[m].seconds += since(clock);
         progress.update(done += end - start, m ? methods[m - 1].name : "dense");
         if (first >= last) continue;

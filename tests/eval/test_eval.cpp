@@ -39,12 +39,11 @@ Backbone random_backbone(uint64_t seed) {
   return Backbone::random(config, at::kCPU, at::kFloat, seed);
 }
 
-EvalMethod method(const std::string& name, AttentionKind kind, int64_t budget) {
-  AttentionSpec spec;
-  spec.kind = kind;
+MethodSpec method(const std::string& name, const std::string& word, int64_t budget) {
+  MethodSpec spec{.name = name, .word = word};
   spec.rule.mode = SelectionMode::top_k;
   spec.rule.budget = budget;
-  return {name, spec};
+  return spec;
 }
 
 TEST(NeedleTask, PromptsHaveTheirLengthAndTheirNeedle) {
@@ -81,10 +80,9 @@ TEST(NeedleEval, AFullBudgetGivesDenseAnswersAndAllTheMass) {
   const Backbone backbone = random_backbone(3);
   const NeedleOptions options{.length = 900, .distractors = 3, .samples = 3};
   const auto prompts = make_needle_prompts(tokenizer(), filler(), options);
-  const auto result = evaluate_needles(backbone, nullptr, tokenizer(), prompts, options,
-                                       {{"dense", {}},
-                                        method("oracle", AttentionKind::oracle, 4096),
-                                        method("window", AttentionKind::streaming, 512)});
+  const auto result =
+      evaluate_needles(backbone, nullptr, tokenizer(), prompts, options,
+                       {MethodSpec{}, method("oracle", "oracle", 4096), method("window", "streaming", 512)});
   EXPECT_EQ(result.methods[0].outputs, result.methods[1].outputs);
   EXPECT_NEAR(result.methods[1].captured_mass, 1.0, 1e-4);
   EXPECT_NEAR(result.methods[1].attended_share, 1.0, 1e-9);
@@ -115,11 +113,10 @@ TEST(TextEval, MeasuresAgreeWithWhatIsKnown) {
   options.measured_queries = 4;
   const SelectorConfig config = SelectorConfig::from_preset("spot");
   const Selector selector(config, backbone.config(), at::kCPU);
-  EvalMethod spot = method("spot", AttentionKind::spot, 608);
-  const auto result = evaluate_text(
-      backbone, &selector, tokens,
-      {method("all", AttentionKind::oracle, 4096), method("oracle", AttentionKind::oracle, 608), spot},
-      options);
+  MethodSpec spot = method("spot", "spot", 608);
+  const auto result =
+      evaluate_text(backbone, &selector, tokens,
+                    {method("all", "oracle", 4096), method("oracle", "oracle", 608), spot}, options);
   EXPECT_EQ(result.dense.scored_tokens, 2 * 399);
   EXPECT_NEAR(result.methods[0].nll, result.dense.nll, 1e-4);
   EXPECT_NEAR(result.methods[0].kl, 0, 1e-5);

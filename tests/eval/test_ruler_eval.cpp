@@ -8,7 +8,7 @@
 #include <sstream>
 
 #include "core/files.h"
-#include "engine/generator.h"
+#include "engine/engine.h"
 #include "eval/ruler_eval.h"
 #include "eval/ruler_log.h"
 #include "eval/ruler_random.h"
@@ -53,13 +53,12 @@ TextCodec word_codec() {
           {}};
 }
 
-EvalMethod method(const std::string& name, AttentionKind kind, int64_t budget, int64_t sinks = 16,
+MethodSpec method(const std::string& name, const std::string& word, int64_t budget, int64_t sinks = 16,
                   int64_t recency = 32) {
-  EvalMethod made{name, {}};
-  made.spec.kind = kind;
-  made.spec.rule.mode = SelectionMode::top_k;
-  made.spec.rule.budget = budget, made.spec.rule.sinks = sinks, made.spec.rule.recency = recency;
-  made.spec.rule.floor = std::min<int64_t>(budget, 64);
+  MethodSpec made{.name = name, .word = word};
+  made.rule.mode = SelectionMode::top_k;
+  made.rule.budget = budget, made.rule.sinks = sinks, made.rule.recency = recency;
+  made.rule.floor = std::min<int64_t>(budget, 64);
   return made;
 }
 
@@ -78,14 +77,14 @@ class RulerEval : public ::testing::Test {
     options.samples = 2;
     options.prompts.seed = seed;
     options.prefill_chunk = 200;
-    methods = {method("dense", AttentionKind::dense, 64), method("streaming", AttentionKind::streaming, 128)};
+    methods = {method("dense", "dense", 64), method("streaming", "streaming", 128)};
   }
   RulerResult run() const { return evaluate_ruler(backbone, nullptr, codec, "", methods, options); }
 
   uint64_t seed;
   Backbone backbone;
   TextCodec codec = word_codec();
-  std::vector<EvalMethod> methods;
+  std::vector<MethodSpec> methods;
   RulerEvalOptions options;
 };
 
@@ -134,9 +133,9 @@ TEST_F(RulerEval, OtherSettingsAndDamagedLogsAreRefused) {
   options.prompts.seed += 1, options.stop_at_newline = true;
   expect_error([&] { run(); }, {"ruler.jsonl", "seed, stop_at_newline differ", "another folder"});
   options.prompts.seed -= 1, options.stop_at_newline = false;
-  methods[1].spec.rule.budget += 16;
+  methods[1].rule.budget += 16;
   expect_error([&] { run(); }, {"methods differ"});
-  methods[1].spec.rule.budget -= 16;
+  methods[1].rule.budget -= 16;
   EXPECT_EQ(run().reused, 2);
 
   const std::string bytes = read_file(folder / "ruler.jsonl");
@@ -163,13 +162,12 @@ TEST(RulerLogFile, OneProcessAtATime) {
 }
 
 TEST_F(RulerEval, MethodsThatKeepEverythingAnswerAsDenseAttentionDoes) {
-  methods = {method("dense", AttentionKind::dense, 64)};
+  methods = {method("dense", "dense", 64)};
   SelectorConfig config = SelectorConfig::from_preset("spot");
   config.rope_dims = 8, config.cache_format = KeyFormat::f32;
   const Selector selector(config, backbone.config(), at::kCPU);
-  for (AttentionKind kind :
-       {AttentionKind::spot, AttentionKind::oracle, AttentionKind::quest, AttentionKind::streaming})
-    methods.push_back(method(to_string(kind), kind, 4000));
+  for (const char* word : {"spot", "oracle", "quest", "streaming"})
+    methods.push_back(method(word, word, 4000));
   options.mass_every = 3;
   const RulerResult result = evaluate_ruler(backbone, &selector, codec, "", methods, options);
   for (const RulerRecord& record : result.records) {
@@ -186,9 +184,8 @@ TEST_F(RulerEval, MethodsThatKeepEverythingAnswerAsDenseAttentionDoes) {
 }
 
 TEST_F(RulerEval, MethodsDoNotDisturbOneAnother) {
-  const std::vector<EvalMethod> all = {
-      method("streaming", AttentionKind::streaming, 96), method("dense", AttentionKind::dense, 64),
-      method("quest", AttentionKind::quest, 160), method("oracle", AttentionKind::oracle, 160)};
+  const std::vector<MethodSpec> all = {method("streaming", "streaming", 96), method("dense", "dense", 64),
+                                       method("quest", "quest", 160), method("oracle", "oracle", 160)};
   options.samples = 1;
   methods = all;
   const RulerResult together = run();
@@ -214,10 +211,10 @@ TEST_F(RulerEval, MethodsDoNotDisturbOneAnother) {
 
 TEST_F(RulerEval, SparsePrefillReadsTheContextByItself) {
   options.samples = 1, options.mass_every = 0, options.stop_when_answered = false;
-  EvalMethod sparse = method("sparse prefill", AttentionKind::oracle, 96);
-  sparse.spec.sparse.prefill = PrefillMode::sparse;
-  const std::vector<EvalMethod> neighbours = {method("dense", AttentionKind::dense, 64), sparse,
-                                              method("quest", AttentionKind::quest, 160)};
+  MethodSpec sparse = method("sparse prefill", "oracle", 96);
+  sparse.prefill = PrefillMode::sparse, sparse.query_tile = 1;
+  const std::vector<MethodSpec> neighbours = {method("dense", "dense", 64), sparse,
+                                              method("quest", "quest", 160)};
   // One random model in eight answers alike whatever it attends to; then another one shows that the prefill
   // was sparse.
   bool differs = false;
@@ -229,7 +226,7 @@ TEST_F(RulerEval, SparsePrefillReadsTheContextByItself) {
     const RulerResult alone = run();
     methods = {neighbours[0], neighbours[2]};
     const RulerResult without = run();
-    methods = {method("dense prefill", AttentionKind::oracle, 96)};
+    methods = {method("dense prefill", "oracle", 96)};
     const RulerResult dense_prefill = run();
     for (size_t r = 0; r < alone.records.size(); ++r) {
       // The reference: the whole prompt through the same attention by the generator.
@@ -239,12 +236,11 @@ TEST_F(RulerEval, SparsePrefillReadsTheContextByItself) {
       const RulerSample sample = generator.make(options.tasks[r], 701, 0);
       std::vector<int32_t> prompt = codec.encode(sample.context, true);
       for (int32_t id : codec.encode(sample.question + sample.answer_prefix, false)) prompt.push_back(id);
-      AttentionRun reference(sparse.spec, backbone, nullptr, 701);
-      GenerateOptions asked;
-      asked.max_new_tokens = sample.max_new_tokens, asked.prefill_chunk = options.prefill_chunk;
-      const GenerateResult generated =
-          generate(backbone, reference.backend(), reference.cache(), {prompt}, asked);
-      EXPECT_EQ(alone.records[r].outcomes[0].output, codec.decode(generated.sequences[0].tokens));
+      AttentionStack reference(backbone, nullptr, {sparse}, {.num_pages = 50});
+      Engine engine(backbone, reference, {.max_step_tokens = options.prefill_chunk, .max_sequences = 1});
+      Request asked;
+      asked.prompt = prompt, asked.max_new_tokens = sample.max_new_tokens;
+      EXPECT_EQ(alone.records[r].outcomes[0].output, codec.decode(generate(engine, {asked})[0][0].tokens));
       EXPECT_EQ(together.records[r].outcomes[1].output, alone.records[r].outcomes[0].output);
       EXPECT_EQ(together.records[r].outcomes[0].output, without.records[r].outcomes[0].output);
       EXPECT_EQ(together.records[r].outcomes[2].output, without.records[r].outcomes[1].output);
@@ -253,6 +249,33 @@ TEST_F(RulerEval, SparsePrefillReadsTheContextByItself) {
     EXPECT_NE(alone.settings["methods"], dense_prefill.settings["methods"]);
   }
   EXPECT_TRUE(differs);
+}
+
+TEST_F(RulerEval, TheBatchChangesNothingAndDuplicatesRunOnce) {
+  options.samples = 1, options.lengths = {701, 640};
+  methods = {method("dense", "dense", 64), method("quest", "quest", 160),
+             method("streaming", "streaming", 96)};
+  options.batch = 1;
+  const std::vector<RulerRecord> alone = run().records;
+  for (int64_t batch : {2, 40}) {
+    options.batch = batch, options.prefill_chunk = 50 + 10 * batch;
+    const std::vector<RulerRecord> together = run().records;
+    ASSERT_EQ(together.size(), alone.size());
+    for (size_t r = 0; r < alone.size(); ++r) {
+      for (size_t m = 0; m < methods.size(); ++m) {
+        const RulerOutcome &a = alone[r].outcomes[m], &b = together[r].outcomes[m];
+        EXPECT_EQ(a.output, b.output) << methods[m].name << ", " << batch << " prompts at once";
+        EXPECT_EQ(a.attended, b.attended);
+        EXPECT_EQ(a.measured, b.measured);
+        EXPECT_NEAR(a.captured, b.captured, 1e-4 * a.captured);
+      }
+    }
+  }
+  options.lengths = {701, 640, 701};
+  options.tasks.push_back(options.tasks[0]);
+  EXPECT_EQ(run().records.size(), 4u);
+  options.batch = 0;
+  expect_error([&] { run(); }, {"batch 0"});
 }
 
 TEST_F(RulerEval, RunsShareOutTheSamePrompts) {
@@ -378,7 +401,7 @@ TEST_F(RulerEval, RefusesBeforeAnyWork) {
         options.tasks = {RulerTask::niah_single_1};
       },
       {"depth 2"});
-  methods = {method("spot", AttentionKind::spot, 64)};
+  methods = {method("spot", "spot", 64)};
   refused([] {}, {"selector"});
   methods.clear();
   refused([] {}, {"method"});

@@ -1,4 +1,4 @@
-#include "engine/row_sampler.h"
+#include "tests/engine/row_sampler.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,0 +1,196 @@
+#include "attention/methods.h"
+
+#include <fmt/format.h>
+
+#include <charconv>
+#include <cmath>
+
+#include "core/error.h"
+
+namespace spot {
+namespace {
+
+Policy make_spot(const MethodSpec& spec, const ModelConfig&, const Selector* selector, PagePools& pools) {
+  if (!selector)
+    fail("attention 'spot' needs a selector; name one with --selector, or distil one with `spot distill`");
+  Policy made;
+  made.keys = std::make_unique<SelectorCache>(selector->config(), selector->layers(), pools,
+                                              spec.cache_format.value_or(selector->config().cache_format));
+  made.policy = std::make_unique<SpotPolicy>(*selector, *made.keys, spec.rule);
+  return made;
+}
+
+Policy make_streaming(const MethodSpec& spec, const ModelConfig&, const Selector*, PagePools&) {
+  return {nullptr, std::make_unique<StreamingPolicy>(spec.rule.budget, spec.rule.sinks)};
+}
+
+Policy make_oracle(const MethodSpec& spec, const ModelConfig&, const Selector*, PagePools& pools) {
+  return {nullptr, std::make_unique<OraclePolicy>(pools, spec.rule)};
+}
+
+Policy make_quest(const MethodSpec& spec, const ModelConfig& model, const Selector*, PagePools& pools) {
+  return {nullptr, std::make_unique<QuestPolicy>(model, pools, spec.rule)};
+}
+
+Policy make_twilight(const MethodSpec& spec, const ModelConfig& model, const Selector*, PagePools& pools) {
+  return {nullptr, std::make_unique<TwilightPolicy>(model, pools, spec.rule, spec.rule.p)};
+}
+
+// The defaults of its paper: Quest proposes a quarter of the context, and 95% of its weight is kept.
+void adapt_to_twilight(MethodSpec& spec, const MethodSettings& settings) {
+  spec.rule.mode = SelectionMode::top_k;
+  if (!settings.budget && !settings.share) spec.rule.budget_fraction = 0.25;
+  if (!settings.p) spec.rule.p = 0.95;
+}
+
+// A number, or with '%' at its end a hundredth of one; nothing else.
+std::optional<double> parse_number(std::string text) {
+  const double unit = !text.empty() && text.back() == '%' ? 0.01 : 1;
+  if (unit != 1) text.pop_back();
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (text.empty() || error != std::errc() || end != text.data() + text.size()) return {};
+  return value * unit;
+}
+
+// Sets one KEY=VALUE; false when it is not one of ours.
+bool set_option(MethodSettings& settings, const std::string& key, const std::string& value) {
+  if (key == "cache") return settings.cache_format = value, true;
+  if (key == "prefill") {
+    if (value != "sparse" && value != "dense") return false;
+    return settings.sparse_prefill = value == "sparse", true;
+  }
+  const std::optional<double> number = parse_number(value);
+  if (!number) return false;
+  const bool percent = value.back() == '%',
+             whole = std::abs(*number) <= 1e9 && *number == std::floor(*number);
+  if (percent && key != "k") return false;
+  const auto set_whole = [&](auto& field) {
+    return whole ? (field = static_cast<int32_t>(*number), true) : false;
+  };
+  if (key == "p") return settings.p = *number, true;
+  if (key == "t") return settings.threshold = *number, true;
+  if (key == "temperature") return settings.temperature = *number, true;
+  if (key == "k" && percent) return settings.share = *number, true;
+  if (key == "k") return set_whole(settings.budget);
+  if (key == "sinks") return set_whole(settings.sinks);
+  if (key == "recency") return set_whole(settings.recency);
+  if (key == "floor") return set_whole(settings.floor);
+  if (key == "cap") return set_whole(settings.cap);
+  if (key == "dense") return set_whole(settings.dense_layers);
+  return false;
+}
+
+}  // namespace
+
+const std::vector<AttentionMethod>& attention_methods() {
+  static const std::vector<AttentionMethod> methods = {
+      {"dense", "exact attention over everything", nullptr, true, nullptr},
+      {"spot", "the trained selector", make_spot, true, nullptr},
+      {"streaming", "the first tokens and a window of the latest", make_streaming, false, nullptr},
+      {"oracle", "the true attention under the same rule", make_oracle, false, nullptr},
+      {"quest", "Quest's bound of each page", make_quest, true, nullptr},
+      {"twilight", "Twilight's pruning of what Quest proposes", make_twilight, true, adapt_to_twilight}};
+  return methods;
+}
+
+std::string attention_words() {
+  std::string words;
+  const auto& methods = attention_methods();
+  for (size_t i = 0; i < methods.size(); ++i)
+    words += (i == 0 ? "" : i + 1 == methods.size() ? " or " : ", ") + methods[i].word;
+  return words;
+}
+
+const AttentionMethod& attention_method(const std::string& word) {
+  for (const AttentionMethod& method : attention_methods())
+    if (method.word == word) return method;
+  fail("attention '{}' is unknown; choose {}", word, attention_words());
+}
+
+std::string MethodSpec::describe() const {
+  if (is_dense() || word == "streaming") return "";
+  return spot::describe(rule) + (word == "twilight" ? fmt::format(" pruned to {:g}", rule.p) : "");
+}
+
+MethodSpec make_spec(const std::string& word, const MethodSettings& settings, const Selector* selector) {
+  const AttentionMethod& method = attention_method(word);
+  const auto& [p, threshold, share, temperature, budget, sinks, recency, floor, cap, cache_format, dense_layers,
+               sparse_prefill] = settings;
+  if (budget && share)
+    fail("a fixed budget is given in tokens ({}) and as a share ({}); give one of them", *budget, *share);
+  if (!method.adapt && p && (budget || share))
+    fail("attention '{}' takes top-p ({}) or a fixed budget, not both; give one of them", word, *p);
+  if (threshold && (p || budget || share))
+    fail("attention '{}' takes a threshold ({}) or another rule, not both; give one of them", word, *threshold);
+  if (threshold && method.adapt)
+    fail("attention '{}' prunes what a fixed budget proposes; leave out the threshold ({})", word, *threshold);
+  if (budget && *budget < 1) fail("the budget is {} tokens; it must be at least 1", *budget);
+  if (share && !(*share > 0 && *share <= 1))
+    fail("the budget's share of the context is {}; it must be above 0 and at most 1", *share);
+  if (dense_layers < 0) fail("{} dense layers were asked for; give 0 or more", dense_layers);
+  MethodSpec spec{.name = word, .word = word};
+  SelectionRule& rule = spec.rule;
+  if (selector) rule = selector->config().selection.rule;
+  if (p) rule.mode = SelectionMode::top_p, rule.p = *p;
+  if (threshold) rule.mode = SelectionMode::threshold, rule.threshold = *threshold;
+  if (budget) rule.mode = SelectionMode::top_k, rule.budget = *budget;
+  if (share) rule.mode = SelectionMode::top_k, rule.budget_fraction = *share;
+  if (sinks) rule.sinks = *sinks;
+  if (recency) rule.recency = *recency;
+  if (floor) rule.floor = *floor;
+  if (cap) rule.cap = *cap;
+  if (temperature) rule.temperature = *temperature;
+  validate(rule);
+  if (method.adapt) method.adapt(spec, settings);
+  for (int64_t layer = 0; layer < dense_layers; ++layer) spec.dense_layers.insert(layer);
+  if (cache_format) spec.cache_format = key_format_from_string(*cache_format);
+  if (sparse_prefill) spec.prefill = PrefillMode::sparse;
+  return spec;
+}
+
+MethodSpec parse_method(const std::string& text, const MethodSettings& base, const Selector* selector) {
+  const size_t colon = text.find(':');
+  const std::string word = text.substr(0, colon);
+  MethodSettings settings = base;
+  bool own_rule = false;
+  std::string rest = colon == std::string::npos ? "" : text.substr(colon + 1);
+  while (!rest.empty()) {
+    const std::string option = rest.substr(0, rest.find(','));
+    rest.erase(0, option.size() + 1);
+    const size_t equals = option.find('=');
+    const std::string key = option.substr(0, equals);
+    if ((key == "p" || key == "t" || key == "k") && !own_rule)
+      settings.p.reset(), settings.threshold.reset(), settings.budget.reset(), settings.share.reset(), own_rule = true;
+    if (equals == std::string::npos || equals + 1 == option.size() ||
+        !set_option(settings, key, option.substr(equals + 1)))
+      fail("method '{}': '{}' is not one of {}", text, option, method_grammar());
+  }
+  attention_method(word);
+  if (word != "spot" && settings.cache_format != base.cache_format)
+    fail("method '{}': only spot has a cache of selector keys; leave out cache=", text);
+  if (word == "dense" && settings.sparse_prefill && !base.sparse_prefill)
+    fail("method '{}': dense attention has no sparse prefill; leave out prefill=", text);
+  MethodSpec spec = make_spec(word, settings, selector);
+  spec.name = text;
+  return spec;
+}
+
+std::vector<std::string> join_methods(const std::vector<std::string>& parts) {
+  std::vector<std::string> joined;
+  for (const std::string& part : parts) {
+    const bool goes_on = part.find('=') != std::string::npos && part.find(':') == std::string::npos;
+    if (!joined.empty() && goes_on)
+      joined.back() += (joined.back().find(':') == std::string::npos ? ":" : ",") + part;
+    else
+      joined.push_back(part);
+  }
+  return joined;
+}
+
+std::string method_grammar() {
+  return "p=SHARE, t=THRESHOLD, k=TOKENS, k=PERCENT%, sinks=, recency=, floor=, cap=TOKENS, temperature=NUMBER, dense=LAYERS, "
+         "cache=FORMAT, prefill=sparse or prefill=dense";
+}
+
+}  // namespace spot

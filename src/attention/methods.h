@@ -1,0 +1,81 @@
+// The attention methods by name, and the grammar in which users write them.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "attention/sparse.h"
+#include "checkpoint/config.h"
+#include "selector/selector.h"
+
+namespace spot {
+
+// A method and everything that it is run with.
+struct MethodSpec {
+  std::string name = "dense";  // as the user wrote it: "spot:p=0.9,k=10%"
+  std::string word = "dense";  // its row of the table
+  // streaming takes rule.budget (tokens) and rule.sinks; twilight a top_k rule for Quest, and prunes to rule.p
+  SelectionRule rule;
+  std::set<int64_t> dense_layers;  // besides those that a selector does not cover
+  // How a prompt is read. Sparse: one block set for every `query_tile` queries: 1, 16, 32 or 64.
+  PrefillMode prefill = PrefillMode::dense;
+  int64_t query_tile = 16;
+  std::optional<KeyFormat> cache_format;  // of the selector's keys; without it the selector's own
+
+  bool is_dense() const { return word == "dense"; }
+  bool has_sparse_prefill() const { return !is_dense() && prefill == PrefillMode::sparse; }
+  // "top-p 0.9", "top-k 25% pruned to 0.95": what the rule keeps; empty where there is none.
+  std::string describe() const;
+};
+
+struct MethodSettings;
+
+// A policy with the store of its own that it may need; empty for dense attention.
+struct Policy {
+  std::unique_ptr<SelectorCache> keys;
+  std::unique_ptr<SelectionPolicy> policy;
+};
+
+// A row of the table.
+struct AttentionMethod {
+  std::string word, summary;
+  // Declares the policy's stores in `pools`, which outlive it as `selector` does; null: dense attention. `selector` is
+  // null where none was given.
+  Policy (*make)(const MethodSpec& spec, const ModelConfig& model, const Selector* selector,
+                 PagePools& pools);
+  // Whether a decode step needs nothing of the host (positions, lengths), so that it can be captured.
+  bool decodes_on_device;
+  // Changes the rule to what the method means by the settings; null: nothing.
+  void (*adapt)(MethodSpec& spec, const MethodSettings& settings);
+};
+const std::vector<AttentionMethod>& attention_methods();
+// Throws Error naming the accepted words.
+const AttentionMethod& attention_method(const std::string& word);
+// "dense, spot, streaming, ... or twilight"
+std::string attention_words();
+
+// What a user said about a method; what is unset is as in the selector (or the defaults of SelectionRule).
+struct MethodSettings {
+  std::optional<double> p, threshold, share, temperature;     // p=, t=, k=...%, temperature=
+  std::optional<int32_t> budget, sinks, recency, floor, cap;  // k=, sinks=, recency=, floor=, cap=
+  std::optional<std::string> cache_format;                    // cache=
+  int64_t dense_layers = 0;                                   // dense=
+  bool sparse_prefill = false;                                // prefill=sparse
+};
+
+// Throws Error when settings are out of range or do not go together.
+MethodSpec make_spec(const std::string& word, const MethodSettings& settings, const Selector* selector);
+
+// WORD or WORD:KEY=VALUE,KEY=VALUE...: "spot:p=0.9,k=10%,dense=2,prefill=sparse". What it does not say is as in
+// `base`, but a method with p=, t= or k= has that rule alone. Throws Error naming the part that is wrong.
+MethodSpec parse_method(const std::string& text, const MethodSettings& base, const Selector* selector);
+// Commas separate methods and the settings of one: of the parts of "spot:p=0.9,dense=2,quest:k=10%", those without the
+// word of a method go on with the one before.
+std::vector<std::string> join_methods(const std::vector<std::string>& parts);
+// The grammar in one line, for help texts.
+std::string method_grammar();
+
+}  // namespace spot

@@ -1,0 +1,206 @@
+#include "attention/stack.h"
+
+#include <algorithm>
+
+#include "attention/dense.h"
+#include "core/error.h"
+#include "ops/attention/attention.h"
+
+namespace spot {
+namespace {
+
+// `count` sequences of a batch from `first` on, whose rows begin at `first_row`: views, but for query_starts.
+Batch part_of(const Batch& batch, int64_t first, int64_t count, int64_t first_row, int64_t rows) {
+  Batch part = batch;
+  const auto cut = [&](std::vector<int64_t>& list) {
+    list = {list.begin() + first, list.begin() + first + count};
+  };
+  cut(part.sequences), cut(part.starts), cut(part.query_lengths), cut(part.first_pages);
+  part.num_decodes = std::clamp<int64_t>(batch.num_decodes - first, 0, count);
+  for (at::Tensor* tensor : {&part.tokens, &part.positions, &part.slots})
+    *tensor = tensor->narrow(0, first_row, rows);
+  for (at::Tensor* tensor : {&part.page_table, &part.lengths, &part.state_slots})
+    if (tensor->defined()) *tensor = tensor->narrow(0, first, count);
+  part.query_starts = batch.query_starts.narrow(0, first, count + 1) - first_row;
+  part.logit_rows = at::Tensor();
+  return part;
+}
+
+// The rows of a part.
+AttentionInputs inputs_of(const AttentionInputs& all, const Batch& batch, int64_t first_row, int64_t rows,
+                          bool with_selector) {
+  const auto cut = [&](const at::Tensor& t) { return t.defined() ? t.narrow(0, first_row, rows) : t; };
+  AttentionInputs inputs{all.layer,      cut(all.hidden), cut(all.query), cut(all.key),
+                         cut(all.value), all.scale,       batch,          true};
+  if (with_selector)
+    inputs.selector_query = cut(all.selector_query), inputs.selector_weight = cut(all.selector_weight);
+  return inputs;
+}
+
+}  // namespace
+
+AttentionStack::AttentionStack(const Backbone& backbone, const Selector* selector,
+                               std::vector<MethodSpec> methods, const StackOptions& options)
+    : cache_(std::make_unique<ModelCache>(backbone.config(), options.num_pages, backbone.dtype(),
+                                          backbone.device(), options.num_sequences, options.num_snapshots)),
+      specs_(std::move(methods)) {
+  if (specs_.empty()) fail("no attention method was given; name at least one of {}", attention_words());
+  const ModelConfig& model = backbone.config();
+  for (const MethodSpec& spec : specs_) {
+    Method& method = methods_.emplace_back();
+    const AttentionMethod& row = attention_method(spec.word);
+    if (!row.make) continue;
+    method.policy = row.make(spec, model, selector, cache_->pools());
+    SparseOptions sparse{
+        .prefill = spec.prefill, .dense_layers = spec.dense_layers, .query_tile = spec.query_tile};
+    sparse.count = false;
+    sparse.recorder = [this](int64_t layer, const Selection& selection, const at::Tensor& lengths) {
+      const bool chunk = attending_->batch.num_decodes == 0;
+      if (!chunk || attending_->selects)
+        records_.push_back({layer, attending_->first, chunk, selection, lengths});
+    };
+    method.sparse = std::make_unique<SparseAttention>(*cache_, *method.policy.policy, std::move(sparse));
+  }
+  const at::Tensor keys = cache_->pools().get("keys", model.full_attention_layers().front());
+  attends_on_device_ = ops::attends(at::empty({1, model.num_heads, model.head_dim}, keys.options()), keys);
+}
+
+bool AttentionStack::decodes_on_device(int64_t method) const {
+  return attends_on_device_ &&
+         attention_method(specs_.at(static_cast<size_t>(method)).word).decodes_on_device;
+}
+
+void AttentionStack::set_observer(const SelectionObserver& observer) {
+  for (Method& method : methods_)
+    if (method.sparse) method.sparse->set_observer(observer);
+}
+
+void AttentionStack::begin_pass(const Batch& batch, const std::vector<Route>& routes) {
+  records_.clear();
+  parts_.clear();
+  prepared_ = -1;
+  const int64_t sequences = batch.num_sequences();
+  if (!routes.empty() && static_cast<int64_t>(routes.size()) != sequences)
+    fail("a batch of {} sequences was given {} routes", sequences, routes.size());
+  int64_t row = 0;
+  for (int64_t i = 0; i < sequences; ++i) {
+    const Route route = routes.empty() ? Route{} : routes[static_cast<size_t>(i)];
+    const MethodSpec& spec = specs_.at(static_cast<size_t>(route.method));
+    const bool decode = i < batch.num_decodes;
+    Part part{.method = route.method, .first = i, .first_row = row};
+    part.sparse = !spec.is_dense() && (decode || route.selects || spec.has_sparse_prefill());
+    part.selects = part.sparse && !decode && route.selects;
+    // Decode rows of a sparse method stand apart from its chunks, which are read in another way.
+    const bool alike =
+        !parts_.empty() && !part.selects && parts_.back().sparse == part.sparse &&
+        (!part.sparse || (parts_.back().method == part.method && parts_.back().selects == part.selects &&
+                          (decode || parts_.back().first >= batch.num_decodes)));
+    if (!alike) parts_.push_back(std::move(part));
+    parts_.back().rows += batch.query_lengths[static_cast<size_t>(i)];
+    row += batch.query_lengths[static_cast<size_t>(i)];
+  }
+  for (size_t p = 0; p < parts_.size(); ++p) {
+    Part& part = parts_[p];
+    const int64_t end = p + 1 < parts_.size() ? parts_[p + 1].first : sequences;
+    part.batch =
+        parts_.size() == 1 ? batch : part_of(batch, part.first, end - part.first, part.first_row, part.rows);
+  }
+}
+
+// The kernel that makes queries and keys serves one selector: that of the first sparse rows, if there are any.
+AttentionPreparation AttentionStack::prepare(int64_t layer, const at::Tensor& hidden, const Batch& batch) {
+  AttentionPreparation wanted;
+  prepared_ = -1;
+  if (batch.is_decode()) {
+    for (const Part& part : parts_)
+      if (part.sparse && prepared_ < 0) prepared_ = part.method;
+    for (size_t m = 0; m < methods_.size() && prepared_ < 0; ++m)
+      if (methods_[m].sparse) prepared_ = static_cast<int64_t>(m);
+  }
+  if (prepared_ >= 0) {
+    SelectionPolicy& policy = *methods_[static_cast<size_t>(prepared_)].policy.policy;
+    if (policy.covers(layer) && !specs_[static_cast<size_t>(prepared_)].dense_layers.count(layer))
+      wanted = policy.prepare(layer, hidden, batch.positions);
+  }
+  wanted.key_pool = cache_->pools().get("keys", layer);
+  wanted.value_pool = cache_->pools().get("values", layer);
+  wanted.slots = batch.slots;
+  return wanted;
+}
+
+at::Tensor AttentionStack::forward(const AttentionInputs& inputs) {
+  const int64_t layer = inputs.layer;
+  if (parts_.empty()) fail("begin_pass() must come before a forward pass through an attention stack");
+  if (!inputs.stored) {
+    write_tokens(cache_->pools().get("keys", layer), inputs.batch.slots, inputs.key);
+    write_tokens(cache_->pools().get("values", layer), inputs.batch.slots, inputs.value);
+  }
+  const int64_t rows = inputs.query.size(0);
+  for (size_t m = 0; m < methods_.size(); ++m) {
+    SelectionPolicy* policy = methods_[m].policy.policy.get();
+    if (policy && policy->covers(layer))
+      policy->append(inputs_of(inputs, inputs.batch, 0, rows, static_cast<int64_t>(m) == prepared_));
+  }
+  if (parts_.size() == 1)
+    return attend(parts_[0], inputs_of(inputs, inputs.batch, 0, rows, parts_[0].method == prepared_));
+  at::Tensor output = at::empty_like(inputs.query);
+  for (const Part& part : parts_)
+    output.narrow(0, part.first_row, part.rows)
+        .copy_(
+            attend(part, inputs_of(inputs, part.batch, part.first_row, part.rows, part.method == prepared_)));
+  return output;
+}
+
+at::Tensor AttentionStack::attend(const Part& part, const AttentionInputs& inputs) {
+  if (!part.sparse)
+    return attend_dense(inputs, cache_->pools().get("keys", inputs.layer),
+                        cache_->pools().get("values", inputs.layer));
+  attending_ = &part;
+  SparseAttention& sparse = *methods_[static_cast<size_t>(part.method)].sparse;
+  if (part.selects) return sparse.attend(inputs, PrefillMode::sparse, /*query_tile=*/1);
+  return sparse.attend(inputs, PrefillMode::sparse, specs_[static_cast<size_t>(part.method)].query_tile);
+}
+
+std::vector<AttendedRows> AttentionStack::attended() {
+  std::vector<AttendedRows> all;
+  for (const Part& part : parts_) {
+    std::vector<at::Tensor> counts, chunk_sums;
+    AttendedRows rows{.first = part.first};
+    const Record* any = nullptr;
+    for (const Record& record : records_) {
+      if (record.first != part.first) continue;
+      any = &record;
+      if (!record.chunk) {
+        const Selection& s = record.selection;
+        counts.push_back(s.token_counts.defined() ? s.token_counts : s.counts);
+        rows.layers.push_back(record.layer);
+      } else {
+        const auto [kept, visible] = count_tokens(record.selection, record.lengths);
+        const at::Tensor sum =
+            at::stack({at::full({}, static_cast<double>(record.selection.rows()), kept.options()), kept,
+                       visible.to(at::kDouble)});
+        if (rows.layers.empty() || rows.layers.back() != record.layer)
+          rows.layers.push_back(record.layer), chunk_sums.push_back(sum);
+        else
+          chunk_sums.back() = chunk_sums.back() + sum;
+      }
+    }
+    if (!any) continue;
+    if (any->chunk) {
+      rows.sums = at::stack(chunk_sums).unsqueeze(1);
+    } else {
+      const at::Tensor lengths = any->lengths.to(at::kDouble);
+      at::Tensor kept = at::stack(counts).to(at::kDouble).mean(2);  // [layers, rows]
+      // Every rule keeps a row's last block, which the row may not fill.
+      if (!any->selection.token_counts.defined())
+        kept = kept * kBlockSize - (-any->lengths).remainder(kBlockSize);
+      rows.sums =
+          at::stack({(lengths > 0).to(at::kDouble).expand_as(kept), kept, lengths.expand_as(kept)}, 2);
+    }
+    all.push_back(std::move(rows));
+  }
+  records_.clear();
+  return all;
+}
+
+}  // namespace spot

@@ -1,0 +1,176 @@
+// The engine under random schedules: whatever shares a step, however prompts are cut, whatever the prefix cache
+// holds and whoever gives way, a float32 model writes the text it writes alone.
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+
+#include "core/error.h"
+#include "engine/engine.h"
+#include "tests/model/configs.h"
+#include "tests/selector/support.h"
+
+namespace spot {
+namespace {
+
+ModelConfig family(const std::string& name) {
+  if (name == "qwen3") return testing::small_qwen3();
+  if (name == "qwen3_5") return testing::small_qwen3_5();
+  ModelConfig config = test::small_model(48, 3, 6, 2, 16);
+  config.architecture = "LlamaForCausalLM", config.model_type = "llama", config.qk_norm = false;
+  config.vocab_size = 101, config.max_position_embeddings = 400;
+  return config;
+}
+
+MethodSpec sparse(const std::string& word, PrefillMode prefill = PrefillMode::dense) {
+  MethodSpec spec{.name = word, .word = word};
+  spec.rule.mode = SelectionMode::top_k;
+  spec.rule.budget = 48, spec.rule.sinks = 16, spec.rule.recency = 16, spec.rule.floor = 32;
+  spec.prefill = prefill;
+  spec.cache_format = KeyFormat::f32;  // four bits would turn rounding into another code
+  return spec;
+}
+
+struct World {
+  Backbone backbone;
+  Selector selector;
+  std::vector<MethodSpec> methods;
+
+  World(const std::string& name, uint64_t seed)
+      : backbone(Backbone::random(family(name), at::kCPU, at::kFloat, seed)),
+        selector(SelectorConfig{}, backbone.config(), at::kCPU, at::kFloat, seed),
+        methods({MethodSpec{}, sparse("spot"), sparse("quest"), sparse("streaming"),
+                 sparse("spot", PrefillMode::sparse)}) {}
+
+  std::unique_ptr<AttentionStack> stack(int64_t pages, int64_t sequences, int64_t snapshots) const {
+    return std::make_unique<AttentionStack>(
+        backbone, &selector, methods,
+        StackOptions{.num_pages = pages, .num_sequences = sequences, .num_snapshots = snapshots});
+  }
+};
+
+std::vector<Request> random_requests(std::mt19937_64& random, const World& world, int count) {
+  const int64_t vocab = world.backbone.config().vocab_size;
+  const auto token = [&] { return static_cast<int32_t>(random() % static_cast<uint64_t>(vocab)); };
+  std::vector<std::vector<int32_t>> texts(2);  // whose beginnings the prompts share
+  for (auto& text : texts)
+    for (int i = 0; i < 160; ++i) text.push_back(token());
+  std::vector<Request> requests;
+  for (int i = 0; i < count; ++i) {
+    Request request;
+    const auto& text = texts[random() % texts.size()];
+    request.prompt.assign(text.begin(), text.begin() + 1 + static_cast<int64_t>(random() % 150));
+    for (uint64_t j = random() % 20; j > 0; --j) request.prompt.push_back(token());
+    if (random() % 3 == 0) request.context = static_cast<int64_t>(random() % (request.prompt.size() + 1));
+    request.max_new_tokens = 1 + static_cast<int64_t>(random() % (random() % 3 ? 24 : 80));
+    request.completions = random() % 5 ? 1 : 2;
+    request.method = static_cast<int64_t>(random() % world.methods.size());
+    request.sampling.logprobs = 2;
+    if (random() % 3 == 0) request.sampling.temperature = 1, request.sampling.top_k = 3;
+    if (random() % 4 == 0) request.sampling.repetition_penalty = 1.3;
+    request.sampling.seed = random();
+    requests.push_back(std::move(request));
+  }
+  return requests;
+}
+
+// Whether two of the likeliest tokens were so near that rounding may choose.
+bool near_tie(const SampledToken& token) {
+  return token.top.size() == 2 && token.top[0].logprob - token.top[1].logprob < 1e-4;
+}
+
+void expect_same(const GeneratedAnswer& expected, const std::vector<int32_t>& tokens,
+                 const std::string& what) {
+  for (size_t i = 0; i < std::min(tokens.size(), expected.tokens.size()); ++i) {
+    if (tokens[i] == expected.tokens[i]) continue;
+    EXPECT_TRUE(near_tie(expected.sampled[i])) << what << " differs at token " << i;
+    return;
+  }
+  EXPECT_EQ(tokens.size(), expected.tokens.size()) << what;
+}
+
+class Scheduling : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(Scheduling, EveryAnswerIsAsAlone) {
+  std::mt19937_64 random(test::fresh_seed());
+  at::set_num_threads(1);
+  int64_t preemptions = 0, cached = 0, cancelled = 0;
+  for (int round = 0; round < 4; ++round) {
+    const World world(GetParam(), random());
+    const std::vector<Request> requests = random_requests(random, world, 16);
+    std::vector<std::vector<GeneratedAnswer>> alone;
+    {
+      const auto stack = world.stack(40, 1, 0);
+      Engine engine(world.backbone, *stack,
+                    {.max_step_tokens = 400, .max_sequences = 1, .prefix_cache = false});
+      for (const Request& request : requests) alone.push_back(generate(engine, {request})[0]);
+    }
+
+    int64_t longest = 0;
+    for (const Request& r : requests)
+      longest = std::max(longest, static_cast<int64_t>(r.prompt.size()) + r.max_new_tokens);
+    // The first round is crowded: many sequences on few pages.
+    const int64_t sequences = round == 0 ? 6 : 1 + static_cast<int64_t>(random() % 6);
+    const int64_t spare = round == 0 ? 2 : static_cast<int64_t>(random() % 12);
+    const auto stack =
+        world.stack((longest + 15) / 16 + spare, sequences, static_cast<int64_t>(random() % 4));
+    const int64_t pages = stack->cache().num_free_pages();
+    EngineOptions options{.max_step_tokens = sequences + 16 + static_cast<int64_t>(random() % 150),
+                          .max_sequences = sequences,
+                          .prefix_cache = round == 0 || random() % 4 != 0};
+    Engine engine(world.backbone, *stack, options);
+    std::map<int64_t, size_t> request_of;  // by the engine's number
+    std::map<std::pair<size_t, int64_t>, std::vector<int32_t>> tokens;
+    std::map<std::pair<size_t, int64_t>, FinishReason> finished;
+    std::vector<size_t> gone;
+    size_t next = 0;
+    while (next < requests.size() || !engine.idle()) {
+      while (next < requests.size() && (random() % 3 || engine.idle())) {
+        request_of[engine.add(requests[next])] = next;
+        ++next;
+      }
+      if (random() % 12 == 0 && !request_of.empty()) {
+        const auto victim = std::next(request_of.begin(), static_cast<int64_t>(random() % request_of.size()));
+        engine.cancel(victim->first);
+        gone.push_back(victim->second);
+        ++cancelled;
+      }
+      for (const Event& event : engine.step()) {
+        const std::pair key{request_of.at(event.request), event.completion};
+        EXPECT_EQ(finished.count(key), 0u) << "an event after the end";
+        EXPECT_EQ(event.error, "");
+        if (event.token) tokens[key].push_back(event.token->token);
+        if (event.finish) finished[key] = *event.finish;
+      }
+      stack->cache().allocator().check();
+    }
+    for (size_t i = 0; i < requests.size(); ++i) {
+      const bool was_cancelled = std::find(gone.begin(), gone.end(), i) != gone.end();
+      for (int64_t c = 0; c < requests[i].completions; ++c) {
+        std::vector<int32_t>& got = tokens[{i, c}];
+        GeneratedAnswer expected = alone[i][static_cast<size_t>(c)];
+        if (was_cancelled && !finished.count({i, c}) && got.size() < expected.tokens.size())
+          expected.tokens.resize(got.size());
+        expect_same(expected, got,
+                    fmt::format("{} round {} request {} answer {} by {}", GetParam(), round, i, c,
+                                world.methods[requests[i].method].name));
+        EXPECT_TRUE(was_cancelled || finished.count({i, c}));
+      }
+    }
+    EXPECT_EQ(stack->cache().num_free_pages(), pages);
+    EXPECT_EQ(stack->cache().allocator().num_sequences(), 0);
+    preemptions += engine.statistics().preemptions;
+    cached += engine.statistics().cached_tokens;
+  }
+  // The schedules were not idle ones.
+  EXPECT_GT(preemptions, 0);
+  EXPECT_GT(cached, 0);
+  EXPECT_GT(cancelled, 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(, Scheduling, ::testing::Values("llama", "qwen3", "qwen3_5"));
+
+}  // namespace
+}  // namespace spot
