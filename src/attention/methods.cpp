@@ -115,16 +115,18 @@ std::string MethodSpec::describe() const {
 
 MethodSpec make_spec(const std::string& word, const MethodSettings& settings, const Selector* selector) {
   const AttentionMethod& method = attention_method(word);
-  const auto& [p, threshold, share, temperature, budget, sinks, recency, floor, cap, cache_format, dense_layers,
-               sparse_prefill] = settings;
+  const auto& [p, threshold, share, temperature, budget, sinks, recency, floor, cap, cache_format,
+               dense_layers, sparse_prefill] = settings;
   if (budget && share)
     fail("a fixed budget is given in tokens ({}) and as a share ({}); give one of them", *budget, *share);
   if (!method.adapt && p && (budget || share))
     fail("attention '{}' takes top-p ({}) or a fixed budget, not both; give one of them", word, *p);
   if (threshold && (p || budget || share))
-    fail("attention '{}' takes a threshold ({}) or another rule, not both; give one of them", word, *threshold);
+    fail("attention '{}' takes a threshold ({}) or another rule, not both; give one of them", word,
+         *threshold);
   if (threshold && method.adapt)
-    fail("attention '{}' prunes what a fixed budget proposes; leave out the threshold ({})", word, *threshold);
+    fail("attention '{}' prunes what a fixed budget proposes; leave out the threshold ({})", word,
+         *threshold);
   if (budget && *budget < 1) fail("the budget is {} tokens; it must be at least 1", *budget);
   if (share && !(*share > 0 && *share <= 1))
     fail("the budget's share of the context is {}; it must be above 0 and at most 1", *share);
@@ -161,7 +163,8 @@ MethodSpec parse_method(const std::string& text, const MethodSettings& base, con
     const size_t equals = option.find('=');
     const std::string key = option.substr(0, equals);
     if ((key == "p" || key == "t" || key == "k") && !own_rule)
-      settings.p.reset(), settings.threshold.reset(), settings.budget.reset(), settings.share.reset(), own_rule = true;
+      settings.p.reset(), settings.threshold.reset(), settings.budget.reset(), settings.share.reset(),
+          own_rule = true;
     if (equals == std::string::npos || equals + 1 == option.size() ||
         !set_option(settings, key, option.substr(equals + 1)))
       fail("method '{}': '{}' is not one of {}", text, option, method_grammar());
