@@ -87,7 +87,10 @@ TEST(MixedBatches, RowsDoNotSeeTheirNeighbours) {
         const auto forward = [&](const Pass& pass) {
           return method.backend->forward(pass.inputs(0, history.scale()));
         };
-        forward(history.next({random_int(200, 400), random_int(100, 140), random_int(70, 90)}));
+        // Not whole pages, so that a decode row's token lies on a page that the sequence has already.
+        const int64_t rest = random_int(1, 14);
+        forward(
+            history.next({16 * random_int(12, 24) + rest, 16 * random_int(6, 9) + rest, random_int(70, 90)}));
         std::vector<PagedCache::Mark> marks;
         for (int64_t i = 0; i < 3; ++i) marks.push_back(cache.mark(history.id(i)));
         const auto rollback = [&] {
