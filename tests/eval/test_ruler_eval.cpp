@@ -62,10 +62,28 @@ MethodSpec method(const std::string& name, const std::string& word, int64_t budg
   return made;
 }
 
+// Captured mass is a sum of library products, which round differently in other batches.
+nlohmann::json rounded(nlohmann::json record) {
+  for (nlohmann::json& outcome : record["outcomes"])
+    outcome["captured"] = std::round(1000 * outcome["captured"].get<double>()) / 1000;
+  return record;
+}
+
 std::string text_of(const std::vector<RulerRecord>& records) {
   nlohmann::json json = nlohmann::json::array();
-  for (const RulerRecord& record : records) json.push_back(record.to_json());
+  for (const RulerRecord& record : records) json.push_back(rounded(record.to_json()));
   return json.dump(1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+// The finished prompts of a log, in its order.
+std::string text_of_log(const std::filesystem::path& file) {
+  std::istringstream in(read_file(file));
+  std::string line, text;
+  while (std::getline(in, line)) {
+    const auto json = nlohmann::json::parse(line);
+    text += (json.contains("outcomes") ? rounded(json) : json).dump() + "\n";
+  }
+  return text;
 }
 
 class RulerEval : public ::testing::Test {
@@ -110,7 +128,8 @@ TEST_F(RulerEval, FinishedPromptsAreNotRunAgain) {
 TEST_F(RulerEval, AnInterruptedRunGoesOnWithTheSameResult) {
   const TemporaryFolder folder;
   options.out = folder.path();
-  const std::string whole = text_of(run().records), bytes = read_file(folder / "ruler.jsonl");
+  const std::string whole = text_of(run().records), bytes = read_file(folder / "ruler.jsonl"),
+                    log = text_of_log(folder / "ruler.jsonl");
   // Cut inside the last line, as a killed process or a full disk leaves it.
   const size_t last = bytes.rfind('\n', bytes.size() - 2) + 1;
   const size_t cut = last + 1 + seed % (bytes.size() - last - 1);
@@ -118,11 +137,11 @@ TEST_F(RulerEval, AnInterruptedRunGoesOnWithTheSameResult) {
   const RulerResult again = run();
   EXPECT_EQ(again.reused, 3);
   EXPECT_EQ(text_of(again.records), whole);
-  EXPECT_EQ(read_file(folder / "ruler.jsonl"), bytes);
+  EXPECT_EQ(text_of_log(folder / "ruler.jsonl"), log);
   // Cut inside the first line: nothing was finished.
   std::ofstream(folder / "ruler.jsonl", std::ios::binary | std::ios::trunc) << bytes.substr(0, 40);
   EXPECT_EQ(run().reused, 0);
-  EXPECT_EQ(read_file(folder / "ruler.jsonl"), bytes);
+  EXPECT_EQ(text_of_log(folder / "ruler.jsonl"), log);
 }
 
 TEST_F(RulerEval, OtherSettingsAndDamagedLogsAreRefused) {
