@@ -1,6 +1,5 @@
 #include <gtest/gtest.h>
 
-#include <functional>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -61,16 +60,20 @@ class OwnRun {
   // they were recorded.
   std::pair<SparseAttention::Counters, double> step(const SelectionRule& rule, int64_t sparse_layer) {
     policy_->set_rule(rule);
-    DecodeMass mass;
+    double captured = 0;
+    int64_t rows = 0;
     SparseOptions options;
     for (int64_t layer : recorded().selector.layers())
       if (layer != sparse_layer) options.dense_layers.insert(layer);
-    options.observer = std::ref(mass);
+    options.observer = [&](const SelectionEvent& event) {
+      for (int64_t row = 0; row < event.selection.rows(); ++row, ++rows)
+        captured += captured_by_row(event, row);
+    };
     SparseAttention attention(cache_, *policy_, options);
     for (int64_t i = 0; i < kBatch; ++i) cache_.rollback(sequences_[i], marks_[i]);
     recorded().backbone.forward(make_batch(cache_, sequences_, last_), attention, cache_.states());
-    EXPECT_EQ(mass.terms, kBatch);
-    return {attention.counters().at(sparse_layer), mass.captured / static_cast<double>(mass.terms)};
+    EXPECT_EQ(rows, kBatch);
+    return {attention.counters().at(sparse_layer), captured / static_cast<double>(rows)};
   }
 
  private:
