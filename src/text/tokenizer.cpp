@@ -285,8 +285,7 @@ int64_t Tokenizer::vocab_size() const {
 }
 
 bool Tokenizer::is_special(int32_t id) const {
-  tables_->check_id(id);
-  return tables_->tokens[static_cast<size_t>(id)].special;
+  return has_token(id) && tables_->tokens[static_cast<size_t>(id)].special;
 }
 
 const std::vector<int32_t>& Tokenizer::eos_ids() const {

@@ -47,7 +47,7 @@ class Tokenizer {
   // The largest id plus one. A model may have more rows in its embedding: those ids stand for nothing.
   int64_t vocab_size() const;
 
-  // Whether `id` is an added token marked special. Throws Error for an unknown id.
+  // Whether `id` is an added token marked special; an unknown id is not.
   bool is_special(int32_t id) const;
 
   // The ids that end a generation: those of generation_config.json, then the eos_token of
