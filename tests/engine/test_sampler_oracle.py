@@ -72,8 +72,10 @@ def test_probabilities_equal_transformers(build_folder, tmp_path, seed):
     for row, mine in zip(rows, ours, strict=True):
         wanted = expected(row)
         assert mine.sum().item() == pytest.approx(1, abs=1e-5)
-        # A token at the very edge of top-p or min-p may fall to either side in float32.
-        if ((mine > 0) != (wanted > 1e-10)).sum() > 0:
+        # A token at the very edge of top-p or min-p may fall to either side in float32; one too unlikely to ever be drawn
+        # may vanish in either's softmax.
+        drawn = torch.maximum(mine, wanted) > 1e-8
+        if (((mine > 0) != (wanted > 0)) & drawn).any():
             differing += 1
             continue
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6)
