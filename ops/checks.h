@@ -25,4 +25,9 @@ void check_key_pool(const char* op, const at::Tensor& pool, kernels::KeyFormat f
 void check_pool(const char* op, const char* name, const at::Tensor& pool, int64_t num_kv_heads,
                 int64_t head_dim, at::ScalarType dtype);
 
+// query [`rows`, num_heads, head_dim] and its pools of keys and values, which are laid out alike; a KV head serves as many
+// query heads as any other.
+void check_heads(const char* op, const char* rows, const at::Tensor& query, const at::Tensor& key_pool,
+                 const at::Tensor& value_pool);
+
 }  // namespace spot::ops

@@ -33,18 +33,7 @@ void check_scores(const char* op, const at::Tensor& scores) {
 
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key_pool,
                      const at::Tensor& value_pool, const at::Tensor& page_table, const at::Tensor& lengths) {
-  const auto dtype = query.scalar_type();
-  TORCH_CHECK(query.dim() == 3 && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf), op,
-              ": query is ", dtype, " ", query.sizes(),
-              "; it must be float32, bfloat16 or float16 [rows, num_heads, head_dim]");
-  TORCH_CHECK(key_pool.dim() == 4 && key_pool.size(0) > 0 && query.size(1) % key_pool.size(0) == 0, op,
-              ": key_pool is ", key_pool.sizes(), "; for this query its first size must be a divisor of ",
-              query.size(1));
-  check_pool(op, "key_pool", key_pool, key_pool.size(0), query.size(2), dtype);
-  check_pool(op, "value_pool", value_pool, key_pool.size(0), query.size(2), dtype);
-  TORCH_CHECK(value_pool.size(1) == key_pool.size(1) && value_pool.strides() == key_pool.strides(), op,
-              ": value_pool is ", value_pool.sizes(), " with strides ", value_pool.strides(),
-              "; it must match key_pool, ", key_pool.sizes(), " with strides ", key_pool.strides());
+  check_heads(op, "rows", query, key_pool, value_pool);
   check_rows(op, page_table, lengths, query.size(0));
   check_devices(op, query, {&key_pool, &value_pool, &page_table, &lengths});
 }

@@ -61,18 +61,7 @@ void ScoreTiles::check() const {
 void AttendTiles::check() const {
   const char* op = "spot::attend_tiles";
   check_tiles(op, tiles, tile_queries);
-  const auto dtype = query.scalar_type();
-  TORCH_CHECK(query.dim() == 3 && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf), op,
-              ": query is ", dtype, " ", query.sizes(),
-              "; it must be float32, bfloat16 or float16 [tokens, num_heads, head_dim]");
-  TORCH_CHECK(key_pool.dim() == 4 && key_pool.size(0) > 0 && query.size(1) % key_pool.size(0) == 0, op,
-              ": key_pool is ", key_pool.sizes(), "; for this query its first size must be a divisor of ",
-              query.size(1));
-  check_pool(op, "key_pool", key_pool, key_pool.size(0), query.size(2), dtype);
-  check_pool(op, "value_pool", value_pool, key_pool.size(0), query.size(2), dtype);
-  TORCH_CHECK(value_pool.size(1) == key_pool.size(1) && value_pool.strides() == key_pool.strides(), op,
-              ": value_pool is ", value_pool.sizes(), " with strides ", value_pool.strides(),
-              "; it must match key_pool, ", key_pool.sizes(), " with strides ", key_pool.strides());
+  check_heads(op, "tokens", query, key_pool, value_pool);
   TORCH_CHECK(page_table.dim() == 2 && page_table.scalar_type() == at::kInt, op, ": page_table is ",
               page_table.scalar_type(), " ", page_table.sizes(), "; it must be int32 [sequences, pages]");
   TORCH_CHECK(counts.dim() == 2 && counts.size(0) == tiles.size(0) && counts.scalar_type() == at::kInt &&
