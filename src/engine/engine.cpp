@@ -92,6 +92,7 @@ int64_t Engine::add(Request request) {
       sequence.method = request.method;
       const int64_t context = request.context < 0 ? prompt : request.context;
       sequence.prefill_end = method.is_dense() ? std::numeric_limits<int64_t>::max() : context;
+      sequence.context_end = context;
       sequence.salt = method.has_sparse_prefill() ? 1 + static_cast<uint64_t>(request.method) : 0;
       SamplingOptions sampling = request.sampling;
       sampling.seed += static_cast<uint64_t>(i);

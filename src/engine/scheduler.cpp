@@ -66,15 +66,16 @@ void Scheduler::preempt(Sequence& sequence) {
   ++preemptions_;
 }
 
-// Of at most `most` tokens, so that a chunk ends where its way of reading does, at the last place that another
-// request can go on from (recurrent states are kept there), and else at the end of a page. 0: wait for a larger
+// Of at most `most` tokens, so that a chunk ends where its way of reading does, at the places that other
+// requests can go on from (recurrent states are kept there), and else at the end of a page. 0: wait for a larger
 // step.
 int64_t Scheduler::chunk_length(const Sequence& sequence, int64_t most) const {
   const int64_t start = cache_.length(sequence.cached), page = cache_.page_size();
   int64_t end = sequence.length();
   if (start < sequence.prefill_end) end = std::min(end, sequence.prefill_end);
-  const int64_t shared = sequence.shareable() / page * page;
-  if (!cache_.states().empty() && start < shared) end = std::min(end, shared);
+  if (!cache_.states().empty())
+    for (const int64_t place : {sequence.context_end, sequence.shareable()})
+      if (const int64_t shared = place / page * page; start < shared) end = std::min(end, shared);
   if (end - start <= most) return end - start;
   return std::max<int64_t>((start + most) / page * page - start, 0);
 }

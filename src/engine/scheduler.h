@@ -19,6 +19,8 @@ struct Sequence {
   // Tokens before this position are read by the method's prefill and can be shared with other requests of the
   // same salt; each one from here on selects for itself. INT64_MAX under dense attention, where both are one.
   int64_t prefill_end = 0;
+  // Where the prompt's context ends, whatever the method: requests that ask something else of it go on from here.
+  int64_t context_end = 0;
   uint64_t salt = 0;
   int64_t cached = -1;  // the cache's sequence; -1 while it waits
 

@@ -141,7 +141,7 @@ class PromptRunner {
         (contexts + (shared > 0)) * pages(longest) + std::max<int64_t>(shared - 1, 0) * pages(kTail);
     return {.num_pages = options.batch * prompt,
             .num_sequences = options.batch * static_cast<int64_t>(methods.size()),
-            .num_snapshots = 2 * options.batch};
+            .num_snapshots = 4 * options.batch};
   }
 
   EngineOptions engine_options(const RulerEvalOptions& options) {

@@ -170,6 +170,27 @@ TEST_P(Scheduling, EveryAnswerIsAsAlone) {
   EXPECT_GT(cancelled, 0);
 }
 
+// A context is read once, whichever methods ask of it in turn and however little room there is beside it.
+TEST_P(Scheduling, AContextIsReadOnceForAllMethods) {
+  std::mt19937_64 random(test::fresh_seed());
+  const World world(GetParam(), random());
+  std::vector<int32_t> prompt(181);
+  for (int32_t& token : prompt) token = static_cast<int32_t>(random() % 90);
+  const int64_t context = 163;  // whole blocks: 160
+  const auto stack = world.stack(14, 1, 4);
+  Engine engine(world.backbone, *stack, {.max_step_tokens = 64, .max_sequences = 1});
+  const auto cached_by = [&](int64_t method) {
+    const int64_t before = engine.statistics().cached_tokens;
+    Request request;
+    request.prompt = prompt, request.context = context, request.max_new_tokens = 8;
+    request.method = method;
+    generate(engine, {request});
+    return engine.statistics().cached_tokens - before;
+  };
+  EXPECT_EQ(cached_by(0), 0);  // dense, which reads past the context
+  for (int64_t method : {1, 2, 3, 1}) EXPECT_EQ(cached_by(method), 160) << "method " << method;
+}
+
 INSTANTIATE_TEST_SUITE_P(, Scheduling, ::testing::Values("llama", "qwen3", "qwen3_5"));
 
 }  // namespace

@@ -50,7 +50,7 @@ def evaluate(build_folder, kind, model, methods, out, *options):
     return json.loads((out / "report.json").read_text())
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(300)
 @MODELS
 def test_methods_find_the_needle(build_folder, model, tmp_path):
     report = evaluate(
@@ -66,7 +66,7 @@ def test_methods_find_the_needle(build_folder, model, tmp_path):
     assert methods["twilight:p=0.95,k=25%"]["captured_mass"] > 0.9 * methods["quest:k=1024"]["captured_mass"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(300)
 @MODELS
 def test_needles_in_a_wording_that_no_training_saw(build_folder, model, tmp_path):
     """The value before the key, three other needles: both models answered all, dense and with a quarter of the tokens."""
