@@ -1,5 +1,9 @@
 #include "ops/cpu/page_kernels.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace spot::ops::cpu {
 namespace {
 

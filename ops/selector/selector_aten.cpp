@@ -80,7 +80,7 @@ at::Tensor selector_key_gather(const SelectorKeyGather& a) {
 
 namespace {
 
-at::Tensor accumulation(const at::Tensor& x) {
+at::Tensor widened(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? x : x.to(at::kFloat);
 }
 
@@ -97,14 +97,14 @@ SelectorProject::Result selector_project(const SelectorProject& a) {
   };
   at::Tensor key = heads(a.key_weight);
   if (a.norm != KeyNorm::none) {
-    at::Tensor x = accumulation(key);
+    at::Tensor x = widened(key);
     if (a.norm == KeyNorm::layernorm) x = x - x.mean(-1, true);
     x = x * at::rsqrt(x.square().mean(-1, true) + a.norm_eps);
     if (a.norm_weight.defined()) x = x * a.norm_weight.to(x.scalar_type());
     if (a.norm_bias.defined()) x = x + a.norm_bias.to(x.scalar_type());
     key = x.to(dtype);
   }
-  const at::Tensor x = accumulation(a.hidden);
+  const at::Tensor x = widened(a.hidden);
   const at::Tensor weight = at::linear(x, a.mix_weight.to(x.scalar_type())) * a.mix_scale;
   return {rotated(heads(a.query_weight), a), weight.unflatten(1, {-1, kSelectorHeads}), rotated(key, a)};
 }

@@ -1,5 +1,7 @@
 #include "checkpoint/checkpoint.h"
 
+#include <set>
+
 #include "core/error.h"
 #include "core/files.h"
 
@@ -24,7 +26,14 @@ std::string advice(const fs::path& folder) {
 
 }  // namespace
 
-Checkpoint::Checkpoint(const fs::path& path) : path_(path) {
+Checkpoint::Checkpoint(const fs::path& path, const Quantization& quantization)
+    : path_(path), quantization_(quantization) {
+  open();
+  fold_quantized();
+}
+
+void Checkpoint::open() {
+  const fs::path& path = path_;
   std::error_code code;
   fs::path single = path;
   if (fs::is_directory(path, code)) {
@@ -64,10 +73,47 @@ Checkpoint::Checkpoint(const fs::path& path) : path_(path) {
   for (const std::string& name : file->names()) files_[name] = file;
 }
 
+// Finds the matrices that lie here in parts.
+void Checkpoint::fold_quantized() {
+  const std::vector<std::string> parts = quantization_.parts();
+  if (parts.empty()) return;
+  for (const auto& [name, file] : files_) {
+    if (!name.ends_with("." + parts[0])) continue;
+    const std::string stem = name.substr(0, name.size() - parts[0].size());
+    for (const std::string& part : parts)
+      if (!files_.contains(stem + part) && part != Quantization::kOptionalPart)
+        fail("{}: tensor '{}' is missing, although '{}' is there", path_.string(), stem + part, name);
+    if (quantization_.method == Quantization::Method::fp8 && !files_.contains(stem + "weight"))
+      fail("{}: tensor '{}' is missing, although '{}' is there", path_.string(), stem + "weight", name);
+    quantized_[stem + "weight"] = name;
+  }
+}
+
+at::Tensor Checkpoint::tensor(const std::string& name) const {
+  if (!quantized_.contains(name)) return file(name).tensor(name);
+  const std::string stem = name.substr(0, name.size() - std::string("weight").size());
+  return quantization_.dequantize(
+      [&](const std::string& part) {
+        return files_.contains(stem + part) ? file(stem + part).tensor(stem + part) : at::Tensor();
+      },
+      where(name) + ": " + stem.substr(0, stem.size() - 1));
+}
+
+std::vector<int64_t> Checkpoint::shape(const std::string& name) const {
+  if (!quantized_.contains(name)) return file(name).shape(name);
+  const std::string stem = name.substr(0, name.size() - std::string("weight").size());
+  return quantization_.shape([&](const std::string& part) { return file(stem + part).shape(stem + part); });
+}
+
 std::vector<std::string> Checkpoint::names() const {
-  std::vector<std::string> names;
-  for (const auto& [name, file] : files_) names.push_back(name);
-  return names;
+  std::set<std::string> names;
+  for (const auto& [name, file] : files_) names.insert(name);
+  for (const auto& [name, first] : quantized_) {
+    const std::string stem = name.substr(0, name.size() - std::string("weight").size());
+    for (const std::string& part : quantization_.parts()) names.erase(stem + part);
+    names.insert(name);
+  }
+  return {names.begin(), names.end()};
 }
 
 const SafetensorsFile& Checkpoint::file(const std::string& name) const {

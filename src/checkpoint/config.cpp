@@ -251,9 +251,6 @@ void refuse_unsupported(const Fields& fields) {
       fail("{}: mixture-of-experts models are not supported (field {})", fields.source(), name);
     }
   }
-  if (fields.find("quantization_config")) {
-    fail("{}: quantised checkpoints are not supported; use the bfloat16 or float32 one", fields.source());
-  }
   const std::string activation = fields.text("hidden_act", "silu");
   if (activation != "silu" && activation != "swish") {
     fail("{}: hidden_act '{}' is not supported, silu is", fields.source(), activation);
@@ -318,6 +315,9 @@ ModelConfig ModelConfig::from_json(const json& published, const std::string& sou
   const bool qwen3_5 = vision_language || config.architecture == "Qwen3_5ForCausalLM";
   if (config.architecture.find("Moe") != std::string::npos) {
     fail("{}: architecture {} is a mixture of experts, which is not supported", source, config.architecture);
+  }
+  if (const json* form = top.find("quantization_config")) {
+    config.quantization = Quantization::from_json(*form, source);
   }
   if (!llama && !mistral && !qwen2 && !qwen3 && !smollm3 && !qwen3_5) {
     fail(

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "checkpoint/quantization.h"
+
 namespace spot {
 
 enum class RopeScaling { none, yarn, llama3, linear, dynamic };
@@ -57,6 +59,7 @@ struct ModelConfig {
   LinearAttentionConfig linear;
   std::vector<int64_t> eos_token_ids;  // from generation_config.json, else config.json
   std::string torch_dtype;             // dtype of the stored weights; empty where the config does not say
+  Quantization quantization;           // how the checkpoint stores its linear layers
 
   bool is_full_attention(int64_t layer) const { return layer_kinds.at(layer) == LayerKind::full_attention; }
   bool rotates(int64_t layer) const;  // whether the layer's queries and keys turn with their positions
@@ -67,7 +70,7 @@ struct ModelConfig {
   // MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM and Qwen3.5 (text_config of a
   // vision-language checkpoint too). RoPE's fields may stand in rope_scaling, rope_parameters or at the top;
   // absent fields have transformers' defaults. Throws Error on another architecture, on a missing or
-  // impossible field, and on settings not supported (mixture of experts, unknown rope types).
+  // impossible field, and on settings not supported (mixture of experts, unknown rope types and quantisations).
   static ModelConfig load(const std::filesystem::path& folder);
   static ModelConfig from_json(const nlohmann::json& config, const std::string& source);
 

@@ -13,12 +13,12 @@
 #include "core/error.h"
 #include "core/progress.h"
 #include "distill/distill_attention.h"
+#include "distill/divergence.h"
 #include "selection/selection.h"
 
 namespace spot {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kRun = 16;             // consecutive queries measured together
 constexpr int64_t kResidualBlocks = 16;  // fewer are too few to tell temperatures apart
 

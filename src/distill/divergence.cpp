@@ -5,8 +5,6 @@
 namespace spot {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
 // The k largest of each row of scores [.., entries], ties to the lower index; -inf entries are never members.
 at::Tensor top_members(const at::Tensor& scores, int64_t k) {
   const int64_t entries = scores.size(-1);

@@ -3,7 +3,11 @@
 
 #include <ATen/ATen.h>
 
+#include <limits>
+
 namespace spot {
+
+inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // What a sum of masses is held above before something is divided by it.
 inline double smallest_mass(at::ScalarType type) {

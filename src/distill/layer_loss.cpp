@@ -14,8 +14,6 @@
 namespace spot {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
 // A query: its position in the document and the half-open range of its active tokens.
 struct Row {
   int64_t position, low, high;

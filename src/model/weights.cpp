@@ -208,6 +208,9 @@ void check_names_and_shapes(const Checkpoint& checkpoint, const ModelConfig& con
       ++vision;
     } else if (qwen3_5 && name.starts_with("mtp.")) {
       ++multi_token;
+    } else if (config.quantization.method == Quantization::Method::gptq && name.ends_with(".bias") &&
+               checkpoint.tensor(name).count_nonzero().item<int64_t>() == 0) {
+      // Some writers give every quantised layer a bias of zeros.
     } else if (!(name == kHead && config.tie_word_embeddings) && !name.ends_with(".rotary_emb.inv_freq")) {
       unexpected.push_back(name);
     }
@@ -297,7 +300,7 @@ std::vector<TensorSpec> tensor_specs(const ModelConfig& c) {
 
 ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig& config, at::Device device,
                           std::optional<at::ScalarType> dtype, const Shards& shards) {
-  const Checkpoint checkpoint(folder);
+  const Checkpoint checkpoint(folder, config.quantization);
   const auto specs = tensor_specs(config);
   const std::string prefix = prefix_of(checkpoint);
   check_names_and_shapes(checkpoint, config, specs, prefix);

@@ -87,7 +87,8 @@ TEST(GpuOperators, SelectorKeysAreStoredBitForBit) {
                                 &preparation.sin, &preparation.positions})
             if (x->defined()) *x = x->to(kGpu);
           ops::selector_key_append({on_gpu, slots.to(kGpu), keys.to(kGpu), format, 0.0625, preparation});
-          EXPECT_TRUE(at::equal(on_gpu.cpu(), pool)) << format << " norm " << norm << " rotate " << rotate;
+          EXPECT_TRUE(at::equal(on_gpu.cpu(), pool))
+              << static_cast<int>(format) << " norm " << norm << " rotate " << rotate;
           const at::Tensor pages = at::randperm(8, at::kInt).slice(0, 0, 5);
           const int64_t length = random_int(1, 80);
           EXPECT_TRUE(
@@ -119,7 +120,7 @@ TEST(GpuOperators, ScoresMatch) {
           EXPECT_TRUE(at::equal(at::isinf(got), at::isinf(expected)));
           const at::Tensor seen = at::isfinite(expected);
           EXPECT_LT(relative_difference(got.masked_select(seen), expected.masked_select(seen)), 1e-4)
-              << format;
+              << static_cast<int>(format);
           // A page table shared by all rows may be expanded.
           const at::Tensor shared = table.pages.slice(0, 0, 1).expand({5, -1});
           EXPECT_LT(relative_difference(

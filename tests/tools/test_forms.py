@@ -1,7 +1,9 @@
 """tools/forms.py: the curves against sets written out plainly, attention against transformers' own, an LRU against a dict."""
 
 import collections
+import fractions
 import json
+import math
 import random
 import subprocess
 import sys
@@ -140,13 +142,13 @@ def test_misses_of_an_lru():
         reserved.append(always)
         chosen[time] &= ~always
     sizes, warm = (0.5, 1, 2), 7
-    mean = torch.stack(chosen).float().mean(0).sum(-1)
+    total = torch.stack(chosen).sum((0, -1))
     for size, share in zip(sizes, miss_shares(chosen, reserved, sizes, warm)):
         missed = wanted = 0
         for layer in range(layers):
             for s in range(sets):
                 held = collections.OrderedDict()
-                room = max(1, int(-(-float(mean[layer, s] * size) // 1)))
+                room = max(1, math.ceil(fractions.Fraction(int(total[layer, s])) * fractions.Fraction(size) / steps))
                 for time in range(steps):
                     if time >= warm:
                         newest = list(held)[-(room + int(reserved[time - 1].sum())) :]

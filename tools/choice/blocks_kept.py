@@ -12,8 +12,9 @@ def miss_shares(
     [blocks], bool, of each step. Reserved blocks are always held, so that a block which leaves the recent ones is still there; the
     rest of the room is the layer's and set's own mean count x size, at least one block."""
     blocks = chosen[0].shape[-1]
-    mean = torch.stack([step.sum(-1).float() for step in chosen]).mean(0)
-    room = [(mean * size).ceil().clamp(min=1).unsqueeze(-1) for size in sizes]
+    # In float64 a whole mean stays whole.
+    total = torch.stack([step.sum(-1) for step in chosen]).sum(0).double()
+    room = [(total * size / len(chosen)).ceil().clamp(min=1).unsqueeze(-1) for size in sizes]
     index = torch.arange(blocks, device=chosen[0].device)
     last = torch.full(chosen[0].shape, -1, device=chosen[0].device, dtype=torch.long)  # later use, higher number
     missed, wanted = [0] * len(sizes), 0

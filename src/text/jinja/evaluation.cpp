@@ -104,7 +104,8 @@ Value Interpreter::evaluate_operands(const Expression& expression, const ScopePt
   std::string text;
   for (const Value& value : values) {
     text += value.is_string() ? value.text() : to_text(value);
-    if (static_cast<int64_t>(text.size()) > kMaxStringBytes) fault("operator ~: a text too large");
+    if (static_cast<int64_t>(text.size()) > kMaxStringBytes)
+      fault("operator ~: a text of more than {} MiB", kMaxStringBytes >> 20);
   }
   return Value::string(std::move(text));
 }

@@ -136,7 +136,8 @@ class PercentFormatter {
       }
       ++i;
       out += conversion(i);
-      if (static_cast<int64_t>(out.size()) > kMaxStringBytes) fault("operator %: a text too large");
+      if (static_cast<int64_t>(out.size()) > kMaxStringBytes)
+        fault("operator %: a text of more than {} MiB", kMaxStringBytes >> 20);
     }
     const bool is_mapping = arguments_.is(Type::kDict) || arguments_.is(Type::kList) ||
                             arguments_.is(Type::kRange) || arguments_.is_undefined();
@@ -344,7 +345,8 @@ std::string brace_format(const std::string& text, const Arguments& arguments) {
     } else {
       fault("method format: the conversion !{} is not supported", conversion);
     }
-    if (static_cast<int64_t>(out.size()) > kMaxStringBytes) fault("method format: a text too large");
+    if (static_cast<int64_t>(out.size()) > kMaxStringBytes)
+      fault("method format: a text of more than {} MiB", kMaxStringBytes >> 20);
   }
   return out;
 }

@@ -15,10 +15,6 @@ namespace {
 bool is_set(const Value& value) {
   return !value.is_missing() && value.truth();
 }
-bool is_given(const Value& value) {
-  return !value.is_missing() && !value.is_none();
-}
-
 Value without_case(const Value& value) {
   return value.is_string() ? Value::string(to_lower(value.text())) : value;
 }
@@ -74,7 +70,8 @@ Value join(const std::string& what, const Value& value, Arguments arguments) {
     if (!is_first) out += separator;
     is_first = false;
     out += to_text(look_up(item, bound[1]));
-    if (static_cast<int64_t>(out.size()) > kMaxStringBytes) fault("{}: a text too large", what);
+    if (static_cast<int64_t>(out.size()) > kMaxStringBytes)
+      fault("{}: a text of more than {} MiB", what, kMaxStringBytes >> 20);
   }
   return Value::string(std::move(out));
 }
@@ -93,7 +90,7 @@ std::function<Value(const Value&)> mapping(const std::string& what, Arguments ar
   }
   const auto bound = bind(what, std::move(arguments), {"attribute", "default"}, 1);
   const Value attribute = bound[0], otherwise = bound[1];
-  if (!is_given(otherwise)) return [attribute](const Value& item) { return look_up(item, attribute); };
+  if (!otherwise.is_given()) return [attribute](const Value& item) { return look_up(item, attribute); };
   return [attribute, otherwise](const Value& item) {
     Value found = item;
     for (const Value& part : attribute_path(attribute)) {
@@ -274,7 +271,7 @@ Value batch(const std::string& what, const Value& value, Arguments arguments) {
       row.push_back(item);
     }
     if (row.empty()) return rows;
-    if (is_given(bound[1])) {
+    if (bound[1].is_given()) {
       const int64_t count = as_index(what, bound[0]);
       if (count > 1'000'000) fault("{}: a batch of more than 1000000", what);
       while (static_cast<int64_t>(row.size()) < count) row.push_back(bound[1]);
@@ -298,7 +295,7 @@ Value slice_filter(const std::string& what, const Value& value, Arguments argume
     for (int64_t i = 0; i < slices; ++i) {
       const auto end = next + each + (i < extra ? 1 : 0);
       std::vector<Value> part(next, end);
-      if (is_given(bound[1]) && i >= extra) part.push_back(bound[1]);
+      if (bound[1].is_given() && i >= extra) part.push_back(bound[1]);
       out.push_back(Value::list(std::move(part)));
       next = end;
     }

@@ -27,15 +27,6 @@ const std::string& text_argument(const std::string& what, const Value& value) {
   return value.text();
 }
 
-bool is_given(const Value& value) {
-  return !value.is_missing() && !value.is_none();
-}
-
-// A result of the same kind of text as `self`.
-Value like(const Value& self, std::string text) {
-  return Value::string(std::move(text), self.is_markup());
-}
-
 Value list_like(const Value& self, const std::vector<std::string_view>& parts) {
   std::vector<Value> out;
   out.reserve(parts.size());
@@ -46,7 +37,7 @@ Value list_like(const Value& self, const std::vector<std::string_view>& parts) {
 template <bool left, bool right>
 Value strip_method(const Value& self, const std::string& what, Arguments arguments) {
   const auto bound = positional(what, std::move(arguments), 0, 1);
-  if (!is_given(bound[0])) return like(self, std::string(strip(self.text(), left, right)));
+  if (!bound[0].is_given()) return like(self, std::string(strip(self.text(), left, right)));
   return like(self, std::string(strip_characters(self.text(), text_argument(what, bound[0]), left, right)));
 }
 
@@ -54,7 +45,7 @@ template <bool from_right>
 Value split_method(const Value& self, const std::string& what, Arguments arguments) {
   const auto bound = bind(what, std::move(arguments), {"sep", "maxsplit"}, 0);
   const int64_t most = bound[1].is_missing() ? -1 : as_index(what, bound[1]);
-  if (!is_given(bound[0])) return list_like(self, split_space(self.text(), most, from_right));
+  if (!bound[0].is_given()) return list_like(self, split_space(self.text(), most, from_right));
   const std::string& separator = text_argument(what, bound[0]);
   if (separator.empty()) fault("{}: empty separator", what);
   return list_like(self, split(self.text(), separator, most, from_right));
@@ -75,10 +66,10 @@ struct Window {
 
 Window window(const Value& self, const std::string& what, const std::vector<Value>& bound) {
   const std::string& text = self.text();
-  if (!is_given(bound[1]) && !is_given(bound[2])) return {text};
+  if (!bound[1].is_given() && !bound[2].is_given()) return {text};
   const int64_t length = self.num_code_points();
   const auto place = [&](const Value& v, int64_t otherwise) {
-    if (!is_given(v)) return otherwise;
+    if (!v.is_given()) return otherwise;
     const int64_t at = as_index(what, v);
     return at < 0 ? std::max<int64_t>(at + length, 0) : at;
   };
@@ -148,7 +139,8 @@ Value join_method(const Value& self, const std::string& what, Arguments argument
     first = false;
     out += self.is_markup() && !item.is_markup() ? escape_html(text_argument(what, item))
                                                  : text_argument(what, item);
-    if (static_cast<int64_t>(out.size()) > kMaxStringBytes) fault("{}: a text too large", what);
+    if (static_cast<int64_t>(out.size()) > kMaxStringBytes)
+      fault("{}: a text of more than {} MiB", what, kMaxStringBytes >> 20);
   }
   return like(self, std::move(out));
 }

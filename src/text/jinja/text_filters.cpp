@@ -17,14 +17,6 @@ Value as_text(const Value& value) {
   return value.is_string() ? value : Value::string(to_text(value));
 }
 
-Value like(const Value& text, std::string changed) {
-  return Value::string(std::move(changed), text.is_markup());
-}
-
-bool is_given(const Value& value) {
-  return !value.is_missing() && !value.is_none();
-}
-
 template <std::string (*change)(std::string_view)>
 Value case_filter(const std::string& what, const Value& value, Arguments arguments) {
   bind(what, std::move(arguments), {}, 0);
@@ -57,7 +49,7 @@ Value title(const std::string& what, const Value& value, Arguments arguments) {
 Value trim(const std::string& what, const Value& value, Arguments arguments) {
   const auto bound = bind(what, std::move(arguments), {"chars"}, 0);
   const Value text = as_text(value);
-  if (!is_given(bound[0])) return like(text, std::string(strip(text.text())));
+  if (!bound[0].is_given()) return like(text, std::string(strip(text.text())));
   require_defined(bound[0]);
   if (!bound[0].is_string()) fault("{}: the characters must be a text, not '{}'", what, bound[0].type_name());
   return like(text, std::string(strip_characters(text.text(), bound[0].text())));
@@ -65,7 +57,7 @@ Value trim(const std::string& what, const Value& value, Arguments arguments) {
 
 Value replace_filter(const std::string& what, const Value& value, Arguments arguments) {
   const auto bound = bind(what, std::move(arguments), {"old", "new", "count"}, 2);
-  const int64_t count = is_given(bound[2]) ? as_index(what, bound[2]) : -1;
+  const int64_t count = bound[2].is_given() ? as_index(what, bound[2]) : -1;
   return Value::string(replace(to_text(value), to_text(bound[0]), to_text(bound[1]), count));
 }
 
@@ -115,7 +107,8 @@ Value indent(const std::string& what, const Value& value, Arguments arguments) {
     if (!first && (blank || !line.empty())) out += indention;
     first = false;
     out += line;
-    if (static_cast<int64_t>(out.size()) > kMaxStringBytes) fault("{}: a text too large", what);
+    if (static_cast<int64_t>(out.size()) > kMaxStringBytes)
+      fault("{}: a text of more than {} MiB", what, kMaxStringBytes >> 20);
   }
   return like(value, std::move(out));
 }
@@ -125,7 +118,7 @@ Value truncate(const std::string& what, const Value& value, Arguments arguments)
   const auto size = length_of(value);
   if (!size) fault("{}: object of type '{}' has no length", what, value.type_name());
   const int64_t length = bound[0].is_missing() ? 255 : as_index(what, bound[0]);
-  const int64_t leeway = is_given(bound[3]) ? as_index(what, bound[3]) : 5;
+  const int64_t leeway = bound[3].is_given() ? as_index(what, bound[3]) : 5;
   const std::string end = bound[2].is_missing() ? "..." : bound[2].is_string() ? bound[2].text() : "";
   if (!bound[2].is_missing() && !bound[2].is_string()) fault("{}: the ending must be a text", what);
   const int64_t kept = length - count_code_points(end);
@@ -203,14 +196,14 @@ Value tojson(const std::string& what, const Value& value, Arguments arguments) {
   JsonStyle style;
   style.ensure_ascii = !bound[0].is_missing() && bound[0].truth();
   style.sort_keys = !bound[3].is_missing() && bound[3].truth();
-  if (is_given(bound[1])) {
+  if (bound[1].is_given()) {
     style.indented = true, style.item_separator = ",";
     style.indent =
         bound[1].is_string()
             ? bound[1].text()
             : std::string(static_cast<size_t>(std::clamp<int64_t>(as_index(what, bound[1]), 0, 1000)), ' ');
   }
-  if (is_given(bound[2])) {
+  if (bound[2].is_given()) {
     const auto separators = to_vector(bound[2]);
     if (separators.size() != 2 || !separators[0].is_string() || !separators[1].is_string())
       fault("{}: separators must be two texts", what);

@@ -77,6 +77,7 @@ class Value {
   bool is_missing() const { return is(Type::kMissing); }
   bool is_undefined() const { return is(Type::kUndefined); }
   bool is_none() const { return is(Type::kNone); }
+  bool is_given() const { return !is_missing() && !is_none(); }
   bool is_string() const { return is(Type::kString); }
   bool is_integral() const { return is(Type::kInt) || is(Type::kBool); }  // Python's bool is an int
   bool is_number() const { return is_integral() || is(Type::kFloat); }
@@ -204,5 +205,10 @@ Value make_iterator(const Value& source, std::function<bool(Value&)> next);
 
 // len(), or nothing for a value that has none.
 std::optional<int64_t> length_of(const Value& value);
+
+// A string that is markup where `original` is.
+inline Value like(const Value& original, std::string text) {
+  return Value::string(std::move(text), original.is_markup());
+}
 
 }  // namespace spot::jinja
