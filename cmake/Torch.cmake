@@ -30,9 +30,10 @@ target_link_directories(torch::torch INTERFACE ${torch_root}/lib)
 set(CMAKE_BUILD_RPATH ${torch_root}/lib)
 set(CMAKE_INSTALL_RPATH $ORIGIN/../../torch/lib)
 # torch's include folder carries its own, newer fmt without a library for it; its headers come first in the search.
-# Header-only it was a third of each file's compilation.
+# Header-only, as the targets without torch have it (Debian's), it was a third of each file's compilation.
 add_library(spot_fmt STATIC ${CMAKE_CURRENT_LIST_DIR}/fmt.cpp)
 target_include_directories(spot_fmt SYSTEM PRIVATE ${torch_root}/include)
+target_compile_options(torch::torch INTERFACE -UFMT_HEADER_ONLY)
 # --no-as-needed: the CUDA libraries register their kernels at load time; no symbol of theirs is referenced.
 if(SPOT_TORCH_CUDA)
   target_link_libraries(torch::torch INTERFACE spot_fmt -Wl,--no-as-needed torch torch_cpu torch_cuda c10 c10_cuda -Wl,--as-needed)
