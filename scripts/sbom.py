@@ -20,7 +20,7 @@ PARTS = [
     ("zlib", "zlib1g", "Zlib", "linked"),
     ("zstd", "libzstd1", "BSD-3-Clause OR GPL-2.0-only", "linked, under the BSD licence"),
     ("xxHash", "libxxhash-dev", "BSD-2-Clause", "headers"),
-    ("cpp-httplib", "libcpp-httplib-dev", "MIT", "the server"),
+    ("Boost (Asio, Beast)", "libboost1.81-dev", "BSL-1.0", "headers"),
     ("libstdc++", "libstdc++6", "GPL-3.0-or-later WITH GCC-exception-3.1", "linked"),
     ("libgomp", "libgomp1", "GPL-3.0-or-later WITH GCC-exception-3.1", "linked by libtorch"),
     ("GoogleTest", "libgtest-dev", "BSD-3-Clause", "tests alone"),

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 packages=(g++ cmake ninja-build make ccache python3-venv python3-dev nlohmann-json3-dev libcli11-dev libfmt-dev
-  libpcre2-dev libutf8proc-dev libcpp-httplib-dev libgtest-dev libbenchmark-dev zlib1g-dev libzstd-dev
+  libpcre2-dev libutf8proc-dev libboost1.81-dev libgtest-dev libbenchmark-dev zlib1g-dev libzstd-dev
   libxxhash-dev)
 missing=()
 for package in "${packages[@]}"; do

@@ -85,12 +85,13 @@ bool set_option(MethodSettings& settings, const std::string& key, const std::str
 
 const std::vector<AttentionMethod>& attention_methods() {
   static const std::vector<AttentionMethod> methods = {
-      {"dense", "exact attention over everything", nullptr, true, nullptr},
-      {"spot", "the trained selector", make_spot, true, nullptr},
-      {"streaming", "the first tokens and a window of the latest", make_streaming, false, nullptr},
-      {"oracle", "the true attention under the same rule", make_oracle, false, nullptr},
-      {"quest", "Quest's bound of each page", make_quest, true, nullptr},
-      {"twilight", "Twilight's pruning of what Quest proposes", make_twilight, true, adapt_to_twilight}};
+      {"dense", "exact attention over everything", nullptr, true, nullptr, false},
+      {"spot", "the trained selector", make_spot, true, nullptr, true},
+      {"streaming", "the first tokens and a window of the latest", make_streaming, false, nullptr, false},
+      {"oracle", "the true attention under the same rule", make_oracle, false, nullptr, false},
+      {"quest", "Quest's bound of each page", make_quest, true, nullptr, true},
+      {"twilight", "Twilight's pruning of what Quest proposes", make_twilight, true, adapt_to_twilight,
+       true}};
   return methods;
 }
 
@@ -111,6 +112,14 @@ const AttentionMethod& attention_method(const std::string& word) {
 std::string MethodSpec::describe() const {
   if (is_dense() || word == "streaming") return "";
   return spot::describe(rule) + (word == "twilight" ? fmt::format(" pruned to {:g}", rule.p) : "");
+}
+
+bool MethodSpec::reads_as(const MethodSpec& other) const {
+  if (word != other.word) return false;
+  if (is_dense()) return true;
+  return rule == other.rule && dense_layers == other.dense_layers && prefill == other.prefill &&
+         (prefill == PrefillMode::dense || query_tile == other.query_tile) &&
+         cache_format == other.cache_format;
 }
 
 MethodSpec make_spec(const std::string& word, const MethodSettings& settings, const Selector* selector) {

@@ -27,6 +27,8 @@ struct MethodSpec {
 
   bool is_dense() const { return word == "dense"; }
   bool has_sparse_prefill() const { return !is_dense() && prefill == PrefillMode::sparse; }
+  // Whether another method reads every token in the same way, whatever the two are called.
+  bool reads_as(const MethodSpec& other) const;
   // "top-p 0.9", "top-k 25% pruned to 0.95": what the rule keeps; empty where there is none.
   std::string describe() const;
 };
@@ -50,6 +52,8 @@ struct AttentionMethod {
   bool decodes_on_device;
   // Changes the rule to what the method means by the settings; null: nothing.
   void (*adapt)(MethodSpec& spec, const MethodSettings& settings);
+  // Whether the policy keeps something of every token, so that it must be there from the first token on.
+  bool has_stores;
 };
 const std::vector<AttentionMethod>& attention_methods();
 // Throws Error naming the accepted words.

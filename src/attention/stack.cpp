@@ -41,28 +41,78 @@ AttentionInputs inputs_of(const AttentionInputs& all, const Batch& batch, int64_
 
 AttentionStack::AttentionStack(const Backbone& backbone, const Selector* selector,
                                std::vector<MethodSpec> methods, const StackOptions& options)
-    : cache_(std::make_unique<ModelCache>(backbone.config(), options.num_pages, backbone.dtype(),
+    : model_(backbone.config()),
+      selector_(selector),
+      cache_(std::make_unique<ModelCache>(backbone.config(), options.num_pages, backbone.dtype(),
                                           backbone.device(), options.num_sequences, options.num_snapshots)),
       specs_(std::move(methods)) {
   if (specs_.empty()) fail("no attention method was given; name at least one of {}", attention_words());
-  const ModelConfig& model = backbone.config();
-  for (const MethodSpec& spec : specs_) {
-    Method& method = methods_.emplace_back();
-    const AttentionMethod& row = attention_method(spec.word);
-    if (!row.make) continue;
-    method.policy = row.make(spec, model, selector, cache_->pools());
-    SparseOptions sparse{
-        .prefill = spec.prefill, .dense_layers = spec.dense_layers, .query_tile = spec.query_tile};
-    sparse.count = false;
-    sparse.recorder = [this](int64_t layer, const Selection& selection, const at::Tensor& lengths) {
-      const bool chunk = attending_->batch.num_decodes == 0;
-      if (!chunk || attending_->selects)
-        records_.push_back({layer, attending_->first, chunk, selection, lengths});
-    };
-    method.sparse = std::make_unique<SparseAttention>(*cache_, *method.policy.policy, std::move(sparse));
+  for (const MethodSpec& spec : specs_) methods_.push_back(make_method(spec));
+  made_ = true;
+  const at::Tensor keys = cache_->pools().get("keys", model_.full_attention_layers().front());
+  attends_on_device_ = ops::attends(at::empty({1, model_.num_heads, model_.head_dim}, keys.options()), keys);
+}
+
+// A policy with the stores that the method reads: one that is there, or a new one. Without stores a policy is cheap, and
+// its own settings may be in it.
+int64_t AttentionStack::policy_for(const MethodSpec& spec) {
+  const AttentionMethod& row = attention_method(spec.word);
+  const auto format = [&](const MethodSpec& s) {
+    return s.cache_format.value_or(selector_ ? selector_->config().cache_format : KeyFormat::bf16);
+  };
+  if (row.has_stores) {
+    for (size_t i = 0; i < policy_specs_.size(); ++i) {
+      const MethodSpec& other = policy_specs_[i];
+      if (other.word == spec.word && (spec.word != "spot" || format(other) == format(spec)) &&
+          (spec.word != "twilight" || other.rule.p == spec.rule.p))
+        return static_cast<int64_t>(i);
+    }
+    if (made_)
+      fail(
+          "attention '{}' reads what is kept of every token, and this was not kept from the start; name it when the "
+          "engine is made",
+          spec.name);
   }
-  const at::Tensor keys = cache_->pools().get("keys", model.full_attention_layers().front());
-  attends_on_device_ = ops::attends(at::empty({1, model.num_heads, model.head_dim}, keys.options()), keys);
+  Policy made = row.make(spec, model_, selector_, cache_->pools());
+  size_t place = 0;  // where a method without stores was replaced, or a new one
+  while (place < policies_.size() && policies_[place].policy) ++place;
+  if (place == policies_.size()) policies_.emplace_back(), policy_specs_.emplace_back();
+  policies_[place] = std::move(made);
+  policy_specs_[place] = spec;
+  return static_cast<int64_t>(place);
+}
+
+AttentionStack::Method AttentionStack::make_method(const MethodSpec& spec) {
+  Method method;
+  const AttentionMethod& row = attention_method(spec.word);
+  if (!row.make) return method;
+  method.policy = policy_for(spec);
+  method.shares = row.has_stores;
+  SparseOptions sparse{
+      .prefill = spec.prefill, .dense_layers = spec.dense_layers, .query_tile = spec.query_tile};
+  sparse.count = false;
+  sparse.observer = observer_;
+  sparse.recorder = [this](int64_t layer, const Selection& selection, const at::Tensor& lengths) {
+    const bool chunk = attending_->batch.num_decodes == 0;
+    if (!chunk || attending_->selects)
+      records_.push_back({layer, attending_->first, chunk, selection, lengths});
+  };
+  method.sparse = std::make_unique<SparseAttention>(
+      *cache_, *policies_[static_cast<size_t>(method.policy)].policy, std::move(sparse));
+  return method;
+}
+
+int64_t AttentionStack::add_method(const MethodSpec& spec) {
+  methods_.push_back(make_method(spec));
+  specs_.push_back(spec);
+  return static_cast<int64_t>(specs_.size()) - 1;
+}
+
+void AttentionStack::replace_method(int64_t method, const MethodSpec& spec) {
+  Method made = make_method(spec), &old = methods_.at(static_cast<size_t>(method));
+  if (old.policy >= 0 && !old.shares) policies_[static_cast<size_t>(old.policy)] = {};
+  old = std::move(made);
+  specs_[static_cast<size_t>(method)] = spec;
 }
 
 bool AttentionStack::decodes_on_device(int64_t method) const {
@@ -71,6 +121,7 @@ bool AttentionStack::decodes_on_device(int64_t method) const {
 }
 
 void AttentionStack::set_observer(const SelectionObserver& observer) {
+  observer_ = observer;
   for (Method& method : methods_)
     if (method.sparse) method.sparse->set_observer(observer);
 }
@@ -112,15 +163,17 @@ AttentionPreparation AttentionStack::prepare(int64_t layer, const at::Tensor& hi
   AttentionPreparation wanted;
   prepared_ = -1;
   if (batch.is_decode()) {
+    int64_t method = -1;
     for (const Part& part : parts_)
-      if (part.sparse && prepared_ < 0) prepared_ = part.method;
-    for (size_t m = 0; m < methods_.size() && prepared_ < 0; ++m)
-      if (methods_[m].sparse) prepared_ = static_cast<int64_t>(m);
-  }
-  if (prepared_ >= 0) {
-    SelectionPolicy& policy = *methods_[static_cast<size_t>(prepared_)].policy.policy;
-    if (policy.covers(layer) && !specs_[static_cast<size_t>(prepared_)].dense_layers.count(layer))
-      wanted = policy.prepare(layer, hidden, batch.positions);
+      if (part.sparse && method < 0) method = part.method;
+    for (size_t m = 0; m < methods_.size() && method < 0; ++m)
+      if (methods_[m].sparse) method = static_cast<int64_t>(m);
+    if (method >= 0) {
+      prepared_ = methods_[static_cast<size_t>(method)].policy;
+      SelectionPolicy& policy = *policies_[static_cast<size_t>(prepared_)].policy;
+      if (policy.covers(layer) && !specs_[static_cast<size_t>(method)].dense_layers.count(layer))
+        wanted = policy.prepare(layer, hidden, batch.positions);
+    }
   }
   wanted.key_pool = cache_->pools().get("keys", layer);
   wanted.value_pool = cache_->pools().get("values", layer);
@@ -136,18 +189,20 @@ at::Tensor AttentionStack::forward(const AttentionInputs& inputs) {
     write_tokens(cache_->pools().get("values", layer), inputs.batch.slots, inputs.value);
   }
   const int64_t rows = inputs.query.size(0);
-  for (size_t m = 0; m < methods_.size(); ++m) {
-    SelectionPolicy* policy = methods_[m].policy.policy.get();
+  for (size_t p = 0; p < policies_.size(); ++p) {
+    SelectionPolicy* policy = policies_[p].policy.get();
     if (policy && policy->covers(layer))
-      policy->append(inputs_of(inputs, inputs.batch, 0, rows, static_cast<int64_t>(m) == prepared_));
+      policy->append(inputs_of(inputs, inputs.batch, 0, rows, static_cast<int64_t>(p) == prepared_));
   }
+  const auto is_prepared = [&](const Part& part) {
+    return prepared_ >= 0 && methods_[static_cast<size_t>(part.method)].policy == prepared_;
+  };
   if (parts_.size() == 1)
-    return attend(parts_[0], inputs_of(inputs, inputs.batch, 0, rows, parts_[0].method == prepared_));
+    return attend(parts_[0], inputs_of(inputs, inputs.batch, 0, rows, is_prepared(parts_[0])));
   at::Tensor output = at::empty_like(inputs.query);
   for (const Part& part : parts_)
     output.narrow(0, part.first_row, part.rows)
-        .copy_(
-            attend(part, inputs_of(inputs, part.batch, part.first_row, part.rows, part.method == prepared_)));
+        .copy_(attend(part, inputs_of(inputs, part.batch, part.first_row, part.rows, is_prepared(part))));
   return output;
 }
 
@@ -157,6 +212,9 @@ at::Tensor AttentionStack::attend(const Part& part, const AttentionInputs& input
                         cache_->pools().get("values", inputs.layer));
   attending_ = &part;
   SparseAttention& sparse = *methods_[static_cast<size_t>(part.method)].sparse;
+  // A policy of one method alone has its rule from its making.
+  if (methods_[static_cast<size_t>(part.method)].shares)
+    sparse.policy().set_rule(specs_[static_cast<size_t>(part.method)].rule);
   if (part.selects) return sparse.attend(inputs, PrefillMode::sparse, /*query_tile=*/1);
   return sparse.attend(inputs, PrefillMode::sparse, specs_[static_cast<size_t>(part.method)].query_tile);
 }

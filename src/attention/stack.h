@@ -40,9 +40,16 @@ class AttentionStack : public AttentionBackend {
 
   PagedCache& cache() { return *cache_; }
   const std::vector<MethodSpec>& methods() const { return specs_; }
-  // Null for dense attention.
+  // A further method, at any time; its index. Throws Error when it keeps something of every token that no method
+  // keeps since the stack was made ("quest" where there is none, another format of selector keys).
+  int64_t add_method(const MethodSpec& spec);
+  // Puts another in the place of a method that no sequence uses any more. Throws Error as add_method does; then
+  // nothing has changed.
+  void replace_method(int64_t method, const MethodSpec& spec);
+  // Null for dense attention. Methods with equal stores share a policy, whose rule is that of the last one run.
   SelectionPolicy* policy(int64_t method) {
-    return methods_.at(static_cast<size_t>(method)).policy.policy.get();
+    const int64_t policy = methods_.at(static_cast<size_t>(method)).policy;
+    return policy < 0 ? nullptr : policies_[static_cast<size_t>(policy)].policy.get();
   }
   // Whether a decode step of the method needs nothing of the host, so that a CUDA graph can hold it.
   bool decodes_on_device(int64_t method) const;
@@ -59,7 +66,8 @@ class AttentionStack : public AttentionBackend {
 
  private:
   struct Method {
-    Policy policy;
+    int64_t policy = -1;                      // of policies_; -1 for dense attention
+    bool shares = false;                      // the policy, with others of equal stores
     std::unique_ptr<SparseAttention> sparse;  // null for dense attention
   };
   // Neighbouring sequences that attend alike.
@@ -77,14 +85,22 @@ class AttentionStack : public AttentionBackend {
     at::Tensor lengths;
   };
   at::Tensor attend(const Part& part, const AttentionInputs& inputs);
+  Method make_method(const MethodSpec& spec);
+  int64_t policy_for(const MethodSpec& spec);
 
+  const ModelConfig& model_;
+  const Selector* selector_;
   std::unique_ptr<PagedCache> cache_;
   std::vector<MethodSpec> specs_;
   std::vector<Method> methods_;
+  std::vector<Policy> policies_;
+  std::vector<MethodSpec> policy_specs_;  // what each policy was made for
+  bool made_ = false;                     // from then on no pools are declared
+  SelectionObserver observer_;
   bool attends_on_device_ = false;
 
   std::vector<Part> parts_;  // of this pass
-  int64_t prepared_ = -1;    // the method whose selector the layer's prologue served
+  int64_t prepared_ = -1;    // the policy whose selector the layer's prologue served
   const Part* attending_ = nullptr;
   std::vector<Record> records_;
 };

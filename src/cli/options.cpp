@@ -20,8 +20,8 @@ CLI::Validator checkpoint_folder() {
       "");
 }
 
-void ModelOptions::add(CLI::App& app) {
-  app.add_option("--model", folder, kModelHelp)->required()->transform(checkpoint_folder());
+void ModelOptions::add(CLI::App& app, const std::string& name) {
+  app.add_option(name, folder, kModelHelp)->required()->transform(checkpoint_folder());
   app.add_option("--device", device, "auto, cpu, cuda or cuda:N")->capture_default_str();
   app.add_option("--dtype", dtype,
                  "auto, float32, bfloat16 or float16 (auto: float32 on CPU, the checkpoint's on CUDA)")

@@ -25,7 +25,8 @@ struct ModelOptions {
   int threads = 0;
   int local_rank = 0;  // which of the machine's GPUs "auto" and "cuda" mean
 
-  void add(CLI::App& app);
+  // `name`: how the folder is given.
+  void add(CLI::App& app, const std::string& name = "--model");
   at::Device resolve_device() const;
   at::ScalarType resolve_dtype(const ModelConfig& config) const;  // what load() would use
   Backbone load(const Shards& shards = {}) const;

@@ -43,6 +43,7 @@ int run_program(int argc, const char* const* argv, const ProcessGroup* group) {
   app.allow_config_extras(false);
   add_distill(app, group);
   add_generate(app);
+  add_serve(app);
   add_eval(app);
   add_bench(app);
   add_inspect(app);

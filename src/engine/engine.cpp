@@ -18,6 +18,9 @@ struct Engine::Answer {
   std::vector<int64_t> layers;  // of attended
   at::Tensor attended;          // [layers, 3] float64: AttendedTokens
 
+  std::chrono::steady_clock::time_point added = std::chrono::steady_clock::now(), started;
+  bool has_started = false;
+
   int64_t num_new() const { return sequence.length() - sequence.prompt_length; }
 };
 
@@ -36,6 +39,8 @@ Engine::Engine(const Backbone& backbone, AttentionStack& attention, const Engine
   if (!states.empty() && states.num_free() < options_.max_sequences)
     fail("the cache has room for the states of {} sequences, the engine wants to run {}", states.num_free(),
          options_.max_sequences);
+  own_methods_ = attention.methods().size();
+  for (size_t i = 0; i < own_methods_; ++i) method_uses_.push_back({next_salt_++, 0});
 }
 
 Engine::~Engine() {
@@ -69,6 +74,36 @@ void Engine::check(const Request& request) const {
         std::min(options_.max_tokens, attention_.cache().num_pages() * attention_.cache().page_size()));
 }
 
+int64_t Engine::method(const MethodSpec& spec) {
+  const std::vector<MethodSpec>& methods = attention_.methods();
+  ++method_calls_;
+  for (size_t i = 0; i < methods.size(); ++i) {
+    if (!methods[i].reads_as(spec)) continue;
+    method_uses_[i].last = method_calls_;
+    return static_cast<int64_t>(i);
+  }
+  if (static_cast<int64_t>(methods.size()) < options_.max_methods) {
+    const int64_t added = attention_.add_method(spec);
+    method_uses_.push_back({next_salt_++, method_calls_});
+    return added;
+  }
+  int64_t oldest = -1;
+  for (size_t i = own_methods_; i < methods.size(); ++i) {
+    const auto uses = [&](const auto& answer) {
+      return answer.second->sequence.method == static_cast<int64_t>(i);
+    };
+    if (std::none_of(answers_.begin(), answers_.end(), uses) &&
+        (oldest < 0 || method_uses_[i].last < method_uses_[static_cast<size_t>(oldest)].last))
+      oldest = static_cast<int64_t>(i);
+  }
+  if (oldest < 0)
+    fail("requests use {} attention methods already; ask for one of them, or wait", methods.size());
+  attention_.replace_method(oldest, spec);
+  runner_.forget(oldest);
+  method_uses_[static_cast<size_t>(oldest)] = {next_salt_++, method_calls_};
+  return oldest;
+}
+
 int64_t Engine::add(Request request) {
   check(request);
   const int64_t id = next_request_;
@@ -93,7 +128,8 @@ int64_t Engine::add(Request request) {
       const int64_t context = request.context < 0 ? prompt : request.context;
       sequence.prefill_end = method.is_dense() ? std::numeric_limits<int64_t>::max() : context;
       sequence.context_end = context;
-      sequence.salt = method.has_sparse_prefill() ? 1 + static_cast<uint64_t>(request.method) : 0;
+      sequence.salt =
+          method.has_sparse_prefill() ? method_uses_[static_cast<size_t>(request.method)].salt : 0;
       SamplingOptions sampling = request.sampling;
       sampling.seed += static_cast<uint64_t>(i);
       sampler_.add(sequence.id, sampling, request.prompt);
@@ -187,6 +223,10 @@ std::vector<Event> Engine::step() {
   const std::vector<Slice> slices = scheduler_.schedule();
   if (slices.empty()) return events;
   const auto start = std::chrono::steady_clock::now();
+  for (const Slice& slice : slices) {
+    Answer& answer = *answers_.at(slice.sequence->id);
+    if (!answer.has_started) answer.has_started = true, answer.started = start;
+  }
   StepResult result;
   try {
     result = run(slices);
@@ -234,6 +274,10 @@ Event Engine::accept(Answer& answer, const SampledToken& sampled) {
     event.finish = FinishReason::stop;
     if (answer.text) event.text = answer.text->finish();
     return event;
+  }
+  if (answer.num_new() == 0) {
+    event.cached_tokens = answer.sequence.reused;
+    event.queue_seconds = std::chrono::duration<double>(answer.started - answer.added).count();
   }
   answer.sequence.tokens.push_back(sampled.token);
   event.token = sampled;

@@ -20,6 +20,7 @@ struct EngineOptions {
   int64_t max_step_tokens = 2048;  // tokens of one forward pass: decode rows, and prompt chunks beside them
   int64_t max_sequences = 16;      // answers in progress at once
   int64_t max_tokens = 0;          // of one sequence, prompt and answer; 0: the model's positions
+  int64_t max_methods = 32;        // that method() keeps, those of the stack among them
   bool prefix_cache = true;
   bool graphs = true;                    // on a GPU
   const Tokenizer* tokenizer = nullptr;  // for the text of events, and stop strings
@@ -58,6 +59,10 @@ class Engine {
   // let pass.
   void cancel(int64_t request);
   bool idle() const;
+  // The index of a method that reads as `spec` does, for Request::method: one of the stack's, or a new one, in place of
+  // the least recently asked for that no request uses when there are max_methods; those that the stack was made with
+  // stay. Throws Error as AttentionStack::add_method does, and when all are in use.
+  int64_t method(const MethodSpec& spec);
 
   // Captures the graphs of decode steps ahead of time.
   void capture(int64_t method, int64_t rows) { runner_.capture(method, rows); }
@@ -88,6 +93,14 @@ class Engine {
   std::map<int64_t, std::unique_ptr<Answer>> answers_;  // by sequence id
   int64_t next_request_ = 0, next_sequence_ = 0;
   EngineStatistics statistics_;
+  struct MethodUse {
+    uint64_t salt = 0;  // of its sparse prefill: never one that another method had
+    int64_t last = 0;   // call of method()
+  };
+  std::vector<MethodUse> method_uses_;  // by method
+  size_t own_methods_ = 0;              // which the stack was made with
+  uint64_t next_salt_ = 1;
+  int64_t method_calls_ = 0;
   std::vector<Event> ended_;          // of requests that end without a step
   std::vector<int64_t> account_ids_;  // the sequences of the batches in account_
   std::vector<AttendedRows> account_;

@@ -46,6 +46,9 @@ struct Event {
   std::optional<FinishReason> finish;
   std::string error;
   std::vector<AttendedTokens> attended;  // with `finish`, by layer where the method is sparse
+  // With the first token: tokens of the prompt that the prefix cache held, and how long the answer waited for its turn.
+  int64_t cached_tokens = 0;
+  double queue_seconds = 0;
 };
 
 }  // namespace spot

@@ -113,6 +113,10 @@ void Runner::capture(int64_t method, int64_t rows) {
     graph(method, bucket);  // the largest first: the others fit into its memory
 }
 
+void Runner::forget(int64_t method) {
+  std::erase_if(graphs_, [&](const auto& graph) { return graph.first.first == method; });
+}
+
 Runner::Graph& Runner::graph(int64_t method, int64_t bucket) {
   std::unique_ptr<Graph>& made = graphs_[{method, bucket}];
   if (made) return *made;

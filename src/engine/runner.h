@@ -50,6 +50,8 @@ class Runner {
   // Captures the graphs of a method's decode steps for up to `rows` sequences, so that the first steps need not.
   void capture(int64_t method, int64_t rows);
   bool captures(int64_t method) const;  // whether its decode steps become graphs
+  // Drops the graphs of a method that another takes the place of.
+  void forget(int64_t method);
 
  private:
   struct Graph;

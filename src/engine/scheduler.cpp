@@ -163,6 +163,7 @@ std::vector<Slice> Scheduler::schedule() {
     }
     if (!admit(sequence)) break;
     cached_tokens_ += cache_.length(sequence.cached);
+    if (sequence.reused < 0) sequence.reused = cache_.length(sequence.cached);
     waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(i));
     running_.push_back(&sequence);
     if (!read(sequence)) break;

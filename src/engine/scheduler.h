@@ -23,6 +23,7 @@ struct Sequence {
   int64_t context_end = 0;
   uint64_t salt = 0;
   int64_t cached = -1;  // the cache's sequence; -1 while it waits
+  int64_t reused = -1;  // tokens that the prefix cache held when its turn first came
 
   int64_t length() const { return static_cast<int64_t>(tokens.size()); }
   // The longest prefix that may be taken from other requests: what is read alike, but for the last token, whose

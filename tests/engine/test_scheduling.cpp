@@ -24,10 +24,10 @@ ModelConfig family(const std::string& name) {
   return config;
 }
 
-MethodSpec sparse(const std::string& word, PrefillMode prefill = PrefillMode::dense) {
+MethodSpec sparse(const std::string& word, PrefillMode prefill = PrefillMode::dense, int32_t budget = 48) {
   MethodSpec spec{.name = word, .word = word};
   spec.rule.mode = SelectionMode::top_k;
-  spec.rule.budget = 48, spec.rule.sinks = 16, spec.rule.recency = 16, spec.rule.floor = 32;
+  spec.rule.budget = budget, spec.rule.sinks = 16, spec.rule.recency = 16, spec.rule.floor = 32;
   spec.prefill = prefill;
   spec.cache_format = KeyFormat::f32;  // four bits would turn rounding into another code
   return spec;
@@ -37,12 +37,22 @@ struct World {
   Backbone backbone;
   Selector selector;
   std::vector<MethodSpec> methods;
+  std::vector<MethodSpec> later;  // that no engine is made with
 
   World(const std::string& name, uint64_t seed)
       : backbone(Backbone::random(family(name), at::kCPU, at::kFloat, seed)),
         selector(SelectorConfig{}, backbone.config(), at::kCPU, at::kFloat, seed),
         methods({MethodSpec{}, sparse("spot"), sparse("quest"), sparse("streaming"),
-                 sparse("spot", PrefillMode::sparse)}) {}
+                 sparse("spot", PrefillMode::sparse)}),
+        later({sparse("spot", PrefillMode::dense, 64), sparse("quest", PrefillMode::dense, 64),
+               sparse("spot", PrefillMode::sparse, 64), sparse("spot"), sparse("oracle")}) {
+    later[3].rule.mode = SelectionMode::top_p, later[3].rule.p = 0.7;
+  }
+  // By the number that a request of random_requests has for its method.
+  const MethodSpec& method(int64_t number) const {
+    const auto index = static_cast<size_t>(number);
+    return index < methods.size() ? methods[index] : later[index - methods.size()];
+  }
 
   std::unique_ptr<AttentionStack> stack(int64_t pages, int64_t sequences, int64_t snapshots) const {
     return std::make_unique<AttentionStack>(
@@ -66,7 +76,7 @@ std::vector<Request> random_requests(std::mt19937_64& random, const World& world
     if (random() % 3 == 0) request.context = static_cast<int64_t>(random() % (request.prompt.size() + 1));
     request.max_new_tokens = 1 + static_cast<int64_t>(random() % (random() % 3 ? 24 : 80));
     request.completions = random() % 5 ? 1 : 2;
-    request.method = static_cast<int64_t>(random() % world.methods.size());
+    request.method = static_cast<int64_t>(random() % (world.methods.size() + world.later.size()));
     request.sampling.logprobs = 2;
     if (random() % 3 == 0) request.sampling.temperature = 1, request.sampling.top_k = 3;
     if (random() % 4 == 0) request.sampling.repetition_penalty = 1.3;
@@ -96,7 +106,7 @@ class Scheduling : public ::testing::TestWithParam<std::string> {};
 TEST_P(Scheduling, EveryAnswerIsAsAlone) {
   std::mt19937_64 random(test::fresh_seed());
   at::set_num_threads(1);
-  int64_t preemptions = 0, cached = 0, cancelled = 0;
+  int64_t preemptions = 0, cached = 0, cancelled = 0, refused = 0;
   for (int round = 0; round < 4; ++round) {
     const World world(GetParam(), random());
     const std::vector<Request> requests = random_requests(random, world, 16);
@@ -105,7 +115,10 @@ TEST_P(Scheduling, EveryAnswerIsAsAlone) {
       const auto stack = world.stack(40, 1, 0);
       Engine engine(world.backbone, *stack,
                     {.max_step_tokens = 400, .max_sequences = 1, .prefix_cache = false});
-      for (const Request& request : requests) alone.push_back(generate(engine, {request})[0]);
+      for (Request request : requests) {
+        request.method = engine.method(world.method(request.method));
+        alone.push_back(generate(engine, {request})[0]);
+      }
     }
 
     int64_t longest = 0;
@@ -119,6 +132,8 @@ TEST_P(Scheduling, EveryAnswerIsAsAlone) {
     const int64_t pages = stack->cache().num_free_pages();
     EngineOptions options{.max_step_tokens = sequences + 16 + static_cast<int64_t>(random() % 150),
                           .max_sequences = sequences,
+                          // Two of those that come later at once: others have to wait for a place.
+                          .max_methods = static_cast<int64_t>(world.methods.size()) + 2,
                           .prefix_cache = round == 0 || random() % 4 != 0};
     Engine engine(world.backbone, *stack, options);
     std::map<int64_t, size_t> request_of;  // by the engine's number
@@ -128,7 +143,15 @@ TEST_P(Scheduling, EveryAnswerIsAsAlone) {
     size_t next = 0;
     while (next < requests.size() || !engine.idle()) {
       while (next < requests.size() && (random() % 3 || engine.idle())) {
-        request_of[engine.add(requests[next])] = next;
+        Request request = requests[next];
+        try {
+          request.method = engine.method(world.method(request.method));
+        } catch (const Error&) {
+          EXPECT_FALSE(engine.idle());
+          ++refused;
+          break;
+        }
+        request_of[engine.add(request)] = next;
         ++next;
       }
       if (random() % 12 == 0 && !request_of.empty()) {
@@ -155,7 +178,7 @@ TEST_P(Scheduling, EveryAnswerIsAsAlone) {
           expected.tokens.resize(got.size());
         expect_same(expected, got,
                     fmt::format("{} round {} request {} answer {} by {}", GetParam(), round, i, c,
-                                world.methods[requests[i].method].name));
+                                world.method(requests[i].method).name));
         EXPECT_TRUE(was_cancelled || finished.count({i, c}));
       }
     }
@@ -168,6 +191,34 @@ TEST_P(Scheduling, EveryAnswerIsAsAlone) {
   EXPECT_GT(preemptions, 0);
   EXPECT_GT(cached, 0);
   EXPECT_GT(cancelled, 0);
+  EXPECT_GT(refused, 0);
+}
+
+TEST(Methods, ComeLaterWithTheStoresThatAreThere) {
+  const World world("qwen3", test::fresh_seed());
+  const auto stack = world.stack(8, 2, 0);
+  Engine engine(world.backbone, *stack, {.max_step_tokens = 64, .max_sequences = 2, .max_methods = 7});
+  // One store for each kind, whatever the number of methods; equal ones are one.
+  const int64_t bytes = stack->cache().pools().page_bytes();
+  EXPECT_EQ(engine.method(sparse("spot")), 1);
+  const int64_t first = engine.method(world.later[0]), second = engine.method(world.later[1]);
+  EXPECT_EQ(first, 5);
+  EXPECT_EQ(engine.method(world.later[0]), 5);
+  EXPECT_EQ(second, 6);
+  EXPECT_EQ(engine.method(world.later[2]), second);  // in place of the one asked for least recently
+  EXPECT_EQ(stack->cache().pools().page_bytes(), bytes);
+  MethodSpec other = sparse("spot");
+  other.cache_format = KeyFormat::bf16;
+  EXPECT_THROW(engine.method(other), Error);
+  EXPECT_THROW(engine.method(sparse("twilight")), Error);
+  EXPECT_EQ(stack->methods().size(), 7u);
+  // Those in use stay.
+  Request request;
+  request.prompt.assign(40, 7), request.max_new_tokens = 4;
+  for (const int64_t method : {first, second}) request.method = method, engine.add(request);
+  EXPECT_THROW(engine.method(world.later[3]), Error);
+  while (!engine.idle()) engine.step();
+  EXPECT_EQ(engine.method(world.later[3]), first);
 }
 
 // A context is read once, whichever methods ask of it in turn and however little room there is beside it.

@@ -1,0 +1,98 @@
+// The HTTP side: one thread for all sockets, two that parse and encode, beside the engine's own.
+#pragma once
+
+#include <atomic>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/signal_set.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <boost/asio/thread_pool.hpp>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "server/connection.h"
+#include "server/engine_loop.h"
+#include "server/exchange.h"
+#include "server/metrics.h"
+#include "server/served_model.h"
+
+namespace spot::server {
+
+struct HttpOptions {
+  std::string host = "127.0.0.1";
+  int port = 8000;      // 0: any free one
+  std::string api_key;  // empty: none is asked for
+  uint64_t max_body_bytes = uint64_t{16} << 20;
+  int64_t max_answers = 64 + 256;               // in progress and waiting; more are answered 429
+  int64_t max_connections = 1024;               // more are answered 503
+  size_t max_buffered_bytes = size_t{1} << 20;  // of a stream that its client does not read
+  int64_t drain_seconds = 30;                   // for the answers in progress when the server is to end
+};
+
+class HttpServer {
+ public:
+  static constexpr int kRetrySoon = 1, kRetryLater = 10;  // seconds, for Retry-After
+
+  // All outlive the server.
+  HttpServer(HttpOptions options, const ServedModel& model, EngineLoop& engine, Metrics& metrics);
+
+  // Binds; the port. Throws Error when that fails.
+  int listen();
+  // Serves until SIGTERM or SIGINT (then answers in progress have drain_seconds; a second signal ends at once), or
+  // end(). Stops the engine loop before it returns.
+  void run();
+  // By any thread. What the engine's steps bring; and that it has failed, so that there is nothing more to serve.
+  void deliver(std::vector<EngineUpdate> updates);
+  void end(const std::string& reason);
+
+  // For connections and exchanges, in the server's thread.
+  const HttpOptions& options() const { return options_; }
+  const ServedModel& model() const { return model_; }
+  EngineLoop& engine() { return engine_; }
+  Metrics& metrics() { return metrics_; }
+  boost::asio::io_context& context() { return context_; }
+  boost::asio::thread_pool& preparation() { return preparation_; }
+  // A refusal that needs no body: no such route, no key, no room.
+  std::optional<HttpReply> check_header(const HttpRequest& request) const;
+  void handle(HttpRequest request, const std::shared_ptr<Connection>& connection);
+  HttpReply error_reply(const ApiError& error) const;
+  // Why no `more` answers can be taken, if so.
+  std::optional<ApiError> refusal(int64_t more) const;
+  void add_answers(int64_t count) { answers_ += count; }
+  void finished(const Exchange& exchange);
+  void forget(const Connection* connection);
+
+ private:
+  void accept();
+  void tick();
+  void on_signal();
+  void drain();
+  void abort_all(const std::string& message);
+  void begin_exchange(bool chat, std::string body, const std::shared_ptr<Connection>& connection);
+  void in_preparation(const std::shared_ptr<Connection>& connection, std::function<Json()> work);
+  HttpReply health() const;
+  Json models() const;
+
+  HttpOptions options_;
+  const ServedModel& model_;
+  EngineLoop& engine_;
+  Metrics& metrics_;
+  boost::asio::io_context context_{1};
+  boost::asio::thread_pool preparation_{2};
+  boost::asio::ip::tcp::acceptor acceptor_{context_};
+  boost::asio::signal_set signals_;
+  boost::asio::steady_timer timer_{context_};
+  std::map<const Connection*, std::weak_ptr<Connection>> connections_;
+  std::map<uint64_t, std::shared_ptr<Exchange>> exchanges_;
+  uint64_t next_id_ = 1;
+  int64_t answers_ = 0;
+  bool draining_ = false;
+  Connection::Clock::time_point drain_deadline_, last_deadline_;
+};
+
+}  // namespace spot::server

@@ -1,0 +1,22 @@
+"""Sixteen clients at once, some of whom go away; tests/server/load.py is also the long form."""
+
+import random
+
+import pytest
+from load import COMMON, check, run_load
+
+
+# Two servers read about a hundred prompts: a minute on a core.
+@pytest.mark.timeout(600)
+def test_answers_are_those_of_requests_alone(start, book, seed):
+    # About 220 pages for six answers of up to 96 each: some give way to others.
+    crowded = start(*COMMON, "--cache-gib", "0.04", "--max-sequences", "6", "--max-step-tokens", "192")
+    results = run_load(crowded, book, 16, random.Random(seed), requests=3)
+    metrics = crowded.wait_until_idle()
+    assert metrics["vllm:prefix_cache_hits_total"] > 0
+    ended = metrics["vllm:request_success_total"]
+    assert ended <= sum(body["n"] for body, _, _ in results)
+    reference = start(*COMMON, "--max-sequences", "1", "--no-prefix-cache")
+    assert check(results, reference) > 100
+    for server in (crowded, reference):
+        assert server.stop()[0] == 0

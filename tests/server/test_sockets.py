@@ -1,0 +1,307 @@
+"""What no well-behaved client sends: malformed HTTP, bodies past the limits, clients that vanish or do not read."""
+
+import json
+import random
+import signal
+import socket
+import subprocess
+import time
+
+import openai
+import pytest
+
+MODEL = "tiny-qwen3"
+
+
+def request(body, path="/v1/completions", version="1.1", **headers):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = {"Host": "x", "Content-Type": "application/json", "Content-Length": len(data)}
+    lines.update({name.replace("_", "-"): value for name, value in headers.items()})
+    head = f"POST {path} HTTP/{version}\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items())
+    return head.encode() + b"\r\n" + data
+
+
+def read_reply(connection, held=b""):
+    """Status, headers, body, and what came after it."""
+    while b"\r\n\r\n" not in held:
+        data = connection.recv(65536)
+        assert data, f"the connection was closed after {held!r}"
+        held += data
+    head, _, held = held.partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines[1:])}
+    length = int(headers["content-length"])
+    while len(held) < length:
+        data = connection.recv(65536)
+        assert data
+        held += data
+    return int(lines[0].split()[1]), headers, held[:length], held[length:]
+
+
+def read_all(connection):
+    data = b""
+    while more := connection.recv(65536):
+        data += more
+    return data
+
+
+def is_closed(connection):
+    try:
+        while connection.recv(65536):
+            pass
+    except ConnectionError:
+        pass
+    return True
+
+
+@pytest.mark.parametrize(
+    "sent, status",
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET / HTTP/9.9\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\r\n\r\n", 400),  # as TLS begins
+        (b"GET /" + b"a" * 40000 + b" HTTP/1.1\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"X: " + b"a" * 40000 + b"\r\n\r\n", 431),
+        (b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+        (b"DELETE /v1/completions HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+        (b"GET /v1/completions HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+        (request(b"{"), 400),
+        (request(b"[1]"), 400),
+        (request(b'{"prompt": "\xff"}'), 400),
+        (request(b"[" * 5000), 400),
+        (request({"prompt": "a"}, Content_Type="text/plain"), 415),
+        (request(b"", Content_Length=1 << 40), 413),
+        (request(b"x" * 100, Content_Length=(1 << 20) + 1), 413),
+        (request(b"5\r\nhello\r\nzz\r\n", Transfer_Encoding="chunked").replace(b"Content-Length: 14\r\n", b""), 400),
+    ],
+)
+def test_bad_requests_are_told_so(server, sent, status):
+    with server.socket() as connection:
+        connection.sendall(sent)
+        got, headers, body, _ = read_reply(connection)
+        assert got == status
+        assert json.loads(body)["error"]["message"] and headers["content-type"] == "application/json"
+    assert json.loads(server.get("/health")) == {"status": "ok"}
+
+
+def test_random_bytes_do_no_harm(server, seed):
+    rng = random.Random(seed)
+    whole = request({"model": MODEL, "prompt": "a", "max_tokens": 2})
+    for _ in range(60):
+        data = bytearray(whole)
+        for _ in range(rng.randrange(1, 6)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        with server.socket() as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            is_closed(connection)
+    server.wait_until_idle()
+
+
+def test_pipelined_and_slow_requests(server):
+    body = {"model": MODEL, "prompt": "abc", "max_tokens": 3, "temperature": 0}
+    with server.socket() as connection:
+        connection.sendall(request(body) + request(body) + b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        first = read_reply(connection)
+        second = read_reply(connection, first[3])
+        assert first[0] == second[0] == 200
+        assert json.loads(first[2])["choices"] == json.loads(second[2])["choices"]
+    with server.socket() as connection:
+        data = request(body)
+        for i in range(0, len(data), 37):
+            connection.sendall(data[i : i + 37])
+            time.sleep(0.002)
+        assert read_reply(connection)[0] == 200
+    with server.socket() as connection:  # in chunks, after the server's word
+        data = json.dumps(body).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
+        connection.sendall(head + b"Expect: 100-continue\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(b"".join(b"1\r\n%c\r\n" % c for c in data) + b"0\r\n\r\n")
+        assert read_reply(connection)[0] == 200
+    with server.socket() as connection:  # HTTP/1.0: the end of the connection is the stream's
+        connection.sendall(request({**body, "stream": True}, version="1.0"))
+        data = read_all(connection)
+        assert b"chunked" not in data and data.endswith(b"data: [DONE]\n\n")
+
+
+def long_request(book, **more):
+    return request({"model": MODEL, "prompt": book[:1500], "max_tokens": 3000, "ignore_eos": True, **more})
+
+
+@pytest.mark.parametrize("kind", ["queued", "prefill", "decode", "whole"])
+def test_who_vanishes_is_forgotten_at_once(server, book, kind, seed):
+    before = server.wait_until_idle()
+    occupied = []
+    with server.socket() as connection:
+        if kind == "queued":  # eight answers run, these wait
+            connection.sendall(long_request(book, stream=True, n=8))
+            occupied.append(connection)
+            assert connection.recv(5)
+            server.wait_for(lambda m: m["vllm:num_requests_running"] == 8)
+            gone = server.socket()
+            gone.sendall(long_request(book, n=3))
+            server.wait_for(lambda m: m["vllm:num_requests_waiting"] == 3)
+            gone.close()
+            server.wait_for(lambda m: m["vllm:num_requests_waiting"] == 0)
+            after = server.metrics()
+            assert after["vllm:num_requests_running"] == 8
+            assert after["vllm:request_success_total{finished_reason=abort}"] == (
+                before["vllm:request_success_total{finished_reason=abort}"] + 3
+            )
+            return
+        if kind == "prefill":  # random tokens: nothing of them is cached
+            rng = random.Random(seed)
+            prompt = [rng.randrange(4, 4096) for _ in range(3500)]
+            connection.sendall(request({"model": MODEL, "prompt": prompt, "max_tokens": 100}))
+            server.wait_for(lambda m: m["vllm:num_requests_running"] == 1)
+        else:
+            connection.sendall(long_request(book, stream=kind == "decode", temperature=1))
+            written = before["vllm:generation_tokens_total"]
+            server.wait_for(lambda m: m["vllm:generation_tokens_total"] > written + 3)
+    after = server.wait_until_idle()
+    aborted = "vllm:request_success_total{finished_reason=abort}"
+    assert after[aborted] == before[aborted] + 1
+    dropped = "spot:dropped_connections_total{reason=gone}"
+    assert after[dropped] == before[dropped] + 1
+
+
+def test_who_does_not_read_is_dropped(start, book):
+    slow = start("--cache-gib", "0.2", "--max-tokens", "1024", "--max-buffered-kib", "256", "--max-sequences", "32")
+    body = {
+        "model": MODEL,
+        "prompt": book[:50],
+        "ignore_eos": True,
+        "stream": True,
+        "n": 32,
+        "logprobs": 20,
+        "temperature": 1,
+    }
+    with slow.socket() as connection:  # who reads gets everything
+        connection.sendall(request({**body, "max_tokens": 12}, Connection="close"))
+        data = read_all(connection)
+        assert len(data) > 500_000 and events_of(data)[-1] == "[DONE]"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", slow.port))
+        connection.sendall(request({**body, "max_tokens": 900}))
+        after = slow.wait_for(lambda m: m["spot:dropped_connections_total{reason=slow}"] == 1, seconds=120)
+        assert after["vllm:generation_tokens_total"] < 32 * 900
+    slow.wait_until_idle()
+    assert slow.stop()[0] == 0
+
+
+def test_full_queue_says_when_to_come_back(server, book):
+    with server.socket() as first, server.socket() as second:
+        first.sendall(long_request(book, n=16))
+        server.wait_for(lambda m: m["vllm:num_requests_running"] == 8 and m["vllm:num_requests_waiting"] == 8)
+        second.sendall(long_request(book))
+        status, headers, body, _ = read_reply(second)
+        assert status == 429 and 0 < int(headers["retry-after"]) < 120
+        assert json.loads(body)["error"]["code"] == "queue_full"
+        start = time.monotonic()  # while the engine works
+        assert server.get("/health") and server.metrics()["vllm:num_requests_waiting"] == 8
+        assert time.monotonic() - start < 30
+    server.wait_until_idle()
+
+
+def test_too_many_connections(start):
+    small = start("--cache-gib", "0.05", "--max-tokens", "256", "--max-connections", "3")
+    held = [small.socket() for _ in range(3)]
+    for connection in held:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_reply(connection)[0] == 200
+    with small.socket() as connection:
+        status, headers, _, _ = read_reply(connection)
+        assert status == 503 and 0 < int(headers["retry-after"]) < 120
+    held.pop().close()
+    for _ in range(100):
+        with small.socket() as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            if read_reply(connection)[0] == 200:
+                break
+        time.sleep(0.05)
+    else:
+        pytest.fail("a place that became free was not given away")
+    assert small.stop()[0] == 0  # idle connections do not hold it up
+
+
+def events_of(data):
+    return [line[6:] for line in data.decode().split("\n") if line.startswith("data: ")]
+
+
+def test_sigterm_lets_answers_end(start, book):
+    ending = start("--cache-gib", "0.05", "--max-tokens", "1024")
+    with ending.socket() as connection, ending.socket() as late:
+        connection.sendall(
+            request({"model": MODEL, "prompt": book[:60], "max_tokens": 60, "stream": True, "ignore_eos": True})
+        )
+        assert connection.recv(8) == b"HTTP/1.1"
+        late.sendall(request({"model": MODEL, "prompt": "a"})[:-5])  # a request that is not there yet
+        ending.process.send_signal(signal.SIGTERM)
+        data = read_all(connection)
+        assert events_of(data)[-1] == "[DONE]"
+        assert json.loads(events_of(data)[-2])["choices"][0]["finish_reason"] == "length"
+        with pytest.raises(OSError):
+            ending.socket()
+    assert ending.process.wait(30) == 0
+
+
+def test_sigterm_twice_ends_at_once(start, book):
+    ending = start("--cache-gib", "0.1", "--max-tokens", "4096")
+    body = {"model": MODEL, "prompt": book[:60], "max_tokens": 3900, "ignore_eos": True}
+    with ending.socket() as stream, ending.socket() as whole:
+        stream.sendall(request({**body, "stream": True}))
+        assert stream.recv(8) == b"HTTP/1.1"
+        whole.sendall(request(body))
+        ending.wait_for(lambda m: m["vllm:num_requests_running"] == 2)
+        ending.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        ending.process.send_signal(signal.SIGTERM)
+        events = events_of(read_all(stream))
+        assert "error" in json.loads(events[-1]) and "[DONE]" not in events
+        assert all(json.loads(e)["choices"][0]["finish_reason"] is None for e in events[:-1])
+        status, headers, _, _ = read_reply(whole)
+        assert status == 503 and 0 < int(headers["retry-after"]) < 120
+    assert ending.process.wait(30) == 0
+
+
+def test_kill_marks_nothing_finished(start, book):
+    killed = start("--cache-gib", "0.1", "--max-tokens", "4096")
+    finished, chunks, whole = [], 0, None
+    stream = killed.client().completions.create(
+        model=MODEL, prompt=book[:60], max_tokens=3900, stream=True, extra_body={"ignore_eos": True}
+    )
+    with killed.socket() as other:
+        other.sendall(request({"model": MODEL, "prompt": "a", "max_tokens": 3900, "ignore_eos": True}))
+        with pytest.raises((openai.OpenAIError, Exception)) as caught:
+            for chunk in stream:
+                chunks += 1
+                finished.append(chunk.choices[0].finish_reason)
+                if chunks == 5:
+                    killed.process.kill()
+        assert not isinstance(caught.value, AssertionError)
+        try:
+            whole = read_all(other)
+        except ConnectionError:
+            whole = b""
+    assert chunks >= 5 and not any(finished) and whole == b""
+    again = start("--cache-gib", "0.1", "--max-tokens", "4096")
+    assert again.client().completions.create(model=MODEL, prompt="a", max_tokens=2).usage.completion_tokens <= 2
+    assert again.stop()[0] == 0
+
+
+def test_a_taken_port_and_bad_options_are_told(server, build_folder, tiny_qwen3, tmp_path):
+    def said(*options):
+        command = [build_folder / "spot", "serve", tiny_qwen3, "--cache-gib", "0.05", "--max-tokens", "64", *options]
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        return done.stderr
+
+    assert "cannot be listened on" in said("--port", str(server.port))
+    assert "--selector" in said("--attention", "spot")
+    assert "room for" in said("--cache-gib", "0.0001")
+    empty = tmp_path / "key"
+    empty.write_text("\n")
+    assert "no API key" in said("--api-key-file", str(empty))
