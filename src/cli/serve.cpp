@@ -1,5 +1,4 @@
 // spot serve: an HTTP server with the OpenAI API.
-#include <ATen/detail/CUDAHooksInterface.h>
 #include <fmt/format.h>
 
 #include <cstdio>
@@ -21,6 +20,9 @@
 
 #ifdef SPOT_TORCH_CUDA
 #include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <cuda_runtime_api.h>
 #endif
 
 namespace spot::cli {
@@ -90,10 +92,11 @@ double cache_bytes(const Options& options, const Backbone& backbone) {
   if (options.cache_gib > 0) return options.cache_gib * (1 << 30);
 #ifdef SPOT_TORCH_CUDA
   if (backbone.device().is_cuda()) {
+    const c10::cuda::CUDAGuard device(backbone.device());
     size_t free = 0, total = 0;
     c10::cuda::CUDACachingAllocator::emptyCache();
-    if (cudaMemGetInfo(&free, &total) == cudaSuccess)
-      return std::max(static_cast<double>(free) - static_cast<double>(total) / 8, 0.0);
+    C10_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return std::max(static_cast<double>(free) - static_cast<double>(total) / 8, 0.0);
   }
 #endif
   return 2.0 * (1 << 30);

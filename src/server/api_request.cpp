@@ -110,6 +110,12 @@ void parse_stops(const Fields& fields, ApiRequest& request) {
   }
 }
 
+// The newer name counts where both are given.
+void parse_max_tokens(const Fields& fields, ApiRequest& request) {
+  for (const char* name : {"max_tokens", "max_completion_tokens"})
+    if (fields.has(name)) request.max_tokens = fields.integer(name, 0, 1, kMostTokens);
+}
+
 // What both kinds of requests have.
 void parse_common(const Json& body, const SamplingOptions& defaults, ApiRequest& request) {
   const Fields fields(body);
@@ -253,7 +259,8 @@ ApiRequest parse_completion(std::string_view text, const SamplingOptions& defaul
   if (static_cast<int64_t>(request.prompts.size()) * request.completions > kMostPrompts)
     refuse("prompt", "{} prompts with n = {} ask for more than {} answers", request.prompts.size(),
            request.completions, kMostPrompts);
-  request.max_tokens = fields.integer("max_tokens", 16, 1, kMostTokens);
+  request.max_tokens = 16;
+  parse_max_tokens(fields, request);
   request.sampling.logprobs = fields.integer("logprobs", -1, 0, kMostLogprobs);
   request.add_special_tokens = fields.boolean("add_special_tokens", true);
   return request;
@@ -268,8 +275,7 @@ ApiRequest parse_chat(std::string_view text, const SamplingOptions& defaults) {
   request.conversation.messages = parse_messages(fields);
   request.conversation.tools = parse_tools(fields, request);
   parse_template_variables(fields, request.conversation);
-  for (const char* name : {"max_tokens", "max_completion_tokens"})
-    if (fields.has(name)) request.max_tokens = fields.integer(name, 0, 1, kMostTokens);
+  parse_max_tokens(fields, request);
   const int64_t top = fields.integer("top_logprobs", -1, 0, kMostLogprobs);
   if (fields.boolean("logprobs", false))
     request.sampling.logprobs = std::max<int64_t>(top, 0);

@@ -83,7 +83,15 @@ void HttpServer::run() {
   accept();
   tick();
   on_signal();
-  context_.run();
+  // A handler that throws costs its own connection alone.
+  for (bool ended = false; !ended;) {
+    try {
+      context_.run();
+      ended = true;
+    } catch (const std::exception& error) {
+      notice("error: a connection failed: {}\n", first_line(error));
+    }
+  }
   preparation_.stop();
   preparation_.join();
   engine_.stop();

@@ -69,13 +69,22 @@ Json Reply::logprobs_of(Choice& choice, const Event& event) const {
   if (!event.token) return {};
   const auto text_of = [&](int32_t id) { return model_.tokenizer.decode(std::vector<int32_t>{id}); };
   if (!chat_) {
+    // Here a token's text is its name, so one that is no whole character is written by its bytes.
+    const auto name_of = [&](int32_t id) {
+      std::string text = text_of(id);
+      if (text.find("\xEF\xBF\xBD") == std::string::npos || !model_.tokenizer.has_token(id)) return text;
+      text = "bytes:";
+      for (const char c : model_.tokenizer.token_text(id))
+        text += fmt::format("\\x{:02x}", static_cast<unsigned char>(c));
+      return text;
+    };
     Json top = Json::object();
     // The chosen token is among them, likeliest or not.
-    for (const TokenLogprob& other : event.token->top) top[text_of(other.token)] = finite(other.logprob);
-    top[text_of(event.token->token)] = finite(event.token->logprob);
+    for (const TokenLogprob& other : event.token->top) top[name_of(other.token)] = finite(other.logprob);
+    top[name_of(event.token->token)] = finite(event.token->logprob);
     return {{"text_offset", Json::array({choice.characters})},
             {"token_logprobs", Json::array({finite(event.token->logprob)})},
-            {"tokens", Json::array({text_of(event.token->token)})},
+            {"tokens", Json::array({name_of(event.token->token)})},
             {"top_logprobs", Json::array({top_logprobs_ > 0 ? top : Json()})}};
   }
   const auto entry = [&](int32_t id, float logprob) -> Json {

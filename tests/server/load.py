@@ -13,7 +13,7 @@ import time
 
 MODEL = "tiny-qwen3"
 # Full-precision selector keys: four bits would turn rounding into another code.
-COMMON = ["--selector", "spot", "--attention", "dense", "--cache-format", "f32", "--max-tokens", "1536"]
+COMMON = ["--selector", "spot", "--attention", "dense", "--cache-format", "f32", "--max-tokens", "1472"]
 METHODS = [
     "dense",
     "spot:k=640",
@@ -27,7 +27,7 @@ def random_request(rng, book):
     body = {
         "model": MODEL,
         "prompt": book[start : start + rng.choice([20, 150, 700, rng.randrange(1, 2600)])],
-        "max_tokens": rng.randrange(1, rng.choice([8, 24, 60])),
+        "max_tokens": rng.randrange(1, rng.choice([8, 24, 150])),
         "attention": rng.choice(METHODS),
         "n": rng.choice([1, 1, 1, 2]),
         "seed": rng.randrange(2**31),
@@ -40,6 +40,13 @@ def random_request(rng, book):
     if rng.randrange(4) == 0:
         body["repetition_penalty"] = 1.3
     return body
+
+
+def long_answer(rng, book):
+    """Many of these at once need more pages than there are."""
+    start = rng.randrange(len(book) - 5000)
+    more = {"prompt": book[start : start + 500], "max_tokens": 100, "n": 1}
+    return {**random_request(rng, book), **more}
 
 
 def ask(server, body, cancel_after=None):
@@ -111,7 +118,7 @@ def differs(alone, got, whole):
     return None
 
 
-def run_load(server, book, clients, rng, requests=None, seconds=None):
+def run_load(server, book, clients, rng, requests=None, seconds=None, make=random_request):
     """[(body, cancel_after, choices)] of all clients; each sends `requests`, or goes on for `seconds`."""
     results, failures, lock = [], [], threading.Lock()
     end = time.monotonic() + (seconds or 1e9)
@@ -120,8 +127,8 @@ def run_load(server, book, clients, rng, requests=None, seconds=None):
         for _ in range(requests or 10**9):
             if time.monotonic() > end or failures:
                 return
-            body = random_request(rng, book)
-            cancel = rng.choice([None, None, None, 0, 1, 5])
+            body = make(rng, book)
+            cancel = rng.choice([None, None, None, None, None, 0, 1, 5])
             try:
                 choices = ask(server, body, cancel)
             except Exception as error:
@@ -166,7 +173,7 @@ def main():
     rng = random.Random(options.seed)
     book = (ROOT / "docs" / "method.md").read_text() + (ROOT / "docs" / "distillation.md").read_text()
     model = ROOT / "models" / MODEL
-    server = Server(options.build, model, *COMMON, "--cache-gib", "0.1", "--max-sequences", "32", "--max-queue", "256")
+    server = Server(options.build, model, *COMMON, "--cache-gib", "0.02", "--max-sequences", "32", "--max-queue", "256")
 
     def resident():
         fields = pathlib.Path(f"/proc/{server.process.pid}/status").read_text().split("\n")
@@ -175,6 +182,7 @@ def main():
     results, begin = [], time.monotonic()
     while (left := options.seconds - (time.monotonic() - begin)) > 0:
         results += run_load(server, book, options.clients, rng, seconds=min(left, options.seconds / 4))
+        results += run_load(server, book, options.clients, rng, requests=1, make=long_answer)
         server.wait_until_idle()
         print(f"{time.monotonic() - begin:.0f} s: {len(results)} requests, {resident():.0f} MiB resident", flush=True)
     metrics = server.metrics()

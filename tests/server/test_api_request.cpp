@@ -87,6 +87,7 @@ TEST(ApiRequest, SaysNothingMeansTheModelsDefaults) {
   EXPECT_EQ(request.sampling.top_p, 0.95);
   EXPECT_EQ(request.sampling.repetition_penalty, 1.1);
   EXPECT_EQ(request.max_tokens, 16);
+  EXPECT_EQ(completion({{"max_tokens", 3}, {"max_completion_tokens", 4}}).max_tokens, 4);
   EXPECT_FALSE(request.logprobs());
   EXPECT_FALSE(parse_chat(R"({"messages": [{"role": "user", "content": "a"}]})", {}).max_tokens);
 }

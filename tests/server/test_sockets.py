@@ -181,7 +181,7 @@ def test_who_does_not_read_is_dropped(start, book):
     with slow.socket() as connection:  # who reads gets everything
         connection.sendall(request({**body, "max_tokens": 12}, Connection="close"))
         data = read_all(connection)
-        assert len(data) > 500_000 and events_of(data)[-1] == "[DONE]"
+        assert len(data) > 200_000 and events_of(data)[-1] == "[DONE]"
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", slow.port))
@@ -294,7 +294,7 @@ def test_kill_marks_nothing_finished(start, book):
 
 def test_a_taken_port_and_bad_options_are_told(server, build_folder, tiny_qwen3, tmp_path):
     def said(*options):
-        command = [build_folder / "spot", "serve", tiny_qwen3, "--cache-gib", "0.05", "--max-tokens", "64", *options]
+        command = [build_folder / "spot", "serve", tiny_qwen3, "--max-tokens", "64", *options]
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120)
         assert done.returncode == 1 and done.stderr.count("\n") == 1
         return done.stderr
