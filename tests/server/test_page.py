@@ -89,7 +89,7 @@ def browser(tmp_path_factory):
 
 def test_page(browser, server, book):
     browser.call("Page.navigate", url=server.url + "/")
-    browser.wait_for("document.querySelector('#state').textContent === 'live'")
+    browser.wait_for("document.querySelector('#state')?.textContent === 'live'")
     browser.wait_for("document.querySelector('#name').textContent === 'tiny-qwen3'")
     browser.evaluate("document.querySelector('#tokens').value = 12")
     browser.evaluate("document.querySelector('#attention').value = 'spot:k=64,sinks=16,recency=16'")

@@ -1,5 +1,6 @@
 """What no well-behaved client sends: malformed HTTP, bodies past the limits, clients that vanish or do not read."""
 
+import contextlib
 import json
 import random
 import signal
@@ -45,13 +46,10 @@ def read_all(connection):
     return data
 
 
-def is_closed(connection):
-    try:
+def read_to_the_end(connection):
+    with contextlib.suppress(ConnectionError):  # a reset is an end too
         while connection.recv(65536):
             pass
-    except ConnectionError:
-        pass
-    return True
 
 
 @pytest.mark.parametrize(
@@ -95,7 +93,7 @@ def test_random_bytes_do_no_harm(server, seed):
         with server.socket() as connection:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
-            is_closed(connection)
+            read_to_the_end(connection)
     server.wait_until_idle()
 
 
