@@ -34,9 +34,7 @@ MethodSpec method_of(const ApiRequest& api, const ServedModel& model) {
     refuse("attention", "attention '{}' is not served here; there is {}", word, words);
   }
   try {
-    MethodSpec spec = parse_method(text, model.method_settings, model.selector);
-    if (!spec.cache_format && model.selector) spec.cache_format = model.selector->config().cache_format;
-    return spec;
+    return parse_method(text, model.method_settings, model.selector);
   } catch (const Error& error) {
     throw ApiError(400, error.what(), "attention");
   }
