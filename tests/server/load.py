@@ -45,7 +45,7 @@ def random_request(rng, book):
 def long_answer(rng, book):
     """Many of these at once need more pages than there are."""
     start = rng.randrange(len(book) - 5000)
-    more = {"prompt": book[start : start + 500], "max_tokens": 100, "n": 1}
+    more = {"prompt": book[start : start + 300], "max_tokens": 120, "n": 1}
     return {**random_request(rng, book), **more}
 
 
@@ -128,7 +128,7 @@ def run_load(server, book, clients, rng, requests=None, seconds=None, make=rando
             if time.monotonic() > end or failures:
                 return
             body = make(rng, book)
-            cancel = rng.choice([None, None, None, None, None, 0, 1, 5])
+            cancel = rng.choice([None, None, None, None, None, 0, 1, 5]) if make is random_request else None
             try:
                 choices = ask(server, body, cancel)
             except Exception as error:
