@@ -1,10 +1,44 @@
 """SpotAttention: learned sparse attention for frozen pretrained language models.
 
 Importing loads the operators (torch.ops.spot.*, with fakes for torch.compile); spotattention.ops has them as typed
-functions. The command `spot` distils a selector, generates with it and evaluates it.
+functions. `attach` and `distill` are for Hugging Face transformers, which only they import; `Engine` is the C++ engine.
+The command `spot` distils a selector, generates with it and evaluates it.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from spotattention import ops
 from spotattention._library import __version__, built_for_cuda, built_for_torch
+from spotattention.rule import Method, SelectionRule, parse_method
+from spotattention.selector import Selector
 
-__all__ = ["__version__", "built_for_cuda", "built_for_torch", "ops"]
+if TYPE_CHECKING:
+    from spotattention.hf import attach, detach
+
+__all__ = [
+    "Method",
+    "SelectionRule",
+    "Selector",
+    "__version__",
+    "attach",
+    "built_for_cuda",
+    "built_for_torch",
+    "detach",
+    "ops",
+    "parse_method",
+]
+
+_LAZY = {"attach": "spotattention.hf", "detach": "spotattention.hf"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'spotattention' has no attribute '{name}'")
+    import importlib
+
+    try:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError(f"spotattention.{name} needs transformers 5.17 or newer; pip install transformers") from error

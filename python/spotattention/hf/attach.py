@@ -1,0 +1,319 @@
+"""Transformers models that decode sparsely under their own `generate`."""
+
+import os
+import pathlib
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from spotattention.attention import attend
+from spotattention.hf import backbone
+from spotattention.hf.cache import PagedLayer, Rows
+from spotattention.projection import LayerProjection
+from spotattention.rope import RopeConfig, RopeTable
+from spotattention.rule import Method, parse_method
+from spotattention.selector import Selector, check_backbone
+from spotattention.self_check import SelfCheck
+
+IMPLEMENTATION = "spot"
+
+
+class Attached:
+    """What `attach` did to a model, as `model.spot`; `detach` undoes it.
+
+    `sparse_layers` are the layers that select. `captured_mass` is, by layer, the mean share of the exact attention
+    that lay on the attended tokens of the decode steps that were sampled, `attended_share` the share of the visible
+    tokens that were read in all decode steps.
+    """
+
+    def __init__(self, model: nn.Module, selector: Selector, method: Method, check: SelfCheck, most: int) -> None:
+        config = backbone.text_config(model)
+        modules = backbone.full_attention(model)
+        check_backbone(selector, backbone.facts(model))
+        missing = [layer for layer in selector.layers if layer not in modules]
+        if missing:
+            raise ValueError(
+                f"the selector has layers {missing}, which do not attend to the whole context in this model (sliding "
+                "windows, or another kind of attention); turn the windows off or distil a selector for this config"
+            )
+        self.selector, self.method, self.check, self.max_decode_queries = selector, method, check, most
+        self.sparse_layers = [layer for layer in selector.layers if layer >= method.dense_layers]
+        if method.word == "dense":
+            self.sparse_layers = []
+        dims = selector.config.rope_dims
+        rope = RopeTable(RopeConfig.of_model(config), dims) if dims else None
+        self._model = weakref.ref(model)
+        self._previous = model.config._attn_implementation
+        self._handles = []
+        self._modules = [modules[layer] for layer in self.sparse_layers]
+        self._mask: tuple[Tensor | None, list[int], bool] | None = None
+        model.set_attn_implementation(IMPLEMENTATION)
+        if config._attn_implementation != IMPLEMENTATION:
+            raise ValueError(
+                f"{type(model).__name__} does not take its attention from transformers' AttentionInterface, so that it "
+                "cannot be attached to"
+            )
+        for layer, module in zip(self.sparse_layers, self._modules, strict=True):
+            projection = LayerProjection(selector, layer, rope, method.cache_format)
+            module._spot = LayerAttention(self, projection)
+            self._handles.append(module.register_forward_pre_hook(_before_attention, with_kwargs=True))
+
+    @property
+    def captured_mass(self) -> dict[int, float]:
+        return self.check.captured_mass
+
+    @property
+    def attended_share(self) -> float:
+        """NaN before the first sparse decode step."""
+        layers = [module._spot for module in self._modules]
+        visible = sum(int(layer.visible) for layer in layers)
+        return sum(int(layer.attended) for layer in layers) / visible if visible else float("nan")
+
+    def detach(self) -> None:
+        """Gives the model its attention back. Caches that were filled while attached cannot be used afterwards."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._modules:
+            del module._spot
+        self._handles, self._modules = [], []
+        model = self._model()
+        if model is not None:
+            model.set_attn_implementation(self._previous)
+            if getattr(model, "spot", None) is self:
+                del model.spot
+
+    def padding_of(self, mask: Tensor | None, batch: int) -> tuple[list[int], bool]:
+        """How many columns a mask [B or 1, 1, T, columns] leaves out at the left of each sequence, and whether it leaves
+        out others that the last query could see. Read once a forward pass: its layers share the mask.
+        """
+        if self._mask is not None and self._mask[0] is mask and len(self._mask[1]) == batch:
+            return self._mask[1], self._mask[2]
+        padding, gaps = [0] * batch, False
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                mask_seen = mask >= 0
+            else:
+                mask_seen = mask
+            last = mask_seen[:, 0, -1].expand(batch, -1)
+            first = last.int().argmax(-1)
+            gaps = bool((first + last.sum(-1) != last.shape[1]).any())
+            padding = first.tolist()
+        self._mask = (mask, padding, gaps)
+        return padding, gaps
+
+
+class LayerAttention:
+    """One layer's part of a forward pass: what the hook finds before the layer's attention, and the attention itself."""
+
+    def __init__(self, owner: Attached, projection: LayerProjection) -> None:
+        self.owner, self.projection = owner, projection
+        self.layer = projection.layer
+        self.cache: PagedLayer | None = None
+        self.rows: Rows | None = None  # with `scores`: the step decodes
+        self.scores: Tensor | None = None
+        self.attended: int | Tensor = 0
+        self.visible: int | Tensor = 0
+
+    def begin(self, hidden: Tensor, cache: Any, mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Stores the selector's keys of the step's tokens and scores blocks for its queries, if they are to select."""
+        self.cache = self.rows = self.scores = None
+        if cache is None:  # nothing will be decoded
+            return
+        batch, tokens, size = hidden.shape
+        padding, gaps = self.owner.padding_of(mask, batch)
+        paged = self.paged_layer(cache)
+        if mask is None and any(paged.padding) and paged.length:
+            raise ValueError(
+                "the cache was filled with left padding, but this call has no attention_mask; pass it in every call"
+            )
+        paged.begin(padding, tokens, hidden.device, gaps)
+        self.cache = paged
+        if position_ids is None:
+            column = torch.arange(paged.length, paged.length + tokens, device=hidden.device)
+            positions = (column - torch.tensor(padding, device=hidden.device)[:, None]).clamp_min(0)
+        else:
+            positions = position_ids[0] if position_ids.dim() == 3 else position_ids
+            positions = positions.expand(batch, tokens)
+        positions = positions.flatten().long()
+        most = paged.length + tokens
+        if position_ids is not None and not positions.is_cuda:
+            most = max(most, int(positions.max()) + 1)
+        flat = hidden.reshape(batch * tokens, size)
+        projection = self.projection
+        projection.to(flat.device, flat.dtype)
+        rotation = projection.rotation(positions, most)
+        projection.append(paged.selector_pool, paged.slots(tokens), flat, rotation)
+        paged.decoding = tokens == 1 or (0 < paged.length and tokens <= self.owner.max_decode_queries)
+        if not paged.decoding:
+            return
+        if paged.gaps:
+            raise ValueError(
+                "the attention mask hides tokens between or behind others (right padding, packed texts); sparse decoding "
+                "takes left padding alone"
+            )
+        self.rows = paged.rows(tokens)
+        query, weight = projection.query(flat, rotation)
+        self.scores = projection.scores(query, weight, paged.selector_pool, self.rows.page_table, self.rows.lengths)
+
+    def paged_layer(self, cache: Any) -> PagedLayer:
+        """The layer's cache, which takes the place of the empty one that transformers made."""
+        if getattr(cache, "offloading", False):
+            raise ValueError("an offloaded cache has no room for a selector's keys; generate without offloading")
+        layers = getattr(cache, "layers", None)
+        if layers is None:
+            raise ValueError(f"a cache of type {type(cache).__name__} has no layers; pass a DynamicCache or none")
+        while cache.layer_class_to_replicate is not None and len(layers) <= self.layer:
+            layers.append(cache.layer_class_to_replicate())
+        layer = layers[self.layer]
+        if isinstance(layer, PagedLayer):
+            if layer.owner is not self.owner:
+                raise ValueError("the cache was filled with another selector or before a detach; start from a new one")
+            return layer
+        if type(layer) is not DynamicLayer:
+            raise ValueError(
+                f"layer {self.layer} of the cache is a {type(layer).__name__}; sparse decoding keeps pages of its own, so "
+                "generate with the default (dynamic) cache"
+            )
+        if layer.get_seq_length() > 0:
+            raise ValueError(
+                f"the cache holds {layer.get_seq_length()} tokens that were read before the selector was attached; start "
+                "from a new cache"
+            )
+        projection = self.projection
+        made = PagedLayer(projection.config.key_heads, projection.page_bytes, self.owner)
+        layers[self.layer] = made
+        return made
+
+    def attend(self, query: Tensor, scale: float) -> Tensor:
+        """Sparse attention of a decode step: query [B, num_heads, T, head_dim] -> [B, T, num_heads, head_dim]."""
+        batch, heads, tokens, dim = query.shape
+        rows, cache, owner = self.rows, self.cache, self.owner
+        flat = query.transpose(1, 2).reshape(batch * tokens, heads, dim)
+        rule = owner.method.rule.arguments(self.projection.temperature)
+        output, indices, counts = attend(
+            self.scores, flat, cache.key_pool, cache.value_pool, rows.page_table, rows.lengths, scale, rule
+        )
+        self.attended = self.attended + _attended_tokens(indices, counts, rows.lengths)
+        self.visible = self.visible + rows.lengths.sum()
+        owner.check.step(self.layer, flat, cache.key_pool, rows.page_table, rows.lengths, scale, indices, counts)
+        self.scores = self.rows = None
+        return output.view(batch, tokens, heads, dim)
+
+
+def _attended_tokens(indices: Tensor, counts: Tensor, lengths: Tensor) -> Tensor:
+    """Tokens on the chosen blocks, mean over groups: the last block is cut at the row's length."""
+    blocks = (lengths + 15) // 16
+    last = ((indices == blocks[:, None, None] - 1).any(-1)).int()
+    tokens = counts * 16 - last * (blocks * 16 - lengths)[:, None]
+    return tokens.float().mean(1).sum().round()
+
+
+def _before_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    cache = kwargs.get("cache")
+    if cache is None:
+        cache = kwargs.get("past_key_values")
+    module._spot.begin(hidden, cache, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function behind attn_implementation="spot": sparse where the step decodes, else transformers' sdpa."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"layer {module.layer_idx} attends with {name}, which sparse attention does not have")
+    layer = getattr(module, "_spot", None)
+    if layer is None or layer.scores is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layer.attend(query, scale), None
+
+
+# Without a mask function of the same name transformers gives no mask at all, and padding would be attended to.
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def attach(
+    model: nn.Module,
+    selector: str | os.PathLike | Selector,
+    policy: str | Method = "spot",
+    *,
+    self_check: int = 64,
+    least_captured: float = 0.5,
+    callback: Callable[[int, float, int], None] | None = None,
+    max_decode_queries: int = 32,
+) -> Attached:
+    """Makes a transformers model decode sparsely under its unchanged `generate`; prompts are read densely.
+
+    model: a decoder-only model with standard softmax attention over the whole context in the layers that the selector
+    covers (Llama, Qwen2, Qwen3, Mistral, Qwen3.5 and others of AttentionInterface); other layers stay as they are.
+    selector: a folder that `spot distill` or `spotattention.distill` wrote, a bare name under the model's own folder
+    selectors/, or a Selector. policy: "spot" with settings, such as "spot:p=0.9" or "spot:k=10%,dense=2", or "dense".
+
+    Greedy, sampled and beam search, left-padded batches, and assisted decoding where the model's cache can be cropped
+    all work; up to max_decode_queries tokens that follow a cache (drafts to verify) select each for itself, more are
+    read densely like a prompt. A cache that was filled while attached holds the selector's keys and follows
+    reorder_cache, crop, batch_repeat_interleave and batch_select_indices. Static, quantised and offloaded caches are
+    refused.
+
+    Self-check: one decode step of every `self_check` (0: none) of a layer is compared with exact attention;
+    `callback(layer, mass, tokens)` gets its captured mass, `model.spot.captured_mass` keeps the means, and a layer whose
+    mean falls below `least_captured` is warned about once.
+
+    Returns what it also sets as `model.spot`. Raises ValueError in one sentence when the selector was made for another
+    model, when the model's attention is of another kind, or when the policy is not one of these.
+    """
+    if hasattr(model, "spot"):
+        raise ValueError("the model has a selector attached already; call model.spot.detach() first")
+    if not isinstance(selector, Selector):
+        folder = pathlib.Path(getattr(model.config, "_name_or_path", "") or ".")
+        selector = Selector.load(selector, folder if folder.is_dir() else "")
+    method = policy if isinstance(policy, Method) else parse_method(policy, selector.config.rule())
+    if method.word not in ("spot", "dense"):
+        raise ValueError(
+            f"policy '{method.name}': attached models run spot and dense; the engine (spotattention.Engine, `spot`) has the "
+            "other methods"
+        )
+    if method.sparse_prefill:
+        raise ValueError(f"policy '{method.name}': attached models read prompts densely; leave out prefill=sparse")
+    if self_check < 0 or max_decode_queries < 1:
+        raise ValueError("self_check must be 0 or more, and max_decode_queries 1 or more")
+    check = SelfCheck(every=self_check, least=least_captured, callback=callback)
+    previous = model.config._attn_implementation
+    try:
+        attached = Attached(model, selector, method, check, max_decode_queries)
+    except BaseException:
+        if model.config._attn_implementation != previous:
+            model.set_attn_implementation(previous)
+        raise
+    if method.dense_layers and not attached.sparse_layers:
+        warnings.warn(f"policy '{method.name}' leaves no layer that selects; decoding is dense", stacklevel=2)
+    model.spot = attached
+    return attached
+
+
+def detach(model: nn.Module) -> None:
+    """Undoes `attach`. Raises ValueError when nothing is attached."""
+    attached = getattr(model, "spot", None)
+    if not isinstance(attached, Attached):
+        raise ValueError("the model has no selector attached")
+    attached.detach()

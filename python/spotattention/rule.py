@@ -1,0 +1,202 @@
+"""Selection rules, and the grammar in which methods are written: "spot:p=0.9,k=10%,dense=2".
+
+The grammar and its errors are those of `spot generate --attention` and `spot eval --methods`; docs/method.md says what
+the numbers mean. Lengths are tokens.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+Mode = Literal["top_p", "top_k", "threshold"]
+
+WORDS = ("dense", "spot", "streaming", "oracle", "quest", "twilight")
+GRAMMAR = (
+    "p=SHARE, t=THRESHOLD, k=TOKENS, k=PERCENT%, sinks=, recency=, floor=, cap=TOKENS, temperature=NUMBER, dense=LAYERS, "
+    "cache=FORMAT, prefill=sparse or prefill=dense"
+)
+KEY_FORMATS = ("bf16", "int8", "int4", "mxfp4", "nvfp4", "f32")
+
+
+def one_of(words: tuple[str, ...]) -> str:
+    """The words as a sentence has them: "a, b or c"."""
+    return ", ".join(words[:-1]) + " or " + words[-1]
+
+
+@dataclass(frozen=True)
+class SelectionRule:
+    """How block scores become a set of blocks: the arguments of `spotattention.ops.select_blocks`."""
+
+    mode: Mode = "top_p"
+    sinks: int = 128
+    recency: int = 256
+    floor: int = 512
+    cap: int = 0
+    budget: int = 2048
+    budget_fraction: float = 0.0
+    p: float = 0.9
+    threshold: float = 1e-3
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, name: str, wanted: str) -> None:
+            if not holds:
+                raise ValueError(f"selection rule: {name} is {getattr(self, name)}; it must be {wanted}")
+
+        require(self.mode in ("top_p", "top_k", "threshold"), "mode", "top_p, top_k or threshold")
+        require(self.budget >= 0, "budget", "0 or more tokens")
+        require(0 <= self.budget_fraction <= 1, "budget_fraction", "0 (unused) to 1")
+        require(0 < self.p <= 1, "p", "above 0 and at most 1")
+        require(0 < self.threshold <= 1, "threshold", "above 0 and at most 1")
+        for name in ("sinks", "recency", "floor"):
+            require(getattr(self, name) >= 0, name, "0 or more tokens")
+        require(self.cap == 0 or self.cap >= max(self.floor, 0), "cap", "0 (none) or at least the floor")
+        require(0 < self.temperature < math.inf, "temperature", "positive")
+
+    def arguments(self, temperature: float = 1.0) -> dict[str, Any]:
+        """Keyword arguments of select_blocks and select_and_attend; `temperature` is a layer's fitted one."""
+        return {**vars(self), "temperature": self.temperature * temperature}
+
+    def describe(self) -> str:
+        """ "top-p 0.9", "top-k 25%"."""
+        most = f", at most {self.cap}" if self.cap > 0 else ""
+        if self.mode == "top_p":
+            return f"top-p {self.p:g}{most}"
+        if self.mode == "threshold":
+            return f"threshold {self.threshold:g}{most}"
+        return f"top-k {100 * self.budget_fraction:g}%" if self.budget_fraction > 0 else f"top-k {self.budget}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """An attention method and everything that it is run with."""
+
+    name: str = "dense"  # as it was written
+    word: str = "dense"
+    rule: SelectionRule = field(default_factory=SelectionRule)
+    dense_layers: int = 0  # the first so many layers attend densely
+    sparse_prefill: bool = False
+    cache_format: str | None = None  # of the selector's keys; None: the selector's own
+
+
+def _number(text: str) -> float | None:
+    """A number, or with '%' at its end a hundredth of one; nothing else."""
+    unit = 0.01 if text.endswith("%") else 1.0
+    text = text.removesuffix("%")
+    if not re.fullmatch(r"-?((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|inf|infinity|nan)", text, re.IGNORECASE | re.ASCII):
+        return None
+    return float(text) * unit
+
+
+# The key of the grammar, the setting it sets, and whether that is a whole number.
+_OPTIONS = {
+    "p": ("p", False),
+    "t": ("threshold", False),
+    "k": ("budget", True),
+    "sinks": ("sinks", True),
+    "recency": ("recency", True),
+    "floor": ("floor", True),
+    "cap": ("cap", True),
+    "temperature": ("temperature", False),
+    "dense": ("dense_layers", True),
+}
+
+
+def _set_option(settings: dict[str, Any], key: str, value: str) -> bool:
+    """Sets one KEY=VALUE; False when it is not one of the grammar's."""
+    if key == "cache":
+        settings["cache_format"] = value
+        return True
+    if key == "prefill":
+        settings["sparse_prefill"] = value == "sparse"
+        return value in ("sparse", "dense")
+    number = _number(value)
+    if number is None or key not in _OPTIONS:
+        return False
+    if value.endswith("%"):
+        settings["budget_fraction"] = number
+        return key == "k"
+    name, whole = _OPTIONS[key]
+    if whole and not (abs(number) <= 1e9 and number == math.floor(number)):
+        return False
+    settings[name] = int(number) if whole else number
+    return True
+
+
+def parse_method(text: str, defaults: SelectionRule | None = None) -> Method:
+    """A method as users write it: WORD or WORD:KEY=VALUE,KEY=VALUE...
+
+    What it does not say is as in `defaults`, a selector's rule. Raises ValueError naming the part that is wrong.
+    """
+    word, _, rest = text.partition(":")
+    settings: dict[str, Any] = {}
+    parts = rest.split(",")
+    for option in parts[:-1] if parts[-1] == "" else parts:
+        key, equals, value = option.partition("=")
+        if not equals or not value or not _set_option(settings, key, value):
+            raise ValueError(f"method '{text}': '{option}' is not one of {GRAMMAR}")
+    if word not in WORDS:
+        raise ValueError(f"attention '{word}' is unknown; choose {one_of(WORDS)}")
+    if word != "spot" and "cache_format" in settings:
+        raise ValueError(f"method '{text}': only spot has a cache of selector keys; leave out cache=")
+    if word == "dense" and settings.get("sparse_prefill"):
+        raise ValueError(f"method '{text}': dense attention has no sparse prefill; leave out prefill=")
+    return make_method(word, settings, defaults, name=text)
+
+
+def make_method(
+    word: str, settings: dict[str, Any], defaults: SelectionRule | None = None, name: str | None = None
+) -> Method:
+    """A method of settings by their names: fields of SelectionRule, dense_layers, sparse_prefill, cache_format.
+
+    Raises ValueError when settings are out of range or do not go together.
+    """
+    twilight = word == "twilight"
+    given = settings.get
+    p, threshold, budget, share = given("p"), given("threshold"), given("budget"), given("budget_fraction")
+    fixed = budget is not None or share is not None
+    if budget is not None and share is not None:
+        raise ValueError(f"a fixed budget is given in tokens ({budget}) and as a share ({share:g}); give one of them")
+    if not twilight and p is not None and fixed:
+        raise ValueError(f"attention '{word}' takes top-p ({p:g}) or a fixed budget, not both; give one of them")
+    if threshold is not None and (p is not None or fixed):
+        raise ValueError(
+            f"attention '{word}' takes a threshold ({threshold:g}) or another rule, not both; give one of them"
+        )
+    if threshold is not None and twilight:
+        raise ValueError(
+            f"attention '{word}' prunes what a fixed budget proposes; leave out the threshold ({threshold:g})"
+        )
+    if budget is not None and budget < 1:
+        raise ValueError(f"the budget is {budget} tokens; it must be at least 1")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"the budget's share of the context is {share:g}; it must be above 0 and at most 1")
+    dense_layers = given("dense_layers", 0)
+    if dense_layers < 0:
+        raise ValueError(f"{dense_layers} dense layers were asked for; give 0 or more")
+    cache_format = given("cache_format")
+    if cache_format is not None and cache_format not in KEY_FORMATS:
+        raise ValueError(
+            f'the selector\'s cache format is "{cache_format}"; it must be one of {", ".join(KEY_FORMATS)}'
+        )
+    fields = {k: v for k, v in settings.items() if k in SelectionRule.__dataclass_fields__}
+    if p is not None:
+        fields["mode"] = "top_p"
+    if threshold is not None:
+        fields["mode"] = "threshold"
+    if fixed:
+        fields["mode"] = "top_k"
+    if twilight:  # its paper's: Quest proposes a quarter of the context, and 95% of its weight is kept
+        fields["mode"] = "top_k"
+        fields["p"] = 0.95 if p is None else p
+        if not fixed:
+            fields["budget_fraction"] = 0.25
+    return Method(
+        name=name or word,
+        word=word,
+        rule=replace(defaults or SelectionRule(), **fields),
+        dense_layers=dense_layers,
+        sparse_prefill=given("sparse_prefill", False),
+        cache_format=cache_format,
+    )
