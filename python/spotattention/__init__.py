@@ -13,9 +13,13 @@ from spotattention.rule import Method, SelectionRule, parse_method
 from spotattention.selector import Selector
 
 if TYPE_CHECKING:
-    from spotattention.hf import attach, detach
+    from spotattention.engine import Answer, Engine, Event
+    from spotattention.hf import attach, detach, distill
 
 __all__ = [
+    "Answer",
+    "Engine",
+    "Event",
     "Method",
     "SelectionRule",
     "Selector",
@@ -24,11 +28,15 @@ __all__ = [
     "built_for_cuda",
     "built_for_torch",
     "detach",
+    "distill",
     "ops",
     "parse_method",
 ]
 
-_LAZY = {"attach": "spotattention.hf", "detach": "spotattention.hf"}
+# Imported at their first use: transformers takes seconds, the engine's library is large.
+_LAZY = {name: "spotattention.hf" for name in ("attach", "detach", "distill")} | {
+    name: "spotattention.engine" for name in ("Answer", "Engine", "Event")
+}
 
 
 def __getattr__(name: str) -> Any:

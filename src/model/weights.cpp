@@ -132,10 +132,12 @@ class Builder {
     delta.in = linear(
         {prefix + "in_proj_qkv", prefix + "in_proj_z", prefix + "in_proj_b", prefix + "in_proj_a"}, false);
     delta.out = linear({prefix + "out_proj"}, false);
-    delta.rule =
-        ops::gated_delta_weights(read_(prefix + "conv1d.weight", at::kFloat),
-                                 read_(prefix + "A_log", at::kFloat), read_(prefix + "dt_bias", at::kFloat),
-                                 read_(prefix + "norm.weight", at::kFloat), config_.rms_norm_eps);
+    // One after another: the order of reading is the fingerprint's, and that of arguments is the compiler's.
+    const at::Tensor norm = read_(prefix + "norm.weight", at::kFloat);
+    const at::Tensor dt_bias = read_(prefix + "dt_bias", at::kFloat);
+    const at::Tensor a_log = read_(prefix + "A_log", at::kFloat);
+    const at::Tensor convolution = read_(prefix + "conv1d.weight", at::kFloat);
+    delta.rule = ops::gated_delta_weights(convolution, a_log, dt_bias, norm, config_.rms_norm_eps);
     return delta;
   }
 

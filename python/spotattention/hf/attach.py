@@ -130,7 +130,7 @@ class LayerAttention:
         batch, tokens, size = hidden.shape
         padding, gaps = self.owner.padding_of(mask, batch)
         paged = self.paged_layer(cache)
-        if mask is None and any(paged.padding) and paged.length:
+        if mask is None and any(paged.padding) and paged.length and paged.batch == batch:
             raise ValueError(
                 "the cache was filled with left padding, but this call has no attention_mask; pass it in every call"
             )
@@ -151,7 +151,7 @@ class LayerAttention:
         projection.to(flat.device, flat.dtype)
         rotation = projection.rotation(positions, most)
         projection.append(paged.selector_pool, paged.slots(tokens), flat, rotation)
-        paged.decoding = tokens == 1 or (0 < paged.length and tokens <= self.owner.max_decode_queries)
+        paged.decoding = tokens == 1 or (paged.drafted and tokens <= self.owner.max_decode_queries)
         if not paged.decoding:
             return
         if paged.gaps:
@@ -270,8 +270,8 @@ def attach(
     selectors/, or a Selector. policy: "spot" with settings, such as "spot:p=0.9" or "spot:k=10%,dense=2", or "dense".
 
     Greedy, sampled and beam search, left-padded batches, and assisted decoding where the model's cache can be cropped
-    all work; up to max_decode_queries tokens that follow a cache (drafts to verify) select each for itself, more are
-    read densely like a prompt. A cache that was filled while attached holds the selector's keys and follows
+    all work; behind a cache that was cropped, up to max_decode_queries tokens in one call are drafts to verify, each of
+    which selects for itself; otherwise several tokens are a prompt, or a part of one. A cache that was filled while attached holds the selector's keys and follows
     reorder_cache, crop, batch_repeat_interleave and batch_select_indices. Static, quantised and offloaded caches are
     refused.
 

@@ -32,6 +32,7 @@ class PagedLayer(DynamicLayer):
         self.padding: list[int] = []  # a sequence's columns before its first token
         self.length = 0  # columns
         self.gaps = False  # whether the mask hid columns behind the first token
+        self.drafted = False  # whether tokens were taken back: then several at once are drafts to verify
         self.decoding = False  # whether the current step reads pages, so that update() need not gather them
         self.key_heads, self.page_bytes, self.owner = key_heads, page_bytes, owner
         super().__init__()
@@ -189,6 +190,7 @@ class PagedLayer(DynamicLayer):
                 f"crop({tokens_to_remove}): a cache is cropped by a negative number, of tokens to drop from its end"
             )
         self.length = max(0, self.length + tokens_to_remove)
+        self.drafted = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.length > 0:
@@ -217,7 +219,7 @@ class PagedLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.key_store = self.value_store = self.key_bytes = None
-        self.padding, self.length, self.gaps, self.is_initialized = [], 0, False, False
+        self.padding, self.length, self.gaps, self.drafted, self.is_initialized = [], 0, False, False, False
 
     def offload(self) -> None:
         raise ValueError("an offloaded cache has no room for a selector's keys; generate without offloading")

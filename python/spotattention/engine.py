@@ -1,0 +1,241 @@
+"""The C++ engine: many requests through one model by continuous batching over a paged cache, with a prefix cache."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from spotattention import _library  # noqa: F401  the operators, which the engine's library needs
+
+Prompt = str | Sequence[int] | torch.Tensor
+
+
+class AttendedTokens(NamedTuple):
+    """Tokens that sparse queries attended to in one layer, summed over an answer's queries."""
+
+    layer: int
+    queries: float
+    attended: float
+    visible: float
+
+
+@dataclass
+class Event:
+    """One token of an answer, its end, or both."""
+
+    request: int
+    completion: int  # which answer of the request
+    token: int | None = None
+    logprob: float | None = None  # with logprobs
+    top: list[tuple[int, float]] = field(default_factory=list)  # the likeliest tokens and their log-probabilities
+    text: str = ""  # what the token completes; never part of a stop string
+    finish: str | None = None  # "stop", "length", "cancelled" or "error"
+    error: str = ""
+    attended: list[AttendedTokens] = field(default_factory=list)  # with `finish`, by layer where the method is sparse
+
+
+@dataclass
+class Answer:
+    """One answer of a request, whole."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # with logprobs
+    text: str = ""
+    finish: str = ""
+    attended: list[AttendedTokens] = field(default_factory=list)
+
+
+def _load() -> None:
+    path = pathlib.Path(
+        os.environ.get("SPOT_ENGINE_LIBRARY", pathlib.Path(__file__).parent / "lib" / "libspot_engine.so")
+    )
+    if not path.is_file():
+        raise ImportError(f"{path} does not exist; install spotattention, or name the library in SPOT_ENGINE_LIBRARY")
+    try:
+        torch.classes.load_library(str(path))
+    except OSError as error:
+        raise ImportError(_library.mismatch() or f"{path} could not be loaded: {error}") from error
+
+
+class Engine:
+    """A model of the families that `spot` runs, its selector, and the methods that requests may name.
+
+    model: a Hugging Face folder, or ORG/NAME that the local hub cache holds. selector: a folder, or the NAME of one in
+    MODEL/selectors. methods: as `spot eval --methods` takes them ("dense", "spot:p=0.9", "quest:k=10%"); the first one
+    is a request's unless it says otherwise; by default spot with a selector, else dense. cache_tokens: room for keys and
+    values, over all sequences. device and dtype "auto": CUDA where there is one, the checkpoint's dtype there and float32
+    on the CPU.
+
+    Not thread-safe. Text of float32 models does not depend on what shares the engine. Raises RuntimeError in one
+    sentence on a folder, selector or method that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike,
+        selector: str | os.PathLike | None = None,
+        methods: Sequence[str] = (),
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        cache_tokens: int = 32768,
+        max_sequences: int = 16,
+        max_step_tokens: int = 2048,
+        prefix_cache: bool = True,
+        graphs: bool = True,
+    ) -> None:
+        _load()
+        self.methods = list(methods) or ["spot" if selector is not None else "dense"]
+        options = {
+            "device": device,
+            "dtype": dtype,
+            "cache_tokens": cache_tokens,
+            "max_sequences": max_sequences,
+            "max_step_tokens": max_step_tokens,
+            "prefix_cache": prefix_cache,
+            "graphs": graphs,
+        }
+        self._kept: list[Event] = []  # met while stream or generate looked for others
+        self._engine = torch.classes.spot.Engine(
+            os.fspath(model), "" if selector is None else os.fspath(selector), self.methods, json.dumps(options)
+        )
+
+    def add(
+        self,
+        prompt: Prompt,
+        *,
+        method: str | None = None,
+        max_new_tokens: int = 256,
+        completions: int = 1,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int = 42,
+        logprobs: int = -1,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] | None = None,
+    ) -> int:
+        """Queues a request and returns its number; its events come from `step`.
+
+        prompt: token ids, or a text that the model's tokenizer encodes. method: one of `methods`. temperature 0 is
+        greedy; the sampler's settings are applied in the order of transformers' generate. Answer i of `completions`
+        draws with seed + i. logprobs: of the token and of so many likeliest ones (-1: none). stop: texts that end an
+        answer and are no part of it; stop_ids: likewise tokens, by default the model's own (an empty list: none).
+
+        Raises ValueError for a method that the engine has not, RuntimeError when the request is out of range or longer
+        than model or cache can hold; then nothing has changed.
+        """
+        if method is not None and method not in self.methods:
+            raise ValueError(f"the engine has no method '{method}'; it was made with {', '.join(self.methods)}")
+        request = {
+            "max_new_tokens": max_new_tokens,
+            "completions": completions,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "logit_bias": [[int(token), float(bias)] for token, bias in (logit_bias or {}).items()],
+            "seed": seed,
+            "logprobs": logprobs,
+            "stop": [stop] if isinstance(stop, str) else list(stop),
+            "stop_ids": None if stop_ids is None else [int(token) for token in stop_ids],
+        }
+        chosen = 0 if method is None else self.methods.index(method)
+        return self._engine.add(self.encode(prompt), chosen, json.dumps(request))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; a text gets the special tokens that its tokenizer adds."""
+        return self._engine.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+
+    def step(self) -> list[Event]:
+        """One forward pass and what it brought; nothing when idle."""
+        kept, self._kept = self._kept, []
+        return kept + self._advance()
+
+    def _advance(self) -> list[Event]:
+        events = []
+        for made in json.loads(self._engine.step()):
+            attended = [AttendedTokens(*layer) for layer in made.pop("attended", [])]
+            top = [(token, logprob) for token, logprob in made.pop("top", [])]
+            events.append(Event(**made, top=top, attended=attended))
+        return events
+
+    def cancel(self, request: int) -> None:
+        """Ends a request; its pages are free at once. Unknown and finished ones are let pass."""
+        self._engine.cancel(request)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is in progress and `step` has no more events."""
+        return self._engine.idle() and not self._kept
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """Tokens read, cached and decoded, steps, preemptions, seconds in prefill and decode, running and waiting."""
+        return json.loads(self._engine.statistics())
+
+    def stream(self, prompt: Prompt, **request: Any) -> Iterator[Event]:
+        """The events of one request of `add`'s arguments, as they come; others go on beside it, their events wait for
+        `step`. Leaving early cancels the request.
+        """
+        number = self.add(prompt, **request)
+        left = request.get("completions", 1)
+        try:
+            while left:
+                mine = self._take({number})
+                left -= sum(event.finish is not None for event in mine)
+                yield from mine
+        finally:
+            self.cancel(number)
+
+    def generate(self, prompts: Sequence[Prompt], **request: Any) -> list[list[Answer]]:
+        """Adds all prompts and steps until they are answered: a list of `completions` answers for each.
+
+        Raises RuntimeError when a request is refused (then none runs) or ends with an error.
+        """
+        numbers: list[int] = []
+        try:
+            for prompt in prompts:
+                numbers.append(self.add(prompt, **request))
+        except BaseException:
+            for number in numbers:
+                self.cancel(number)
+            raise
+        answers = [[Answer() for _ in range(request.get("completions", 1))] for _ in numbers]
+        place = {number: index for index, number in enumerate(numbers)}
+        left = len(numbers) * request.get("completions", 1)
+        while left:
+            for event in self._take(set(numbers)):
+                left -= event.finish is not None
+                self._accept(answers[place[event.request]][event.completion], event, request.get("logprobs", -1))
+        return answers
+
+    def _take(self, numbers: set[int]) -> list[Event]:
+        """The next step's events of some requests; those of others are kept for `step`."""
+        events = self._advance()
+        self._kept += [event for event in events if event.request not in numbers]
+        return [event for event in events if event.request in numbers]
+
+    @staticmethod
+    def _accept(answer: Answer, event: Event, logprobs: int) -> None:
+        if event.finish == "error":
+            raise RuntimeError(event.error)
+        if event.token is not None:
+            answer.tokens.append(event.token)
+            if logprobs >= 0:
+                answer.logprobs.append(event.logprob)
+        answer.text += event.text
+        if event.finish is not None:
+            answer.finish, answer.attended = event.finish, event.attended

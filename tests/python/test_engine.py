@@ -1,0 +1,120 @@
+"""spotattention.Engine: the C++ engine's answers are those of transformers, alone and together, whatever the method."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def engine(spotattention, tiny_qwen3):
+    return spotattention.Engine(
+        tiny_qwen3, "spot", ["spot:k=512,sinks=64,recency=64,floor=0", "dense"], cache_tokens=8192, max_sequences=4
+    )
+
+
+def words(prose, start, count):
+    return " ".join(prose.split()[start : start + count])
+
+
+@pytest.fixture()
+def prompts(engine, prose, seed):
+    starts = torch.randint(0, 4000, (3,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [engine.encode(words(prose, start, count)) for start, count in zip(starts, (310, 97, 203), strict=True)]
+
+
+def test_dense_answers_are_transformers(engine, prompts, tiny_qwen3):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_qwen3, dtype=torch.float32).eval()
+    answers = engine.generate(prompts, method="dense", max_new_tokens=9, stop_ids=[], logprobs=2)
+    for prompt, (answer,) in zip(prompts, answers, strict=True):
+        assert len(answer.tokens) == 9 and answer.finish == "length"
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1]
+        logprobs = logits.log_softmax(-1)
+        own = torch.tensor(answer.logprobs)
+        torch.testing.assert_close(
+            own, logprobs.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0], rtol=0, atol=1e-3
+        )
+        assert ((logprobs.amax(1) - own) < 1e-3).all()
+
+
+def test_answers_do_not_depend_on_company(engine, prompts):
+    options = dict(max_new_tokens=7, temperature=0.9, top_k=40, seed=5)
+    alone = [engine.generate([prompt], **options)[0][0].tokens for prompt in prompts]
+    together = engine.generate(prompts, **options)
+    assert [answer.tokens for (answer,) in together] == alone
+    attended = together[0][0].attended
+    assert len(attended) == 8 and all(0 < layer.attended < layer.visible for layer in attended)
+
+
+def test_events_come_step_by_step(engine, prompts):
+    want = [engine.generate([p], max_new_tokens=5, stop_ids=[])[0][0] for p in prompts[:2]]
+    numbers = [engine.add(p, max_new_tokens=5, stop_ids=[]) for p in prompts[:2]]
+    cancelled = engine.add(prompts[2], max_new_tokens=500)
+    streamed = list(engine.stream(prompts[0], max_new_tokens=5, stop_ids=[]))  # the others go on beside it
+    engine.cancel(cancelled)
+    texts = {number: "" for number in numbers}
+    ended = {}
+    while not engine.idle:
+        for event in engine.step():
+            if event.request in texts:
+                texts[event.request] += event.text
+                if event.finish:
+                    ended[event.request] = event.finish
+    assert [texts[n] for n in numbers] == [answer.text for answer in want]
+    assert ended == {n: "length" for n in numbers}
+    assert [event.token for event in streamed] == want[0].tokens and streamed[-1].finish == "length"
+    statistics = engine.statistics
+    assert statistics["running"] == statistics["waiting"] == 0 and statistics["cached_tokens"] > 0
+
+
+def test_the_text_is_the_programs(engine, build_folder, tiny_qwen3, prose):
+    text = words(prose, 500, 300)
+    command = ["generate", "--model", tiny_qwen3, "--selector", "spot", "--prompt", text, "--max-new-tokens", 12]
+    command += ["--attention", engine.methods[0], "--temperature", 0]
+    done = subprocess.run([str(c) for c in [build_folder / "spot", *command]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ((answer,),) = engine.generate([text], max_new_tokens=12)
+    assert answer.text + "\n" == done.stdout
+
+
+def test_stops_and_completions(engine, prompts):
+    ((whole,),) = engine.generate(prompts[:1], max_new_tokens=12, stop_ids=[])
+    stop = whole.text[3:6]
+    ((short,),) = engine.generate(prompts[:1], max_new_tokens=12, stop_ids=[], stop=stop)
+    assert short.finish == "stop" and short.text == whole.text[: whole.text.index(stop)]
+    (answers,) = engine.generate(prompts[:1], completions=3, max_new_tokens=4, temperature=1.2, seed=9)
+    again = [engine.generate(prompts[:1], max_new_tokens=4, temperature=1.2, seed=9 + i)[0][0] for i in range(3)]
+    assert [a.tokens for a in answers] == [a.tokens for a in again]
+
+
+def test_what_does_not_fit_is_refused(engine, spotattention, tiny_qwen3):
+    with pytest.raises(RuntimeError, match="the prompt holds token 99999999"):
+        engine.add([1, 99999999])
+    with pytest.raises(RuntimeError, match="prompt"):
+        engine.add([])
+    with pytest.raises(ValueError, match="has no method 'quest:k=10%'; it was made with spot:k=512"):
+        engine.add([1], method="quest:k=10%")
+    with pytest.raises(RuntimeError, match="temperature"):
+        engine.add([1], temperature=-1)
+    with pytest.raises(RuntimeError):
+        engine.generate([[1], list(range(100)) * 400])
+    assert engine.idle
+    with pytest.raises(RuntimeError, match="needs a selector"):
+        spotattention.Engine(tiny_qwen3, methods=["spot"])
+    with pytest.raises(RuntimeError, match="no such folder"):
+        spotattention.Engine("/nowhere")
+    with pytest.raises(RuntimeError, match="dtype 'int8' is unknown"):
+        spotattention.Engine(tiny_qwen3, dtype="int8")
+
+
+def test_numbers_cross_whole(engine):
+    """What the engine gets is what add() was given: large seeds and biases too."""
+    tokens = engine.generate([[5, 6, 7]], max_new_tokens=3, logit_bias={11: 1e4}, stop_ids=[], seed=2**63 + 11)[0][
+        0
+    ].tokens
+    assert tokens == [11, 11, 11]
+    assert json.dumps(2**63 + 11) == "9223372036854775819"

@@ -1,0 +1,68 @@
+"""The grammar of methods: the same sentences as `spot`, and the fields that select_blocks takes."""
+
+import subprocess
+
+import pytest
+
+WRONG = [
+    "spots:k=1",
+    "spot:k",
+    "spot:k=",
+    "spot:k=1.5",
+    "spot:k=2e9",
+    "spot:k= 5",
+    "spot:q=5",
+    "spot:,p=0.9",
+    "spot:p=50%",
+    "spot:p=0",
+    "spot:p=nan",
+    "spot:p=0.9,k=5",
+    "spot:k=5,k=10%",
+    "spot:k=0",
+    "spot:k=101%",
+    "spot:t=0.1,k=512",
+    "twilight:t=0.1",
+    "spot:sinks=-1",
+    "spot:cap=100",
+    "spot:dense=-1",
+    "spot:cache=int5",
+    "quest:cache=int4",
+    "dense:prefill=sparse",
+    "spot:prefill=maybe",
+    "spot:temperature=inf",
+]
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_methods_are_refused_in_the_programs_words(spotattention, build_folder, tiny_qwen3, text):
+    command = [build_folder / "spot", "generate", "--model", tiny_qwen3, "--selector", "spot", "--prompt", "a"]
+    done = subprocess.run([*map(str, command), "--attention", text], capture_output=True, text=True)
+    assert done.returncode == 1
+    defaults = spotattention.Selector.load("spot", tiny_qwen3).config.rule()
+    with pytest.raises(ValueError) as caught:
+        spotattention.parse_method(text, defaults)
+    assert f"error: {caught.value}" == done.stderr.strip().splitlines()[-1]
+
+
+def test_methods_say_what_was_written(spotattention):
+    parse, rule = spotattention.parse_method, spotattention.SelectionRule
+    assert parse("spot").rule == rule()
+    assert parse("spot:p=.8,floor=0,cap=1e3").rule == rule(p=0.8, floor=0, cap=1000)
+    method = parse("spot:k=10%,dense=2,cache=bf16,prefill=sparse,")
+    assert method.rule == rule(mode="top_k", budget_fraction=0.1)
+    assert (method.word, method.dense_layers, method.cache_format, method.sparse_prefill) == ("spot", 2, "bf16", True)
+    assert parse("spot:k=10%,k=20%").rule.budget_fraction == 0.2
+    assert parse("twilight").rule == rule(mode="top_k", budget_fraction=0.25, p=0.95)
+    assert parse("twilight:k=512,p=0.9").rule == rule(mode="top_k", budget=512, p=0.9)
+    assert parse("spot:t=1e-3").rule.describe() == "threshold 0.001"
+    defaults = rule(p=0.7, recency=64)
+    assert parse("spot:sinks=16", defaults).rule == rule(p=0.7, recency=64, sinks=16)
+
+
+def test_rules_are_arguments_of_the_operators(spotattention):
+    import torch
+
+    given = spotattention.parse_method("spot:p=0.9,sinks=16,recency=32,floor=0").rule.arguments(1.5)
+    assert given["temperature"] == 1.5
+    chosen = spotattention.ops.select_blocks(torch.randn(1, 1, 40), torch.tensor([640], dtype=torch.int32), **given)
+    assert 3 <= int(chosen.counts) <= 40

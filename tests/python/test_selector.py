@@ -1,0 +1,124 @@
+"""Selector folders: what `spot distill` wrote is read whole, what Python writes `spot` reads, damage is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+
+@pytest.fixture()
+def folder(tiny_qwen3, tmp_path):
+    return shutil.copytree(tiny_qwen3 / "selectors" / "spot", tmp_path / "selector")
+
+
+def change(folder, **fields):
+    path = folder / "selector.json"
+    document = json.loads(path.read_text())
+    for name, value in fields.items():
+        target, *rest = name.split("__")
+        where = document
+        for part in [target, *rest][:-1]:
+            where = where[part]
+        where[[target, *rest][-1]] = value
+    path.write_text(json.dumps(document))
+
+
+def test_a_shipped_selector_is_read_and_written_again(spotattention, folder, tmp_path):
+    from safetensors.torch import load_file
+
+    selector = spotattention.Selector.load(folder)
+    stored = load_file(folder / "selector.safetensors")
+    assert selector.layers == list(range(8)) and selector.groups == 1
+    assert (
+        selector.temperature(3)
+        == json.loads((folder / "selector.json").read_text())["config"]["selection"]["temperature"][3]
+    )
+    w = selector.weights[5]
+    assert torch.equal(w.query_key[:512], stored["layers.5.query.weight"].float())
+    assert torch.equal(w.query_key[512:], stored["layers.5.key.weight"].float())
+    selector.save(tmp_path / "again", torch.bfloat16)
+    again = spotattention.Selector.load(tmp_path / "again")
+    assert again.config == selector.config and again.backbone == selector.backbone and again.notes == selector.notes
+    assert all(torch.equal(again.weights[i].mix, selector.weights[i].mix) for i in again.layers)
+
+
+def test_presets_are_the_programs(spotattention):
+    from spotattention.selector import SelectorConfig
+
+    paper = SelectorConfig.from_preset("paper")
+    assert (paper.key_heads, paper.cache_format, paper.distillation.start) == (4, "bf16", "random")
+    assert SelectorConfig.from_json({"preset": "paper", "key_heads": 1}, "x").cache_format == "bf16"
+    with pytest.raises(ValueError, match='no selector preset "mine"'):
+        SelectorConfig.from_preset("mine")
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        ({"format": "other"}, 'is not a selector: its field "format" must be'),
+        ({"version": 2}, "has version 2, this package reads version 1"),
+        ({"backbone": 5}, "the field backbone is missing"),
+        ({"layers": []}, "layers must list"),
+        ({"weights_id": "0123"}, "were not written together"),
+        ({"config__key_heads": 2}, r"key_heads is 2; it must be 1 \(shared\) or num_heads"),
+        ({"config__key_norm": "batch"}, 'config.key_norm is "batch"; it must be one of none, layernorm, rmsnorm'),
+        ({"config__selection__p": 0}, "selection.p is 0.0; it must be above 0"),
+        ({"config__selection__floor": 1.5}, "config.selection.floor must be an integer, not 1.5"),
+        ({"config__extra": 1}, 'has the unknown field "extra"; remove it or upgrade'),
+        ({"config__selection__temperature": [1.0]}, "has 1 values, but the selector has 8 layers"),
+        ({"config__key_heads": 4}, r"key.weight is \[128, 256\]; config and backbone make it \[512, 256\]"),
+        ({"config__key_norm": "rmsnorm"}, "holds 40 tensors, the config makes 32"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_named(spotattention, folder, fields, sentence):
+    change(folder, **fields)
+    with pytest.raises(ValueError, match=sentence):
+        spotattention.Selector.load(folder)
+
+
+def test_damaged_weights_are_found(spotattention, folder):
+    path = folder / "selector.safetensors"
+    data = bytearray(path.read_bytes())
+    for at in range(len(data) - 400000, len(data), 997):
+        data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="not those that were saved|not finite"):
+        spotattention.Selector.load(folder)
+    path.write_bytes(data[:5000])
+    with pytest.raises(ValueError, match="is damaged"):
+        spotattention.Selector.load(folder)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="is no whole selector"):
+        spotattention.Selector.load(folder)
+
+
+def test_rotary_tables_are_transformers(spotattention):
+    """The backbone's theta and scaling over 64 dims, for every kind of scaling."""
+    import transformers
+    from spotattention.rope import RopeConfig, RopeTable, frequencies
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kinds = [
+        {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
+        {"rope_type": "yarn", "factor": 2.5, "beta_fast": 24.0, "beta_slow": 2.0, "original_max_position_embeddings": 512},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 1024},
+    ]  # fmt: skip
+    for kind in kinds:
+        parameters = {"rope_theta": 500000.0} | kind
+        config = transformers.LlamaConfig(
+            hidden_size=256,
+            num_attention_heads=4,
+            head_dim=64,
+            max_position_embeddings=8192,
+            rope_parameters=parameters,
+        )
+        want, scale = ROPE_INIT_FUNCTIONS[kind["rope_type"]](config, "cpu")
+        ours = RopeConfig.of_model(config)
+        got, own_scale = frequencies(ours, 64)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+        assert own_scale == pytest.approx(scale)
+        cos, _ = RopeTable(ours, 64).at_least(5000, torch.device("cpu"))
+        torch.testing.assert_close(cos[4321], (4321 * want).cos() * scale, rtol=1e-4, atol=1e-4)
