@@ -16,7 +16,12 @@ GRAMMAR = (
     "p=SHARE, t=THRESHOLD, k=TOKENS, k=PERCENT%, sinks=, recency=, floor=, cap=TOKENS, temperature=NUMBER, dense=LAYERS, "
     "cache=FORMAT, prefill=sparse or prefill=dense"
 )
-KEY_FORMATS = ("bf16", "int8", "int4", "mxfp4", "nvfp4", "f32")
+KEY_FORMATS = ("f32", "bf16", "int8", "int4", "mxfp4", "nvfp4")
+
+
+def shown(number: float) -> str:
+    """A number as the program prints it: 0, not 0.0."""
+    return repr(number).removesuffix(".0")
 
 
 def one_of(words: tuple[str, ...]) -> str:
@@ -42,7 +47,7 @@ class SelectionRule:
     def __post_init__(self) -> None:
         def require(holds: bool, name: str, wanted: str) -> None:
             if not holds:
-                raise ValueError(f"selection rule: {name} is {getattr(self, name)}; it must be {wanted}")
+                raise ValueError(f"selection rule: {name} is {shown(getattr(self, name))}; it must be {wanted}")
 
         require(self.mode in ("top_p", "top_k", "threshold"), "mode", "top_p, top_k or threshold")
         require(self.budget >= 0, "budget", "0 or more tokens")
@@ -157,21 +162,23 @@ def make_method(
     p, threshold, budget, share = given("p"), given("threshold"), given("budget"), given("budget_fraction")
     fixed = budget is not None or share is not None
     if budget is not None and share is not None:
-        raise ValueError(f"a fixed budget is given in tokens ({budget}) and as a share ({share:g}); give one of them")
+        raise ValueError(
+            f"a fixed budget is given in tokens ({budget}) and as a share ({shown(share)}); give one of them"
+        )
     if not twilight and p is not None and fixed:
-        raise ValueError(f"attention '{word}' takes top-p ({p:g}) or a fixed budget, not both; give one of them")
+        raise ValueError(f"attention '{word}' takes top-p ({shown(p)}) or a fixed budget, not both; give one of them")
     if threshold is not None and (p is not None or fixed):
         raise ValueError(
-            f"attention '{word}' takes a threshold ({threshold:g}) or another rule, not both; give one of them"
+            f"attention '{word}' takes a threshold ({shown(threshold)}) or another rule, not both; give one of them"
         )
     if threshold is not None and twilight:
         raise ValueError(
-            f"attention '{word}' prunes what a fixed budget proposes; leave out the threshold ({threshold:g})"
+            f"attention '{word}' prunes what a fixed budget proposes; leave out the threshold ({shown(threshold)})"
         )
     if budget is not None and budget < 1:
         raise ValueError(f"the budget is {budget} tokens; it must be at least 1")
     if share is not None and not 0 < share <= 1:
-        raise ValueError(f"the budget's share of the context is {share:g}; it must be above 0 and at most 1")
+        raise ValueError(f"the budget's share of the context is {shown(share)}; it must be above 0 and at most 1")
     dense_layers = given("dense_layers", 0)
     if dense_layers < 0:
         raise ValueError(f"{dense_layers} dense layers were asked for; give 0 or more")

@@ -71,14 +71,47 @@ def test_the_command_runs(python, tmp_path):
     assert "generate" in run(command, "--help", cwd=tmp_path)
 
 
+def test_the_engine_and_attached_models_run(python, tmp_path, tiny_qwen3):
+    script = f"""
+import torch, transformers, spotattention as s
+text = "The sun rose over the hills and the river. " * 60
+engine = s.Engine({str(tiny_qwen3)!r}, "spot", ["spot:k=512"], cache_tokens=2048)
+((answer,),) = engine.generate([text], max_new_tokens=6, stop_ids=[])
+model = transformers.AutoModelForCausalLM.from_pretrained({str(tiny_qwen3)!r}, dtype=torch.float32)
+s.attach(model, "spot", "spot:k=512")
+ids = torch.tensor([engine.encode(text)])
+out = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+print(answer.tokens == out[0, ids.shape[1]:].tolist(), model.spot.attended_share < 1)
+"""
+    assert run(python, "-c", script, cwd=tmp_path).splitlines()[-1] == "True True"
+
+
+def test_another_torch_is_named_when_importing(python, tmp_path):
+    script = "import torch; torch.__version__ = '2.99.0'; import warnings; warnings.simplefilter('always'); import spotattention"
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if "was built for torch" in line]
+    assert done.returncode == 0 and len(lines) == 1
+    assert f"was built for torch {torch.__version__}, but torch 2.99.0 is installed" in lines[0]
+
+
 def test_only_torch_and_the_system_are_linked(python):
     package = run(python, "-c", "import spotattention; print(spotattention.__path__[0])").strip()
-    for name in ("bin/spot", "lib/libspot_ops.so"):
+    for name in ("bin/spot", "lib/libspot_ops.so", "lib/libspot_engine.so"):
         needed = [
             line.split("[")[1].rstrip("]")
             for line in run("readelf", "-d", f"{package}/{name}").splitlines()
             if "NEEDED" in line
         ]
-        system = ("libtorch", "libc10", "libc.so", "libm.so", "libstdc++", "libgcc_s", "ld-linux", "libcudart")
+        system = (
+            "libtorch",
+            "libc10",
+            "libc.so",
+            "libm.so",
+            "libstdc++",
+            "libgcc_s",
+            "ld-linux",
+            "libcudart",
+            "libspot_ops",
+        )
         assert all(n.startswith(system) for n in needed), needed
         assert "ORIGIN/../../torch/lib" in run("readelf", "-d", f"{package}/{name}")
