@@ -90,7 +90,7 @@ class Attached:
             if getattr(model, "spot", None) is self:
                 del model.spot
 
-    def padding_of(self, mask: Tensor | None, batch: int) -> tuple[list[int], bool]:
+    def _padding_of(self, mask: Tensor | None, batch: int) -> tuple[list[int], bool]:
         """How many columns a mask [B or 1, 1, T, columns] leaves out at the left of each sequence, and whether it leaves
         out others that the last query could see. Read once a forward pass: its layers share the mask.
         """
@@ -128,7 +128,7 @@ class LayerAttention:
         if cache is None:  # nothing will be decoded
             return
         batch, tokens, size = hidden.shape
-        padding, gaps = self.owner.padding_of(mask, batch)
+        padding, gaps = self.owner._padding_of(mask, batch)
         paged = self.paged_layer(cache)
         if mask is None and any(paged.padding) and paged.length and paged.batch == batch:
             raise ValueError(
@@ -271,9 +271,9 @@ def attach(
 
     Greedy, sampled and beam search, left-padded batches, and assisted decoding where the model's cache can be cropped
     all work; behind a cache that was cropped, up to max_decode_queries tokens in one call are drafts to verify, each of
-    which selects for itself; otherwise several tokens are a prompt, or a part of one. A cache that was filled while attached holds the selector's keys and follows
-    reorder_cache, crop, batch_repeat_interleave and batch_select_indices. Static, quantised and offloaded caches are
-    refused.
+    which selects for itself; otherwise several tokens are a prompt, or a part of one. A cache that was filled while
+    attached holds the selector's keys and follows reorder_cache, crop, batch_repeat_interleave and
+    batch_select_indices. Static, quantised and offloaded caches are refused.
 
     Self-check: one decode step of every `self_check` (0: none) of a layer is compared with exact attention;
     `callback(layer, mass, tokens)` gets its captured mass, `model.spot.captured_mass` keeps the means, and a layer whose

@@ -120,13 +120,15 @@ def test_rows_of_a_padded_batch_are_as_they_are_alone(spotattention, family_mode
 
 
 def test_drafts_are_verified_as_steps_are_taken(spotattention, small, random_selector):
-    """Prompt lookup crops what it drafted in vain; each verified token selects for itself."""
+    """What was drafted in vain is cropped; each verified token selects for itself. By prompt lookup and an assistant."""
     model = small("Llama")
     spotattention.attach(model, random_selector(model), TIGHT)
     (piece,) = prompts(61)
     row = torch.cat([piece, piece, piece, piece[:20]])  # what lookup finds drafts in
     plain, _ = generated(model, [row], 24)
     drafted, _ = generated(model, [row], 24, prompt_lookup_num_tokens=5, max_matching_ngram_size=2)
+    assert torch.equal(plain, drafted)
+    drafted, _ = generated(model, [row], 24, assistant_model=small("Llama", num_hidden_layers=1))
     assert torch.equal(plain, drafted)
 
 
