@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from spotattention import ops
-from spotattention.rope import RopeTable
 from spotattention.selector import LayerWeights, Selector
 
 GLOBAL_SCALE = {"nvfp4": 0.0625}  # multiplies every nvfp4 block scale; other formats have none
@@ -20,15 +19,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LayerProjection:
-    """One layer of a selector. T tokens are the rows of hidden [T, hidden_size]; positions [T] int64 as RoPE counts them.
+    """One layer of a selector. T tokens are the rows of hidden [T, hidden_size]; rotation is cos and sin [T, rope_dims / 2]
+    of their positions (RopeTable), None where nothing turns.
 
     q = RoPE(x W_q) [T, 4, 128] of x's dtype; k = RoPE(norm(x W_k)); w = x W_w / sqrt(512) [T, groups, 4] float32
     (SpotAttention, arXiv 2606.22874, section 2.2).
     """
 
-    def __init__(self, selector: Selector, layer: int, rope: RopeTable | None, cache_format: str | None = None) -> None:
+    def __init__(self, selector: Selector, layer: int, cache_format: str | None = None) -> None:
         config = selector.config
-        self.config, self.layer, self.rope = config, layer, rope
+        self.config, self.layer = config, layer
         self.groups, self.temperature = selector.groups, selector.temperature(layer)
         self.format = cache_format or config.cache_format
         self.weights: LayerWeights = selector.weights[layer]
@@ -42,13 +42,6 @@ class LayerProjection:
         if w.query_key.device != device or w.query_key.dtype != dtype:
             norms = [None if n is None else n.to(device) for n in (w.norm_weight, w.norm_bias)]
             self.weights = LayerWeights(w.query_key.to(device, dtype), w.mix.to(device), *norms)
-
-    def rotation(self, positions: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
-        """cos and sin [T, rope_dims / 2] of the positions, none of which is `most` or above; None: nothing turns."""
-        if self.rope is None:
-            return None
-        cos, sin = self.rope.at_least(most, positions.device)
-        return cos[positions], sin[positions]
 
     def query(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """q and w of some tokens."""

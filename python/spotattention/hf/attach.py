@@ -5,6 +5,7 @@ import pathlib
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ from spotattention.selector import Selector, check_backbone
 from spotattention.self_check import SelfCheck
 
 IMPLEMENTATION = "spot"
+
+
+@dataclass
+class Step:
+    """A forward pass, as all of its layers see it."""
+
+    key: tuple
+    position_ids: Tensor | None
+    slots: Tensor  # [B * T] int64, of the selector's keys
+    rotation: tuple[Tensor, Tensor] | None  # cos and sin of the selector's RoPE, [B * T, rope_dims / 2]
+    rows: Rows | None  # where the step decodes
 
 
 class Attached:
@@ -49,7 +61,8 @@ class Attached:
         if method.word == "dense":
             self.sparse_layers = []
         dims = selector.config.rope_dims
-        rope = RopeTable(RopeConfig.of_model(config), dims) if dims else None
+        self._rope = RopeTable(RopeConfig.of_model(config), dims) if dims else None
+        self._step: Step | None = None
         self._model = weakref.ref(model)
         self._previous = model.config._attn_implementation
         self._handles = []
@@ -62,7 +75,7 @@ class Attached:
                 "cannot be attached to"
             )
         for layer, module in zip(self.sparse_layers, self._modules, strict=True):
-            projection = LayerProjection(selector, layer, rope, method.cache_format)
+            projection = LayerProjection(selector, layer, method.cache_format)
             module._spot = LayerAttention(self, projection)
             self._handles.append(module.register_forward_pre_hook(_before_attention, with_kwargs=True))
 
@@ -89,6 +102,30 @@ class Attached:
             model.set_attn_implementation(self._previous)
             if getattr(model, "spot", None) is self:
                 del model.spot
+
+    def _step_of(self, paged: PagedLayer, tokens: int, position_ids: Tensor | None, device: torch.device) -> "Step":
+        """What the layers of a forward pass share, made by the first of them."""
+        key = (paged.length, tokens, paged.capacity, tuple(paged.padding), paged.decoding, device)
+        last = self._step
+        if last is not None and last.key == key and position_ids is not None and last.position_ids is position_ids:
+            return last
+        if position_ids is None:
+            column = torch.arange(paged.length, paged.length + tokens, device=device)
+            positions = (column - torch.tensor(paged.padding, device=device)[:, None]).clamp_min(0)
+        else:
+            positions = position_ids[0] if position_ids.dim() == 3 else position_ids
+            positions = positions.expand(paged.batch, tokens)
+        positions = positions.flatten().long()
+        most = paged.length + tokens
+        if position_ids is not None and not positions.is_cuda:
+            most = max(most, int(positions.max()) + 1)
+        rotation = None
+        if self._rope is not None:
+            cos, sin = self._rope.at_least(most, device)
+            rotation = cos[positions], sin[positions]
+        rows = paged.rows(tokens) if paged.decoding else None
+        self._step = Step(key, position_ids, paged.slots(tokens), rotation, rows)
+        return self._step
 
     def _padding_of(self, mask: Tensor | None, batch: int) -> tuple[list[int], bool]:
         """How many columns a mask [B or 1, 1, T, columns] leaves out at the left of each sequence, and whether it leaves
@@ -136,22 +173,12 @@ class LayerAttention:
             )
         paged.begin(padding, tokens, hidden.device, gaps)
         self.cache = paged
-        if position_ids is None:
-            column = torch.arange(paged.length, paged.length + tokens, device=hidden.device)
-            positions = (column - torch.tensor(padding, device=hidden.device)[:, None]).clamp_min(0)
-        else:
-            positions = position_ids[0] if position_ids.dim() == 3 else position_ids
-            positions = positions.expand(batch, tokens)
-        positions = positions.flatten().long()
-        most = paged.length + tokens
-        if position_ids is not None and not positions.is_cuda:
-            most = max(most, int(positions.max()) + 1)
-        flat = hidden.reshape(batch * tokens, size)
-        projection = self.projection
-        projection.to(flat.device, flat.dtype)
-        rotation = projection.rotation(positions, most)
-        projection.append(paged.selector_pool, paged.slots(tokens), flat, rotation)
         paged.decoding = tokens == 1 or (paged.drafted and tokens <= self.owner.max_decode_queries)
+        projection = self.projection
+        projection.to(hidden.device, hidden.dtype)
+        step = self.owner._step_of(paged, tokens, position_ids, hidden.device)
+        flat = hidden.reshape(batch * tokens, size)
+        projection.append(paged.selector_pool, step.slots, flat, step.rotation)
         if not paged.decoding:
             return
         if paged.gaps:
@@ -159,8 +186,8 @@ class LayerAttention:
                 "the attention mask hides tokens between or behind others (right padding, packed texts); sparse decoding "
                 "takes left padding alone"
             )
-        self.rows = paged.rows(tokens)
-        query, weight = projection.query(flat, rotation)
+        self.rows = step.rows
+        query, weight = projection.query(flat, step.rotation)
         self.scores = projection.scores(query, weight, paged.selector_pool, self.rows.page_table, self.rows.lengths)
 
     def paged_layer(self, cache: Any) -> PagedLayer:
@@ -201,19 +228,20 @@ class LayerAttention:
         output, indices, counts = attend(
             self.scores, flat, cache.key_pool, cache.value_pool, rows.page_table, rows.lengths, scale, rule
         )
-        self.attended = self.attended + _attended_tokens(indices, counts, rows.lengths)
-        self.visible = self.visible + rows.lengths.sum()
+        # The last block, which every selection with recent tokens holds, is cut at the row's length.
+        cut = rows.cut if rule["recency"] > 0 else _cut_of_chosen(indices, rows)
+        self.attended = self.attended + counts.float().mean(1).sum() * 16 - cut
+        self.visible = self.visible + rows.visible
         owner.check.step(self.layer, flat, cache.key_pool, rows.page_table, rows.lengths, scale, indices, counts)
         self.scores = self.rows = None
         return output.view(batch, tokens, heads, dim)
 
 
-def _attended_tokens(indices: Tensor, counts: Tensor, lengths: Tensor) -> Tensor:
-    """Tokens on the chosen blocks, mean over groups: the last block is cut at the row's length."""
-    blocks = (lengths + 15) // 16
-    last = ((indices == blocks[:, None, None] - 1).any(-1)).int()
-    tokens = counts * 16 - last * (blocks * 16 - lengths)[:, None]
-    return tokens.float().mean(1).sum().round()
+def _cut_of_chosen(indices: Tensor, rows: Rows) -> Tensor:
+    """Tokens that chosen last blocks lack, mean over groups."""
+    blocks = (rows.lengths + 15) // 16
+    chosen = (indices == blocks[:, None, None] - 1).any(-1)
+    return (chosen * (blocks * 16 - rows.lengths)[:, None]).float().mean(1).sum()
 
 
 def _before_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ class Rows:
 
     page_table: Tensor  # [B * T, pages] int32
     lengths: Tensor  # [B * T] int32, the row's own token included
+    visible: Tensor  # their sum
+    cut: Tensor  # the sum of what rows' last blocks lack
 
 
 class PagedLayer(DynamicLayer):
@@ -153,7 +155,8 @@ class PagedLayer(DynamicLayer):
         table = (torch.arange(self.batch, device=device)[:, None] * own + place).to(torch.int32)
         column = torch.arange(self.length + 1, self.length + tokens + 1, device=device)
         lengths = (column - padding[:, None]).to(torch.int32)
-        return Rows(table.repeat_interleave(tokens, 0), lengths.flatten())
+        lengths = lengths.flatten()
+        return Rows(table.repeat_interleave(tokens, 0), lengths, lengths.sum(), (-lengths % PAGE).sum())
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.device, self.dtype = key_states.device, key_states.dtype
