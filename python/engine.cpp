@@ -11,6 +11,7 @@
 #include "checkpoint/hub.h"
 #include "core/error.h"
 #include "core/progress.h"
+#include "eval/decode_mass.h"
 
 namespace spot {
 namespace {
@@ -70,7 +71,7 @@ std::optional<at::ScalarType> dtype_of(const std::string& name) {
 
 class EngineHandle : public torch::CustomClassHolder {
  public:
-  // options: device, dtype, cache_tokens, max_sequences, max_step_tokens, prefix_cache, graphs
+  // options: device, dtype, cache_tokens, max_sequences, max_step_tokens, prefix_cache, graphs, self_check
   EngineHandle(const std::string& model, const std::string& selector, const std::vector<std::string>& methods,
                const std::string& options_text) {
     silence();
@@ -94,12 +95,19 @@ class EngineHandle : public torch::CustomClassHolder {
                                 .num_sequences = sequences,
                                 .num_snapshots = sequences});
     tokenizer_.emplace(Tokenizer::load(folder));
-    engine_.emplace(backbone, *stack_,
-                    EngineOptions{.max_step_tokens = options.at("max_step_tokens"),
-                                  .max_sequences = sequences,
-                                  .prefix_cache = options.at("prefix_cache"),
-                                  .graphs = options.at("graphs"),
-                                  .tokenizer = &*tokenizer_});
+    engine_.emplace(
+        backbone, *stack_,
+        EngineOptions{.max_step_tokens = options.at("max_step_tokens"),
+                      .max_sequences = sequences,
+                      .prefix_cache = options.at("prefix_cache"),
+                      .graphs = options.at("graphs"),
+                      .tokenizer = &*tokenizer_,
+                      .observe_every = options.at("self_check"),
+                      .observer = [this](const SelectionEvent& event, int64_t row, int64_t, int64_t) {
+                        Captured& layer = captured_[event.layer];
+                        layer.samples += 1;
+                        layer.mass += captured_by_row(event, row);
+                      }});
   }
 
   int64_t add(const std::vector<int64_t>& prompt, int64_t method, const std::string& request_text) {
@@ -155,12 +163,25 @@ class EngineHandle : public torch::CustomClassHolder {
         .dump();
   }
 
+  // [[layer, samples, mean]] of the self-check.
+  std::string captured() const {
+    json layers = json::array();
+    for (const auto& [layer, sum] : captured_)
+      layers.push_back({layer, sum.samples, sum.mass / static_cast<double>(sum.samples)});
+    return layers.dump();
+  }
+
   std::vector<int64_t> encode(const std::string& text) const {
     const std::vector<int32_t> ids = tokenizer_->encode(text, /*add_special_tokens=*/true);
     return {ids.begin(), ids.end()};
   }
 
  private:
+  struct Captured {
+    int64_t samples = 0;
+    double mass = 0;
+  };
+  std::map<int64_t, Captured> captured_;  // by layer
   // In the order of their lives: each reads those before it.
   std::optional<Backbone> backbone_;
   std::optional<Selector> selector_;
@@ -178,6 +199,7 @@ TORCH_LIBRARY_FRAGMENT(spot, library) {
       .def("cancel", &EngineHandle::cancel)
       .def("idle", &EngineHandle::idle)
       .def("statistics", &EngineHandle::statistics)
+      .def("captured", &EngineHandle::captured)
       .def("encode", &EngineHandle::encode);
 }
 

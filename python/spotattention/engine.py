@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from spotattention import _library  # noqa: F401  the operators, which the engine's library needs
+from spotattention.self_check import Judge
 
 Prompt = str | Sequence[int] | torch.Tensor
 
@@ -70,6 +71,9 @@ class Engine:
     values, over all sequences. device and dtype "auto": CUDA where there is one, the checkpoint's dtype there and float32
     on the CPU.
 
+    Self-check: of every answer one decode step in self_check (0: none) runs eagerly and is compared with exact attention;
+    `captured_mass` keeps the means by layer, and a layer whose mean falls below least_captured is warned about once.
+
     Not thread-safe. Text of float32 models does not depend on what shares the engine. Raises RuntimeError in one
     sentence on a folder, selector or method that does not fit.
     """
@@ -87,8 +91,13 @@ class Engine:
         max_step_tokens: int = 2048,
         prefix_cache: bool = True,
         graphs: bool = True,
+        self_check: int = 256,
+        least_captured: float = 0.5,
     ) -> None:
+        if self_check < 0 or not 0 <= least_captured <= 1:
+            raise ValueError("self_check must be 0 or more, and least_captured 0 to 1")
         _load()
+        self._judge = Judge(least_captured)
         self.methods = list(methods) or ["spot" if selector is not None else "dense"]
         options = {
             "device": device,
@@ -98,6 +107,7 @@ class Engine:
             "max_step_tokens": max_step_tokens,
             "prefix_cache": prefix_cache,
             "graphs": graphs,
+            "self_check": self_check,
         }
         self._kept: list[Event] = []  # met while stream or generate looked for others
         self._engine = torch.classes.spot.Engine(
@@ -170,7 +180,15 @@ class Engine:
             attended = [AttendedTokens(*layer) for layer in made.pop("attended", [])]
             top = [(token, logprob) for token, logprob in made.pop("top", [])]
             events.append(Event(**made, top=top, attended=attended))
+        if any(event.finish for event in events):
+            for layer, samples, mean in json.loads(self._engine.captured()):
+                self._judge(layer, samples, mean)
         return events
+
+    @property
+    def captured_mass(self) -> dict[int, float]:
+        """By layer, the mean over the sampled steps of all sparse methods."""
+        return {layer: mean for layer, _, mean in json.loads(self._engine.captured())}
 
     def cancel(self, request: int) -> None:
         """Ends a request; its pages are free at once. Unknown and finished ones are let pass."""

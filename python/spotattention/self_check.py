@@ -34,21 +34,39 @@ def captured_mass(
     return float((mass * chosen).sum(-1).mean())
 
 
+class Judge:
+    """Warns once of each layer whose mean captured mass is below a bound."""
+
+    SAMPLES = 8  # before a mean is judged: a single step may look anywhere
+
+    def __init__(self, least: float) -> None:
+        self.least = least
+        self._warned: set[int] = set()
+
+    def __call__(self, layer: int, samples: int, mean: float) -> None:
+        if samples < self.SAMPLES or layer in self._warned or mean >= self.least:
+            return
+        self._warned.add(layer)
+        warnings.warn(
+            f"layer {layer}: the attended tokens held {mean:.2f} of the exact attention in {samples} sampled steps, less "
+            f"than {self.least:g}; raise the budget or p, or distil a selector on such texts and lengths",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 class SelfCheck:
     """Samples decode steps of each layer: one of every `every`, one row of it in turn (0: none)."""
-
-    # So many samples before a mean is judged: a single step may look anywhere.
-    JUDGED = 8
 
     def __init__(
         self, every: int = 64, least: float = 0.5, callback: Callable[[int, float, int], None] | None = None
     ) -> None:
         if not 0 <= least <= 1:
             raise ValueError(f"the least captured mass is {least}; it must be 0 to 1")
-        self.every, self.least, self.callback = every, least, callback
+        self.every, self.callback = every, callback
         self._steps: dict[int, int] = {}
         self._sums: dict[int, tuple[int, float]] = {}
-        self._warned: set[int] = set()
+        self._judge = Judge(least)
 
     @property
     def captured_mass(self) -> dict[int, float]:
@@ -81,16 +99,4 @@ class SelfCheck:
         self._sums[layer] = count + 1, total + mass
         if self.callback is not None:
             self.callback(layer, mass, length)
-        self._judge(layer)
-
-    def _judge(self, layer: int) -> None:
-        count, total = self._sums[layer]
-        if count < self.JUDGED or layer in self._warned or total / count >= self.least:
-            return
-        self._warned.add(layer)
-        warnings.warn(
-            f"layer {layer}: the attended tokens held {total / count:.2f} of the exact attention in {count} sampled steps, "
-            f"less than {self.least:g}; raise the budget or p, or distil a selector on such texts and lengths",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        self._judge(layer, count + 1, (total + mass) / (count + 1))

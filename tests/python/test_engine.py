@@ -10,7 +10,12 @@ import torch
 @pytest.fixture(scope="module")
 def engine(spotattention, tiny_qwen3):
     return spotattention.Engine(
-        tiny_qwen3, "spot", ["spot:k=512,sinks=64,recency=64,floor=0", "dense"], cache_tokens=8192, max_sequences=4
+        tiny_qwen3,
+        "spot",
+        ["spot:k=512,sinks=64,recency=64,floor=0", "dense"],
+        cache_tokens=8192,
+        max_sequences=4,
+        self_check=3,
     )
 
 
@@ -79,6 +84,23 @@ def test_the_text_is_the_programs(engine, build_folder, tiny_qwen3, prose):
     assert done.returncode == 0, done.stderr
     ((answer,),) = engine.generate([text], max_new_tokens=12)
     assert answer.text + "\n" == done.stdout
+
+
+def test_the_self_check_reports_captured_mass(spotattention, engine, prompts, tiny_qwen3):
+    engine.generate(prompts, max_new_tokens=7)
+    masses = engine.captured_mass
+    assert sorted(masses) == list(range(8)) and all(0.3 < mass < 1 for mass in masses.values())
+    blind = spotattention.Engine(
+        tiny_qwen3, "spot", ["spot:k=16,sinks=0,recency=1,floor=0"], cache_tokens=2048, self_check=1, least_captured=0.9
+    )
+    with pytest.warns(
+        RuntimeWarning, match=r"layer \d: the attended tokens held 0\.\d\d of the exact attention in"
+    ) as caught:
+        blind.generate(prompts[:1], max_new_tokens=12, stop_ids=[])
+        blind.generate(prompts[:1], max_new_tokens=12, stop_ids=[])
+    assert len(caught) == len({str(w.message).split(":")[0] for w in caught}) >= 4
+    with pytest.raises(ValueError, match="self_check must be 0 or more"):
+        spotattention.Engine(tiny_qwen3, self_check=-1)
 
 
 def test_stops_and_completions(engine, prompts):
