@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import venv
@@ -26,12 +27,13 @@ def run(*command, **options):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """sdist, and a wheel of the sdist. SPOT_WHEEL_BUILD names a build folder to use again."""
+    """sdist, and a wheel of the sdist. SPOT_WHEEL_BUILD names a build folder to use again; in build/ ccache helps it."""
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT]
     if "SPOT_WHEEL_BUILD" in os.environ:
         command[4:4] = ["--sdist", "--wheel", f"-Cbuild-dir={os.environ['SPOT_WHEEL_BUILD']}"]
-    run(*command)
+    # By the name that the CMake build uses, ccache knows what it has compiled already.
+    run(*command, env=os.environ | {"CXX": shutil.which("c++")})
     return out
 
 

@@ -159,6 +159,7 @@ class LayerAttention:
         self.attended: int | Tensor = 0
         self.visible: int | Tensor = 0
 
+    @torch.no_grad()
     def begin(self, hidden: Tensor, cache: Any, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Stores the selector's keys of the step's tokens and scores blocks for its queries, if they are to select."""
         self.cache = self.rows = self.scores = None
@@ -221,6 +222,8 @@ class LayerAttention:
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
         """Sparse attention of a decode step: query [B, num_heads, T, head_dim] -> [B, T, num_heads, head_dim]."""
+        if torch.is_grad_enabled() and query.requires_grad:
+            raise ValueError("sparse decode steps have no gradients; call the model under torch.no_grad()")
         batch, heads, tokens, dim = query.shape
         rows, cache, owner = self.rows, self.cache, self.owner
         flat = query.transpose(1, 2).reshape(batch * tokens, heads, dim)

@@ -181,6 +181,34 @@ def test_a_cache_follows_what_is_done_to_it(spotattention, small, random_selecto
         assert cache.get_seq_length() == 0
 
 
+def test_a_conversation_goes_on_in_its_cache(spotattention, small, random_selector):
+    """A second prompt behind a kept cache is read densely; what follows it is as if both had been one prompt."""
+    model = small("Qwen3")
+    spotattention.attach(model, random_selector(model), TIGHT)
+    first, second = prompts(140, 45)
+    with torch.no_grad():
+        cache = getattr(model(first[None], use_cache=True), CACHE)
+        model(second[None], **{CACHE: cache}, use_cache=True)
+        got = [model(torch.tensor([[t]]), **{CACHE: cache}, use_cache=True).logits[0, -1] for t in (3, 5)]
+        whole = getattr(model(torch.cat([first, second])[None], use_cache=True), CACHE)
+        want = [model(torch.tensor([[t]]), **{CACHE: whole}, use_cache=True).logits[0, -1] for t in (3, 5)]
+    torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="have no gradients; call the model under torch.no_grad"):
+        model(torch.tensor([[7]]), **{CACHE: cache}, use_cache=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(spotattention, small, random_selector, dtype):
+    model = small("Llama").to(dtype)
+    attached = spotattention.attach(model, random_selector(model, cache_format="int4"), "spot:k=100%,floor=0")
+    rows = prompts(201, 90)
+    _, logits = generated(model, rows)
+    attached.detach()
+    _, dense = generated(model, rows)
+    # One step, before the two may part by rounding.
+    torch.testing.assert_close(logits[:, :2].float(), dense[:, :2].float(), rtol=0.1, atol=0.1)
+
+
 def test_a_prompt_in_chunks_is_read_densely(spotattention, small, random_selector):
     model = small("Llama")
     spotattention.attach(model, random_selector(model), TIGHT)
