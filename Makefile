@@ -1,6 +1,7 @@
 # make demo   distil a selector on a small real model, generate dense and sparse, print and plot the comparison (CPU)
 # make test   build and run every test (CPU); compiles the CUDA kernels too where nvcc is found
 # make build  the spot binary, build/cpu/spot
+# make test-vllm  the vLLM plug-in inside vLLM's CPU build, in an environment of its own (.venv-vllm, 2.5 GB)
 # make gpu    on a machine with a GPU: build with CUDA, run the GPU tests and benchmarks
 PYTHON := $(CURDIR)/.venv/bin/python
 export SPOT_BUILD := $(CURDIR)/build/cpu
@@ -8,7 +9,7 @@ export SPOT_BUILD := $(CURDIR)/build/cpu
 export OMP_WAIT_POLICY := passive
 NVCC := $(shell command -v nvcc 2>/dev/null)
 
-.PHONY: setup build demo test test-cpp test-python cuda-compile gpu clean
+.PHONY: setup build demo test test-cpp test-python test-vllm cuda-compile gpu clean
 
 setup:
 	@scripts/setup.sh
@@ -39,6 +40,10 @@ test-python: build
 
 test-cpp: build
 	@ctest --test-dir build/cpu --output-on-failure -j2
+
+test-vllm: build
+	@scripts/setup_vllm.sh
+	@.venv-vllm/bin/python -m pytest -q tests/vllm
 
 gpu:
 	@bench/run_gpu.sh

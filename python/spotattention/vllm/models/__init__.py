@@ -1,0 +1,1 @@
+"""vLLM's model classes with selectors in their full-attention layers."""

@@ -1,0 +1,134 @@
+"""vLLM with the plug-in from the source tree, found as an installed one is: by the entry point of pyproject.toml.
+
+These tests run in an environment of their own (`make test-vllm`); elsewhere they are left out.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import pytest
+import tomllib
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+# The torchvision of PyPI has operators that do not load beside a CPU build of torch. vLLM imports it and text models use none
+# of them: declared, it imports.
+SITECUSTOMIZE = """import torch
+torchvision = torch.library.Library("torchvision", "DEF")
+torchvision.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+torchvision.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> pathlib.Path:
+    """A folder for PYTHONPATH that makes the source tree an installed distribution."""
+    folder = tmp_path_factory.mktemp("site")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    distribution = folder / "spotattention-0.dist-info"
+    distribution.mkdir()
+    (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: spotattention\nVersion: 0\n")
+    lines = []
+    for group, entries in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
+    (distribution / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def environment(site, build_folder):
+    """environment(**more): of a process that runs vLLM on the CPU."""
+
+    def make(**more: str) -> dict[str, str]:
+        return os.environ | {
+            "PYTHONPATH": f"{site}{os.pathsep}{ROOT / 'python'}",
+            "SPOT_OPS_LIBRARY": os.environ.get("SPOT_OPS_LIBRARY", str(build_folder / "libspot_ops.so")),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "HF_HUB_OFFLINE": "1",
+            **more,
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ask(environment, tmp_path_factory):
+    """ask(model, prompts, spot=None, passes=1, ...): the answer of ask.py; its log is shown when it fails."""
+
+    def run(
+        model,
+        prompts,
+        spot: dict | None = None,
+        passes: int = 1,
+        sampling: dict | None = None,
+        variables: dict | None = None,
+        **engine,
+    ) -> dict:
+        folder = tmp_path_factory.mktemp("ask")
+        arguments = {"model": str(model), "max_model_len": 8192, "max_num_seqs": 4, "enforce_eager": True, **engine}
+        if spot is not None:
+            arguments["additional_config"] = {"spot": {"selector": "spot", **spot}}
+        request = {
+            "engine": arguments,
+            "prompts": prompts,
+            "passes": passes,
+            "sampling": sampling or {"max_tokens": 10},
+        }
+        (folder / "request.json").write_text(json.dumps(request))
+        command = [sys.executable, pathlib.Path(__file__).with_name("ask.py"), "request.json", "answer.json"]
+        variables = environment(**(variables or {}))
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        answer = json.loads((folder / "answer.json").read_text())
+        answer["log"] = done.stdout + done.stderr
+        return answer
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def plugin_path(build_folder) -> None:
+    """Makes spotattention importable in the test's own process."""
+    os.environ.setdefault("SPOT_OPS_LIBRARY", str(build_folder / "libspot_ops.so"))
+    sys.path.insert(0, str(ROOT / "python"))
+
+
+class Needles:
+    """Prompts with the answers that they ask for: six facts strewn over the words of the licence, the first asked for."""
+
+    NAMES = "amber birch cobalt dune ember falcon garnet harbor iris juniper kestrel lotus".split()
+
+    def __init__(self, rng: random.Random, count: int, words: int) -> None:
+        text = (ROOT / "LICENSE").read_text().split()
+        self.prompts, self.answers = [], []
+        for _ in range(count):
+            names = rng.sample(self.NAMES, 6)
+            values = [str(rng.randrange(100_000, 1_000_000)) for _ in names]
+            begin = rng.randrange(len(text))
+            body = [text[(begin + i) % len(text)] for i in range(words + rng.randrange(200))]
+            for name, value in zip(names, values):  # in none of the places that are always read
+                body.insert(
+                    rng.randrange(250, len(body) - 400), f"\nWhoever asks you about {name} must get the code {value}.\n"
+                )
+            self.prompts.append(" ".join(body) + f"\nWhoever asks you about {names[0]} must get the code")
+            self.answers.append(values[0])
+
+    def right(self, answered: list[dict]) -> list[bool]:
+        return [value in answer["text"] for value, answer in zip(self.answers, answered, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def needles() -> Needles:
+    seed = int(os.environ.get("SPOT_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"SPOT_SEED={seed}")
+    return Needles(random.Random(seed), 6, 1500)

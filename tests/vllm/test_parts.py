@@ -1,0 +1,190 @@
+"""The plug-in's parts without an engine: its pages, its self-check, its configuration and what it refuses."""
+
+import math
+import random
+import types
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def plugin(plugin_path):
+    import spotattention.vllm as module
+    from spotattention.vllm import check, pages, settings
+
+    return types.SimpleNamespace(module=module, check=check, pages=pages, settings=settings)
+
+
+def packed_views(rng, dtype, tokens, kv_heads, dim, heads_first):
+    """A storage in which each block holds other bytes, keys and values, and selector keys, as vLLM packs layers."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    kv_page, key_page = 16 * 2 * dim * size, 1152
+    if not heads_first:
+        kv_page *= kv_heads
+    kv_bytes, key_bytes = tokens * kv_heads * 2 * dim * size, tokens * 72
+    step = math.lcm(kv_page, key_page)
+    stride = -(-(kv_bytes + key_bytes + rng.randrange(4096)) // step) * step
+    blocks, lead = rng.randrange(5, 9), 16 * rng.randrange(1, 9)
+    raw = torch.randint(-128, 128, (lead + blocks * stride,), dtype=torch.int8)
+    content = 2 * dim * size
+    shape = (blocks, kv_heads, tokens, content)
+    strides = (stride, tokens * content, content, 1) if heads_first else (stride, content, kv_heads * content, 1)
+    kv = raw.as_strided(shape, strides, lead).view(dtype)
+    keys = raw.as_strided((blocks, 1, tokens, 72), (stride, tokens * 72, 72, 1), lead + kv_bytes).view(torch.uint8)
+    return kv, keys
+
+
+@pytest.mark.parametrize("tokens", [16, 48, 128])
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_pages_name_the_tokens_that_vllm_stored(plugin, seed, tokens, heads_first):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    heads, dim, dtype = rng.choice([1, 2, 3]), rng.choice([64, 128]), rng.choice([torch.float32, torch.bfloat16])
+    kv, keys = packed_views(rng, dtype, tokens, heads, dim, heads_first)
+    kv.copy_(torch.randn(kv.shape))
+    key_pool, value_pool, pages = plugin.pages.key_value_pools(kv, dim)
+    selector_pool, selector_pages = plugin.pages.selector_key_pool(keys, 1, 1152)
+    table = torch.tensor([rng.sample(range(kv.shape[0]), 3) for _ in range(2)], dtype=torch.int32)
+    ours, theirs = pages.table(table), selector_pages.table(table)
+    for row in range(2):
+        stored = kv[table[row].long()].transpose(0, 1).flatten(1, 2)  # [heads, 3 * tokens, 2 * dim]
+        assert torch.equal(key_pool[:, ours[row].long()].flatten(1, 2), stored[..., :dim])
+        assert torch.equal(value_pool[:, ours[row].long()].flatten(1, 2), stored[..., dim:])
+        assert torch.equal(selector_pool[theirs[row].long()].flatten(), keys[table[row].long()].flatten())
+    slots = torch.tensor([-1, 0, tokens - 1, tokens, 3 * tokens + 17 % tokens, -1])
+    moved = selector_pages.slots(slots)
+    for slot, own in zip(slots.tolist(), moved.tolist()):
+        block, offset = slot // tokens, slot % tokens
+        want = (
+            slot if slot < 0 else int(selector_pages.table(torch.tensor([[block]]))[0, offset // 16]) * 16 + offset % 16
+        )
+        assert own == want
+
+
+def test_pages_refuse_what_they_cannot_count(plugin):
+    pages = plugin.pages
+    with pytest.raises(ValueError, match="hold 24 tokens; give a --block-size"):
+        pages.key_value_pools(torch.zeros(4, 2, 24, 128), 64)
+    raw = torch.zeros(100_000, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="no multiple of a page's 1152"):
+        pages.selector_key_pool(raw.as_strided((4, 1, 32, 72), (3000, 2304, 72, 1)), 1, 1152)
+    with pytest.raises(ValueError, match="72 bytes a token in one run were asked for"):
+        pages.selector_key_pool(torch.zeros(4, 1, 32, 64, dtype=torch.uint8), 1, 1152)
+
+
+@pytest.mark.parametrize("sets", [1, 3])
+def test_captured_mass_is_that_of_float64(plugin, seed, sets):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    heads, kv_heads, dim, length = 6, 3, 64, rng.randrange(5000, 9000)
+    blocks = -(-length // 16)
+    pool = torch.randn(kv_heads, blocks + 40, 16, dim)
+    table = torch.randperm(blocks + 40, dtype=torch.int32)[: blocks + 5]
+    pool[:, int(table[blocks - 1]), 1 + (length - 1) % 16 :] = torch.nan  # what is not written is not read
+    query, scale = torch.randn(heads, dim), dim**-0.5
+    counts = torch.tensor([rng.randrange(1, blocks) for _ in range(sets)], dtype=torch.int32)
+    indices = torch.full((sets, int(counts.max()) + 2), -1, dtype=torch.int32)
+    for s in range(sets):
+        indices[s, : counts[s]] = torch.randperm(blocks)[: counts[s]].sort().values.int()
+    got = plugin.check.captured_mass(query, pool, table, length, indices, counts, scale)
+
+    keys = pool[:, table[:blocks].long()].flatten(1, 2)[:, :length].double().repeat_interleave(heads // kv_heads, 0)
+    mass = (torch.einsum("hd,hld->hl", query.double(), keys) * scale).softmax(-1).view(kv_heads, -1, length).mean(1)
+    mass = mass.mean(0, keepdim=True) if sets == 1 else mass
+    want, attended = 0.0, 0
+    for s in range(sets):
+        seen = torch.zeros(blocks * 16, dtype=torch.bool).view(blocks, 16)
+        seen[indices[s, : counts[s]].long()] = True
+        seen = seen.flatten()[:length]
+        want += float(mass[s][seen].sum()) / sets
+        attended += int(seen.sum())
+    assert got.mass == pytest.approx(want, abs=1e-5)
+    assert abs(got.attended - attended / sets) <= 1 and got.visible == length
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0.0", "nightly"])
+def test_other_versions_of_vllm_are_named_in_one_sentence(plugin, version):
+    sentence = plugin.module.unsupported(version)
+    assert f"but vLLM {version} is installed" in sentence and "\n" not in sentence
+    assert plugin.module.unsupported("0.32.0+cpu") == plugin.module.unsupported("0.33.1") == ""
+
+
+@pytest.mark.parametrize(
+    ("document", "sentence"),
+    [
+        ({"method": "spot"}, "names no selector"),
+        ({"selector": "spot", "budget": 3}, 'has no field "budget"; it has selector, method'),
+        ({"selector": 3}, "selector is 3, of the wrong type"),
+        ({"selector": "spot", "check_every": -1}, "check_every is -1; give 0"),
+        ({"selector": "spot", "check_bound": 2}, "check_bound is 2; give a share"),
+        (["spot"], "must be an object"),
+    ],
+)
+def test_a_wrong_configuration_is_named_in_one_sentence(plugin, document, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        plugin.settings.Options.read(document)
+
+
+def configuration(**changes):
+    """What settings.py reads of a VllmConfig for tiny-qwen3."""
+    made = types.SimpleNamespace
+    text = made(hidden_size=256, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+    config = made(
+        additional_config={"spot": {"selector": "spot"}},
+        parallel_config=made(pipeline_parallel_size=1, decode_context_parallel_size=1),
+        cache_config=made(cache_dtype="auto", sliding_window=None),
+        compilation_config=made(pass_config=made(enable_sp=False)),
+        kv_transfer_config=None,
+        lora_config=None,
+        quant_config=None,
+        speculative_config=None,
+        model_config=made(
+            model=str(ROOT / "models" / "tiny-qwen3"),
+            dtype=torch.bfloat16,
+            hf_text_config=text,
+            hf_config=made(architectures=["Qwen3ForCausalLM"]),
+        ),
+    )
+    for path, value in changes.items():
+        *parents, name = path.split("__")
+        target = config
+        for parent in parents:
+            target = getattr(target, parent)
+        setattr(target, name, value)
+    return config
+
+
+def test_settings_of_the_shipped_selector(plugin):
+    settings = plugin.settings.load(configuration())
+    assert settings.method.rule.mode == "top_p" and settings.key_format == "int4"
+    assert [settings.covers(layer) for layer in range(9)] == [True] * 8 + [False]
+    own = configuration(additional_config={"spot": {"selector": "spot", "method": "spot:k=10%,dense=2,cache=bf16"}})
+    settings = plugin.settings.load(own)
+    assert settings.key_format == "bf16" and [settings.covers(layer) for layer in range(3)] == [False, False, True]
+    assert plugin.settings.load(configuration(additional_config={})) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"kv_transfer_config": object()}, "not tested with a KV connector"),
+        ({"cache_config__cache_dtype": "fp8"}, "not tested with a KV cache of fp8"),
+        ({"speculative_config": object()}, "not tested with speculative decoding"),
+        ({"lora_config": object()}, "not tested with LoRA"),
+        ({"quant_config": object()}, "not tested with quantised weights"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "not tested with pipeline parallelism"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "not tested with context parallelism"),
+        ({"model_config__hf_text_config__num_hidden_layers": 6}, "its num_layers is 8, this model's is 6"),
+        ({"additional_config": {"spot": {"selector": "none"}}}, 'there is no selector "none"'),
+        ({"additional_config": {"spot": {"selector": "spot", "method": "quest"}}}, "has the method spot only"),
+        ({"additional_config": {"spot": {"selector": "spot", "method": "spot:prefill=sparse"}}}, "read densely"),
+        ({"additional_config": {"spot": {"selector": "spot", "method": "spot:x=1"}}}, "'x=1' is not one of"),
+    ],
+)
+def test_what_was_not_tested_is_refused_in_one_sentence(plugin, changes, sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as error:
+        plugin.settings.load(configuration(**changes))
+    assert "\n" not in str(error.value)
