@@ -2,7 +2,7 @@
 
 The request: {"engine": keyword arguments of LLM, "prompts": texts or lists of token ids, "passes": N, "sampling": keyword
 arguments of SamplingParams}. The answer: {"passes": [[{"text", "tokens", "logprobs", "prompt_tokens", "cached"}]],
-"statistics": of the plug-in's self-check in this process}.
+"statistics": of the plug-in's self-check, one a worker}.
 """
 
 import json
@@ -36,7 +36,7 @@ def main() -> None:
         passes.append(answered)
     from spotattention.vllm import statistics
 
-    pathlib.Path(sys.argv[2]).write_text(json.dumps({"passes": passes, "statistics": statistics()}))
+    pathlib.Path(sys.argv[2]).write_text(json.dumps({"passes": passes, "statistics": llm.collective_rpc(statistics)}))
 
 
 if __name__ == "__main__":

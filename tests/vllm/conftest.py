@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import random
+import runpy
 import subprocess
 import sys
 
@@ -18,13 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 
-# The torchvision of PyPI has operators that do not load beside a CPU build of torch. vLLM imports it and text models use none
-# of them: declared, it imports.
-SITECUSTOMIZE = """import torch
-torchvision = torch.library.Library("torchvision", "DEF")
-torchvision.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-torchvision.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-"""
+TORCHVISION = pathlib.Path(__file__).with_name("torchvision_operators")
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +34,6 @@ def site(tmp_path_factory) -> pathlib.Path:
     for group, entries in project["entry-points"].items():
         lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
     (distribution / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
     return folder
 
 
@@ -49,11 +43,12 @@ def environment(site, build_folder):
 
     def make(**more: str) -> dict[str, str]:
         return os.environ | {
-            "PYTHONPATH": f"{site}{os.pathsep}{ROOT / 'python'}",
+            "PYTHONPATH": os.pathsep.join(map(str, (site, TORCHVISION, ROOT / "python"))),
             "SPOT_OPS_LIBRARY": os.environ.get("SPOT_OPS_LIBRARY", str(build_folder / "libspot_ops.so")),
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # ask.py calls a function in each worker
             "HF_HUB_OFFLINE": "1",
             **more,
         }
@@ -97,10 +92,11 @@ def ask(environment, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def plugin_path(build_folder) -> None:
-    """Makes spotattention importable in the test's own process."""
+def plugin_path(build_folder):
+    """Makes spotattention and transformers' models importable in the test's own process."""
     os.environ.setdefault("SPOT_OPS_LIBRARY", str(build_folder / "libspot_ops.so"))
     sys.path.insert(0, str(ROOT / "python"))
+    yield runpy.run_path(str(TORCHVISION / "sitecustomize.py"))
 
 
 class Needles:

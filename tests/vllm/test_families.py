@@ -78,7 +78,7 @@ def test_exact_over_all_blocks_is_transformers(family, ask, plugin_path, seed, t
         max_model_len=2048,
         skip_tokenizer_init=True,
     )
-    assert answer["statistics"]["captured_mass"] == pytest.approx(1.0, abs=1e-4), json.dumps(answer["statistics"])
+    assert answer["statistics"][0]["captured_mass"] == pytest.approx(1.0, abs=1e-4), json.dumps(answer["statistics"])
     for prompt, result in zip(prompts, answer["passes"][0]):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + result["tokens"]])).logits[0]

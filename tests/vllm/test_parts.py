@@ -105,6 +105,70 @@ def test_captured_mass_is_that_of_float64(plugin, seed, sets):
     assert abs(got.attended - attended / sets) <= 1 and got.visible == length
 
 
+def checked(plugin, query, pool, table, lengths, chosen, bound=0.0):
+    """A self-check of one layer, and the steps that vLLM would take with it."""
+    rule = {"floor": 64}
+    spot = types.SimpleNamespace(
+        check_every=1, check_bound=bound, in_graphs=True, rule=rule, layer=7, mix_weight=torch.zeros(1)
+    )
+    impl = types.SimpleNamespace(spot=spot, record=None, _pools=(None, (pool,)), scale=0.125)
+    check = plugin.check.SelfCheck([impl])
+    check.next_step(len(lengths), table)
+    impl.record.take(query, chosen, table, lengths)
+    return check, impl
+
+
+def a_step(seed, rows=3):
+    torch.manual_seed(seed)
+    pool = torch.randn(2, 300, 16, 64)
+    lengths = torch.randint(600, 1500, (rows,), dtype=torch.int32)
+    table = torch.randperm(300, dtype=torch.int32).view(rows, -1)
+    indices = torch.stack([torch.randperm(37)[:20].sort().values.int() for _ in range(rows)])[:, None]
+    chosen = types.SimpleNamespace(indices=indices, counts=torch.full((rows, 1), 20, dtype=torch.int32))
+    return torch.randn(rows, 4, 64), pool, table, lengths, chosen
+
+
+def test_a_step_is_judged_before_the_next_whatever_its_width(plugin, seed, monkeypatch):
+    statistics = plugin.check.Statistics()
+    monkeypatch.setattr(plugin.check, "STATISTICS", statistics)
+    query, pool, table, lengths, chosen = a_step(seed)
+    check, impl = checked(plugin, query, pool, table, lengths, chosen)
+    where = [part.data_ptr() for part in impl.record.parts]
+    for pages in (95, 100):  # a narrower step and one as wide as the first
+        check.next_step(len(lengths), table[:, :pages])
+        row = int(check.row)
+        impl.record.take(query, chosen, table[:, :pages], lengths)
+        seen = plugin.check.captured_mass(
+            query[row], pool, table[row], int(lengths[row]), chosen.indices[row], chosen.counts[row], 0.125
+        )
+        before = statistics.sums.get(7, [0.0, 0])[0]
+        check.next_step(len(lengths), table)
+        assert statistics.sums[7][0] - before == pytest.approx(seen.mass, rel=1e-5)
+    assert [part.data_ptr() for part in impl.record.parts] == where  # as a captured graph needs it
+
+
+def test_a_row_whose_request_has_ended_is_dropped(plugin, seed, monkeypatch):
+    statistics = plugin.check.Statistics()
+    monkeypatch.setattr(plugin.check, "STATISTICS", statistics)
+    query, pool, table, lengths, chosen = a_step(seed)
+    check, _ = checked(plugin, query, pool, table, lengths, chosen)
+    others = [i for i in range(len(lengths)) if i != int(check.row)]
+    check.next_step(len(others), table[others])
+    assert statistics.checks == 0
+
+
+def test_a_low_mass_is_warned_about_once_a_minute(plugin, seed, caplog):
+    query, pool, table, lengths, chosen = a_step(seed)
+    check, impl = checked(plugin, query, pool, table, lengths, chosen, bound=1.0)
+    with caplog.at_level("INFO", logger="vllm.spotattention"):
+        for _ in range(3):
+            check.next_step(len(lengths), table)
+            impl.record.take(query, chosen, table, lengths)
+    warned = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert len(caplog.records) == 3 and len(warned) == 1
+    assert "below check_bound 1" in warned[0].getMessage()
+
+
 @pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0.0", "nightly"])
 def test_other_versions_of_vllm_are_named_in_one_sentence(plugin, version):
     sentence = plugin.module.unsupported(version)

@@ -55,7 +55,8 @@ def statistics(worker: object = None) -> dict:
     """What this process's self-check has seen: {"checks", "captured_mass", "layers", "attended", "visible"}.
 
     captured_mass is the mean over rows and layers, `layers` the mean by layer; attended and visible count tokens. For all
-    workers of an engine: `llm.collective_rpc(spotattention.vllm.statistics)`.
+    workers of an engine `llm.collective_rpc(spotattention.vllm.statistics)`; where they are processes of their own vLLM
+    wants VLLM_ALLOW_INSECURE_SERIALIZATION=1 for that.
     """
     from spotattention.vllm.check import STATISTICS
 

@@ -6,8 +6,8 @@ exact attention is computed over them; if its request has ended, vLLM may have u
 Nothing of this is inside a captured graph but the copies of one row.
 """
 
+import functools
 import logging
-import random
 import time
 from typing import Any, NamedTuple
 
@@ -54,13 +54,24 @@ def captured_mass(
     return Captured(float((block_mass * kept).sum(1).mean()), round(float((kept @ tokens).mean())), length)
 
 
+@functools.cache
+def metrics() -> tuple[Any, Any, Any]:
+    """Of the process: captured mass by layer, attended and visible tokens."""
+    from prometheus_client import Counter, Summary
+
+    return (
+        Summary("spot:captured_mass", "Share of the exact attention on the chosen blocks, sampled", ["layer"]),
+        Counter("spot:attended_tokens", "Tokens that sampled decode rows attended to"),
+        Counter("spot:visible_tokens", "Tokens that sampled decode rows could attend to"),
+    )
+
+
 class Statistics:
     """Sums over the process, and the same as metrics where prometheus_client exports them."""
 
     def __init__(self) -> None:
         self.checks, self.attended, self.visible = 0, 0, 0
         self.sums: dict[int, list[float]] = {}
-        self._metrics: tuple[Any, Any, Any] | None = None
 
     def add(self, layer: int, seen: Captured) -> None:
         entry = self.sums.setdefault(layer, [0.0, 0.0])
@@ -68,21 +79,10 @@ class Statistics:
         entry[1] += 1
         self.attended += seen.attended
         self.visible += seen.visible
-        mass, attended, visible = self._prometheus()
+        mass, attended, visible = metrics()
         mass.labels(str(layer)).observe(seen.mass)
         attended.inc(seen.attended)
         visible.inc(seen.visible)
-
-    def _prometheus(self) -> tuple[Any, Any, Any]:
-        if self._metrics is None:
-            from prometheus_client import Counter, Summary
-
-            self._metrics = (
-                Summary("spot:captured_mass", "Share of the exact attention on the chosen blocks, sampled", ["layer"]),
-                Counter("spot:attended_tokens", "Tokens that sampled decode rows attended to"),
-                Counter("spot:visible_tokens", "Tokens that sampled decode rows could attend to"),
-            )
-        return self._metrics
 
     def summary(self) -> dict:
         layers = {layer: total / count for layer, (total, count) in sorted(self.sums.items())}
@@ -101,7 +101,7 @@ STATISTICS = Statistics()
 
 
 class Record:
-    """One layer's remembered row. The tensors stay where they are: a captured graph writes to them."""
+    """One layer's remembered row. Its tensors only grow: a captured graph, whose steps are the widest, writes to them."""
 
     def __init__(self, check: "SelfCheck") -> None:
         self.check = check
@@ -110,13 +110,15 @@ class Record:
     def take(self, query: Tensor, attended: Any, table: Tensor, lengths: Tensor) -> None:
         if not (self.check.due or self.check.always):
             return
-        row = self.check.row
-        fresh = [x.index_select(0, row) for x in (query, attended.indices, attended.counts, table, lengths)]
-        if self.parts is not None and all(a.shape == b.shape for a, b in zip(self.parts, fresh)):
-            for part, new in zip(self.parts, fresh):
-                part.copy_(new)
-        else:
+        fresh = [x.index_select(0, self.check.row) for x in (query, attended.indices, attended.counts, table, lengths)]
+        if self.parts is None:
             self.parts = fresh
+            return
+        for i, new in enumerate(fresh):
+            if self.parts[i].shape[-1] < new.shape[-1]:
+                self.parts[i] = new
+            else:
+                self.parts[i][..., : new.shape[-1]].copy_(new)  # counts and lengths say how much of it holds
 
 
 class SelfCheck:
@@ -146,7 +148,7 @@ class SelfCheck:
         self.steps += 1
         if self.steps % self.every == 0:
             self.due = True
-            self.row.fill_(random.randrange(rows))
+            self.row.fill_(self.steps // self.every % rows)  # the same on every rank
 
     def _judge(self, page_table: Tensor) -> None:
         """page_table [rows, pages] of the step to come."""
