@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 def random_selector(folder, config, architecture):

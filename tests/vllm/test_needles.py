@@ -11,7 +11,7 @@ METHOD = "spot:k=25%"
 # Blocks are whole, and the reserved ones stay.
 MOST_READ = 0.27
 TINY, HYBRID = ROOT / "models" / "tiny-qwen3", ROOT / "models" / "tiny-qwen3.5"
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def texts(answered):
@@ -82,7 +82,7 @@ def test_the_engine_of_spot_writes_the_same_text(needles, sparse, build_folder, 
         prompt.write_text(needles.prompts[index])
         command = [build_folder / "spot", "generate", "--model", TINY, "--selector", "spot", "--prompt-file", prompt]
         command += ["--top-k-share", "0.25", "--max-new-tokens", "24", "--threads", "1"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         same += done.stdout.rstrip("\n").endswith(sparse["passes"][0][index]["text"].rstrip("\n"))
     assert same >= 2  # sums of float32 round another way in other kernels, which one token may show
