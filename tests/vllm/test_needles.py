@@ -30,8 +30,8 @@ def assert_budget_and_mass(answer):
     (statistics,) = answer["statistics"]
     assert statistics["checks"] > 0 and statistics["visible"] > 0
     assert statistics["attended"] <= MOST_READ * statistics["visible"], statistics
-    # The selectors' own measure (docs/accuracy.md) is above this at every length.
-    assert 0.6 < statistics["captured_mass"] <= 1.0, statistics
+    # Measured 0.84 and 0.87 with the two models, 0.73 on the reserved blocks alone.
+    assert 0.76 < statistics["captured_mass"] <= 1.0, statistics
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,13 @@ def test_answers_are_those_of_dense_attention(needles, dense, sparse):
 
 def test_a_quarter_of_the_tokens_is_read_and_holds_the_mass(sparse):
     assert_budget_and_mass(sparse)
+
+
+def test_the_reserved_blocks_alone_do_not_hold_the_answers(ask, needles):
+    """What shows that the prompts need a selection. Measured: 0 of 12."""
+    answer = ask(TINY, needles.prompts[:3], {"method": "spot:k=384"}, dtype="float32")
+    right = [value in text for value, text in zip(needles.answers, texts(answer["passes"][0]))]
+    assert sum(right) <= 1, texts(answer["passes"][0])
 
 
 def test_a_second_pass_from_the_prefix_cache_is_the_same(sparse):
