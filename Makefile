@@ -1,5 +1,6 @@
 # make demo   distil a selector on a small real model, generate dense and sparse, print and plot the comparison (CPU)
 # make test   build and run every test (CPU); compiles the CUDA kernels too where nvcc is found
+# make fuzz   give the file readers random bytes for some seconds each (needs clang; tests/fuzz)
 # make build  the spot binary, build/cpu/spot
 # make test-vllm  the vLLM plug-in inside vLLM's CPU build, in an environment of its own (.venv-vllm, 2.5 GB)
 # make gpu    on a machine with a GPU: build with CUDA, run the GPU tests and benchmarks
@@ -9,7 +10,7 @@ export SPOT_BUILD := $(CURDIR)/build/cpu
 export OMP_WAIT_POLICY := passive
 NVCC := $(shell command -v nvcc 2>/dev/null)
 
-.PHONY: setup build demo test test-cpp test-python test-vllm cuda-compile gpu clean
+.PHONY: setup build demo test test-cpp test-python test-vllm cuda-compile fuzz gpu clean
 
 setup:
 	@scripts/setup.sh
@@ -44,6 +45,11 @@ test-cpp: build
 test-vllm: build
 	@scripts/setup_vllm.sh
 	@.venv-vllm/bin/python -m pytest -q tests/vllm
+
+# SECONDS_EACH=300 make fuzz for a long run.
+fuzz: build
+	@$(MAKE) -f tests/fuzz/Makefile -j2 all
+	@$(MAKE) -f tests/fuzz/Makefile run
 
 gpu:
 	@bench/run_gpu.sh

@@ -81,17 +81,56 @@ bool set_option(MethodSettings& settings, const std::string& key, const std::str
   return false;
 }
 
+// The keys of what was said.
+std::set<std::string> given_keys(const MethodSettings& settings) {
+  std::set<std::string> keys;
+  const auto add = [&](const char* key, bool given) {
+    if (given) keys.insert(key);
+  };
+  add("p", settings.p.has_value()), add("t", settings.threshold.has_value());
+  add("k", settings.budget.has_value()), add("k%", settings.share.has_value());
+  add("sinks", settings.sinks.has_value()), add("recency", settings.recency.has_value());
+  add("floor", settings.floor.has_value()), add("cap", settings.cap.has_value());
+  add("temperature", settings.temperature.has_value()), add("cache", settings.cache_format.has_value());
+  add("dense", settings.dense_layers != 0), add("prefill", settings.sparse_prefill);
+  return keys;
+}
+
+// Why a method does not read a setting; empty when it does.
+std::string unread(const MethodSpec& spec, const std::string& key) {
+  if (!attention_method(spec.word).settings.contains(key))
+    return fmt::format("attention '{}' does not read it", spec.word);
+  if ((key == "cap" || key == "temperature") && spec.rule.mode == SelectionMode::top_k)
+    return "a fixed budget does not read it";
+  return "";
+}
+
 }  // namespace
 
 const std::vector<AttentionMethod>& attention_methods() {
+  static const std::set<std::string> rule = {"p",     "t",   "k",           "k%",    "sinks",  "recency",
+                                             "floor", "cap", "temperature", "dense", "prefill"};
+  const auto with = [](std::set<std::string> keys, const char* more) {
+    keys.insert(more);
+    return keys;
+  };
   static const std::vector<AttentionMethod> methods = {
-      {"dense", "exact attention over everything", nullptr, true, nullptr, false},
-      {"spot", "the trained selector", make_spot, true, nullptr, true},
-      {"streaming", "the first tokens and a window of the latest", make_streaming, false, nullptr, false},
-      {"oracle", "the true attention under the same rule", make_oracle, false, nullptr, false},
-      {"quest", "Quest's bound of each page", make_quest, true, nullptr, true},
-      {"twilight", "Twilight's pruning of what Quest proposes", make_twilight, true, adapt_to_twilight,
-       true}};
+      {"dense", "exact attention over everything", nullptr, true, nullptr, false, {}},
+      {"spot", "the trained selector", make_spot, true, nullptr, true, with(rule, "cache")},
+      {"streaming",
+       "the first tokens and a window of the latest",
+       make_streaming,
+       false,
+       nullptr,
+       {"k", "sinks", "dense", "prefill"}},
+      {"oracle", "the true attention under the same rule", make_oracle, false, nullptr, false, rule},
+      {"quest", "Quest's bound of each page", make_quest, true, nullptr, true, rule},
+      {"twilight",
+       "Twilight's pruning of what Quest proposes",
+       make_twilight,
+       true,
+       adapt_to_twilight,
+       {"p", "k", "k%", "sinks", "recency", "floor", "dense", "prefill"}}};
   return methods;
 }
 
@@ -122,7 +161,8 @@ bool MethodSpec::reads_as(const MethodSpec& other) const {
          cache_format == other.cache_format;
 }
 
-MethodSpec make_spec(const std::string& word, const MethodSettings& settings, const Selector* selector) {
+MethodSpec make_spec(const std::string& word, const MethodSettings& settings,
+                     const SelectorConfig* selector) {
   const AttentionMethod& method = attention_method(word);
   const auto& [p, threshold, share, temperature, budget, sinks, recency, floor, cap, cache_format,
                dense_layers, sparse_prefill] = settings;
@@ -142,7 +182,7 @@ MethodSpec make_spec(const std::string& word, const MethodSettings& settings, co
   if (dense_layers < 0) fail("{} dense layers were asked for; give 0 or more", dense_layers);
   MethodSpec spec{.name = word, .word = word};
   SelectionRule& rule = spec.rule;
-  if (selector) rule = selector->config().selection.rule;
+  if (selector) rule = selector->selection.rule;
   if (p) rule.mode = SelectionMode::top_p, rule.p = *p;
   if (threshold) rule.mode = SelectionMode::threshold, rule.threshold = *threshold;
   if (budget) rule.mode = SelectionMode::top_k, rule.budget = *budget;
@@ -160,11 +200,12 @@ MethodSpec make_spec(const std::string& word, const MethodSettings& settings, co
   return spec;
 }
 
-MethodSpec parse_method(const std::string& text, const MethodSettings& base, const Selector* selector) {
+MethodSpec parse_method(const std::string& text, const MethodSettings& base, const SelectorConfig* selector) {
   const size_t colon = text.find(':');
   const std::string word = text.substr(0, colon);
   MethodSettings settings = base;
   bool own_rule = false;
+  std::set<std::string> own;
   std::string rest = colon == std::string::npos ? "" : text.substr(colon + 1);
   while (!rest.empty()) {
     const std::string option = rest.substr(0, rest.find(','));
@@ -177,14 +218,17 @@ MethodSpec parse_method(const std::string& text, const MethodSettings& base, con
     if (equals == std::string::npos || equals + 1 == option.size() ||
         !set_option(settings, key, option.substr(equals + 1)))
       fail("method '{}': '{}' is not one of {}", text, option, method_grammar());
+    own.insert(key == "k" && option.back() == '%' ? "k%" : key);
   }
-  attention_method(word);
-  if (word != "spot" && settings.cache_format != base.cache_format)
-    fail("method '{}': only spot has a cache of selector keys; leave out cache=", text);
-  if (word == "dense" && settings.sparse_prefill && !base.sparse_prefill)
-    fail("method '{}': dense attention has no sparse prefill; leave out prefill=", text);
   MethodSpec spec = make_spec(word, settings, selector);
   spec.name = text;
+  for (const std::string& key : own)
+    if (const std::string why = unread(spec, key); !why.empty())
+      fail("method '{}': {}= has no effect, {}; leave it out", text, key == "k%" ? "k" : key, why);
+  for (const std::string& key : given_keys(base)) {
+    const bool replaced = own.contains(key) || (own_rule && (key == "p" || key == "t" || key[0] == 'k'));
+    if (!replaced && unread(spec, key).empty()) spec.from_base.insert(key);
+  }
   return spec;
 }
 

@@ -24,6 +24,8 @@ struct MethodSpec {
   PrefillMode prefill = PrefillMode::dense;
   int64_t query_tile = 16;
   std::optional<KeyFormat> cache_format;  // of the selector's keys; without it the selector's own
+  // Keys of the settings that parse_method took from its `base` and the method reads ("k%": a share).
+  std::set<std::string> from_base;
 
   bool is_dense() const { return word == "dense"; }
   bool has_sparse_prefill() const { return !is_dense() && prefill == PrefillMode::sparse; }
@@ -54,6 +56,8 @@ struct AttentionMethod {
   void (*adapt)(MethodSpec& spec, const MethodSettings& settings);
   // Whether the policy keeps something of every token, so that it must be there from the first token on.
   bool has_stores;
+  // Keys of the settings that it reads; "k%" is a share of the context.
+  std::set<std::string> settings;
 };
 const std::vector<AttentionMethod>& attention_methods();
 // Throws Error naming the accepted words.
@@ -70,12 +74,14 @@ struct MethodSettings {
   bool sparse_prefill = false;                                // prefill=sparse
 };
 
-// Throws Error when settings are out of range or do not go together.
-MethodSpec make_spec(const std::string& word, const MethodSettings& settings, const Selector* selector);
+// `selector`: the config of the one in use, whose rule is the default; null without one. Settings that the method does
+// not read are passed over. Throws Error when settings are out of range or do not go together.
+MethodSpec make_spec(const std::string& word, const MethodSettings& settings, const SelectorConfig* selector);
 
 // WORD or WORD:KEY=VALUE,KEY=VALUE...: "spot:p=0.9,k=10%,dense=2,prefill=sparse". What it does not say is as in
-// `base`, but a method with p=, t= or k= has that rule alone. Throws Error naming the part that is wrong.
-MethodSpec parse_method(const std::string& text, const MethodSettings& base, const Selector* selector);
+// `base`, but a method with p=, t= or k= has that rule alone. Throws Error naming the part that is wrong, or that the
+// method does not read (MethodSpec::from_base says what it read of `base`).
+MethodSpec parse_method(const std::string& text, const MethodSettings& base, const SelectorConfig* selector);
 // Commas separate methods and the settings of one: of the parts of "spot:p=0.9,dense=2,quest:k=10%", those without the
 // word of a method go on with the one before.
 std::vector<std::string> join_methods(const std::vector<std::string>& parts);

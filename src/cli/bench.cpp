@@ -9,6 +9,7 @@
 
 #include "cli/commands.h"
 #include "cli/options.h"
+#include "cli/usage.h"
 #include "core/error.h"
 #include "core/files.h"
 #include "core/progress.h"
@@ -130,17 +131,21 @@ double measure_engine(const Options& options, const Backbone& backbone, const Se
   return static_cast<double>(alone) / done.decode_seconds;
 }
 
+bool reads_selector(const std::string& attention) {
+  return attention.substr(0, attention.find(':')) == "spot";
+}
+
 Measurement measure(const Options& options, const Backbone& backbone, const std::string& attention) {
   const c10::InferenceMode inference;
   const at::Device device = backbone.device();
   if (device.is_cuda()) at::accelerator::resetPeakStats(device.index());
   std::optional<Selector> selector;
-  if (attention.substr(0, attention.find(':')) == "spot") {
+  if (reads_selector(attention)) {
     selector.emplace(SelectorConfig::from_preset(options.preset), backbone.config(), device,
                      backbone.dtype());
     selector->join(backbone);
   }
-  const MethodSpec spec = parse_method(attention, options.method, selector ? &*selector : nullptr);
+  const MethodSpec spec = options.method.parse(attention, selector ? &selector->config() : nullptr);
   Measurement result{attention, spec.describe()};
   if (options.engine)
     result.engine_tokens = measure_engine(options, backbone, selector ? &*selector : nullptr, spec);
@@ -183,10 +188,23 @@ Measurement measure(const Options& options, const Backbone& backbone, const std:
   return result;
 }
 
-void run(const Options& options) {
+void run(const Options& options, const CLI::App& command) {
+  const ModelConfig config = options.model.prepare();
+  const SelectorConfig selector = SelectorConfig::from_preset(options.preset);
+  std::vector<MethodSpec> methods;
+  std::set<Need> met;
+  for (const std::string& attention : join_methods(options.attentions)) {
+    if (reads_selector(attention)) met.insert(Need::spot);
+    methods.push_back(options.method.parse(attention, reads_selector(attention) ? &selector : nullptr));
+  }
+  check_needs(command, met);
+  MethodOptions::check_read(command, methods);
+  if (options.context > config.max_position_embeddings - options.steps - 3)
+    fail(
+        "{} tokens of context, {} steps and 3 before them pass the model's limit of {} positions; ask for less",
+        options.context, options.steps, config.max_position_embeddings);
   const auto begin = std::chrono::steady_clock::now();
   const Backbone backbone = options.random ? [&] {
-    const ModelConfig config = ModelConfig::load(options.model.folder);
     return Backbone::random(config, options.model.resolve_device(), options.model.resolve_dtype(config), 1);
   }()
                                            : options.model.load();
@@ -254,7 +272,7 @@ void add_bench(CLI::App& app) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command.add_option("--batch", options->batch, "Sequences")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(1, 65536))
       ->capture_default_str();
   command.add_option("--steps", options->steps, "Decode steps that are timed")
       ->check(CLI::PositiveNumber)
@@ -271,7 +289,7 @@ void add_bench(CLI::App& app) {
   command.callback([options, &command] {
     if (!command.get_subcommands().empty()) return;
     if (options->model.folder.empty()) throw CLI::RequiredError("--model");
-    run(*options);
+    run(*options, command);
   });
 }
 

@@ -13,8 +13,10 @@
 #include "benchmark/decode_record.h"
 #include "cli/commands.h"
 #include "cli/options.h"
+#include "cli/usage.h"
 #include "core/error.h"
 #include "core/files.h"
+#include "core/text_file.h"
 #include "report/page.h"
 #include "text/tokenizer.h"
 
@@ -215,14 +217,15 @@ void add_charts(Page& page, const std::vector<std::pair<Setting, std::vector<Run
 
 std::optional<Source> load_source(const Options& options, const ModelOptions& where) {
   if (options.model.empty()) return {};
+  const ModelConfig config = where.prepare();
   const SelectorOptions selector{options.selector};
-  const Backbone backbone = where.load();
-  Source source{backbone, *selector.load(where, backbone),
-                Tokenizer::load(where.folder).encode(read_file(options.text))};
+  selector.read_config(where, config);
+  auto text = Tokenizer::load(where.folder).encode(read_text_file(options.text));
   for (const int64_t length : options.lengths)
     for (const int64_t batch : options.batches)
-      check_recording(backbone.config(), static_cast<int64_t>(source.text.size()), length, batch);
-  return source;
+      check_recording(config, static_cast<int64_t>(text.size()), length, batch);
+  const Backbone backbone = where.load();
+  return Source{backbone, *selector.load(where, backbone), std::move(text)};
 }
 
 // What the methods attend to, for the header.
@@ -385,11 +388,11 @@ void add_bench_decode(CLI::App& parent) {
   text->needs(model);
   command.add_option("--lengths", options->lengths, "Tokens in the cache, multiples of 16")
       ->delimiter(',')
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 30))
       ->capture_default_str();
   command.add_option("--batch", options->batches, "Sequences")
       ->delimiter(',')
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(1, 65536))
       ->capture_default_str();
   command.add_option("--top-k-tokens", options->budget, "Tokens attended with a fixed budget")
       ->check(CLI::PositiveNumber)
@@ -437,7 +440,8 @@ void add_bench_decode(CLI::App& parent) {
     model->excludes(command.get_option(name));
   command.add_option("--out", options->out, "JSON file for the numbers");
   command.add_option("--page", options->page, "HTML file with tables and charts");
-  command.callback([options] {
+  command.callback([options, &command] {
+    check_needs(command, {});
     for (int64_t length : options->lengths)
       if (length % 16 != 0)
         throw CLI::ValidationError("--lengths", fmt::format("{} is not a multiple of 16", length));

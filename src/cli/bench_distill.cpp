@@ -13,6 +13,7 @@
 #include "benchmark/stage_timer.h"
 #include "cli/commands.h"
 #include "cli/options.h"
+#include "cli/usage.h"
 #include "core/error.h"
 #include "core/files.h"
 #include "distill/distill_attention.h"
@@ -118,9 +119,14 @@ class FrozenAttention : public AttentionBackend {
 void run(const Options& options) {
   if (options.documents > options.length)
     fail("--documents is {}, there are {} tokens", options.documents, options.length);
+  const ModelConfig prepared = options.model.prepare();
+  if (options.length > prepared.max_position_embeddings)
+    fail("--length is {}, the model has {} positions; ask for less", options.length,
+         prepared.max_position_embeddings);
+  SelectorConfig::from_preset(options.preset);
   const Backbone backbone = options.random ? [&] {
-    const ModelConfig config = ModelConfig::load(options.model.folder);
-    return Backbone::random(config, options.model.resolve_device(), options.model.resolve_dtype(config), 1);
+    return Backbone::random(prepared, options.model.resolve_device(), options.model.resolve_dtype(prepared),
+                            1);
   }()
                                            : options.model.load();
   const ModelConfig& model = backbone.config();
@@ -245,7 +251,10 @@ void add_bench_distill(CLI::App& parent) {
                   "The device's matmul peak; measured with a large product by default")
       ->check(CLI::PositiveNumber);
   command.add_option("--out", options->out, "JSON file for the numbers");
-  command.callback([options] { run(*options); });
+  command.callback([options, &command] {
+    check_needs(command, {});
+    run(*options);
+  });
 }
 
 }  // namespace spot::cli

@@ -7,7 +7,11 @@
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "cli/process_group.h"
+#include "cli/usage.h"
 #include "core/error.h"
+#include "core/files.h"
+#include "core/folder_lock.h"
+#include "core/notice.h"
 #include "distill/trainer.h"
 #include "text/tokenizer.h"
 
@@ -68,7 +72,21 @@ int64_t launcher_number(const char* name, int64_t absent) {
   return text ? std::atoll(text) : absent;
 }
 
-int run(Options& options, const ProcessGroup* group) {
+// What the options of a distillation may need (cli/usage.h) and have.
+std::set<Need> met_needs(const TrainConfig& train, const SelectorConfig& selector) {
+  std::set<Need> met;
+  if (selector.distillation.loss == DistillLoss::sparse) met.insert(Need::sparse_loss);
+  if (learning_rate(train, train.steps - 1) < train.peak_lr || train.final_lr == train.peak_lr)
+    met.insert(Need::falling_rate);
+  if (train.data.held_out_every > 0) met.insert(Need::held_out_documents);
+  if (train.data.held_out_every > 0 && train.held_out_sequences > 0) {
+    met.insert(Need::held_out_sequences);
+    if (train.calibrate) met.insert(Need::calibration);
+  }
+  return met;
+}
+
+int run(Options& options, const CLI::App& command, const ProcessGroup* group) {
   if (const int64_t processes = launcher_number("WORLD_SIZE", 1); !group && processes > 1)
     fail(
         "WORLD_SIZE is {}, but this program cannot join other processes by itself: start tools/distill.py with torchrun instead, "
@@ -93,9 +111,21 @@ int run(Options& options, const ProcessGroup* group) {
   options.train.calibrate = !options.no_calibrate;
   options.train.validate();
   const SelectorConfig config = selector_config(options);
-  const Backbone backbone = options.model.load(shards);
+  check_needs(command, met_needs(options.train, config));
+  // Everything that is cheap to know comes before the weights.
+  const ModelConfig model = options.model.prepare();
+  check_distillation(options.train, options.resume, model, config, hooks.replicas, options.shard_backbone);
   const Tokenizer tokenizer = Tokenizer::load(options.model.folder);
-  Selector selector(config, backbone.config(), backbone.device(), at::kFloat, options.train.data.seed);
+  document_end(tokenizer);
+  list_text_files(options.train.data.paths, options.train.data.text_field);
+  Selector selector(config, model, options.model.resolve_device(), at::kFloat, options.train.data.seed);
+  FolderLock lock;
+  if (talks) {
+    make_folder(options.train.output);
+    lock = FolderLock(options.train.output, "spot distill");
+    check_distillation(options.train, options.resume, model, config, hooks.replicas, options.shard_backbone);
+  }
+  const Backbone backbone = options.model.load(shards);
   if (talks) {
     fmt::print("distilling {} layers, {:.2f}M selector parameters, {} steps of {} sequences of {} tokens\n",
                selector.layers().size(), static_cast<double>(selector.num_parameters()) / 1e6,
@@ -105,8 +135,7 @@ int run(Options& options, const ProcessGroup* group) {
   const std::string folder = options.train.output.string();
   if (result.status == TrainStatus::interrupted) {
     if (talks)
-      fmt::print(stderr, "interrupted after step {}; saved. Continue with the same command and --resume\n",
-                 result.steps);
+      notice("interrupted after step {}; saved. Continue with the same command and --resume\n", result.steps);
     return 130;
   }
   if (talks)
@@ -230,8 +259,8 @@ void add_distill(CLI::App& app, const ProcessGroup* group) {
       ->capture_default_str()
       ->group(watch);
   command.add_flag("--no-calibrate", options->no_calibrate, "Leave the temperatures at 1")->group(watch);
-  command.callback([options, group] {
-    if (const int status = run(*options, group)) throw CLI::RuntimeError(status);
+  command.callback([options, &command, group] {
+    if (const int status = run(*options, command, group)) throw CLI::RuntimeError(status);
   });
 }
 

@@ -3,12 +3,15 @@
 
 #include "cli/commands.h"
 #include "cli/eval_options.h"
+#include "cli/usage.h"
 #include "eval/needle_eval.h"
 #include "eval/text_eval.h"
 #include "text/tokenizer.h"
 
 namespace spot::cli {
 namespace {
+
+constexpr int64_t kMostSamples = 1'000'000;
 
 void add_text(CLI::App& parent) {
   auto options = std::make_shared<EvalOptions>();
@@ -33,13 +36,16 @@ void add_text(CLI::App& parent) {
                   "Queries a chunk whose true attention is computed")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command.callback([options, eval] {
-    prepare_output(options->out);
+  command.callback([options, eval, &command] {
+    const ModelConfig config = options->model.prepare();
+    const auto methods = options->checked_methods(command, config, false);
+    check_needs(command, methods.empty() ? std::set<Need>{} : std::set{Need::sparse});
+    const auto tokens = Tokenizer::load(options->model.folder).encode(options->read_text());
+    check_text_eval(*eval, static_cast<int64_t>(tokens.size()), config);
+    const FolderLock lock = prepare_output(options->out, "spot eval text");
     const Backbone backbone = options->model.load();
     const std::optional<Selector> selector = options->selector.load(options->model, backbone);
-    const Selector* chosen = selector ? &*selector : nullptr;
-    const auto tokens = Tokenizer::load(options->model.folder).encode(options->read_text());
-    deliver(evaluate_text(backbone, chosen, tokens, options->parse_methods(chosen, false), *eval),
+    deliver(evaluate_text(backbone, selector ? &*selector : nullptr, tokens, methods, *eval),
             "spot eval text", options->out);
   });
 }
@@ -60,26 +66,35 @@ void add_needle(CLI::App& parent) {
   command
       .add_option("--samples", needle->samples,
                   "Prompts a length; their needles lie at up to ten depths, evenly spread")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(int64_t{1}, kMostSamples))
       ->capture_default_str();
   command.add_option("--distractors", needle->distractors, "Needles with other keys")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command.add_option("--seed", needle->seed, "Seed of the prompts")->capture_default_str();
-  command.callback([options, needle, lengths] {
-    prepare_output(options->out);
-    const Backbone backbone = options->model.load();
-    const std::optional<Selector> selector = options->selector.load(options->model, backbone);
-    const Selector* chosen = selector ? &*selector : nullptr;
+  command.callback([options, needle, lengths, &command] {
+    const ModelConfig config = options->model.prepare();
+    const auto methods = options->checked_methods(command, config, true);
+    check_needs(command, methods.size() < 2 ? std::set<Need>{} : std::set{Need::sparse});
+    std::vector<NeedleOptions> sweeps(lengths->size(), *needle);
+    for (size_t i = 0; i < sweeps.size(); ++i) {
+      sweeps[i].length = (*lengths)[i];
+      check_needle_eval(sweeps[i], config);
+    }
     const Tokenizer tokenizer = Tokenizer::load(options->model.folder);
     const std::string filler = options->read_text();
-    const auto methods = options->parse_methods(chosen, true);
+    for (NeedleOptions first : sweeps) {
+      first.samples = 1;
+      make_needle_prompts(tokenizer, filler, first);  // what has no room is met before the weights are read
+    }
+    const FolderLock lock = prepare_output(options->out, "spot eval needle");
+    const Backbone backbone = options->model.load();
+    const std::optional<Selector> selector = options->selector.load(options->model, backbone);
     NeedleSweep sweep;
-    for (int64_t length : *lengths) {
-      NeedleOptions one = *needle;
-      one.length = length;
+    for (const NeedleOptions& one : sweeps) {
       const auto prompts = make_needle_prompts(tokenizer, filler, one);
-      sweep.lengths.push_back(evaluate_needles(backbone, chosen, tokenizer, prompts, one, methods));
+      sweep.lengths.push_back(
+          evaluate_needles(backbone, selector ? &*selector : nullptr, tokenizer, prompts, one, methods));
     }
     deliver(sweep, "spot eval needle", options->out);
   });

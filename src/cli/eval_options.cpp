@@ -1,6 +1,9 @@
 #include "cli/eval_options.h"
 
+#include <csignal>
+
 #include "core/error.h"
+#include "core/text_file.h"
 
 namespace spot::cli {
 
@@ -22,7 +25,7 @@ CLI::Option* EvalOptions::add(CLI::App& command) {
   return command.add_option("--text", text_files, "Text files");
 }
 
-std::vector<MethodSpec> EvalOptions::parse_methods(const Selector* selector, bool with_dense,
+std::vector<MethodSpec> EvalOptions::parse_methods(const SelectorConfig* selector, bool with_dense,
                                                    bool may_prefill) const {
   std::vector<std::string> words = join_methods(methods);
   if (words.empty()) {
@@ -32,7 +35,7 @@ std::vector<MethodSpec> EvalOptions::parse_methods(const Selector* selector, boo
   std::vector<MethodSpec> parsed;
   if (with_dense) parsed.emplace_back();
   for (const std::string& word : words) {
-    MethodSpec spec = parse_method(word, method, selector);
+    MethodSpec spec = method.parse(word, selector);
     if (spec.has_sparse_prefill() && !may_prefill)
       fail("method '{}': only the sparse methods of `spot eval ruler` have prefill=sparse; leave it out",
            spec.name);
@@ -41,18 +44,30 @@ std::vector<MethodSpec> EvalOptions::parse_methods(const Selector* selector, boo
   return parsed;
 }
 
+std::vector<MethodSpec> EvalOptions::checked_methods(const CLI::App& command, const ModelConfig& config,
+                                                     bool with_dense, bool may_prefill) const {
+  const std::optional<SelectorConfig> said = selector.read_config(model, config);
+  const auto parsed = parse_methods(said ? &*said : nullptr, with_dense, may_prefill);
+  MethodOptions::check_read(command, parsed);
+  return parsed;
+}
+
 std::string EvalOptions::read_text() const {
   std::string text;
-  for (const std::string& file : text_files) text += read_file(file) + "\n";
+  for (const std::string& file : text_files) text += read_text_file(file) + "\n";
   return text;
 }
 
-void prepare_output(const std::string& out) {
-  if (out.empty()) return;
+FolderLock prepare_output(const std::string& out, const std::string& command) {
+  // A reader of the progress lines that goes away must not end hours of work; writes fail instead.
+  std::signal(SIGPIPE, SIG_IGN);
+  if (out.empty()) return {};
   make_folder(out);
+  FolderLock lock(out, command);
   const std::filesystem::path probe = std::filesystem::path(out) / ".writable";
   write_file_atomically(probe, std::string(4096, ' '));
   std::filesystem::remove(probe);
+  return lock;
 }
 
 }  // namespace spot::cli

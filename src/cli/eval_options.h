@@ -10,6 +10,7 @@
 
 #include "cli/options.h"
 #include "core/files.h"
+#include "core/folder_lock.h"
 #include "report/page.h"
 
 namespace spot::cli {
@@ -26,27 +27,31 @@ struct EvalOptions {
   // The methods named on the command line (or the default ones), dense first if asked for. Those with
   // prefill=sparse are
   // refused unless `may_prefill`.
-  std::vector<MethodSpec> parse_methods(const Selector* selector, bool with_dense,
+  std::vector<MethodSpec> parse_methods(const SelectorConfig* selector, bool with_dense,
                                         bool may_prefill = false) const;
+  // parse_methods, before any weights are read. Throws UsageError on a flag that no method reads.
+  std::vector<MethodSpec> checked_methods(const CLI::App& command, const ModelConfig& config, bool with_dense,
+                                          bool may_prefill = false) const;
   // The text files, one after the other.
   std::string read_text() const;
 };
 
-// Makes the folder of the reports and writes a file there, so that a full disk is met before the work. Empty:
+// Makes the folder of the reports, locks it and writes a file there, so that a full disk is met before the work. Empty:
 // nothing.
-void prepare_output(const std::string& out);
+FolderLock prepare_output(const std::string& out, const std::string& command);
 
-// Prints the summary, and writes report.json and report.html into `out` unless that is empty.
+// Writes report.json and report.html into `out` unless that is empty, and prints the summary.
 template <typename Result>
 void deliver(const Result& result, const std::string& title, const std::string& out) {
-  fmt::print("{}", result.summary().to_text());
-  if (out.empty()) return;
-  Page page(title);
-  result.add_to(page);
   const std::filesystem::path folder = out;
-  write_file_atomically(folder / "report.html", page.html());
-  write_file_atomically(folder / "report.json", result.to_json().dump(1) + "\n");
-  fmt::print("report: {}\n", (folder / "report.html").string());
+  if (!out.empty()) {
+    Page page(title);
+    result.add_to(page);
+    write_file_atomically(folder / "report.html", page.html());
+    write_file_atomically(folder / "report.json", result.to_json().dump(1) + "\n");
+  }
+  fmt::print("{}", result.summary().to_text());
+  if (!out.empty()) fmt::print("report: {}\n", (folder / "report.html").string());
 }
 
 }  // namespace spot::cli

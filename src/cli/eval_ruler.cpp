@@ -9,12 +9,15 @@
 #include "cli/chat_options.h"
 #include "cli/commands.h"
 #include "cli/eval_options.h"
+#include "cli/usage.h"
 #include "core/error.h"
 #include "eval/ruler_eval.h"
 #include "text/tokenizer.h"
 
 namespace spot::cli {
 namespace {
+
+constexpr int64_t kMostSamples = 1'000'000;
 
 struct Options : EvalOptions {
   RulerEvalOptions eval;
@@ -85,21 +88,33 @@ void write_prompts(const Options& options, const TextCodec& codec, const std::st
   fmt::print("prompts: {}\n", options.prompts_file);
 }
 
-void run(Options options) {
+void run(Options options, const CLI::App& command) {
   options.eval.tasks = parse_tasks(options.tasks);
   options.eval.stop_when_answered = !options.whole_answers;
   options.eval.out = options.out;
-  prepare_output(options.out);
+  const ModelConfig config = options.model.prepare();
+  std::vector<MethodSpec> methods;
+  std::set<Need> met;
+  if (options.prompts_file.empty()) {
+    methods = options.checked_methods(command, config, true, true);
+    met.insert(Need::answers);
+  } else {
+    MethodOptions::check_read(command, {});
+  }
+  if (methods.size() > 1) met.insert(Need::sparse);
+  for (RulerTask task : options.eval.tasks)
+    if (to_string(task).starts_with("niah_")) met.insert(Need::needles);
+  check_needs(command, met);
   if (options.chat.chat) wrap_in_chat(options.model.folder, options.chat, options.eval.prompts);
   const TextCodec codec = codec_of(Tokenizer::load(options.model.folder), !options.chat.chat);
   const std::string essay = options.read_text();
   if (!options.prompts_file.empty()) return write_prompts(options, codec, essay);
-
+  check_ruler(config, codec, essay, methods, options.eval);
+  const FolderLock lock = prepare_output(options.out, "spot eval ruler");
   const Backbone backbone = options.model.load();
   const std::optional<Selector> selector = options.selector.load(options.model, backbone);
-  const Selector* chosen = selector ? &*selector : nullptr;
   const RulerResult result =
-      evaluate_ruler(backbone, chosen, codec, essay, options.parse_methods(chosen, true, true), options.eval);
+      evaluate_ruler(backbone, selector ? &*selector : nullptr, codec, essay, methods, options.eval);
   if (result.reused > 0)
     fmt::print("{} of {} prompts stand in {}/ruler.jsonl already and were not run again\n", result.reused,
                result.records.size(), options.out);
@@ -130,12 +145,12 @@ void add_eval_ruler(CLI::App& parent) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command.add_option("--samples", eval.samples, "Prompts for each task, length and depth")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(int64_t{1}, kMostSamples))
       ->capture_default_str();
   command
       .add_option("--first-sample", eval.first_sample,
                   "Number of the first prompt, to share out a longer list among several runs")
-      ->check(CLI::NonNegativeNumber)
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 53))
       ->capture_default_str();
   command
       .add_option("--depths", eval.depths,
@@ -164,7 +179,7 @@ void add_eval_ruler(CLI::App& parent) {
       ->capture_default_str();
   command.add_option("--write-prompts", options->prompts_file,
                      "Write the prompts to this file, one JSON object a line, and run nothing");
-  command.callback([options] { run(*options); });
+  command.callback([options, &command] { run(*options, command); });
 }
 
 }  // namespace spot::cli

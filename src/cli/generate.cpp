@@ -8,9 +8,11 @@
 #include "cli/chat_options.h"
 #include "cli/commands.h"
 #include "cli/options.h"
+#include "cli/usage.h"
 #include "core/error.h"
-#include "core/files.h"
+#include "core/notice.h"
 #include "core/progress.h"
+#include "core/text_file.h"
 #include "engine/engine.h"
 #include "report/page.h"
 #include "text/tokenizer.h"
@@ -33,7 +35,7 @@ struct Options {
 };
 
 std::vector<int32_t> read_prompt(const Options& options, const Tokenizer& tokenizer) {
-  std::string text = options.prompt_file.empty() ? options.prompt : read_file(options.prompt_file);
+  std::string text = options.prompt_file.empty() ? options.prompt : read_text_file(options.prompt_file);
   if (options.chat.chat) {
     std::vector<ChatMessage> messages;
     if (!options.system.empty()) messages.push_back({"system", options.system});
@@ -51,10 +53,9 @@ void print_logprobs(const Tokenizer& tokenizer, const GeneratedAnswer& answer) {
         .dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   };
   for (const SampledToken& token : answer.sampled) {
-    fmt::print(stderr, "{} {:.4f}", shown(token.token), token.logprob);
-    for (const TokenLogprob& other : token.top)
-      fmt::print(stderr, "  {} {:.4f}", shown(other.token), other.logprob);
-    fmt::print(stderr, "\n");
+    notice("{} {:.4f}", shown(token.token), token.logprob);
+    for (const TokenLogprob& other : token.top) notice("  {} {:.4f}", shown(other.token), other.logprob);
+    notice("\n");
   }
 }
 
@@ -68,27 +69,37 @@ void print_attended(const std::vector<AttendedTokens>& layers, bool by_layer) {
                           fmt::format("{:.1f}%", 100 * layer.attended / layer.visible)});
   }
   if (visible > 0)
-    fmt::print(stderr, "; attended {:.1f}% of the visible tokens (mean over sparse layers)",
-               100 * attended / visible);
-  fmt::print(stderr, "\n");
-  if (by_layer) fmt::print(stderr, "{}", table.to_text());
+    notice("; attended {:.1f}% of the visible tokens (mean over sparse layers)", 100 * attended / visible);
+  notice("\n");
+  if (by_layer) notice("{}", table.to_text());
 }
 
-void run(const Options& options) {
+void run(const Options& options, const CLI::App& command) {
+  // Everything that is cheap to know comes before the weights.
+  const ModelConfig config = options.model.prepare();
+  const std::optional<SelectorConfig> selector_config = options.selector.read_config(options.model, config);
+  const std::string attention =
+      options.attention == "auto" ? (selector_config ? "spot" : "dense") : options.attention;
+  const MethodSpec method = options.method.parse(attention, selector_config ? &*selector_config : nullptr);
+  Request request = options.request;
+  request.sampling = options.sampling.resolve(options.model.folder);
+  request.sampling.logprobs = options.logprobs;
+  request.sampling.check(config.vocab_size);
+  std::set<Need> met;
+  if (options.chat.chat) met.insert(Need::chat);
+  if (!method.is_dense()) met.insert(Need::sparse);
+  if (request.sampling.temperature > 0) met.insert(Need::sampling);
+  check_needs(command, met);
+  MethodOptions::check_read(command, {method});
+  const Tokenizer tokenizer = Tokenizer::load(options.model.folder);
+  request.prompt = read_prompt(options, tokenizer);
+  request.stop_strings = options.stop;
+  if (!options.ignore_eos) request.stop_ids = config.eos_token_ids;
+  check_request(request, config);
+
   const Backbone backbone = options.model.load();
   const std::optional<Selector> loaded = options.selector.load(options.model, backbone);
   const Selector* selector = loaded ? &*loaded : nullptr;
-  const Tokenizer tokenizer = Tokenizer::load(options.model.folder);
-  Request request = options.request;
-  request.prompt = read_prompt(options, tokenizer);
-  request.sampling = options.sampling.resolve(options.model.folder);
-  request.sampling.logprobs = options.logprobs;
-  request.stop_strings = options.stop;
-  if (!options.ignore_eos) request.stop_ids = backbone.config().eos_token_ids;
-
-  const std::string attention =
-      options.attention == "auto" ? (selector ? "spot" : "dense") : options.attention;
-  const MethodSpec method = parse_method(attention, options.method, selector);
   const int64_t answers = request.completions,
                 total = static_cast<int64_t>(request.prompt.size()) + request.max_new_tokens;
   AttentionStack stack(
@@ -110,7 +121,7 @@ void run(const Options& options) {
     if (event.completion == 0 && event.finish) attended = event.attended;
     if (answers > 1) return;
     std::fwrite(event.text.data(), 1, event.text.size(), stdout);
-    std::fflush(stdout);
+    if (std::fflush(stdout) != 0) fail("standard output could not be written; is its disk full?");
   };
   const auto whole = generate(engine, {request}, on_event, [&] {
     if (progress) progress->update(std::min(engine.statistics().read_tokens, prompt));
@@ -124,17 +135,16 @@ void run(const Options& options) {
     return seconds > 0 ? static_cast<double>(tokens) / seconds : 0.0;
   };
   const EngineStatistics done = engine.statistics();
-  fmt::print(
-      stderr,
+  notice(
       "prompt {} tokens at {:.1f} tokens/s; generated {} tokens ({}), {:.1f} tokens/s in decode; attention {}",
       request.prompt.size(), rate(done.prompt_tokens - done.cached_tokens, done.prefill_seconds),
       whole[0].tokens.size(), whole[0].finish == FinishReason::stop ? "ended itself" : "length limit",
       rate(done.decode_tokens, done.decode_seconds), method.name);
   if (method.is_dense()) {
-    fmt::print(stderr, "\n");
+    notice("\n");
     return;
   }
-  if (!method.describe().empty()) fmt::print(stderr, ", {}", method.describe());
+  if (!method.describe().empty()) notice(", {}", method.describe());
   print_attended(attended, options.by_layer);
 }
 
@@ -177,8 +187,8 @@ void add_generate(CLI::App& app) {
   command.add_flag("--eager", options->eager, "No CUDA graphs");
   command.callback([options, &command] {
     if (!command.count("--prompt") && !command.count("--prompt-file"))
-      fail("no prompt: give --prompt TEXT or --prompt-file FILE");
-    run(*options);
+      throw UsageError("no prompt: give --prompt TEXT or --prompt-file FILE");
+    run(*options, command);
   });
 }
 

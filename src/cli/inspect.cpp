@@ -7,6 +7,7 @@
 
 #include "cli/commands.h"
 #include "cli/options.h"
+#include "cli/usage.h"
 #include "model/model_cache.h"
 #include "report/page.h"
 #include "selector/cache.h"
@@ -62,8 +63,7 @@ std::string in_gib(double bytes) {
 void run(const Options& options) {
   const ModelConfig model = ModelConfig::load(options.model);
   SelectorConfig selector = SelectorConfig::from_preset(options.preset);
-  if (!options.selector.empty())
-    selector = Selector::load(options.selector, options.model, model, /*fingerprint=*/"", at::kCPU).config();
+  if (!options.selector.empty()) selector = Selector::read_config(options.selector, options.model, model);
   const std::vector<int64_t> full = model.full_attention_layers();
   std::string with;
   int64_t selected = 0;
@@ -132,7 +132,10 @@ void add_inspect(CLI::App& app) {
   command.add_option("--bytes", options->kv_bytes, "Bytes a number of weights and KV cache (2: bfloat16)")
       ->check(CLI::IsMember({1, 2, 4}))
       ->capture_default_str();
-  command.callback([options] { run(*options); });
+  command.callback([options, &command] {
+    check_needs(command, options->selector.empty() ? std::set{Need::preset} : std::set<Need>{});
+    run(*options);
+  });
 }
 
 }  // namespace spot::cli

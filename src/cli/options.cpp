@@ -4,12 +4,41 @@
 #include <ATen/Parallel.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <future>
+#include <system_error>
+#include <thread>
 
 #include "checkpoint/hub.h"
+#include "cli/usage.h"
 #include "core/error.h"
 
 namespace spot::cli {
+namespace {
+
+constexpr int kMostThreads = 1024;
+
+// OpenMP ends the process where a thread cannot be started, in the middle of the work: tried here first.
+void set_threads(int count) {
+  if (count == 0) return;
+  std::promise<void> all_started;
+  const std::shared_future<void> go = all_started.get_future().share();
+  std::vector<std::thread> trial;
+  std::string why;
+  try {
+    for (int i = 1; i < count; ++i) trial.emplace_back([go] { go.wait(); });
+  } catch (const std::system_error& e) {
+    why = e.code().message();
+  }
+  all_started.set_value();
+  for (std::thread& thread : trial) thread.join();
+  if (!why.empty())
+    fail("--threads {}: only {} can be started here ({}); give fewer", count, trial.size() + 1, why);
+  at::set_num_threads(count);
+}
+
+}  // namespace
 
 CLI::Validator checkpoint_folder() {
   return CLI::Validator(
@@ -28,7 +57,7 @@ void ModelOptions::add(CLI::App& app, const std::string& name) {
       ->check(CLI::IsMember({"auto", "float32", "bfloat16", "float16"}))
       ->capture_default_str();
   app.add_option("--threads", threads, "CPU threads (0: all cores)")
-      ->check(CLI::NonNegativeNumber)
+      ->check(CLI::Range(0, kMostThreads))
       ->capture_default_str();
 }
 
@@ -54,14 +83,25 @@ at::ScalarType ModelOptions::resolve_dtype(const ModelConfig& config) const {
   return at::kFloat;
 }
 
+ModelConfig ModelOptions::prepare() const {
+  set_threads(threads);
+  resolve_device();
+  return ModelConfig::load(folder);
+}
+
 Backbone ModelOptions::load(const Shards& shards) const {
-  if (threads > 0) at::set_num_threads(threads);
-  const ModelConfig config = ModelConfig::load(folder);
+  const ModelConfig config = prepare();
   return Backbone::load(folder, config, resolve_device(), resolve_dtype(config), shards);
 }
 
 void SelectorOptions::add(CLI::App& app) {
   app.add_option("--selector", name, "Folder of a selector, or the NAME of one in MODEL/selectors");
+}
+
+std::optional<SelectorConfig> SelectorOptions::read_config(const ModelOptions& model,
+                                                           const ModelConfig& config) const {
+  if (name.empty()) return {};
+  return Selector::read_config(name, model.folder, config);
 }
 
 std::optional<Selector> SelectorOptions::load(const ModelOptions& model, const Backbone& backbone) const {
@@ -93,6 +133,39 @@ void MethodOptions::add(CLI::App& app) {
   app.add_option("--dense-layers", dense_layers,
                  "The first N layers attend densely (Quest's and Twilight's authors: 2)")
       ->check(CLI::NonNegativeNumber);
+}
+
+MethodSpec MethodOptions::parse(const std::string& text, const SelectorConfig* selector) const {
+  MethodSpec spec = parse_method(text, *this, selector);
+  if (spec.word == "spot" && !selector)
+    fail("attention 'spot' needs a selector; name one with --selector, or distil one with `spot distill`");
+  return spec;
+}
+
+void MethodOptions::check_read(const CLI::App& command, const std::vector<MethodSpec>& methods) {
+  static constexpr std::pair<const char*, const char*> kFlags[] = {{"p", "--top-p"},
+                                                                   {"t", "--threshold"},
+                                                                   {"k", "--top-k-tokens"},
+                                                                   {"k%", "--top-k-share"},
+                                                                   {"sinks", "--sinks"},
+                                                                   {"recency", "--recency"},
+                                                                   {"floor", "--floor"},
+                                                                   {"cap", "--cap"},
+                                                                   {"temperature", "--selection-temperature"},
+                                                                   {"cache", "--cache-format"},
+                                                                   {"dense", "--dense-layers"},
+                                                                   {"prefill", "--sparse-prefill"}};
+  std::string names;
+  for (const MethodSpec& spec : methods) names += (names.empty() ? "" : "; ") + spec.name;
+  for (const auto& [key, flag] : kFlags) {
+    const CLI::Option* option = command.get_option_no_throw(flag);
+    const bool zero = key == std::string("dense") && option && option->count() > 0 && option->as<int>() == 0;
+    if (!option || option->count() == 0 || zero) continue;
+    if (std::none_of(methods.begin(), methods.end(),
+                     [&](const MethodSpec& spec) { return spec.from_base.contains(key); }))
+      throw UsageError(fmt::format("{} has no effect: no attention here reads it ({}); leave it out", flag,
+                                   names.empty() ? "dense" : names));
+  }
 }
 
 void SamplingFlags::add(CLI::App& app) {

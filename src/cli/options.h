@@ -29,6 +29,9 @@ struct ModelOptions {
   void add(CLI::App& app, const std::string& name = "--model");
   at::Device resolve_device() const;
   at::ScalarType resolve_dtype(const ModelConfig& config) const;  // what load() would use
+  // Sets the number of threads and reads config.json: what can be wrong is found before the weights are read. Throws
+  // Error when the device is not there or the threads cannot be started.
+  ModelConfig prepare() const;
   Backbone load(const Shards& shards = {}) const;
 };
 
@@ -37,6 +40,8 @@ struct SelectorOptions {
   std::string name;
 
   void add(CLI::App& app);
+  // What the selector says of itself, read without its weights; empty when no selector was named.
+  std::optional<SelectorConfig> read_config(const ModelOptions& model, const ModelConfig& config) const;
   // Empty when no selector was named.
   std::optional<Selector> load(const ModelOptions& model, const Backbone& backbone) const;
 };
@@ -44,6 +49,10 @@ struct SelectorOptions {
 // The settings of attention methods as flags: what a method's own text does not say (attention/methods.h).
 struct MethodOptions : MethodSettings {
   void add(CLI::App& app);
+  // parse_method; Error, too, when the method needs a selector and there is none.
+  MethodSpec parse(const std::string& text, const SelectorConfig* selector) const;
+  // Throws UsageError when an option of these was given that none of `methods` reads.
+  static void check_read(const CLI::App& command, const std::vector<MethodSpec>& methods);
 };
 
 // The sampler's settings: the checkpoint's generation_config.json, and above it what was given on the command line.

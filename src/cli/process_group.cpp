@@ -10,6 +10,7 @@
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 #include "core/error.h"
+#include "core/notice.h"
 
 namespace spot::cli {
 namespace {
@@ -55,7 +56,7 @@ void ProcessGroup::report_failure(const std::string& line) const {
   };
   auto state = std::make_shared<State>();
   const auto print = [state, line] {
-    if (!state->decided.exchange(true)) fmt::print(stderr, "{}\n", line);
+    if (!state->decided.exchange(true)) notice("{}\n", line);
   };
   // A thread, because the store lives in one of the processes (or in torchrun), which may hang.
   std::thread([store = group_->getStore(), state, print, rank = rank(), count = count()] {

@@ -4,10 +4,12 @@
 #include <fmt/format.h>
 
 #include <cstdio>
+#include <iostream>
 #include <regex>
 
 #include "cli/commands.h"
-#include "core/error.h"
+#include "cli/usage.h"
+#include "core/notice.h"
 #include "core/progress.h"
 
 namespace spot::cli {
@@ -19,6 +21,11 @@ std::string sentence(const std::exception& e) {
     return "out of memory; use a shorter context, a smaller batch or --dtype bfloat16";
   if (dynamic_cast<const Error*>(&e)) return e.what();
   // torch's own text goes on with a C++ backtrace; its first line is what a user can act on.
+  static const std::regex allocation("you tried to allocate ([0-9]+) bytes");
+  if (std::cmatch found; std::regex_search(e.what(), found, allocation))
+    return fmt::format(
+        "out of memory: {:.2f} GiB in one piece were asked for; use a shorter context, a smaller batch or --dtype bfloat16",
+        std::stod(found[1]) / (1 << 30));
   return dynamic_cast<const c10::Error*>(&e) ? "torch: " + first_line(e) : first_line(e);
 }
 
@@ -47,28 +54,41 @@ int run_program(int argc, const char* const* argv, const ProcessGroup* group) {
   add_eval(app);
   add_bench(app);
   add_inspect(app);
+  int status = 1;
+  std::string line;
   try {
-    app.parse(argc, argv);
-    if (std::fflush(stdout) != 0 || std::ferror(stdout))
-      fail("standard output could not be written; is its disk full?");
-    return 0;
-  } catch (const CLI::RuntimeError& e) {
-    return e.get_exit_code();
-  } catch (const CLI::ParseError& e) {
-    if (e.get_exit_code() == 0) return talks ? app.exit(e) : 0;  // help and version
-    if (talks)
-      fmt::print(stderr, "error: {}; `spot --help` and `spot COMMAND --help` list what there is\n",
-                 usage_sentence(e));
-    return 2;
-  } catch (const std::exception& e) {
-    const std::string line = "error: " + sentence(e);
-    if (group) {
-      group->report_failure(line);
-    } else {
-      fmt::print(stderr, "{}\n", line);
+    try {
+      app.parse(argc, argv);
+      status = 0;
+    } catch (const CLI::ParseError& e) {
+      if (const auto* ended = dynamic_cast<const CLI::RuntimeError*>(&e)) {
+        status = ended->get_exit_code();
+      } else if (e.get_exit_code() == 0) {  // help and version
+        status = talks ? app.exit(e) : 0;
+      } else {
+        // What CLI11 complains of first may follow from a word that it does not name.
+        const std::string unknown = find_unknown_word(app, argc, argv);
+        throw UsageError(fmt::format("{}; `spot --help` and `spot COMMAND --help` list what there is",
+                                     unknown.empty() ? usage_sentence(e) : unknown));
+      }
     }
+    if (status == 0 && (!(std::cout << std::flush) || std::fflush(stdout) != 0 || std::ferror(stdout)))
+      fail("standard output could not be written; is its disk full?");
+    return status;
+  } catch (const UsageError& e) {
+    status = 2;
+    line = e.what();
+  } catch (const std::exception& e) {
+    status = 1;
+    line = sentence(e);
   }
-  return 1;
+  line = "error: " + line;
+  // All processes of a group read the same command line.
+  if (group && status == 1)
+    group->report_failure(line);
+  else if (talks)
+    notice("{}\n", line);
+  return status;
 }
 
 }  // namespace spot::cli

@@ -46,4 +46,31 @@ std::string checksum_of_file(const std::filesystem::path& path) {
   return sum.text();
 }
 
+namespace {
+
+std::string checksum_without_seal(nlohmann::json object) {
+  object.erase("checksum");
+  return checksum_of(object.dump());
+}
+
+}  // namespace
+
+void seal(nlohmann::json& object) {
+  object["checksum"] = checksum_without_seal(object);
+}
+
+void check_seal(const nlohmann::json& object, const std::string& source) {
+  if (!object.is_object() || !object.contains("checksum")) return;
+  if (object.at("checksum") != checksum_without_seal(object))
+    fail(
+        "{}: its contents are not those that its checksum was made of; the file is damaged, restore it (or, after a change "
+        "that is meant, remove the field \"checksum\")",
+        source);
+}
+
+void check_file(const std::filesystem::path& path, const nlohmann::json& expected) {
+  if (!expected.is_null() && expected != checksum_of_file(path))
+    fail("{}: its checksum is not the one noted beside it; the file is damaged, restore it", path.string());
+}
+
 }  // namespace spot

@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <vector>
 
 #include "core/error.h"
 #include "core/text_file.h"
@@ -71,12 +72,27 @@ void write_file_atomically(const fs::path& path, const std::function<void(std::o
   std::error_code code;
   fs::rename(temporary, path, code);
   if (code) give_up(code.message());
-  // The new name outlives a loss of power too, where the file system can promise it.
-  const int folder = ::open(path.has_parent_path() ? path.parent_path().c_str() : ".", O_RDONLY | O_CLOEXEC);
-  if (folder >= 0) {
-    ::fsync(folder);
-    ::close(folder);
+  sync_folder(path.has_parent_path() ? path.parent_path() : fs::path("."));
+}
+
+void sync_folder(const fs::path& path) {
+  const int folder = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (folder < 0) return;
+  ::fsync(folder);
+  ::close(folder);
+}
+
+void remove_temporary_files(const fs::path& folder) {
+  std::error_code code, ignored;
+  std::vector<fs::path> found;
+  for (fs::directory_iterator entry(folder, code), end; !code && entry != end; entry.increment(code)) {
+    const std::string name = entry->path().filename().string();
+    const size_t mark = name.rfind(".tmp");
+    if (mark != std::string::npos && mark + 4 < name.size() &&
+        name.find_first_not_of("0123456789", mark + 4) == std::string::npos)
+      found.push_back(entry->path());
   }
+  for (const fs::path& file : found) fs::remove(file, ignored);
 }
 
 void write_file_atomically(const fs::path& path, std::string_view bytes) {

@@ -23,6 +23,12 @@ void write_file_atomically(const std::filesystem::path& path, std::string_view b
 void write_file_atomically(const std::filesystem::path& path,
                            const std::function<void(std::ostream&)>& write);
 
+// Asks that what was created, renamed or removed in a folder outlives a loss of power, where the file system can.
+void sync_folder(const std::filesystem::path& path);
+
+// Removes what write_file_atomically left in a folder when its process was killed. No other process may be writing there.
+void remove_temporary_files(const std::filesystem::path& folder);
+
 // Creates a folder and its parents; throws Error if that fails.
 void make_folder(const std::filesystem::path& path);
 

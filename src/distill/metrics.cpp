@@ -11,6 +11,7 @@
 
 #include "core/error.h"
 #include "core/files.h"
+#include "core/notice.h"
 #include "report/page.h"
 
 namespace spot {
@@ -94,9 +95,32 @@ MetricsLog::MetricsLog(const std::filesystem::path& path, int64_t last_step) : p
 
 void MetricsLog::add(const nlohmann::json& metrics) {
   entries_.push_back(metrics);
-  std::ofstream out(path_, std::ios::app);
-  out << metrics.dump() << "\n" << std::flush;
-  if (!out) fail("{}: cannot be written: {}", path_.string(), std::strerror(errno));
+  pending_ += metrics.dump() + "\n";
+  try {
+    flush();
+    failing_ = false;
+  } catch (const Error& e) {
+    if (!failing_)
+      notice("{}. Training goes on; the lines are kept and written when that is possible.\n", e.what());
+    failing_ = true;
+  }
+}
+
+void MetricsLog::flush() {
+  if (pending_.empty()) return;
+  std::error_code code;
+  const uintmax_t before = std::filesystem::file_size(path_, code);
+  errno = 0;
+  std::ofstream out(path_, std::ios::app | std::ios::binary);
+  out << pending_ << std::flush;
+  if (!out) {
+    const std::string why = errno ? std::strerror(errno) : "the write failed";
+    out.close();
+    // Half a line would stay in the middle of the file.
+    if (!code) std::filesystem::resize_file(path_, before, code);
+    fail("{}: cannot be written: {}", path_.string(), why);
+  }
+  pending_.clear();
 }
 
 void write_loss_page(const std::filesystem::path& path, const std::vector<nlohmann::json>& entries) {

@@ -6,13 +6,15 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <csignal>
 #include <random>
 #include <set>
 
+#include "core/checksum.h"
 #include "core/error.h"
 #include "core/files.h"
+#include "core/notice.h"
 #include "core/progress.h"
+#include "core/stop_signals.h"
 #include "distill/calibrate.h"
 #include "distill/card.h"
 #include "distill/distill_attention.h"
@@ -24,52 +26,34 @@ namespace spot {
 namespace {
 namespace fs = std::filesystem;
 
-volatile std::sig_atomic_t stop_signal = 0;
-
-// Notes the first SIGINT or SIGTERM while alive; the second acts as if this were not there.
-class SignalGuard {
- public:
-  explicit SignalGuard(bool active) : active_(active) {
-    if (!active_) return;
-    stop_signal = 0;
-    struct sigaction action = {};
-    action.sa_handler = [](int signal) { stop_signal = signal; };
-    action.sa_flags = static_cast<int>(SA_RESETHAND);
-    sigaction(SIGINT, &action, &old_interrupt_);
-    sigaction(SIGTERM, &action, &old_terminate_);
-  }
-  ~SignalGuard() {
-    if (!active_) return;
-    sigaction(SIGINT, &old_interrupt_, nullptr);
-    sigaction(SIGTERM, &old_terminate_, nullptr);
-  }
-  SignalGuard(const SignalGuard&) = delete;
-  SignalGuard& operator=(const SignalGuard&) = delete;
-  bool received() const { return active_ && stop_signal != 0; }
-
- private:
-  bool active_;
-  struct sigaction old_interrupt_ = {}, old_terminate_ = {};
-};
+// A run that reads its text more often than this is warned of.
+constexpr double kMostRepeats = 20;
 
 std::string checkpoint_name(int64_t step) {
   return fmt::format("checkpoint-{:06}", step);
 }
 
-// The newest checkpoint in a run's folder, or an empty path. An unfinished one has another name.
-fs::path newest_checkpoint(const fs::path& output) {
-  fs::path newest;
+// The checkpoints in a run's folder, the newest last: one, or two after a crash between writing and removing. An
+// unfinished one has another name.
+std::vector<fs::path> checkpoints_in(const fs::path& output) {
+  std::vector<fs::path> found;
   std::error_code code;
   for (const auto& entry : fs::directory_iterator(output, code)) {
     const std::string name = entry.path().filename().string();
     const bool matches = name.starts_with("checkpoint-") && name.size() > 11 &&
                          name.find_first_not_of("0123456789", 11) == std::string::npos;
-    // Longer numbers are larger; equal lengths compare as text.
-    const std::string best = newest.filename().string();
-    if (matches && (best.empty() || std::pair(name.size(), name) > std::pair(best.size(), best)))
-      newest = entry.path();
+    if (matches) found.push_back(entry.path());
   }
-  return newest;
+  // Longer numbers are larger; equal lengths compare as text.
+  std::sort(found.begin(), found.end(), [](const fs::path& a, const fs::path& b) {
+    return std::pair(a.filename().string().size(), a) < std::pair(b.filename().string().size(), b);
+  });
+  return found;
+}
+
+fs::path newest_checkpoint(const fs::path& output) {
+  const std::vector<fs::path> found = checkpoints_in(output);
+  return found.empty() ? fs::path() : found.back();
 }
 
 // Uniform among all subsets of `count` of `total` queries; ascending.
@@ -95,49 +79,22 @@ class Run {
         fingerprint_(backbone.fingerprint()),
         data_(config.data, encode, end_of_text),
         optimizer_(selector, config),
-        attention_(selector, loss_options(selector.config(), config)) {
-    if (config.data.sequence_length > backbone.config().max_position_embeddings)
-      fail("distillation: sequence_length is {}, the backbone reaches {} positions",
-           config.data.sequence_length, backbone.config().max_position_embeddings);
-    if (config.calibration_length > backbone.config().max_position_embeddings)
-      fail("distillation: calibration_length is {}, the backbone reaches {} positions",
-           config.calibration_length, backbone.config().max_position_embeddings);
-    const SelectorConfig& shape = selector.config();
-    const int64_t least = shape.selection.rule.sinks + shape.selection.rule.recency + 2 * shape.block_size;
-    if (shape.distillation.teacher_scope == TeacherScope::residual && config.data.sequence_length < least)
-      fail(
-          "distillation: of {} tokens the first {} and the last {} are left out, nothing remains to learn; give sequences of {} or "
-          "more, or teacher_scope all",
-          config.data.sequence_length, shape.selection.rule.sinks, shape.selection.rule.recency, least);
-    const Replicas& r = hooks.replicas;
-    if (r.count < 1 || r.rank < 0 || r.rank >= r.count || (r.count > 1 && !r.sum))
-      fail("distillation: there is no replica {} of {}", r.rank, r.count);
-    if (config.sequences_per_step < r.count)
-      fail(
-          "distillation: {} processes cannot share a step of {} sequences; start fewer, or raise sequences_per_step",
-          r.count, config.sequences_per_step);
-    if (backbone.is_sharded() && config.sequences_per_step % r.count != 0)
-      fail(
-          "distillation: with a sharded backbone all {} processes run in step, but {} sequences a step do not divide "
-          "evenly among them; change sequences_per_step",
-          r.count, config.sequences_per_step);
-  }
+        attention_(selector, loss_options(selector.config(), config)) {}
 
-  TrainResult run(bool resume) {
+  TrainResult run() {
     make_folder(config_.output);
     const fs::path checkpoint = newest_checkpoint(config_.output);
-    if (!checkpoint.empty() && !resume)
-      fail("{} already holds a run ({}); continue it with --resume, or choose another output folder",
-           config_.output.string(), checkpoint.filename().string());
     if (!checkpoint.empty()) restore(checkpoint);
     check_replicas_agree();
     if (checkpoint.empty() && selector_.config().distillation.start == Start::backbone) start_from_backbone();
+    if (is_writer()) remove_temporary_files(config_.output);
     if (is_writer()) log_.emplace(config_.output / "metrics.jsonl", step_);
     if (config_.held_out_sequences > 0 && !(finished() && !config_.calibrate))
       held_out_ = data_.held_out(config_.held_out_sequences);
     if (is_writer() && held_out_.empty() && config_.held_out_sequences > 0 && hooks_.show_progress)
-      fmt::print(stderr, "No held-out text: the corpus has too few documents for one in {}.\n",
-                 config_.data.held_out_every);
+      notice("No held-out text: the corpus has too few documents for one in {}.\n",
+             config_.data.held_out_every);
+    if (is_writer() && checkpoint.empty() && hooks_.show_progress) look_at_first_sequence();
     if (config_.calibrate && config_.calibration_length > 0 && !held_out_.empty()) {
       calibration_contexts_ = data_.held_out(config_.held_out_sequences, config_.calibration_length);
       if (calibration_contexts_.empty())
@@ -146,7 +103,7 @@ class Run {
             config_.calibration_length);
     }
 
-    const SignalGuard signals(hooks_.handle_signals);
+    const StopSignals signals(hooks_.handle_signals);
     std::optional<Progress> progress;
     if (is_writer() && hooks_.show_progress) {
       progress.emplace("Distilling", config_.steps);
@@ -158,8 +115,18 @@ class Run {
       if (log_) log_->add(metrics);
       if (progress) progress->update(step_, note(metrics));
       if (hooks_.on_step) hooks_.on_step(metrics);
+      if (is_writer() && hooks_.show_progress) warn_of_little_text();
       const bool stop = any_replica(signals.received() || (hooks_.should_stop && hooks_.should_stop()));
-      if (stop || finished() || step_ % config_.checkpoint_interval == 0) save_checkpoint();
+      if (stop || finished()) {
+        save_checkpoint();
+      } else if (step_ % config_.checkpoint_interval == 0) {
+        try {
+          save_checkpoint();
+        } catch (const Error& e) {  // the one before is still there, and the disk may have room the next time
+          notice("Step {}: {}. Training goes on; the next checkpoint is due in {} steps.\n", step_, e.what(),
+                 config_.checkpoint_interval);
+        }
+      }
       if (stop && !finished()) {
         progress.reset();
         return {TrainStatus::interrupted, step_, last_};
@@ -210,6 +177,26 @@ class Run {
 
   const std::vector<int64_t>& starts_of(const TokenSequence& s) const {
     return config_.document_mask ? s.documents : s.parts;
+  }
+
+  // A text that is read many times over is learned by heart; one shorter than a sequence is hardly meant.
+  // Said as soon as the length of the text is known: at once where it is shorter than a sequence, else when it has been
+  // read to its end.
+  void warn_of_little_text() {
+    if (warned_of_little_text_ || data_.corpus_tokens() == 0) return;
+    warned_of_little_text_ = true;
+    const double repeats = static_cast<double>(config_.steps) *
+                           static_cast<double>(config_.sequences_per_step * config_.data.sequence_length) /
+                           static_cast<double>(data_.corpus_tokens());
+    if (repeats > kMostRepeats)
+      notice("The training text has {} tokens, it is repeated {:.0f} times in this run: give more text.\n",
+             data_.corpus_tokens(), repeats);
+  }
+  void look_at_first_sequence() {
+    const nlohmann::json beginning = data_.state();
+    data_.next();
+    warn_of_little_text();
+    data_.restore(beginning);
   }
 
   void start_from_backbone() {
@@ -334,7 +321,8 @@ class Run {
   // Writes a new folder beside the last checkpoint, gives it its name, and only then removes the old one.
   void save_checkpoint() {
     if (!is_writer()) return;
-    const fs::path old = newest_checkpoint(config_.output);
+    log_->flush();
+    const std::vector<fs::path> old = checkpoints_in(config_.output);
     const fs::path final_path = config_.output / checkpoint_name(step_);
     const fs::path unfinished = config_.output / "unfinished-checkpoint";
     remove_folder(unfinished);
@@ -344,31 +332,41 @@ class Run {
       remove_folder(unfinished);
       throw;
     }
-    if (old == final_path) remove_folder(old);
+    remove_folder(final_path);
     std::error_code code;
     fs::rename(unfinished, final_path, code);
     if (code) fail("{}: cannot be created: {}", final_path.string(), code.message());
-    if (!old.empty() && old != final_path) remove_folder(old);
-    write_loss_page(config_.output / "loss.html", log_->entries());
+    sync_folder(config_.output);
+    for (const fs::path& path : old)
+      if (path != final_path) remove_folder(path);
+    try {
+      write_loss_page(config_.output / "loss.html", log_->entries());
+    } catch (const Error& e) {
+      notice("{}. It is tried again with the next checkpoint.\n", e.what());
+    }
   }
 
   void write_checkpoint(const fs::path& folder) const {
     make_folder(folder);
     selector_.save(folder, fingerprint_, notes());
     optimizer_.save(folder / "optimizer.safetensors");
-    const nlohmann::json state = {{"version", 1},
-                                  {"step", step_},
-                                  {"threads", at::get_num_threads()},
-                                  {"config", config_.to_json()},
-                                  {"data", data_.state()},
-                                  {"last_metrics", last_}};
+    nlohmann::json state = {{"version", 1},
+                            {"optimizer_checksum", checksum_of_file(folder / "optimizer.safetensors")},
+                            {"step", step_},
+                            {"threads", at::get_num_threads()},
+                            {"config", config_.to_json()},
+                            {"data", data_.state()},
+                            {"last_metrics", last_}};
+    seal(state);
     write_file_atomically(folder / "train.json", state.dump(1) + "\n");
   }
 
   void restore(const fs::path& checkpoint) {
     const fs::path path = checkpoint / "train.json";
     const nlohmann::json state = read_json(path);
+    check_seal(state, path.string());
     try {
+      check_file(checkpoint / "optimizer.safetensors", state.value("optimizer_checksum", nlohmann::json()));
       nlohmann::json stored = state.at("config"), ours = config_.to_json();
       for (const char* free : {"output", "data_paths", "held_out_sequences", "held_out_interval",
                                "checkpoint_interval", "calibrate", "calibration_length", "store"}) {
@@ -393,10 +391,9 @@ class Run {
       step_ = state.at("step");
       last_ = state.at("last_metrics");
       if (state.at("threads") != at::get_num_threads() && hooks_.show_progress && is_writer())
-        fmt::print(stderr,
-                   "Resuming with {} threads, the run was begun with {}: results agree to rounding, not bit "
-                   "for bit.\n",
-                   at::get_num_threads(), state.at("threads").get<int>());
+        notice(
+            "Resuming with {} threads, the run was begun with {}: results agree to rounding, not bit for bit.\n",
+            at::get_num_threads(), state.at("threads").get<int>());
     } catch (const nlohmann::json::exception& e) {
       fail("{}: not a training checkpoint ({}); remove it and start again", path.string(), e.what());
     }
@@ -442,6 +439,7 @@ class Run {
   DistillAttention attention_;
   std::vector<TokenSequence> held_out_, calibration_contexts_;
   std::optional<MetricsLog> log_;
+  bool warned_of_little_text_ = false;
   int64_t step_ = 0;
   nlohmann::json last_, calibration_;
 };
@@ -450,8 +448,44 @@ class Run {
 
 TrainResult distill(const Backbone& backbone, Selector& selector, const Encode& encode, int32_t end_of_text,
                     const TrainConfig& config, bool resume, const TrainHooks& hooks) {
+  check_distillation(config, resume, backbone.config(), selector.config(), hooks.replicas,
+                     backbone.is_sharded());
+  return Run(backbone, selector, encode, end_of_text, config, hooks).run();
+}
+
+void check_distillation(const TrainConfig& config, bool resume, const ModelConfig& backbone,
+                        const SelectorConfig& selector, const Replicas& replicas, bool sharded) {
   config.validate();
-  return Run(backbone, selector, encode, end_of_text, config, hooks).run(resume);
+  const int64_t positions = backbone.max_position_embeddings;
+  if (config.data.sequence_length > positions)
+    fail("distillation: sequence_length is {}, the backbone reaches {} positions; ask for less",
+         config.data.sequence_length, positions);
+  if (config.calibration_length > positions)
+    fail("distillation: calibration_length is {}, the backbone reaches {} positions; ask for less",
+         config.calibration_length, positions);
+  const SelectionRule& rule = selector.selection.rule;
+  const int64_t least = int64_t{rule.sinks} + rule.recency + 2 * selector.block_size;
+  if (selector.distillation.teacher_scope == TeacherScope::residual && config.data.sequence_length < least)
+    fail(
+        "distillation: of {} tokens the first {} and the last {} are left out, nothing remains to learn; give sequences of {} or "
+        "more, or teacher_scope all",
+        config.data.sequence_length, rule.sinks, rule.recency, least);
+  const Replicas& r = replicas;
+  if (r.count < 1 || r.rank < 0 || r.rank >= r.count || (r.count > 1 && !r.sum))
+    fail("distillation: there is no replica {} of {}", r.rank, r.count);
+  if (config.sequences_per_step < r.count)
+    fail(
+        "distillation: {} processes cannot share a step of {} sequences; start fewer, or raise sequences_per_step",
+        r.count, config.sequences_per_step);
+  if (sharded && config.sequences_per_step % r.count != 0)
+    fail(
+        "distillation: with a sharded backbone all {} processes run in step, but {} sequences a step do not divide "
+        "evenly among them; change sequences_per_step",
+        r.count, config.sequences_per_step);
+  const fs::path checkpoint = newest_checkpoint(config.output);
+  if (!checkpoint.empty() && !resume)
+    fail("{} already holds a run ({}); continue it with --resume, or choose another output folder",
+         config.output.string(), checkpoint.filename().string());
 }
 
 TrainResult distill(const Backbone& backbone, Selector& selector, const Tokenizer& tokenizer,

@@ -32,7 +32,7 @@ struct TrainHooks {
   std::function<void(const nlohmann::json&)> on_step;
   // Asked after each step; true stops the run, on all replicas, like SIGINT does.
   std::function<bool()> should_stop;
-  // SIGINT and SIGTERM let the step finish, save, and end distill(); a second signal kills as usual.
+  // SIGINT, SIGTERM and SIGHUP let the step finish, save, and end distill(); a second signal kills as usual.
   bool handle_signals = true;
   bool show_progress = true;
   Replicas replicas;
@@ -61,13 +61,20 @@ struct TrainResult {
 // and numbers of threads and replicas). Throws Error when the output already holds a run and `resume` is
 // false; when the
 // checkpoint was made with another config, selector, backbone or corpus; and when a loss is not finite,
-// naming layer and step.
+// naming layer and step. A metrics line or a checkpoint that cannot be written (a full disk) is said on standard error
+// and tried again; only the last one must succeed. One process at a time may write into the output: the caller locks it
+// (core/folder_lock.h).
 TrainResult distill(const Backbone& backbone, Selector& selector, const Encode& encode, int32_t end_of_text,
                     const TrainConfig& config, bool resume = false, const TrainHooks& hooks = {});
 
 // The same with a checkpoint's tokenizer; documents end with document_end().
 TrainResult distill(const Backbone& backbone, Selector& selector, const Tokenizer& tokenizer,
                     const TrainConfig& config, bool resume = false, const TrainHooks& hooks = {});
+
+// What distill() refuses, known without the backbone's weights: Error on impossible values, on lengths past its
+// positions, and when the output already holds a run and `resume` is false.
+void check_distillation(const TrainConfig& config, bool resume, const ModelConfig& backbone,
+                        const SelectorConfig& selector, const Replicas& replicas, bool sharded);
 
 // The token between packed documents: <|endoftext|>, <|end_of_text|> or </s> where the vocabulary has it,
 // else the first of eos_ids(). Throws Error when there is none.

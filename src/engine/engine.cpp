@@ -47,7 +47,7 @@ Engine::~Engine() {
   for (auto& [id, answer] : answers_) scheduler_.remove(answer->sequence);
 }
 
-void Engine::check(const Request& request) const {
+void check_request(const Request& request, const ModelConfig& model) {
   const auto prompt = static_cast<int64_t>(request.prompt.size());
   if (prompt == 0) fail("a prompt holds no token; give some text");
   if (request.max_new_tokens < 0)
@@ -55,22 +55,26 @@ void Engine::check(const Request& request) const {
   if (request.completions < 1) fail("{} completions were asked for; give at least 1", request.completions);
   if (request.context < -1 || request.context > prompt)
     fail("a context of {} tokens was given for a prompt of {}", request.context, prompt);
-  if (request.method < 0 || request.method >= static_cast<int64_t>(attention_.methods().size()))
-    fail("attention method {} was asked for, the engine has {}", request.method, attention_.methods().size());
-  if (!request.stop_strings.empty() && !options_.tokenizer)
-    fail("stop strings need an engine with a tokenizer; give stop ids instead");
-  const int64_t needed = prompt + request.max_new_tokens,
-                positions = backbone_.config().max_position_embeddings;
-  if (needed > positions)
+  const int64_t positions = model.max_position_embeddings;
+  if (prompt > positions || request.max_new_tokens > positions - prompt)
     fail(
         "the prompt's {} tokens plus {} new ones pass the model's limit of {} positions; shorten the prompt or ask for "
         "fewer tokens",
         prompt, request.max_new_tokens, positions);
+}
+
+void Engine::check(const Request& request) const {
+  check_request(request, backbone_.config());
+  if (request.method < 0 || request.method >= static_cast<int64_t>(attention_.methods().size()))
+    fail("attention method {} was asked for, the engine has {}", request.method, attention_.methods().size());
+  if (!request.stop_strings.empty() && !options_.tokenizer)
+    fail("stop strings need an engine with a tokenizer; give stop ids instead");
+  const int64_t needed = static_cast<int64_t>(request.prompt.size()) + request.max_new_tokens;
   if (needed > options_.max_tokens || !scheduler_.fits(needed))
     fail(
         "the prompt's {} tokens plus {} new ones pass the engine's room of {} tokens; make the cache larger or the "
         "request shorter",
-        prompt, request.max_new_tokens,
+        request.prompt.size(), request.max_new_tokens,
         std::min(options_.max_tokens, attention_.cache().num_pages() * attention_.cache().page_size()));
 }
 

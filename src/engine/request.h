@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "checkpoint/config.h"
 #include "engine/sampler.h"
 #include "engine/sampling.h"
 
@@ -23,6 +24,10 @@ struct Request {
   std::vector<std::string> stop_strings;  // likewise; need an engine with a tokenizer
   int64_t method = 0;                     // index into AttentionStack::methods()
 };
+
+// Throws Error naming the first thing that no engine could do with this model: an empty prompt, numbers out of range, more
+// tokens than the model has positions.
+void check_request(const Request& request, const ModelConfig& model);
 
 enum class FinishReason {
   stop,       // a stop id or a stop string

@@ -30,14 +30,18 @@ int64_t NeedleMethodResult::num_correct() const {
   return std::count(correct.begin(), correct.end(), true);
 }
 
+void check_needle_eval(const NeedleOptions& options, const ModelConfig& model) {
+  if (options.length > model.max_position_embeddings - kAnswerTokens)
+    fail(
+        "needle evaluation: length {} plus {} answer tokens pass the model's limit of {} positions; ask for less",
+        options.length, kAnswerTokens, model.max_position_embeddings);
+}
+
 NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* selector,
                                   const Tokenizer& tokenizer, const std::vector<NeedlePrompt>& prompts,
                                   const NeedleOptions& options, const std::vector<MethodSpec>& methods) {
   const c10::InferenceMode inference;
-  if (options.length + kAnswerTokens > backbone.config().max_position_embeddings) {
-    fail("needle evaluation: length {} plus {} answer tokens pass the model's limit of {} positions",
-         options.length, kAnswerTokens, backbone.config().max_position_embeddings);
-  }
+  check_needle_eval(options, backbone.config());
   NeedleEvalResult result;
   result.options = options;
   for (const MethodSpec& method : methods) result.methods.push_back({.name = method.name});

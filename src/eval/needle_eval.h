@@ -34,6 +34,9 @@ struct NeedleEvalResult {
   nlohmann::json to_json() const;
 };
 
+// Throws Error when prompt and answer pass the model's positions.
+void check_needle_eval(const NeedleOptions& options, const ModelConfig& model);
+
 // The same methods at several lengths.
 struct NeedleSweep {
   std::vector<NeedleEvalResult> lengths;  // at least one

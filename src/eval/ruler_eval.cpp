@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <tuple>
 
 #include "core/error.h"
@@ -229,9 +230,17 @@ nlohmann::json settings_of(const Backbone& backbone, const Selector* selector, c
   return json;
 }
 
-// Refuses what could only fail later, after hours.
-void check(const RulerGenerator& generator, const Backbone& backbone, const std::vector<MethodSpec>& methods,
-           const RulerEvalOptions& options) {
+RulerGenerator generator_of(const TextCodec& codec, const std::string& essay,
+                            const RulerEvalOptions& options) {
+  return {options.prompts, essay, [&codec](const std::string& text, bool first) {
+            return static_cast<int64_t>(codec.encode(text, first).size());
+          }};
+}
+
+}  // namespace
+
+void check_ruler(const ModelConfig& model, const TextCodec& codec, const std::string& essay,
+                 const std::vector<MethodSpec>& methods, const RulerEvalOptions& options) {
   if (methods.empty()) fail("RULER evaluation: no attention method was given; name at least one");
   if (options.tasks.empty() || options.lengths.empty() || options.samples < 1)
     fail("RULER evaluation: {} tasks, {} lengths and {} samples; give at least one of each",
@@ -243,20 +252,19 @@ void check(const RulerGenerator& generator, const Backbone& backbone, const std:
         "negative",
         options.prefill_chunk, options.batch, options.mass_every);
   const int64_t longest = *std::max_element(options.lengths.begin(), options.lengths.end());
-  if (longest > backbone.config().max_position_embeddings)
+  if (longest > model.max_position_embeddings)
     fail(
         "RULER evaluation: length {} passes the model's limit of {} positions; ask for less, or extend the "
         "model with YaRN",
-        longest, backbone.config().max_position_embeddings);
+        longest, model.max_position_embeddings);
   const int64_t shortest = *std::min_element(options.lengths.begin(), options.lengths.end());
   const double depth =
       options.depths.empty() ? std::numeric_limits<double>::quiet_NaN() : options.depths.front();
+  const RulerGenerator generator = generator_of(codec, essay, options);
   for (RulerTask task : options.tasks) generator.make(task, shortest, 0, depth);
   for (double d : options.depths)
     if (!(d >= 0 && d <= 1)) fail("RULER evaluation: depth {} is not in [0, 1]", d);
 }
-
-}  // namespace
 
 TextCodec codec_of(const Tokenizer& tokenizer, bool add_special_tokens) {
   return {
@@ -268,10 +276,8 @@ RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, c
                            const std::string& essay, const std::vector<MethodSpec>& methods,
                            const RulerEvalOptions& options) {
   const c10::InferenceMode inference;
-  const RulerGenerator generator(options.prompts, essay, [&](const std::string& text, bool first) {
-    return static_cast<int64_t>(codec.encode(text, first).size());
-  });
-  check(generator, backbone, methods, options);
+  check_ruler(backbone.config(), codec, essay, methods, options);
+  const RulerGenerator generator = generator_of(codec, essay, options);
   RulerResult result;
   result.options = options;
   result.settings = settings_of(backbone, selector, codec, essay, methods, options);
@@ -292,10 +298,10 @@ RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, c
 
   // Every prompt once: what the log holds, what is asked for twice, and what is to be run.
   std::vector<Job> jobs;
+  std::set<decltype(Job{}.name())> known;
   int64_t all = 0;
   for (const Job& job : list_jobs(options)) {
-    const auto known = [&](const Job& other) { return other.name() == job.name(); };
-    if (std::any_of(jobs.begin(), jobs.end(), known)) continue;
+    if (!known.insert(job.name()).second) continue;
     jobs.push_back(job);
     all += job.length;
   }

@@ -95,6 +95,11 @@ struct RulerResult {
   void add_to(Page& page) const;
 };
 
+// What evaluate_ruler refuses, known without the model's weights: Error when a length is too small for a task or passes
+// the model's positions, and on impossible options.
+void check_ruler(const ModelConfig& model, const TextCodec& codec, const std::string& essay,
+                 const std::vector<MethodSpec>& methods, const RulerEvalOptions& options);
+
 // Each prompt's context is prefilled densely once. Then every method reads question and answer prefix (each
 // token
 // selects for itself, as in decode) and writes the answer greedily, one token a step. A method whose spec has

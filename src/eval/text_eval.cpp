@@ -129,23 +129,24 @@ double MethodResult::attended_share() const {
   return layers.empty() ? 1.0 : sum / static_cast<double>(layers.size());
 }
 
+void check_text_eval(const TextEvalOptions& options, int64_t available, const ModelConfig& model) {
+  if (options.sequences < 1 || options.length < 2 || options.chunk < 1)
+    fail("evaluation: sequences, length and chunk must be positive");
+  if (options.length > model.max_position_embeddings)
+    fail("evaluation: length {} passes the model's limit of {} positions; ask for less", options.length,
+         model.max_position_embeddings);
+  if (options.sequences > available / options.length)
+    fail("evaluation: the text has {} tokens, too few for {} sequences of {}; give more text or ask for less",
+         available, options.sequences, options.length);
+  if (options.skip >= options.length - 1)
+    fail("evaluation: skip {} leaves nothing of length {} to score", options.skip, options.length);
+}
+
 TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
                              const std::vector<int32_t>& tokens, const std::vector<MethodSpec>& methods,
                              const TextEvalOptions& options) {
   const c10::InferenceMode inference;
-  const auto available = static_cast<int64_t>(tokens.size());
-  if (options.sequences < 1 || options.length < 2 || options.chunk < 1)
-    fail("evaluation: sequences, length and chunk must be positive");
-  if (available < options.sequences * options.length) {
-    fail("evaluation: the text has {} tokens, {} sequences of {} need {}; give more text or ask for less",
-         available, options.sequences, options.length, options.sequences * options.length);
-  }
-  if (options.skip >= options.length - 1)
-    fail("evaluation: skip {} leaves nothing of length {} to score", options.skip, options.length);
-  if (options.length > backbone.config().max_position_embeddings) {
-    fail("evaluation: length {} passes the model's limit of {} positions", options.length,
-         backbone.config().max_position_embeddings);
-  }
+  check_text_eval(options, static_cast<int64_t>(tokens.size()), backbone.config());
   TextEvalResult result;
   result.options = options;
   result.dense.name = "dense";

@@ -56,6 +56,10 @@ struct TextEvalResult {
   void add_to(Page& page) const;
 };
 
+// What evaluate_text refuses, known without the model's weights: Error when a text of so many tokens is too short, when a
+// length passes the model's positions, and on impossible options.
+void check_text_eval(const TextEvalOptions& options, int64_t tokens, const ModelConfig& model);
+
 // `tokens` is one long text; sequence i is tokens [i * length, (i + 1) * length). Throws Error when it is too
 // short.
 // `selector` may be null when no method needs it. Every query of the text selects for itself, whatever a method's

@@ -10,6 +10,7 @@
 
 #include "checkpoint/checkpoint.h"
 #include "core/error.h"
+#include "core/notice.h"
 #include "core/progress.h"
 
 namespace spot {
@@ -222,9 +223,8 @@ void check_names_and_shapes(const Checkpoint& checkpoint, const ModelConfig& con
          unexpected.size(), config.architecture, some_of(unexpected));
   }
   if (vision + multi_token > 0 && !is_silent()) {
-    fmt::print(stderr,
-               "{}: the text model is used; {} vision and {} multi-token-prediction tensors are skipped\n",
-               checkpoint.path().string(), vision, multi_token);
+    notice("{}: the text model is used; {} vision and {} multi-token-prediction tensors are skipped\n",
+           checkpoint.path().string(), vision, multi_token);
   }
 }
 
@@ -307,10 +307,10 @@ ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig
   const std::string prefix = prefix_of(checkpoint);
   check_names_and_shapes(checkpoint, config, specs, prefix);
   if (config.sliding_window > 0 && !is_silent()) {
-    fmt::print(stderr,
-               "{}: the model attends in a sliding window; it runs up to that window's {} tokens, where "
-               "every token sees all before it\n",
-               checkpoint.path().string(), config.sliding_window);
+    notice(
+        "{}: the model attends in a sliding window; it runs up to that window's {} tokens, where "
+        "every token sees all before it\n",
+        checkpoint.path().string(), config.sliding_window);
   }
 
   if (!dtype) {

@@ -50,6 +50,9 @@ class Selector {
   static Selector load(const std::string& selector, const std::filesystem::path& model_folder,
                        const ModelConfig& backbone, const std::string& fingerprint, at::Device device,
                        at::ScalarType dtype = at::kFloat);
+  // The config alone, after the same checks of selector.json but for the fingerprint: the weights are not read.
+  static SelectorConfig read_config(const std::string& selector, const std::filesystem::path& model_folder,
+                                    const ModelConfig& backbone);
   // The folder load() would read.
   static std::filesystem::path resolve(const std::string& selector,
                                        const std::filesystem::path& model_folder);
@@ -116,6 +119,10 @@ class Selector {
     at::Tensor norm_weight, norm_bias;  // [head_dim] float32; undefined where the norm has none
   };
   Selector() = default;
+  // What load() takes from selector.json: a selector without weights, and the document.
+  static std::pair<Selector, nlohmann::json> read_document(const std::filesystem::path& folder,
+                                                           const ModelConfig& backbone,
+                                                           const std::string& fingerprint, at::Device device);
   static at::ScalarType fine_type(at::ScalarType dtype);
   // Moves query and key into one matrix, below the rows of `projection` if that is defined; its bias is then
   // followed by a zero for each row of theirs.

@@ -5,6 +5,7 @@
 #include <fstream>
 
 #include "checkpoint/safetensors.h"
+#include "core/checksum.h"
 #include "core/error.h"
 #include "core/files.h"
 #include "selector/selector.h"
@@ -83,19 +84,20 @@ void Selector::save(const fs::path& folder, const std::string& fingerprint, cons
   const std::string id = weights_id(values);
   write_safetensors(folder / "selector.safetensors", tensors,
                     {{"format", kFormat}, {"weights_id", id}, {"preset", config_.preset}});
-  const json document = {{"format", kFormat},
-                         {"version", kVersion},
-                         {"config", config_.to_json()},
-                         {"backbone", backbone_facts(backbone_, fingerprint)},
-                         {"layers", layers_},
-                         {"weights_id", id},
-                         {"notes", notes}};
+  json document = {{"format", kFormat},
+                   {"version", kVersion},
+                   {"config", config_.to_json()},
+                   {"backbone", backbone_facts(backbone_, fingerprint)},
+                   {"layers", layers_},
+                   {"weights_id", id},
+                   {"tensors_checksum", checksum_of_file(folder / "selector.safetensors")},
+                   {"notes", notes}};
+  seal(document);
   write_file_atomically(folder / "selector.json", document.dump(2) + "\n");
 }
 
-Selector Selector::load(const std::string& name, const fs::path& model_folder, const ModelConfig& backbone,
-                        const std::string& fingerprint, at::Device device, at::ScalarType dtype) {
-  const fs::path folder = resolve(name, model_folder);
+std::pair<Selector, json> Selector::read_document(const fs::path& folder, const ModelConfig& backbone,
+                                                  const std::string& fingerprint, at::Device device) {
   const std::string source = (folder / "selector.json").string();
   const json document = read_json(folder / "selector.json");
   if (!document.is_object() || document.value("format", json()) != kFormat)
@@ -103,6 +105,7 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
   if (document.value("version", json()) != kVersion)
     fail("{} has version {}, this program reads version {}; upgrade it", source,
          document.value("version", json()).dump(), kVersion);
+  check_seal(document, source);
   check_backbone(document.value("backbone", json()), backbone_facts(backbone, fingerprint), source);
 
   Selector selector;
@@ -112,12 +115,28 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
   if (document.value("layers", json()) != json(selector.layers_))
     fail("{}: field \"layers\" is {}, but the backbone and dense_layers give {}", source,
          document.value("layers", json()).dump(), json(selector.layers_).dump());
+  return {std::move(selector), document};
+}
 
+SelectorConfig Selector::read_config(const std::string& name, const fs::path& model_folder,
+                                     const ModelConfig& backbone) {
+  return read_document(resolve(name, model_folder), backbone, "", at::kCPU).first.config();
+}
+
+Selector Selector::load(const std::string& name, const fs::path& model_folder, const ModelConfig& backbone,
+                        const std::string& fingerprint, at::Device device, at::ScalarType dtype) {
+  const fs::path folder = resolve(name, model_folder);
+  const std::string source = (folder / "selector.json").string();
+  auto [selector, document] = read_document(folder, backbone, fingerprint, device);
+
+  // The id ties the two files together and is made of a sample of the weights; the checksum, which older selectors lack,
+  // covers every byte.
   const SafetensorsFile file(folder / "selector.safetensors");
   const auto& metadata = file.metadata();
   if (!metadata.contains("weights_id") || document.value("weights_id", json()) != metadata.at("weights_id"))
     fail("{} and selector.safetensors beside it were not written together; restore both from the same run",
          source);
+  check_file(file.path(), document.value("tensors_checksum", json()));
   const SelectorConfig& config = selector.config_;
   std::vector<std::pair<std::string, at::Tensor>> read;  // in the order of save()
   for (int64_t layer : selector.layers_) {

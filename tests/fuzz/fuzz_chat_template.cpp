@@ -1,7 +1,4 @@
 // A libFuzzer target: reads and renders any bytes as a chat template. Nothing but spot::Error may come out.
-//   clang++ -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined
-//     -DFMT_HEADER_ONLY=1 -Isrc -I. tests/fuzz/fuzz_chat_template.cpp src/text/jinja/*.cpp src/text/unicode.cpp
-//     src/text/unicode_case.cpp -lutf8proc -o fuzz_chat_template && ./fuzz_chat_template tests/fuzz/chat_template
 #include <cstddef>
 #include <cstdint>
 #include <nlohmann/json.hpp>

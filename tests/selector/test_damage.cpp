@@ -1,0 +1,137 @@
+// Damaged selector files: what is shipped, bit by bit, and documents that are JSON but not ours.
+#include <gtest/gtest.h>
+
+#include "core/checksum.h"
+#include "selector/selector.h"
+#include "support.h"
+
+namespace spot {
+namespace {
+
+using nlohmann::json;
+using test::fresh_seed, test::random_int, test::TemporaryFolder;
+namespace fs = std::filesystem;
+
+struct Loaded {
+  SelectorConfig config;
+  json notes;
+  std::vector<at::Tensor> weights;
+};
+
+Loaded load(const fs::path& folder, const ModelConfig& model) {
+  const Selector selector = Selector::load(folder.string(), "", model, "", at::kCPU);
+  return {selector.config(), selector.notes(), selector.parameters()};
+}
+
+bool equal(const Loaded& a, const Loaded& b) {
+  if (!(a.config == b.config) || a.notes != b.notes || a.weights.size() != b.weights.size()) return false;
+  for (size_t i = 0; i < a.weights.size(); ++i)
+    if (!at::equal(a.weights[i], b.weights[i])) return false;
+  return true;
+}
+
+void flip(std::string& bytes, int64_t bit) {
+  bytes[static_cast<size_t>(bit / 8)] =
+      static_cast<char>(static_cast<unsigned char>(bytes[static_cast<size_t>(bit / 8)]) ^ (1u << (bit % 8)));
+}
+
+TEST(SelectorFiles, EveryFlippedBitOfWhatIsShippedIsNoticedOrHarmless) {
+  fresh_seed();
+  for (const char* name : {"tiny-qwen3", "tiny-qwen3.5"}) {
+    const fs::path shipped = fs::path("models") / name / "selectors" / "spot";
+    const ModelConfig model = ModelConfig::load(fs::path("models") / name);
+    const Loaded whole = load(shipped, model);
+    ASSERT_TRUE(read_json(shipped / "selector.json").contains("tensors_checksum")) << name;
+    const TemporaryFolder folder;
+    int noticed = 0;
+    for (const char* file : {"selector.json", "selector.safetensors"}) {
+      for (const char* each : {"selector.json", "selector.safetensors"})
+        fs::copy_file(shipped / each, folder.path() / each, fs::copy_options::overwrite_existing);
+      const std::string bytes = read_file(shipped / file);
+      for (int i = 0; i < 60; ++i) {
+        // Half of them in the first kilobytes: the header of one, what is read of the other.
+        const auto bits = static_cast<int64_t>(8 * bytes.size());
+        const int64_t bit = random_int(0, (i % 2 ? bits : std::min<int64_t>(bits, 8 * 4096)) - 1);
+        std::string damaged = bytes;
+        flip(damaged, bit);
+        write_file_atomically(folder.path() / file, damaged);
+        try {
+          EXPECT_TRUE(equal(load(folder.path(), model), whole)) << name << " " << file << " bit " << bit;
+        } catch (const Error&) {
+          ++noticed;
+        }
+      }
+    }
+    EXPECT_GT(noticed, 60) << name;
+  }
+}
+
+TEST(SelectorFiles, ThoseOfEarlierVersionsLoadWithoutChecksums) {
+  const ModelConfig model = test::small_model(24, 2, 4, 2, 16);
+  const TemporaryFolder folder;
+  Selector(SelectorConfig{}, model, at::kCPU, at::kFloat, fresh_seed())
+      .save(folder.path(), "abc", {{"steps", 3}});
+  const Loaded whole = load(folder.path(), model);
+  json document = read_json(folder.path() / "selector.json");
+  check_seal(document, "as saved");
+  document.erase("checksum"), document.erase("tensors_checksum");
+  write_file_atomically(folder.path() / "selector.json", document.dump());
+  EXPECT_TRUE(equal(load(folder.path(), model), whole));
+  // Of the selector.safetensors of another run with the same id, only the checksum can tell.
+  document["tensors_checksum"] = "0123456789abcdef";
+  write_file_atomically(folder.path() / "selector.json", document.dump());
+  EXPECT_NE(test::error_of([&] { load(folder.path(), model); }).find("damaged"), std::string::npos);
+}
+
+// Any value in the place of a random one.
+void mutate(json& value) {
+  if (value.is_structured() && !value.empty() && random_int(0, 3) > 0) {
+    auto at = value.begin();
+    std::advance(at, random_int(0, static_cast<int64_t>(value.size()) - 1));
+    if (random_int(0, 9) == 0)
+      value.erase(at);
+    else
+      mutate(*at);
+    return;
+  }
+  const std::vector<json> others = {nullptr,
+                                    true,
+                                    -1,
+                                    0,
+                                    1e300,
+                                    1.5,
+                                    INT64_MAX,
+                                    UINT64_MAX,
+                                    "",
+                                    "spot",
+                                    json::array(),
+                                    {1, 2},
+                                    json::object(),
+                                    {{"a", 1}},
+                                    std::string(100, 'x'),
+                                    INT64_MIN};
+  value = others[static_cast<size_t>(random_int(0, static_cast<int64_t>(others.size()) - 1))];
+}
+
+TEST(SelectorFiles, NothingButErrorsComesOfOtherDocuments) {
+  fresh_seed();
+  const ModelConfig model = test::small_model(24, 2, 4, 2, 16);
+  const TemporaryFolder folder;
+  Selector(SelectorConfig{}, model, at::kCPU).save(folder.path(), "abc");
+  json whole = read_json(folder.path() / "selector.json");
+  whole.erase("checksum"), whole.erase("tensors_checksum");
+  for (int i = 0; i < 400; ++i) {
+    json document = whole;
+    for (int64_t n = random_int(1, 3); n > 0; --n) mutate(document);
+    write_file_atomically(folder.path() / "selector.json", document.dump());
+    try {
+      load(folder.path(), model);
+    } catch (const Error&) {
+    } catch (const std::exception& e) {
+      ADD_FAILURE() << e.what() << " of " << document.dump();
+    }
+  }
+}
+
+}  // namespace
+}  // namespace spot
