@@ -10,6 +10,8 @@
 namespace spot {
 namespace {
 
+constexpr int64_t kMostLayers = 10'000;  // more than any model has
+
 Policy make_spot(const MethodSpec& spec, const ModelConfig&, const Selector* selector, PagePools& pools) {
   if (!selector)
     fail("attention 'spot' needs a selector; name one with --selector, or distil one with `spot distill`");
@@ -179,7 +181,8 @@ MethodSpec make_spec(const std::string& word, const MethodSettings& settings,
   if (budget && *budget < 1) fail("the budget is {} tokens; it must be at least 1", *budget);
   if (share && !(*share > 0 && *share <= 1))
     fail("the budget's share of the context is {}; it must be above 0 and at most 1", *share);
-  if (dense_layers < 0) fail("{} dense layers were asked for; give 0 or more", dense_layers);
+  if (dense_layers < 0 || dense_layers > kMostLayers)
+    fail("{} dense layers were asked for; give 0 to {}", dense_layers, kMostLayers);
   MethodSpec spec{.name = word, .word = word};
   SelectionRule& rule = spec.rule;
   if (selector) rule = selector->selection.rule;

@@ -36,6 +36,7 @@ struct Options {
 
 std::vector<int32_t> read_prompt(const Options& options, const Tokenizer& tokenizer) {
   std::string text = options.prompt_file.empty() ? options.prompt : read_text_file(options.prompt_file);
+  if (text.empty() && !options.chat.chat) throw UsageError("the prompt is empty; give some text");
   if (options.chat.chat) {
     std::vector<ChatMessage> messages;
     if (!options.system.empty()) messages.push_back({"system", options.system});

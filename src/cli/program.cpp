@@ -68,7 +68,7 @@ int run_program(int argc, const char* const* argv, const ProcessGroup* group) {
       } else {
         // What CLI11 complains of first may follow from a word that it does not name.
         const std::string unknown = find_unknown_word(app, argc, argv);
-        throw UsageError(fmt::format("{}; `spot --help` and `spot COMMAND --help` list what there is",
+        throw UsageError(fmt::format("{} (`spot --help` and `spot COMMAND --help` list what there is)",
                                      unknown.empty() ? usage_sentence(e) : unknown));
       }
     }
@@ -79,8 +79,10 @@ int run_program(int argc, const char* const* argv, const ProcessGroup* group) {
     status = 2;
     line = e.what();
   } catch (const std::exception& e) {
-    status = 1;
-    line = sentence(e);
+    // Behind an option that nothing knows, its value may have been taken for something else.
+    line = find_unknown_word(app, argc, argv);
+    status = line.empty() ? 1 : 2;
+    if (line.empty()) line = sentence(e);
   }
   line = "error: " + line;
   // All processes of a group read the same command line.

@@ -50,7 +50,7 @@ def basics(place, tmp_path):
             "generate": ["--model", model, "--prompt", "Hi", "--max-new-tokens", 2],
             "distill": program.distillation(model, place / "text.jsonl", tmp_path / "out", "--steps", 2)[1:],
             "eval text": ["--model", model, *text, "--length", 512, "--skip", 100, "--sequences", 1, "--out", tmp_path / "e"],
-            "eval needle": ["--model", model, *text, "--length", 600, "--samples", 1, "--out", tmp_path / "e"],
+            "eval needle": ["--model", model, *text, "--length", 600, "--distractors", 2, "--samples", 1, "--out", tmp_path / "e"],
             "eval ruler": ["--model", model, "--tasks", "vt", "--lengths", 1024, "--samples", 1, "--out", tmp_path / "e"],
             "bench": ["--model", model, "--context", 256, "--steps", 2],
             "bench decode": ["--device", "cpu", "--shapes", "qwen3.5-9b", "--lengths", 1024, "--batch", 1, "--rounds", 1, "--sets", 1],

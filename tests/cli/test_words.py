@@ -6,7 +6,7 @@ import string
 import pytest
 from program import Watch
 
-SAMPLED = 24  # runs of each kind, drawn anew each time: a run costs a third of a second
+SAMPLED = 16  # runs of each kind, drawn anew each time: a run costs a third of a second
 
 
 def misspelt(word: str, known: set[str], dice: random.Random) -> str:
@@ -37,14 +37,14 @@ def test_misspelt_words_are_named(spot, commands, place, seed):
         done = spot(*name.split()[:-1], wrong, "--model", place / "model")
         assert done.returncode == 2 and wrong in done.stderr, (name, wrong, done.stderr)
         if len(right) > 4:
-            assert right in done.stderr.replace(wrong, ""), (name, wrong, done.stderr)
+            assert f"is {right} meant" in done.stderr, (name, wrong, done.stderr)
     pairs = [(name, option.name) for name, options in commands.items() for option in options]
     for name, option in dice.sample(pairs, SAMPLED):
         wrong = misspelt(option, {other for command, other in pairs if command == name} | {"--config", "--help"}, dice)
         done = spot(*name.split(), wrong, "3", "--model", place / "model")
         assert done.returncode == 2 and wrong in done.stderr, (name, wrong, done.stderr)
         # Another option may be as near; one is named.
-        near = [other for command, other in pairs if command == name and other in done.stderr.replace(wrong, "")]
+        near = [other for command, other in pairs if command == name and f"is {other} meant" in done.stderr]
         assert near or len(option) < 7, (name, option, wrong, done.stderr)
 
 
@@ -68,7 +68,7 @@ def test_no_number_ends_in_a_crash(spot, commands, basics, unreadable, seed):
     pairs = [
         (name, option.name) for name in known for option in commands[name] if option.kind in ("INT", "UINT", "FLOAT")
     ]
-    for name, option in dice.sample(pairs, 2 * SAMPLED):
+    for name, option in dice.sample(pairs, SAMPLED + 8):
         if name == "bench decode":
             continue  # reads no weights: long runs would be begun
         words, value = list(map(str, known[name])), dice.choice(NUMBERS)
@@ -157,4 +157,4 @@ def test_unknown_words_of_a_config_file(spot, place, tmp_path):
         (tmp_path / "run.toml").write_text(text)
         done = spot("distill", "--config", tmp_path / "run.toml", "--model", place / "model", "--data", place / "text.jsonl",
                     "--out", tmp_path / "out")  # fmt: skip
-        assert done.returncode == 2 and not (tmp_path / "out").exists(), (text, done)
+        assert done.returncode in (1, 2) and not (tmp_path / "out").exists(), (text, done)

@@ -243,10 +243,34 @@ TEST(Methods, GrammarReadsAllAndNamesWhatIsWrong) {
   EXPECT_EQ(methods[2].describe(), "top-k 512 pruned to 0.5");
   EXPECT_TRUE(methods[3].is_dense());
   EXPECT_EQ(parse_method("oracle", base, nullptr).rule.p, 0.8);
+  // What of the base a method reads: not what its own text replaces, nor what it does not know.
+  base.recency = 32, base.cache_format = "int8", base.cap = 4096;
+  const auto read = [&](const char* text) { return parse_method(text, base, nullptr).from_base; };
+  EXPECT_EQ(read("spot"), (std::set<std::string>{"p", "dense", "recency", "cache", "cap"}));
+  EXPECT_EQ(read("spot:k=10%,dense=2"), (std::set<std::string>{"recency", "cache"}));
+  EXPECT_EQ(read("streaming"), (std::set<std::string>{"dense"}));
+  EXPECT_EQ(read("dense"), std::set<std::string>{});
   EXPECT_EQ(parse_method("twilight", {}, nullptr).describe(), "top-k 25% pruned to 0.95");
-  for (const char* bad : {"Dense", "spot:p", "spot:p=", "spot:q=3", "spot:p=0.9x", "spot:p=2", "spot:k=0",
-                          "spot:k=1.5", "spot:p=0.9,k=10", "quest:cache=int4", "spot:cache=int5",
-                          "dense:prefill=sparse", "quest:sinks=5%", "streaming:k=100"})
+  for (const char* bad : {"Dense",
+                          "spot:p",
+                          "spot:p=",
+                          "spot:q=3",
+                          "spot:p=0.9x",
+                          "spot:p=2",
+                          "spot:k=0",
+                          "spot:k=1.5",
+                          "spot:p=0.9,k=10",
+                          "quest:cache=int4",
+                          "spot:cache=int5",
+                          "dense:prefill=sparse",
+                          "quest:sinks=5%",
+                          "streaming:k=100",
+                          "streaming:p=0.3",
+                          "quest:k=512,cap=2048",
+                          "quest:k=512,temperature=2",
+                          "dense:p=0.5",
+                          "twilight:cap=99",
+                          "spot:dense=999999999"})
     EXPECT_THROW(
         {
           const MethodSpec spec = parse_method(bad, {}, nullptr);
