@@ -111,6 +111,7 @@ std::string fields_of(const nlohmann::json& row) {
 // Bytes of a closed name, readable through the path for as long as it lives.
 struct OpenFile {
   int descriptor;
+  explicit OpenFile(int number) : descriptor(number) {}
   ~OpenFile() { ::close(descriptor); }
 };
 
