@@ -391,6 +391,8 @@ bool DocumentReader::next(std::string& text) {
     row = nlohmann::json::parse(text);
   } catch (const nlohmann::json::parse_error& e) {
     fail("{}: not valid JSON at byte {} of the row; each row must be one JSON object", place(), e.byte);
+  } catch (const nlohmann::json::out_of_range&) {
+    fail("{}: holds a number beyond float64's range", place());
   }
   ++rows_;
   if (const std::string* found = text_of(row, text_field_)) {
