@@ -125,21 +125,25 @@ std::unique_ptr<AttentionStack> make_stack(const Options& options, const Backbon
   return make(pages, sequences, options.snapshots);
 }
 
-void run(Options options) {
+void run(Options options, const CLI::App& command) {
+  // Everything that is cheap to know comes before the weights.
   options.http.api_key = api_key(options);
   options.http.max_body_bytes = static_cast<uint64_t>(options.body_mib) << 20;
   options.http.max_buffered_bytes = static_cast<size_t>(options.buffered_kib) << 10;
   options.http.max_answers = options.engine.max_sequences + options.queue;
 
+  const ModelConfig config = options.model.prepare();
+  const std::optional<SelectorConfig> selector_config = options.selector.read_config(options.model, config);
+  const SelectorConfig* rule = selector_config ? &*selector_config : nullptr;
+  const std::string attention = options.attention == "auto" ? (rule ? "spot" : "dense") : options.attention;
+  // Dense attention needs nothing of its own, and spot's keys must be there from the first token on.
+  std::vector<MethodSpec> methods = {options.method.parse(attention, rule)};
+  if (rule && methods[0].word != "spot") methods.push_back(options.method.parse("spot", rule));
+  MethodOptions::check_read(command, methods);
+
   const Backbone backbone = options.model.load();
   const std::optional<Selector> loaded = options.selector.load(options.model, backbone);
   const Selector* selector = loaded ? &*loaded : nullptr;
-  const std::string attention =
-      options.attention == "auto" ? (selector ? "spot" : "dense") : options.attention;
-  // Dense attention needs nothing of its own, and spot's keys must be there from the first token on.
-  std::vector<MethodSpec> methods = {parse_method(attention, options.method, selector)};
-  if (selector && methods[0].word != "spot")
-    methods.push_back(parse_method("spot", options.method, selector));
   ServedModel model = served(options, backbone, selector, methods);
 
   EngineOptions engine_options = options.engine;
@@ -259,7 +263,7 @@ void add_serve(CLI::App& app) {
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command.add_flag("--eager", options->eager, "No CUDA graphs");
-  command.callback([options] { run(*options); });
+  command.callback([options, &command] { run(*options, command); });
 }
 
 }  // namespace spot::cli

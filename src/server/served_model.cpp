@@ -34,7 +34,7 @@ MethodSpec method_of(const ApiRequest& api, const ServedModel& model) {
     refuse("attention", "attention '{}' is not served here; there is {}", word, words);
   }
   try {
-    return parse_method(text, model.method_settings, model.selector);
+    return parse_method(text, model.method_settings, model.selector ? &model.selector->config() : nullptr);
   } catch (const Error& error) {
     throw ApiError(400, error.what(), "attention");
   }
