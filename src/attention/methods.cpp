@@ -124,6 +124,7 @@ const std::vector<AttentionMethod>& attention_methods() {
        make_streaming,
        false,
        nullptr,
+       false,
        {"k", "sinks", "dense", "prefill"}},
       {"oracle", "the true attention under the same rule", make_oracle, false, nullptr, false, rule},
       {"quest", "Quest's bound of each page", make_quest, true, nullptr, true, rule},
@@ -132,6 +133,7 @@ const std::vector<AttentionMethod>& attention_methods() {
        make_twilight,
        true,
        adapt_to_twilight,
+       true,
        {"p", "k", "k%", "sinks", "recency", "floor", "dense", "prefill"}}};
   return methods;
 }
