@@ -86,7 +86,7 @@ class EngineHandle : public torch::CustomClassHolder {
     }
     std::vector<MethodSpec> specs;
     for (const std::string& method : methods)
-      specs.push_back(parse_method(method, {}, selector_ ? &*selector_ : nullptr));
+      specs.push_back(parse_method(method, {}, selector_ ? &selector_->config() : nullptr));
     const int64_t sequences = options.at("max_sequences"), tokens = options.at("cache_tokens");
     if (sequences < 1 || tokens < 1)
       fail("engine: max_sequences is {} and cache_tokens {}; both must be at least 1", sequences, tokens);
