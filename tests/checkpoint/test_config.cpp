@@ -264,7 +264,8 @@ TEST(Config, RefusesWhatItCannotRun) {
   refuse(kQwen3_8B, {{"architectures", nullptr}}, {"architectures"});
   refuse(kQwen3_8B, {{"num_experts", 128}}, {"num_experts"});
   refuse(kQwen3_8B, {{"hidden_act", "gelu"}}, {"gelu"});
-  refuse(kQwen3_8B, {{"quantization_config", {{"quant_method", "fp8"}}}}, {"quantised"});
+  refuse(kQwen3_8B, {{"quantization_config", {{"quant_method", "exl2"}}}}, {"quantised", "exl2"});
+  refuse(kQwen3_8B, {{"quantization_config", {{"quant_method", "fp8"}}}}, {"weight_block_size"});
   refuse(kQwen3_8B, {{"hidden_size", nullptr}}, {"hidden_size is missing"});
   refuse(kQwen3_8B, {{"hidden_size", 0}}, {"hidden_size is 0"});
   refuse(kQwen3_8B, {{"hidden_size", -4}}, {"hidden_size is -4"});
