@@ -31,7 +31,7 @@ ifeq ($(NVCC),)
 	@echo "nvcc was not found: the CUDA compile check was NOT run"
 else
 	@cmake --preset cuda -DPython3_EXECUTABLE=$(PYTHON) >/dev/null
-	@cmake --build build/cuda
+	@cmake --build build/cuda --target cuda_parts
 endif
 
 test: build cuda-compile test-python test-cpp

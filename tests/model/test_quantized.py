@@ -41,7 +41,7 @@ def gptq(name, weight, group, rng, settings):
     if settings["desc_act"]:
         row_group = row_group[torch.randperm(inputs)]
     codes, zeros, scales, meant = quantise(weight, size, row_group)
-    stored = zeros - (settings["checkpoint_format"] == "gptq")
+    stored = zeros - int(settings["checkpoint_format"] == "gptq")
     parts = {
         f"{name}.qweight": words(codes.t()).t().contiguous(),
         f"{name}.qzeros": words(stored),
