@@ -107,6 +107,18 @@ _OPTIONS = {
     "dense": ("dense_layers", True),
 }
 
+_RULE = {"p", "t", "k", "k%", "sinks", "recency", "floor", "cap", "temperature", "dense", "prefill"}
+# The keys that each word's method reads; "k%" is a share of the context.
+_READ = {
+    "dense": set(),
+    "spot": _RULE | {"cache"},
+    "streaming": {"k", "sinks", "dense", "prefill"},
+    "oracle": _RULE,
+    "quest": _RULE,
+    "twilight": {"p", "k", "k%", "sinks", "recency", "floor", "dense", "prefill"},
+}
+_MOST_LAYERS = 10_000
+
 
 def _set_option(settings: dict[str, Any], key: str, value: str) -> bool:
     """Sets one KEY=VALUE; False when it is not one of the grammar's."""
@@ -136,18 +148,25 @@ def parse_method(text: str, defaults: SelectionRule | None = None) -> Method:
     """
     word, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
+    given = set()
     parts = rest.split(",")
     for option in parts[:-1] if parts[-1] == "" else parts:
         key, equals, value = option.partition("=")
         if not equals or not value or not _set_option(settings, key, value):
             raise ValueError(f"method '{text}': '{option}' is not one of {GRAMMAR}")
+        given.add("k%" if key == "k" and value.endswith("%") else key)
     if word not in WORDS:
         raise ValueError(f"attention '{word}' is unknown; choose {one_of(WORDS)}")
-    if word != "spot" and "cache_format" in settings:
-        raise ValueError(f"method '{text}': only spot has a cache of selector keys; leave out cache=")
-    if word == "dense" and settings.get("sparse_prefill"):
-        raise ValueError(f"method '{text}': dense attention has no sparse prefill; leave out prefill=")
-    return make_method(word, settings, defaults, name=text)
+    method = make_method(word, settings, defaults, name=text)
+    for key in sorted(given):
+        if key not in _READ[word]:
+            why = f"attention '{word}' does not read it"
+        elif key in ("cap", "temperature") and method.rule.mode == "top_k":
+            why = "a fixed budget does not read it"
+        else:
+            continue
+        raise ValueError(f"method '{text}': {key.rstrip('%')}= has no effect, {why}; leave it out")
+    return method
 
 
 def make_method(
@@ -180,8 +199,8 @@ def make_method(
     if share is not None and not 0 < share <= 1:
         raise ValueError(f"the budget's share of the context is {shown(share)}; it must be above 0 and at most 1")
     dense_layers = given("dense_layers", 0)
-    if dense_layers < 0:
-        raise ValueError(f"{dense_layers} dense layers were asked for; give 0 or more")
+    if not 0 <= dense_layers <= _MOST_LAYERS:
+        raise ValueError(f"{dense_layers} dense layers were asked for; give 0 to {_MOST_LAYERS}")
     cache_format = given("cache_format")
     if cache_format is not None and cache_format not in KEY_FORMATS:
         raise ValueError(

@@ -45,7 +45,9 @@ def test_signals_save(spot, place, tmp_path, reference, name):
     out = tmp_path / "out"
     process = spot.start(*words(place, out))
     wait_for(lambda: lines_of(out) >= 1, process)
+    process.send_signal(signal.SIGSTOP)  # a quick machine takes the other steps before the signal is there
     process.send_signal(getattr(signal, name))
+    process.send_signal(signal.SIGCONT)
     _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, error
     saved = json.loads(next(out.glob("checkpoint-*/train.json")).read_text())["step"]

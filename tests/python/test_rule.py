@@ -28,6 +28,13 @@ WRONG = [
     "spot:cache=int5",
     "quest:cache=int4",
     "dense:prefill=sparse",
+    "dense:prefill=dense",
+    "streaming:p=0.3",
+    "streaming:k=10%,sinks=16",
+    "spot:k=512,cap=4096",
+    "oracle:k=10%,temperature=2,cap=4096",
+    "twilight:k=512,cap=900",
+    "spot:dense=10001",
     "spot:prefill=maybe",
     "spot:temperature=inf",
 ]
