@@ -85,21 +85,18 @@ def main() -> None:
         + filler[14000:30000]
         + "\nWhat is the special magic number for amber-river? The special magic number for amber-river is:"
     )
-    for attention in ("dense", "spot"):
+    for attention, choice in (("dense", ()), ("spot", ("--selector", selector, "--top-p", 0.7))):
         run(
             f"3. Generate, {attention}",
             SPOT,
             "generate",
             "--model",
             MODEL,
-            "--selector",
-            selector,
             "--prompt-file",
             prompt,
             "--attention",
             attention,
-            "--top-p",
-            0.7,
+            *choice,
             "--max-new-tokens",
             8,
         )
