@@ -43,7 +43,9 @@ def wait_for(condition, process):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_save(spot, place, tmp_path, reference, name):
     out = tmp_path / "out"
-    process = spot.start(*words(place, out))
+    # A shell has its background jobs ignore SIGINT, and what is ignored stays so.
+    heed = lambda: signal.signal(getattr(signal, name), signal.SIG_DFL)
+    process = spot.start(*words(place, out), preexec_fn=heed)
     wait_for(lambda: lines_of(out) >= 1, process)
     process.send_signal(signal.SIGSTOP)  # a quick machine takes the other steps before the signal is there
     process.send_signal(getattr(signal, name))
