@@ -44,11 +44,13 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="distil again even if out/demo holds a selector")
     parser.add_argument("--steps", type=int, default=100, help="distillation steps")
     parser.add_argument("--samples", type=int, default=8, help="needle prompts")
+    parser.add_argument("--length", type=int, default=16384, help="tokens of a needle prompt; held-out text has half")
+    parser.add_argument("--out", type=pathlib.Path, default=OUT, help="where everything lands (out/demo)")
     options = parser.parse_args()
-    start = time.time()
-    if options.fresh and OUT.exists():
-        shutil.rmtree(OUT)
-    text, selector = OUT / "text", OUT / "selector"
+    start, out = time.time(), options.out.resolve()
+    if options.fresh and out.exists():
+        shutil.rmtree(out)
+    text, selector = out / "text", out / "selector"
     if not (text / "heldout.txt").exists():
         run("1. Make a text", sys.executable, ROOT / "tools/make_text.py", "--out", text)
     if not (selector / "selector.json").exists():
@@ -69,7 +71,7 @@ def main() -> None:
             "--steps",
             options.steps,
             "--warmup-steps",
-            15,
+            min(15, options.steps // 2),
             "--loss",
             "dense",
             "--query-rows",
@@ -77,12 +79,13 @@ def main() -> None:
             "--lr",
             4e-3,
         )
-    prompt = OUT / "prompt.txt"
+    prompt = out / "prompt.txt"
     filler = (text / "heldout.txt").read_text()
+    before, whole = (share * options.length // 16384 for share in (14000, 30000))
     prompt.write_text(
-        filler[:14000]
+        filler[:before]
         + "\nThe special magic number for amber-river is: 483920.\n"
-        + filler[14000:30000]
+        + filler[before:whole]
         + "\nWhat is the special magic number for amber-river? The special magic number for amber-river is:"
     )
     for attention, choice in (("dense", ()), ("spot", ("--selector", selector, "--top-p", 0.7))):
@@ -101,7 +104,7 @@ def main() -> None:
             8,
         )
     run(
-        "4. Needles at 16K tokens, 8 times the training length",
+        f"4. Needles at {options.length:,} tokens; the training length was 2,048",
         SPOT,
         "eval",
         "needle",
@@ -112,16 +115,16 @@ def main() -> None:
         "--text",
         text / "heldout.txt",
         "--length",
-        16384,
+        options.length,
         "--samples",
         options.samples,
         "--methods",
         METHODS,
         "--out",
-        OUT / "needle",
+        out / "needle",
     )
     run(
-        "5. Held-out text at 8K tokens",
+        f"5. Held-out text at {options.length // 2:,} tokens",
         SPOT,
         "eval",
         "text",
@@ -132,23 +135,23 @@ def main() -> None:
         "--text",
         text / "heldout.txt",
         "--length",
-        8192,
+        options.length // 2,
         "--sequences",
         1,
         "--methods",
         METHODS,
         "--out",
-        OUT / "heldout",
+        out / "heldout",
     )
 
-    needle = json.loads((OUT / "needle" / "report.json").read_text())["lengths"][0]
+    needle = json.loads((out / "needle" / "report.json").read_text())["lengths"][0]
     print(f"\nDone in {(time.time() - start) / 60:.1f} minutes.")
     for method in needle["methods"]:
         print(
             f"  {method['name']:18} {method['exact_match']:3}/{needle['samples']} right, "
             f"{100 * method['attended_share']:5.1f}% of tokens attended, {method['milliseconds_per_token']:6.2f} ms/token"
         )
-    print(f"Plots: {OUT / 'needle' / 'report.html'}\n       {OUT / 'heldout' / 'report.html'}")
+    print(f"Plots: {out / 'needle' / 'report.html'}\n       {out / 'heldout' / 'report.html'}")
 
 
 if __name__ == "__main__":
