@@ -116,6 +116,8 @@ at::Tensor score_blocks(const ScoreBlocks& a) {
   float* score_data = scores.mutable_data_ptr<float>();
 
   const bool packed = format == kernels::KeyFormat::int4 && Int4Query::available();
+  std::vector<Int4Query> integers;
+  for (int64_t row = 0; packed && row < rows; ++row) integers.emplace_back(query_data + row * kHeads * kDim);
   const int64_t page_head_bytes = pages.page_head_bytes();
   constexpr int64_t kRun = 64;  // blocks a work item
   const int64_t runs = (width + kRun - 1) / kRun;
@@ -126,24 +128,18 @@ at::Tensor score_blocks(const ScoreBlocks& a) {
       const int64_t blocks = (length + kPageTokens - 1) / kPageTokens;
       const int64_t last = std::min(blocks, (item % runs + 1) * kRun);
       const float* q = query_data + row * kHeads * kDim;
-      if (packed) {
-        const Int4Query integers(q);
-        if (integers.is_finite()) {
-          for (int64_t block = item % runs * kRun; block < last; ++block) {
-            const uint8_t* page = pool_data + page_at(table_data + row * table_stride, block, num_pages) *
-                                                  key_heads * page_head_bytes;
-            const int64_t next = key_heads == 1 ? 0 : page_head_bytes;
-            const uint8_t* const pages[] = {page, page + next, page + 2 * next, page + 3 * next};
-            const int tokens = static_cast<int>(std::min<int64_t>(kPageTokens, length - block * kPageTokens));
-            integers.block_scores(pages, key_heads == 1, tokens, weight_data + row * groups * kHeads,
-                                  static_cast<int>(groups), score_data + row * groups * width + block, width);
-          }
-          continue;
-        }
-      }
       for (int64_t block = item % runs * kRun; block < last; ++block) {
         const int64_t page = page_at(table_data + row * table_stride, block, num_pages);
         const int tokens = static_cast<int>(std::min<int64_t>(kPageTokens, length - block * kPageTokens));
+        if (packed && integers[row].is_finite()) {
+          const uint8_t* first = pool_data + page * key_heads * page_head_bytes;
+          const int64_t next = key_heads == 1 ? 0 : page_head_bytes;
+          const uint8_t* const heads[] = {first, first + next, first + 2 * next, first + 3 * next};
+          integers[row].block_scores(heads, key_heads == 1, tokens, weight_data + row * groups * kHeads,
+                                     static_cast<int>(groups), score_data + row * groups * width + block,
+                                     width);
+          continue;
+        }
         for (int64_t h = 0; h < key_heads; ++h) {
           const float* x = pages.decode(pool_data + (page * key_heads + h) * pages.page_head_bytes(), tokens,
                                         buffer.data());

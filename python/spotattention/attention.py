@@ -40,7 +40,9 @@ def attend(
 def chosen_tokens(indices: Tensor, counts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Positions [R, groups, width * 16] of the tokens on the chosen blocks, and which of them there are."""
     place = torch.arange(indices.shape[2], device=indices.device)
-    token = indices.clamp_min(0).long()[..., None] * 16 + torch.arange(16, device=indices.device)
+    token = indices.clamp_min(0).long()[..., None] * ops.PAGE_TOKENS + torch.arange(
+        ops.PAGE_TOKENS, device=indices.device
+    )
     there = (place < counts[..., None])[..., None] & (token < lengths[:, None, None, None])
     return token.flatten(2), there.flatten(2)
 
@@ -60,8 +62,12 @@ def gathered_attention(
     kv_heads = key_pool.shape[0]
     token, there = chosen_tokens(indices, counts, lengths)
     groups = token.shape[1]
-    page = page_table.long()[:, None].expand(-1, groups, -1).gather(2, (token // 16).clamp_max(page_table.shape[1] - 1))
-    page, offset = page.expand(-1, kv_heads, -1), (token % 16).expand(-1, kv_heads, -1)
+    page = (
+        page_table.long()[:, None]
+        .expand(-1, groups, -1)
+        .gather(2, (token // ops.PAGE_TOKENS).clamp_max(page_table.shape[1] - 1))
+    )
+    page, offset = page.expand(-1, kv_heads, -1), (token % ops.PAGE_TOKENS).expand(-1, kv_heads, -1)
     head = torch.arange(kv_heads, device=query.device)[None, :, None]
     key, value = key_pool[head, page, offset], value_pool[head, page, offset]  # [R, kv_heads, tokens, dim]
     grouped = query.view(rows, kv_heads, heads // kv_heads, dim)

@@ -6,32 +6,46 @@ exact pass over the keys of one row, now and then, tells.
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spotattention.attention import chosen_tokens
+from spotattention.ops import PAGE_TOKENS
+
+CHUNK_PAGES = 256
+
+
+class Captured(NamedTuple):
+    mass: float  # share of the head-averaged attention on the chosen blocks, a mean over sets
+    attended: int  # tokens, a mean over sets
+    visible: int
 
 
 def captured_mass(
-    query: Tensor, key_pool: Tensor, page_table: Tensor, length: int, scale: float, indices: Tensor, counts: Tensor
-) -> float:
-    """The share of one row's exact attention, averaged over query heads, that lies on the chosen tokens.
-
-    query [num_heads, head_dim], page_table [pages], indices [groups, width] and counts [groups] of that row; key_pool as
-    ops.sparse_decode_attention takes it.
+    query: Tensor, key_pool: Tensor, pages: Tensor, length: int, indices: Tensor, counts: Tensor, scale: float
+) -> Captured:
+    """Of one row: query [heads, dim], key_pool [kv_heads, pages, 16, dim], pages [at least ceil(length / 16)] int32,
+    indices [sets, most] int32 and counts [sets] int32 of select_blocks, sets 1 or kv_heads. In float32.
     """
-    kv_heads, dim = key_pool.shape[0], key_pool.shape[3]
-    pages = page_table[: (length + 15) // 16].long()
-    keys = key_pool[:, pages].reshape(kv_heads, -1, dim)[:, :length].float()
-    logits = torch.einsum("hgd,htd->hgt", query.view(kv_heads, -1, dim).float(), keys) * scale
-    mass = logits.softmax(-1)  # [kv_heads, queries, length]
-    lengths = torch.tensor([length], dtype=torch.int32, device=query.device)
-    token, there = chosen_tokens(indices[None], counts[None], lengths)
-    chosen = torch.zeros(token.shape[1], length + 1, dtype=torch.bool, device=query.device)
-    chosen.scatter_(1, token[0].masked_fill(~there[0], length), True)
-    chosen = chosen[:, :length].expand(kv_heads, -1)[:, None]
-    return float((mass * chosen).sum(-1).mean())
+    kv_heads, blocks = key_pool.shape[0], -(-length // PAGE_TOKENS)
+    grouped = query.float().view(kv_heads, -1, query.shape[1])
+    parts = []
+    for begin in range(0, blocks, CHUNK_PAGES):  # a long sequence's keys are not gathered at once
+        some = pages[begin : min(begin + CHUNK_PAGES, blocks)].long()
+        parts.append(grouped @ key_pool[:, some].float().flatten(1, 2).transpose(1, 2))
+    logits = torch.cat(parts, -1) * scale
+    logits[..., length:] = -torch.inf
+    block_mass = logits.softmax(-1).view(kv_heads, -1, blocks, PAGE_TOKENS).sum(-1).mean(1)
+    if counts.shape[0] == 1:
+        block_mass = block_mass.mean(0, keepdim=True)
+    chosen = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
+    kept = torch.zeros(counts.shape[0], blocks + 1, device=indices.device)
+    kept.scatter_(1, torch.where(chosen, indices, blocks).long(), 1.0)
+    kept = kept[:, :blocks]
+    tokens = torch.full((blocks,), float(PAGE_TOKENS), device=kept.device)
+    tokens[-1] = length - (blocks - 1) * PAGE_TOKENS
+    return Captured(float((block_mass * kept).sum(1).mean()), round(float((kept @ tokens).mean())), length)
 
 
 class Judge:
@@ -94,7 +108,7 @@ class SelfCheck:
             return
         row = step // self.every % len(query)
         length = int(lengths[row])
-        mass = captured_mass(query[row], key_pool, page_table[row], length, scale, indices[row], counts[row])
+        mass = captured_mass(query[row], key_pool, page_table[row], length, indices[row], counts[row], scale).mass
         count, total = self._sums.get(layer, (0, 0.0))
         self._sums[layer] = count + 1, total + mass
         if self.callback is not None:

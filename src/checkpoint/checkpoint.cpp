@@ -85,13 +85,14 @@ void Checkpoint::fold_quantized() {
         fail("{}: tensor '{}' is missing, although '{}' is there", path_.string(), stem + part, name);
     if (quantization_.method == Quantization::Method::fp8 && !files_.contains(stem + "weight"))
       fail("{}: tensor '{}' is missing, although '{}' is there", path_.string(), stem + "weight", name);
-    quantized_[stem + "weight"] = name;
+    quantized_[stem + "weight"] = stem;
   }
 }
 
 at::Tensor Checkpoint::tensor(const std::string& name) const {
-  if (!quantized_.contains(name)) return file(name).tensor(name);
-  const std::string stem = name.substr(0, name.size() - std::string("weight").size());
+  const auto it = quantized_.find(name);
+  if (it == quantized_.end()) return file(name).tensor(name);
+  const std::string& stem = it->second;
   return quantization_.dequantize(
       [&](const std::string& part) {
         return files_.contains(stem + part) ? file(stem + part).tensor(stem + part) : at::Tensor();
@@ -100,16 +101,16 @@ at::Tensor Checkpoint::tensor(const std::string& name) const {
 }
 
 std::vector<int64_t> Checkpoint::shape(const std::string& name) const {
-  if (!quantized_.contains(name)) return file(name).shape(name);
-  const std::string stem = name.substr(0, name.size() - std::string("weight").size());
+  const auto it = quantized_.find(name);
+  if (it == quantized_.end()) return file(name).shape(name);
+  const std::string& stem = it->second;
   return quantization_.shape([&](const std::string& part) { return file(stem + part).shape(stem + part); });
 }
 
 std::vector<std::string> Checkpoint::names() const {
   std::set<std::string> names;
   for (const auto& [name, file] : files_) names.insert(name);
-  for (const auto& [name, first] : quantized_) {
-    const std::string stem = name.substr(0, name.size() - std::string("weight").size());
+  for (const auto& [name, stem] : quantized_) {
     for (const std::string& part : quantization_.parts()) names.erase(stem + part);
     names.insert(name);
   }

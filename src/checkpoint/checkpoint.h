@@ -33,7 +33,7 @@ class Checkpoint {
   // The file that holds the tensor or its first part, for messages.
   std::string where(const std::string& name) const {
     const auto it = quantized_.find(name);
-    return file(it == quantized_.end() ? name : it->second).path().string();
+    return file(it == quantized_.end() ? name : it->second + quantization_.parts()[0]).path().string();
   }
   const std::filesystem::path& path() const { return path_; }
 
@@ -45,7 +45,7 @@ class Checkpoint {
   std::filesystem::path path_;
   Quantization quantization_;
   std::map<std::string, std::shared_ptr<const SafetensorsFile>> files_;  // by tensor
-  std::map<std::string, std::string> quantized_;                         // "x.weight" -> its first part
+  std::map<std::string, std::string> quantized_;                         // "x.weight" -> "x."
 };
 
 }  // namespace spot

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from spotattention import ops
 from spotattention.attention import attend
 from spotattention.hf import backbone
 from spotattention.hf.cache import PagedLayer, Rows
@@ -233,7 +234,7 @@ class LayerAttention:
         )
         # The last block, which every selection with recent tokens holds, is cut at the row's length.
         cut = rows.cut if rule["recency"] > 0 else _cut_of_chosen(indices, rows)
-        self.attended = self.attended + counts.float().mean(1).sum() * 16 - cut
+        self.attended = self.attended + counts.float().mean(1).sum() * ops.PAGE_TOKENS - cut
         self.visible = self.visible + rows.visible
         owner.check.step(self.layer, flat, cache.key_pool, rows.page_table, rows.lengths, scale, indices, counts)
         self.scores = self.rows = None
@@ -242,13 +243,13 @@ class LayerAttention:
 
 def _cut_of_chosen(indices: Tensor, rows: Rows) -> Tensor:
     """Tokens that chosen last blocks lack, mean over groups."""
-    blocks = (rows.lengths + 15) // 16
+    blocks = -(-rows.lengths // ops.PAGE_TOKENS)
     chosen = (indices == blocks[:, None, None] - 1).any(-1)
-    return (chosen * (blocks * 16 - rows.lengths)[:, None]).float().mean(1).sum()
+    return (chosen * (blocks * ops.PAGE_TOKENS - rows.lengths)[:, None]).float().mean(1).sum()
 
 
 def _before_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    hidden = backbone.hidden_of(args, kwargs)
     cache = kwargs.get("cache")
     if cache is None:
         cache = kwargs.get("past_key_values")
@@ -266,9 +267,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function behind attn_implementation="spot": sparse where the step decodes, else transformers' sdpa."""
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"layer {module.layer_idx} attends with {name}, which sparse attention does not have")
+    backbone.refuse_other_scores(module, kwargs)
     layer = getattr(module, "_spot", None)
     if layer is None or layer.scores is None:
         return sdpa_attention_forward(

@@ -32,6 +32,18 @@ def _module_of(layer: nn.Module) -> nn.Module | None:
     return None
 
 
+def hidden_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that an attention module is called with."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def refuse_other_scores(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError where an attention function is asked for more than softmax of scaled products."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"layer {module.layer_idx} attends with {name}; selectors estimate standard softmax")
+
+
 def sliding_window(config: Any, module: nn.Module) -> int:
     """The window that an attention layer sees, 0 where it sees the whole context."""
     types = getattr(config, "layer_types", None)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-PAGE = 16
+from spotattention.ops import PAGE_TOKENS
 
 
 @dataclass
@@ -70,7 +70,7 @@ class PagedLayer(DynamicLayer):
 
     def _shifts(self) -> list[int]:
         """Where a sequence's column 0 lies: what brings its first token to the start of a page."""
-        return [-padding % PAGE for padding in self.padding]
+        return [-padding % PAGE_TOKENS for padding in self.padding]
 
     @property
     def batch(self) -> int:
@@ -78,15 +78,15 @@ class PagedLayer(DynamicLayer):
 
     @property
     def capacity(self) -> int:
-        return 0 if self.key_bytes is None else self.key_bytes.shape[1] * PAGE
+        return 0 if self.key_bytes is None else self.key_bytes.shape[1] * PAGE_TOKENS
 
     @property
     def key_pool(self) -> Tensor:
-        return self.key_store.view(self.key_store.shape[0], -1, PAGE, self.key_store.shape[3])
+        return self.key_store.view(self.key_store.shape[0], -1, PAGE_TOKENS, self.key_store.shape[3])
 
     @property
     def value_pool(self) -> Tensor:
-        return self.value_store.view(self.value_store.shape[0], -1, PAGE, self.value_store.shape[3])
+        return self.value_store.view(self.value_store.shape[0], -1, PAGE_TOKENS, self.value_store.shape[3])
 
     @property
     def selector_pool(self) -> Tensor:
@@ -109,12 +109,12 @@ class PagedLayer(DynamicLayer):
                 f"{self.padding}; pass the same padding in every call"
             )
         self.gaps = self.gaps or gaps
-        needed = self.length + tokens + (PAGE - 1)
+        needed = self.length + tokens + (PAGE_TOKENS - 1)
         if needed > self.capacity:
             self._grow(needed + needed // 4, device)
 
     def _grow(self, columns: int, device: torch.device) -> None:
-        pages = -(-columns // PAGE)
+        pages = -(-columns // PAGE_TOKENS)
 
         def grown(store: Tensor, dim: int, size: int) -> Tensor:
             shape = list(store.shape)
@@ -130,8 +130,8 @@ class PagedLayer(DynamicLayer):
         else:
             self.key_bytes = grown(self.key_bytes, 1, pages)
         if self.key_store is not None:
-            self.key_store = grown(self.key_store, 2, pages * PAGE)
-            self.value_store = grown(self.value_store, 2, pages * PAGE)
+            self.key_store = grown(self.key_store, 2, pages * PAGE_TOKENS)
+            self.value_store = grown(self.value_store, 2, pages * PAGE_TOKENS)
 
     def slots(self, tokens: int) -> Tensor:
         """Slots [B * tokens] int64 of the next columns: page * 16 + offset; -1 for padding."""
@@ -148,15 +148,15 @@ class PagedLayer(DynamicLayer):
         """The next `tokens` columns of every sequence as rows of the decode operators."""
         device = self.key_bytes.device
         padding = torch.tensor(self.padding, device=device)
-        pages = -(-(self.length + tokens - min(self.padding)) // PAGE)
-        own = self.capacity // PAGE
-        first = (padding + PAGE - 1) // PAGE
+        pages = -(-(self.length + tokens - min(self.padding)) // PAGE_TOKENS)
+        own = self.capacity // PAGE_TOKENS
+        first = (padding + PAGE_TOKENS - 1) // PAGE_TOKENS
         place = (first[:, None] + torch.arange(pages, device=device)).clamp_max(own - 1)  # past a length: not read
         table = (torch.arange(self.batch, device=device)[:, None] * own + place).to(torch.int32)
         column = torch.arange(self.length + 1, self.length + tokens + 1, device=device)
         lengths = (column - padding[:, None]).to(torch.int32)
         lengths = lengths.flatten()
-        return Rows(table.repeat_interleave(tokens, 0), lengths, lengths.sum(), (-lengths % PAGE).sum())
+        return Rows(table.repeat_interleave(tokens, 0), lengths, lengths.sum(), (-lengths % PAGE_TOKENS).sum())
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.device, self.dtype = key_states.device, key_states.dtype

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from spotattention.hf.loss import LayerParameters
 from spotattention.hf.observe import Seen, observing, run
+from spotattention.ops import PAGE_TOKENS
 from spotattention.progress import Progress
 from spotattention.selector import SelectorConfig
 
@@ -18,7 +19,11 @@ _QUERIES = 256  # of a sequence
 
 def _first_queries(config: SelectorConfig, tokens: int) -> list[int]:
     """Where the measured runs begin: evenly spaced among queries with enough residual blocks."""
-    least = -(-config.selection.sinks // 16) * 16 + config.selection.recency + _RESIDUAL_BLOCKS * 16
+    least = (
+        -(-config.selection.sinks // PAGE_TOKENS) * PAGE_TOKENS
+        + config.selection.recency
+        + _RESIDUAL_BLOCKS * PAGE_TOKENS
+    )
     starts = tokens - _RUN - least + 1
     if starts <= 0:
         return []
@@ -38,9 +43,9 @@ def block_scores_and_mass(layer: LayerParameters, seen: Seen, first: int) -> tup
     query = seen.query[first:end].float().unflatten(1, (kv_heads, heads // kv_heads))
     logits = torch.einsum("qhgd,thd->hgqt", query, seen.key[:end].float()) * seen.scale
     mass = logits.masked_fill(future, -torch.inf).softmax(-1).mean((0, 1))
-    missing = -end % 16
-    scores = nn.functional.pad(scores, (0, missing), value=-torch.inf).unflatten(1, (-1, 16)).amax(-1)
-    return scores, nn.functional.pad(mass, (0, missing)).unflatten(1, (-1, 16)).sum(-1)
+    missing = -end % PAGE_TOKENS
+    scores = nn.functional.pad(scores, (0, missing), value=-torch.inf).unflatten(1, (-1, PAGE_TOKENS)).amax(-1)
+    return scores, nn.functional.pad(mass, (0, missing)).unflatten(1, (-1, PAGE_TOKENS)).sum(-1)
 
 
 class Nucleus:
@@ -48,8 +53,8 @@ class Nucleus:
 
     def __init__(self, scores: Tensor, mass: Tensor, lengths: Tensor, config: SelectorConfig) -> None:
         block = torch.arange(scores.shape[1], device=scores.device)
-        recent = (lengths - config.selection.recency).clamp_min(0)[:, None] // 16
-        reserved = (block < -(-config.selection.sinks // 16)) | (block >= recent)
+        recent = (lengths - config.selection.recency).clamp_min(0)[:, None] // PAGE_TOKENS
+        reserved = (block < -(-config.selection.sinks // PAGE_TOKENS)) | (block >= recent)
         residual = mass.double().masked_fill(reserved, 0)
         total = residual.sum(-1, keepdim=True)
         self.counted = (total[:, 0] > 0).double()
@@ -94,7 +99,7 @@ def calibrate(
     """What selector.json keeps of the fit, with "temperature" by layer; None where all sequences are too short."""
     config = next(iter(layers.values())).config
     longest = max((len(s) for s in sequences), default=0)
-    blocks = -(-longest // 16)
+    blocks = -(-longest // PAGE_TOKENS)
     measured: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in layers}
     firsts: list[int] = []
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from spotattention import ops
 from spotattention.hf.observe import Seen
+from spotattention.ops import PAGE_TOKENS
 from spotattention.rope import RopeTable
 from spotattention.selector import LayerWeights, SelectorConfig
 
@@ -57,8 +58,8 @@ def active_range(config: SelectorConfig, row: Tensor) -> tuple[Tensor, Tensor]:
     """First and behind-last token, of those that queries at positions `row` are trained on: docs/method.md."""
     if config.distillation.teacher_scope == "all":
         return torch.zeros_like(row), row + 1
-    low = -(-config.selection.sinks // 16) * 16
-    return torch.full_like(row, low), (row + 1 - config.selection.recency).clamp_min(0) // 16 * 16
+    low = -(-config.selection.sinks // PAGE_TOKENS) * PAGE_TOKENS
+    return torch.full_like(row, low), (row + 1 - config.selection.recency).clamp_min(0) // PAGE_TOKENS * PAGE_TOKENS
 
 
 def logsumexp(seen: Seen, rows: Tensor, chunk_bytes: int = 1 << 25) -> Tensor:

@@ -11,6 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from spotattention.hf import backbone
+
 IMPLEMENTATION = "spot_observe"
 
 
@@ -39,7 +41,7 @@ def observing(model: nn.Module, modules: dict[int, nn.Module], look: Callable[[S
     handles = []
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        hidden = backbone.hidden_of(args, kwargs)
         module._spot_seen = (hidden, kwargs.get("position_ids"), kwargs.get("position_embeddings"), look)
 
     try:
@@ -67,9 +69,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     seen = module.__dict__.get("_spot_seen")
     if seen is not None:
-        for name in ("softcap", "s_aux", "position_bias"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"layer {module.layer_idx} attends with {name}; selectors estimate standard softmax")
+        backbone.refuse_other_scores(module, kwargs)
         hidden, positions, rotation, look = seen
         if hidden.shape[0] != 1 or key.shape[2] != query.shape[2]:
             raise ValueError("observed sequences come one at a time and without a cache")

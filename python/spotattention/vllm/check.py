@@ -9,49 +9,17 @@ Nothing of this is inside a captured graph but the copies of one row.
 import functools
 import logging
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from spotattention.self_check import Captured, captured_mass
 from spotattention.vllm.pages import PAGE_TOKENS
 
 logger = logging.getLogger("vllm.spotattention")
 
 WARN_SECONDS = 60.0
-CHUNK_PAGES = 256
-
-
-class Captured(NamedTuple):
-    mass: float  # share of the head-averaged attention on the chosen blocks, a mean over sets
-    attended: int  # tokens, a mean over sets
-    visible: int
-
-
-def captured_mass(
-    query: Tensor, key_pool: Tensor, pages: Tensor, length: int, indices: Tensor, counts: Tensor, scale: float
-) -> Captured:
-    """Of one row: query [heads, dim], key_pool [kv_heads, pages, 16, dim], pages [at least ceil(length / 16)] int32,
-    indices [sets, most] int32 and counts [sets] int32 of select_blocks, sets 1 or kv_heads. In float32.
-    """
-    kv_heads, blocks = key_pool.shape[0], -(-length // PAGE_TOKENS)
-    grouped = query.float().view(kv_heads, -1, query.shape[1])
-    parts = []
-    for begin in range(0, blocks, CHUNK_PAGES):  # a long sequence's keys are not gathered at once
-        some = pages[begin : min(begin + CHUNK_PAGES, blocks)].long()
-        parts.append(grouped @ key_pool[:, some].float().flatten(1, 2).transpose(1, 2))
-    logits = torch.cat(parts, -1) * scale
-    logits[..., length:] = -torch.inf
-    block_mass = logits.softmax(-1).view(kv_heads, -1, blocks, PAGE_TOKENS).sum(-1).mean(1)
-    if counts.shape[0] == 1:
-        block_mass = block_mass.mean(0, keepdim=True)
-    chosen = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
-    kept = torch.zeros(counts.shape[0], blocks + 1, device=indices.device)
-    kept.scatter_(1, torch.where(chosen, indices, blocks).long(), 1.0)
-    kept = kept[:, :blocks]
-    tokens = torch.full((blocks,), float(PAGE_TOKENS), device=kept.device)
-    tokens[-1] = length - (blocks - 1) * PAGE_TOKENS
-    return Captured(float((block_mass * kept).sum(1).mean()), round(float((kept @ tokens).mean())), length)
 
 
 @functools.cache

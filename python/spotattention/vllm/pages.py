@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PAGE_TOKENS = 16
+from spotattention.ops import PAGE_TOKENS
 
 
 class Pages(NamedTuple):
