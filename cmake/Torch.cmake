@@ -37,7 +37,6 @@ target_compile_options(torch::torch INTERFACE -UFMT_HEADER_ONLY)
 # --no-as-needed: the CUDA libraries register their kernels at load time; no symbol of theirs is referenced.
 if(SPOT_TORCH_CUDA)
   target_link_libraries(torch::torch INTERFACE spot_fmt -Wl,--no-as-needed torch torch_cpu torch_cuda c10 c10_cuda -Wl,--as-needed)
-  target_compile_definitions(torch::torch INTERFACE SPOT_TORCH_CUDA=1)
 else()
   target_link_libraries(torch::torch INTERFACE spot_fmt torch torch_cpu c10)
 endif()

@@ -80,15 +80,17 @@ at::Tensor causal_attention_flash(const at::Tensor& query, const at::Tensor& key
 
 // cuDNN's attention, on Hopper 1.7 to 2.2 times as fast as torch's flash kernel from 2,048 tokens on
 // (kernels/NOTES.md), builds a plan of about 50 ms for every new shape. So lengths are rounded up, by at most a
-// 32nd, and small problems are left to flash attention.
+// 32nd, and products that take less than about a millisecond are left to flash attention.
 int64_t plan_step(int64_t tokens) {
   return std::max<int64_t>(256, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(tokens))) / 64);
 }
 int64_t round_up(int64_t tokens, int64_t step) {
   return (tokens + step - 1) / step * step;
 }
-bool worth_a_plan(int64_t tokens, int64_t start) {
-  return tokens >= 256 && tokens * (2 * start + tokens) >= int64_t{4096} * 4096;
+bool worth_a_plan(const at::Tensor& query, int64_t start) {
+  const auto tokens = static_cast<double>(query.size(0)),
+             width = static_cast<double>(query.size(1) * query.size(2));
+  return query.size(0) >= 256 && 4 * width * tokens * (static_cast<double>(start) + tokens / 2) >= 5e11;
 }
 
 // [heads, rows, dim] with `before` and `after` rows of zeros around it.
@@ -181,7 +183,7 @@ at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, cons
   const bool flash = (query.scalar_type() == at::kBFloat16 || query.scalar_type() == at::kHalf) &&
                      query.size(2) % 8 == 0 && query.size(2) <= 256;
   if (!flash) return causal_attention_masked(query, key, value, start, scale);
-  if (worth_a_plan(query.size(0), start))
+  if (worth_a_plan(query, start))
     if (auto output = try_cudnn(query, key, value, start, scale, logsumexp)) return *std::move(output);
   return causal_attention_flash(query, key, value, start, scale, logsumexp);
 }

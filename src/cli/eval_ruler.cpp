@@ -171,8 +171,10 @@ void add_eval_ruler(CLI::App& parent) {
                   "Decode steps from one measurement of captured mass to the next (0: none)")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  command.add_option("--prefill-chunk", eval.prefill_chunk, "Prompt tokens a forward call")
-      ->check(CLI::PositiveNumber)
+  command
+      .add_option("--prefill-chunk", eval.prefill_chunk,
+                  "Prompt tokens a forward call (0: 8,192 on a GPU, 1,024 on a CPU)")
+      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command.add_option("--batch", eval.batch, "Prompts at once; more need more memory for keys and values")
       ->check(CLI::Range(1, 256))

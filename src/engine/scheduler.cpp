@@ -6,12 +6,14 @@
 
 namespace spot {
 
-Scheduler::Scheduler(PagedCache& cache, const SchedulerOptions& options) : cache_(cache), options_(options) {
+Scheduler::Scheduler(PagedCache& cache, const SchedulerOptions& options)
+    : cache_(cache), options_(options), chunk_step_(cache.page_size()) {
   if (options.max_sequences < 1)
     fail("the engine was given room for {} sequences; give at least 1", options.max_sequences);
   if (options.max_step_tokens < options.max_sequences + cache.page_size())
     fail("a step of {} tokens leaves no room for a prompt beside {} decoding sequences; give at least {}",
          options.max_step_tokens, options.max_sequences, options.max_sequences + cache.page_size());
+  while (chunk_step_ * 2 * 8 <= options.max_step_tokens - options.max_sequences) chunk_step_ *= 2;
 }
 
 bool Scheduler::fits(int64_t tokens) const {
@@ -67,8 +69,8 @@ void Scheduler::preempt(Sequence& sequence) {
 }
 
 // Of at most `most` tokens, so that a chunk ends where its way of reading does, at the places that other
-// requests can go on from (recurrent states are kept there), and else at the end of a page. 0: wait for a larger
-// step.
+// requests can go on from (recurrent states are kept there), and else at a whole number of `chunk_step_` tokens:
+// libraries plan anew for every new shape. 0: wait for a larger step.
 int64_t Scheduler::chunk_length(const Sequence& sequence, int64_t most) const {
   const int64_t start = cache_.length(sequence.cached), page = cache_.page_size();
   int64_t end = sequence.length();
@@ -77,7 +79,7 @@ int64_t Scheduler::chunk_length(const Sequence& sequence, int64_t most) const {
     for (const int64_t place : {sequence.context_end, sequence.shareable()})
       if (const int64_t shared = place / page * page; start < shared) end = std::min(end, shared);
   if (end - start <= most) return end - start;
-  return std::max<int64_t>((start + most) / page * page - start, 0);
+  return std::max<int64_t>((start + most) / chunk_step_ * chunk_step_ - start, 0);
 }
 
 void Scheduler::add_slice(Sequence& sequence, int64_t count) {

@@ -47,7 +47,8 @@ struct SchedulerOptions {
 };
 
 // First come, first served. Every running sequence whose tokens are all read decodes one token a step; what is
-// left of the step's tokens reads prompts, in chunks that end at page ends. When pages run out, the sequence
+// left of the step's tokens reads prompts, in chunks that end at multiples of about an eighth of the step (or at page
+// ends, if steps are small). When pages run out, the sequence
 // that came last gives up its pages and waits to be read again (from the prefix cache, as far as that lasts).
 class Scheduler {
  public:
@@ -86,6 +87,7 @@ class Scheduler {
 
   PagedCache& cache_;
   SchedulerOptions options_;
+  int64_t chunk_step_;  // pages' tokens times a power of two, at most an eighth of a step's room for prompts
   std::vector<Sequence*> running_;  // in order of arrival
   std::deque<Sequence*> waiting_;
   std::vector<Slice> slices_;  // of the step that is being made

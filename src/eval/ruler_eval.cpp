@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
+#include <future>
 #include <map>
 #include <memory>
 #include <optional>
@@ -64,7 +66,7 @@ class PromptRunner {
         options_(options),
         num_methods_(static_cast<int64_t>(methods.size())),
         stack_(backbone, selector, methods, stack_options(methods, options)),
-        engine_(backbone, stack_, engine_options(options)) {}
+        engine_(backbone, stack_, engine_options(options, backbone.device())) {}
 
   void start(const Job& job, const RulerSample& sample) {
     const int64_t id = next_prompt_++;
@@ -145,9 +147,10 @@ class PromptRunner {
             .num_snapshots = 4 * options.batch};
   }
 
-  EngineOptions engine_options(const RulerEvalOptions& options) {
+  EngineOptions engine_options(const RulerEvalOptions& options, const at::Device& device) {
     const int64_t sequences = options.batch * num_methods_;
-    EngineOptions made{.max_step_tokens = std::max(options.prefill_chunk, kBlockSize) + sequences,
+    const int64_t chunk = options.prefill_chunk > 0 ? options.prefill_chunk : device.is_cuda() ? 8192 : 1024;
+    EngineOptions made{.max_step_tokens = std::max(chunk, kBlockSize) + sequences,
                        .max_sequences = sequences,
                        .max_tokens = *std::max_element(options.lengths.begin(), options.lengths.end()),
                        .observe_every = options.mass_every};
@@ -246,9 +249,9 @@ void check_ruler(const ModelConfig& model, const TextCodec& codec, const std::st
     fail("RULER evaluation: {} tasks, {} lengths and {} samples; give at least one of each",
          options.tasks.size(), options.lengths.size(), options.samples);
   if (options.first_sample < 0) fail("RULER evaluation: first sample {} is negative", options.first_sample);
-  if (options.prefill_chunk < 1 || options.batch < 1 || options.mass_every < 0)
+  if (options.prefill_chunk < 0 || options.batch < 1 || options.mass_every < 0)
     fail(
-        "RULER evaluation: prefill chunk {}, batch {} and mass_every {}; the first two must be positive, the last not "
+        "RULER evaluation: prefill chunk {}, batch {} and mass_every {}; the batch must be positive, the others not "
         "negative",
         options.prefill_chunk, options.batch, options.mass_every);
   const int64_t longest = *std::max_element(options.lengths.begin(), options.lengths.end());
@@ -316,12 +319,17 @@ RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, c
 
   size_t next = 0;
   int64_t read = 0;
+  std::deque<std::pair<Job, std::future<RulerSample>>> made;  // while others are answered
   for (;;) {
-    for (; next < jobs.size() && prompts.num_running() < options.batch; ++next) {
-      const Job& job = jobs[next];
-      if (finished.count(job.name())) continue;
-      prompts.start(job, generator.make(job.task, job.length, job.sample, job.depth));
-      running += job.length;
+    for (; next < jobs.size() && static_cast<int64_t>(made.size()) < 2 * options.batch; ++next) {
+      if (finished.count(jobs[next].name())) continue;
+      made.emplace_back(jobs[next], std::async(std::launch::async, [&generator, job = jobs[next]] {
+                          return generator.make(job.task, job.length, job.sample, job.depth);
+                        }));
+    }
+    for (; !made.empty() && prompts.num_running() < options.batch; made.pop_front()) {
+      prompts.start(made.front().first, made.front().second.get());
+      running += made.front().first.length;
     }
     if (prompts.num_running() == 0) break;
     for (Running& prompt : prompts.step()) {
