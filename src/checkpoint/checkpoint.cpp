@@ -100,6 +100,16 @@ at::Tensor Checkpoint::tensor(const std::string& name) const {
       where(name) + ": " + stem.substr(0, stem.size() - 1));
 }
 
+bool Checkpoint::has_fp8_blocks(const std::string& name) const {
+  return quantization_.method == Quantization::Method::fp8 && quantization_.block_rows == 128 &&
+         quantization_.block_columns == 128 && quantized_.contains(name);
+}
+
+at::Tensor Checkpoint::part(const std::string& name, const std::string& suffix) const {
+  const std::string part = quantized_.at(name) + suffix;
+  return file(part).tensor(part);
+}
+
 std::vector<int64_t> Checkpoint::shape(const std::string& name) const {
   const auto it = quantized_.find(name);
   if (it == quantized_.end()) return file(name).shape(name);

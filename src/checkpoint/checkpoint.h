@@ -30,6 +30,10 @@ class Checkpoint {
   at::ScalarType dtype(const std::string& name) const {
     return quantized_.contains(name) ? at::kFloat : file(name).dtype(name);
   }
+  // Whether the matrix is stored as FP8 codes with a float scale for each block of 128 x 128, and these: "weight" and
+  // "weight_scale_inv".
+  bool has_fp8_blocks(const std::string& name) const;
+  at::Tensor part(const std::string& name, const std::string& suffix) const;
   // The file that holds the tensor or its first part, for messages.
   std::string where(const std::string& name) const {
     const auto it = quantized_.find(name);

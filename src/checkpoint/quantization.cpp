@@ -2,6 +2,8 @@
 
 #include <fmt/ranges.h>
 
+#include <algorithm>
+
 #include "core/error.h"
 
 namespace spot {
@@ -166,6 +168,27 @@ std::vector<int64_t> Quantization::shape(
 
 at::Tensor Quantization::dequantize(const Part& part, const std::string& where) const {
   return method == Method::fp8 ? dequantize_fp8(*this, part, where) : dequantize_int4(*this, part, where);
+}
+
+Fp8Blocks quantize_fp8(const at::Tensor& matrix) {
+  constexpr int64_t kBlock = 128;
+  constexpr double kLargest = 448;
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  const int64_t down = (rows + kBlock - 1) / kBlock, across = (columns + kBlock - 1) / kBlock;
+  Fp8Blocks made{at::empty({rows, columns}, matrix.options().dtype(at::kFloat8_e4m3fn)),
+                 at::empty({down, across}, matrix.options().dtype(at::kFloat))};
+  for (int64_t i = 0; i < down; ++i) {  // so that float32 numbers are few at a time
+    const int64_t count = std::min(kBlock, rows - i * kBlock);
+    const at::Tensor wide = matrix.narrow(0, i * kBlock, count).to(at::kFloat);
+    const at::Tensor blocks =
+        at::constant_pad_nd(wide, {0, across * kBlock - columns}).view({count, across, kBlock});
+    const at::Tensor largest = blocks.abs().amax({0, 2});
+    const at::Tensor scale = at::where(largest > 0, largest / kLargest, 1.0);
+    made.scales.select(0, i).copy_(scale);
+    made.codes.narrow(0, i * kBlock, count)
+        .copy_(blocks.div(scale.unsqueeze(1)).view({count, across * kBlock}).narrow(1, 0, columns));
+  }
+  return made;
 }
 
 }  // namespace spot

@@ -39,4 +39,11 @@ struct Quantization {
                         const std::string& where) const;
 };
 
+// E4M3 codes of a matrix, and float32 scales [out / 128, in / 128] (rounded up) as `fp8` above has them: a block's
+// largest magnitude becomes the largest code, 448. A block of zeros has scale 1.
+struct Fp8Blocks {
+  at::Tensor codes, scales;
+};
+Fp8Blocks quantize_fp8(const at::Tensor& matrix);
+
 }  // namespace spot

@@ -10,14 +10,23 @@
 #include "core/error.h"
 #include "model/weights.h"
 #include "ops/layer/layer.h"
+#include "ops/linear/linear.h"
 #include "ops/linear_attention/gated_delta.h"
 
 namespace spot {
 namespace {
 
+bool is_decoded(const LinearWeights& weights) {
+  return !weights.scales.defined();
+}
+
 at::Tensor linear(const at::Tensor& x, const LinearWeights& weights) {
-  return at::linear(x, weights.weight,
-                    weights.bias.defined() ? std::optional<at::Tensor>(weights.bias) : std::nullopt);
+  if (is_decoded(weights))
+    return at::linear(x, weights.weight,
+                      weights.bias.defined() ? std::optional<at::Tensor>(weights.bias) : std::nullopt);
+  const at::Tensor y = at::empty({x.size(0), weights.weight.size(0)}, x.options());
+  ops::linear({x, weights.weight, y, weights.scales, weights.bias});
+  return y;
 }
 
 // Two products, or one where the second matrix follows the first in memory (and zeros its bias; see
@@ -29,7 +38,7 @@ std::pair<at::Tensor, at::Tensor> project_both(const at::Tensor& x, const Linear
   if (!weight.is_alias_of(second) || weight.scalar_type() != second.scalar_type() ||
       second.storage_offset() != weight.storage_offset() + rows * columns)
     return {linear(x, first), at::linear(x, second)};
-  LinearWeights joined{weight.as_strided({rows + more, columns}, {columns, 1}), {}};
+  LinearWeights joined{weight.as_strided({rows + more, columns}, {columns, 1}), {}, {}};
   if (first.bias.defined()) joined.bias = first.bias.as_strided({rows + more}, {1});
   const at::Tensor both = linear(x, joined);
   return {both.narrow(1, 0, rows), both.narrow(1, rows, more)};
@@ -37,6 +46,8 @@ std::pair<at::Tensor, at::Tensor> project_both(const at::Tensor& x, const Linear
 
 // hidden += linear(x), rounded once.
 void add_linear(at::Tensor& hidden, const at::Tensor& x, const LinearWeights& weights) {
+  if (!is_decoded(weights))
+    return ops::linear({x, weights.weight, hidden, weights.scales, weights.bias, /*accumulate=*/true});
   if (weights.bias.defined()) hidden.add_(weights.bias);
   hidden.addmm_(x, weights.weight.t());
 }

@@ -22,6 +22,12 @@ const std::string kHead = "lm_head.weight";
 
 // Gives a tensor of the checkpoint by its unprefixed name, in the dtype asked for.
 using Read = std::function<at::Tensor(const std::string& name, at::ScalarType dtype)>;
+// Where a model's tensors come from. A matrix that has codes may be taken as these instead.
+struct Source {
+  Read read;
+  std::function<bool(const std::string& name)> has_codes;
+  std::function<Fp8Blocks(const std::string& name)> codes;
+};
 
 // 64-bit FNV-1a over what a selector depends on: the shape of the model and a few values of every weight,
 // rounded to bfloat16 so that the dtype a model is kept in does not matter.
@@ -57,21 +63,26 @@ class Fingerprint {
 // second copy of the model ever exists.
 class Builder {
  public:
-  Builder(const ModelConfig& config, at::Device device, at::ScalarType dtype, Read read, Shards shards = {})
-      : config_(config), device_(device), dtype_(dtype), read_(std::move(read)), shards_(std::move(shards)) {}
+  Builder(const ModelConfig& config, at::Device device, at::ScalarType dtype, Source source,
+          Shards shards = {})
+      : config_(config),
+        device_(device),
+        dtype_(dtype),
+        source_(std::move(source)),
+        shards_(std::move(shards)) {}
 
   ModelWeights build() {
     ModelWeights weights;
     weights.config = config_;
     weights.dtype = dtype_;
-    weights.embedding = read_("embed_tokens.weight", dtype_);
+    weights.embedding = source_.read("embed_tokens.weight", dtype_);
     if (shards_.count > 1) weights.sharded.emplace(shards_);
     for (int64_t i = 0; i < config_.num_layers; ++i) {
       weights.layers.push_back(layer(i));
       if (weights.sharded) weights.sharded->take(weights.layers.back());
     }
     weights.final_norm = norm("norm.weight");
-    weights.head = config_.tie_word_embeddings ? weights.embedding : read_(kHead, dtype_);
+    weights.head = config_.tie_word_embeddings ? weights.embedding : source_.read(kHead, dtype_);
     weights.rope = rope_table(config_.rope, config_.max_position_embeddings, device_);
     if (!config_.nope_layers.empty()) {
       const auto options = at::TensorOptions(device_).dtype(at::kFloat);
@@ -85,18 +96,45 @@ class Builder {
   // The factor a norm multiplies by. Zero-centred weights w are kept as 1 + w in float32, where nothing is
   // rounded.
   at::Tensor norm(const std::string& name) {
-    return config_.zero_centred_norm ? read_(name, at::kFloat).add_(1) : read_(name, dtype_);
+    return config_.zero_centred_norm ? source_.read(name, at::kFloat).add_(1) : source_.read(name, dtype_);
   }
 
   LinearWeights linear(const std::vector<std::string>& parts, bool bias) {
     LinearWeights result;
-    result.weight = rows(parts, ".weight");
+    if (take_codes(parts)) {
+      result = codes(parts);
+    } else {
+      result.weight = rows(parts, ".weight");
+    }
     if (bias) result.bias = rows(parts, ".bias");
     return result;
   }
 
+  // Codes stay codes where products read them: on a GPU, if all parts are codes and their blocks lie as one
+  // matrix's. Shards move plain matrices.
+  bool take_codes(const std::vector<std::string>& parts) const {
+    if (!device_.is_cuda() || dtype_ == at::kFloat || shards_.count > 1) return false;
+    for (const std::string& part : parts) {
+      const std::vector<int64_t>& shape = shapes_.at(part + ".weight");
+      if (!source_.has_codes(part + ".weight") || shape[1] % 16 != 0 ||
+          (part != parts.back() && shape[0] % 128 != 0))
+        return false;
+    }
+    return true;
+  }
+
+  LinearWeights codes(const std::vector<std::string>& parts) const {
+    std::vector<at::Tensor> bytes, scales;
+    for (const std::string& part : parts) {
+      const Fp8Blocks blocks = source_.codes(part + ".weight");
+      bytes.push_back(blocks.codes.view(at::kByte));
+      scales.push_back(blocks.scales);
+    }
+    return {.weight = at::cat(bytes).view(at::kFloat8_e4m3fn), .bias = {}, .scales = at::cat(scales)};
+  }
+
   at::Tensor rows(const std::vector<std::string>& parts, const std::string& suffix) {
-    if (parts.size() == 1) return read_(parts[0] + suffix, dtype_);
+    if (parts.size() == 1) return source_.read(parts[0] + suffix, dtype_);
     int64_t total = 0;
     std::vector<int64_t> shape;
     for (const std::string& part : parts) {
@@ -107,7 +145,7 @@ class Builder {
     at::Tensor all = at::empty(shape, at::TensorOptions().dtype(dtype_).device(device_));
     int64_t row = 0;
     for (const std::string& part : parts) {
-      const at::Tensor piece = read_(part + suffix, dtype_);
+      const at::Tensor piece = source_.read(part + suffix, dtype_);
       all.narrow(0, row, piece.size(0)).copy_(piece);
       row += piece.size(0);
     }
@@ -120,7 +158,9 @@ class Builder {
     attention.out = linear({prefix + "o_proj"}, config_.attention_output_bias);
     if (config_.qk_norm) {
       const auto factor = [&](const std::string& name, int64_t heads) {
-        return read_(prefix + name, at::kFloat).add(config_.zero_centred_norm ? 1 : 0).expand({heads, -1});
+        return source_.read(prefix + name, at::kFloat)
+            .add(config_.zero_centred_norm ? 1 : 0)
+            .expand({heads, -1});
       };
       attention.qk_norm = at::cat(
           {factor("q_norm.weight", config_.num_heads), factor("k_norm.weight", config_.num_kv_heads)});
@@ -134,10 +174,10 @@ class Builder {
         {prefix + "in_proj_qkv", prefix + "in_proj_z", prefix + "in_proj_b", prefix + "in_proj_a"}, false);
     delta.out = linear({prefix + "out_proj"}, false);
     // One after another: the order of reading is the fingerprint's, and that of arguments is the compiler's.
-    const at::Tensor norm = read_(prefix + "norm.weight", at::kFloat);
-    const at::Tensor dt_bias = read_(prefix + "dt_bias", at::kFloat);
-    const at::Tensor a_log = read_(prefix + "A_log", at::kFloat);
-    const at::Tensor convolution = read_(prefix + "conv1d.weight", at::kFloat);
+    const at::Tensor norm = source_.read(prefix + "norm.weight", at::kFloat);
+    const at::Tensor dt_bias = source_.read(prefix + "dt_bias", at::kFloat);
+    const at::Tensor a_log = source_.read(prefix + "A_log", at::kFloat);
+    const at::Tensor convolution = source_.read(prefix + "conv1d.weight", at::kFloat);
     delta.rule = ops::gated_delta_weights(convolution, a_log, dt_bias, norm, config_.rms_norm_eps);
     return delta;
   }
@@ -166,7 +206,7 @@ class Builder {
   const ModelConfig& config_;
   at::Device device_;
   at::ScalarType dtype_;
-  Read read_;
+  Source source_;
   Shards shards_;
   std::map<std::string, std::vector<int64_t>> shapes_ = shapes_of(config_);
 };
@@ -341,7 +381,22 @@ ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig
     progress.update(++done);
     return loaded;
   };
-  ModelWeights weights = Builder(config, device, *dtype, read, shards).build();
+  const auto full_name = [&](const std::string& short_name) { return prefix + short_name; };
+  const auto codes = [&](const std::string& short_name) {
+    const std::string name = full_name(short_name);
+    const at::Tensor decoded = checkpoint.tensor(name);
+    fingerprint.add(short_name, decoded);
+    if (!all_finite(decoded))
+      fail("{}: tensor {} holds values that are not finite", checkpoint.where(name), name);
+    progress.update(++done);
+    const auto copy = [&](const char* part, at::ScalarType type) {
+      return checkpoint.part(name, part).to(device).to(type, /*non_blocking=*/false, /*copy=*/true);
+    };
+    return Fp8Blocks{copy("weight", at::kFloat8_e4m3fn), copy("weight_scale_inv", at::kFloat)};
+  };
+  const Source source{read, [&](const auto& name) { return checkpoint.has_fp8_blocks(full_name(name)); },
+                      codes};
+  ModelWeights weights = Builder(config, device, *dtype, source, shards).build();
   weights.fingerprint = fingerprint.text();
   return weights;
 }
@@ -374,7 +429,11 @@ ModelWeights random_weights(const ModelConfig& config, at::Device device, at::Sc
     fingerprint.add(name, tensor);
     return tensor;
   };
-  ModelWeights weights = Builder(config, device, dtype, read).build();
+  // What the checkpoint would hold as codes is drawn, then quantised.
+  const bool fp8 = config.quantization.method == Quantization::Method::fp8;
+  const Source source{read, [&](const auto&) { return fp8; },
+                      [&](const auto& name) { return quantize_fp8(read(name, dtype)); }};
+  ModelWeights weights = Builder(config, device, dtype, source).build();
   weights.fingerprint = fingerprint.text();
   return weights;
 }

@@ -16,8 +16,9 @@
 namespace spot {
 
 struct LinearWeights {
-  at::Tensor weight;  // [out, in]
+  at::Tensor weight;  // [out, in], of the model's dtype or FP8 codes
   at::Tensor bias;    // [out], or undefined
+  at::Tensor scales;  // of codes, as ops::Linear takes them
 };
 
 struct AttentionWeights {

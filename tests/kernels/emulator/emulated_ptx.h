@@ -151,6 +151,12 @@ inline void store_cluster(uint32_t address, uint32_t rank, float value) {
   std::memcpy(emulator::shared_base_of(rank) + address, &value, 4);
 }
 
+inline uint4 load_streaming(const void* p) {
+  uint4 v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
 inline uint32_t reduce_max(uint32_t v) {
   return __reduce_max_sync(0xffffffffu, v);
 }
@@ -164,7 +170,8 @@ inline float log2_approx(float x) {
   return std::log2(x);
 }
 inline float2 e4m3x2_to_float2(uint32_t two) {
-  return make_float2(e4m3_to_float(two & 0xff), e4m3_to_float(two >> 8 & 0xff));
+  const auto number = [](uint32_t code) { return (code & 0x80 ? -1.0f : 1.0f) * e4m3_to_float(code & 0x7f); };
+  return make_float2(number(two & 0xff), number(two >> 8 & 0xff));
 }
 
 template <typename T>

@@ -1,0 +1,2 @@
+#include "kernels/decode_blocks.cu"
+#include "tests/kernels/emulator/emulator.h"

@@ -1,0 +1,2 @@
+#include "kernels/narrow_linear.cu"
+#include "tests/kernels/emulator/emulator.h"

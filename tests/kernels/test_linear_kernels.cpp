@@ -1,0 +1,193 @@
+// narrow_linear and decode_blocks against float64 on the host, on the GPU or emulated.
+#include "kernels/decode_blocks.h"
+#include "kernels/narrow_linear.h"
+#include "tests/kernels/device.h"
+#include "tests/kernels/reference.h"
+
+namespace spot::kernels {
+namespace {
+
+using testing::Buffer;
+using testing::check;
+using testing::Random;
+using testing::Typed;
+
+float e4m3_number(uint8_t code) {
+  const int exponent = code >> 3 & 15, fraction = code & 7;
+  const float size = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -9)
+                                   : std::ldexp(static_cast<float>(8 + fraction), exponent - 10);
+  return code & 0x80 ? -size : size;
+}
+
+// W as the device has it, and its numbers.
+struct Matrix {
+  std::vector<uint8_t> bytes;
+  std::vector<float> values, scales;
+  Matrix(Random& random, DataType type, bool e4m3, int32_t out, int32_t width) {
+    if (!e4m3) {
+      const Typed typed(type, testing::normal(random, static_cast<size_t>(out) * width));
+      bytes = typed.bytes, values = typed.values;
+      return;
+    }
+    const int32_t across = (width + kScaleBlock - 1) / kScaleBlock,
+                  down = (out + kScaleBlock - 1) / kScaleBlock;
+    for (int32_t i = 0; i < across * down; ++i)
+      scales.push_back(std::exp2(static_cast<float>(random() % 60) / 10 - 15));
+    for (int32_t row = 0; row < out; ++row)
+      for (int32_t column = 0; column < width; ++column) {
+        uint8_t code = static_cast<uint8_t>(random());  // every number that there is
+        if ((code & 0x7f) == 0x7f) code ^= 1;
+        bytes.push_back(code);
+        values.push_back(e4m3_number(code) * scales[row / kScaleBlock * across + column / kScaleBlock]);
+      }
+  }
+};
+
+struct Case {
+  DataType type;
+  bool e4m3, bias, accumulate;
+  int32_t rows, out, width;
+};
+
+std::vector<uint8_t> run(const Case& c, const Buffer<uint8_t>& x, int64_t x_stride,
+                         const Buffer<uint8_t>& weight, const Buffer<float>& scales,
+                         const Buffer<uint8_t>& bias, Buffer<uint8_t>& y, int64_t y_stride, Overlap overlap) {
+  NarrowLinearParams p;
+  p.type = c.type;
+  p.e4m3 = c.e4m3;
+  p.num_rows = c.rows;
+  p.width = c.width;
+  p.out = c.out;
+  p.x = x.data();
+  p.x_stride = x_stride;
+  p.weight = weight.data();
+  p.scales = c.e4m3 ? scales.data() : nullptr;
+  p.bias = c.bias ? bias.data() : nullptr;
+  p.y = y.data();
+  p.y_stride = y_stride;
+  p.accumulate = c.accumulate;
+  p.overlap = overlap;
+  check(narrow_linear(p, nullptr));
+  return y.download();
+}
+
+void expect_matches_float64(Random& random, const Case& c) {
+  const int64_t x_stride = (c.width + 7) / 8 * 8 + 8 * (random() % 3), y_stride = c.out + random() % 3;
+  const Typed x(c.type, testing::normal(random, c.rows * x_stride)),
+      bias(c.type, testing::normal(random, c.out)),
+      before(c.type, testing::normal(random, c.rows * y_stride, 20.0f));
+  const Matrix w(random, c.type, c.e4m3, c.out, c.width);
+  const Buffer<uint8_t> device_x(x.bytes), weight(w.bytes), device_bias(bias.bytes);
+  const Buffer<float> scales(w.scales);
+  Buffer<uint8_t> y(before.bytes);
+  const auto overlap = static_cast<Overlap>(random() % 3);
+  const std::vector<uint8_t> bytes =
+      run(c, device_x, x_stride, weight, scales, device_bias, y, y_stride, overlap);
+  std::vector<uint16_t> bits(bytes.size() / 2);
+  std::memcpy(bits.data(), bytes.data(), bytes.size());
+  const std::vector<double> out = testing::to_double(c.type, bits);
+  const std::string what = "rows " + std::to_string(c.rows) + " out " + std::to_string(c.out) + " width " +
+                           std::to_string(c.width) + (c.e4m3 ? " codes" : "");
+  for (int32_t row = 0; row < c.rows; ++row) {
+    for (int64_t column = 0; column < y_stride; ++column) {
+      const int64_t at = row * y_stride + column;
+      if (column >= c.out) {
+        ASSERT_EQ(out[at], before.values[at]) << what << ": written beside y";
+        continue;
+      }
+      double sum = (c.bias ? bias.values[column] : 0.0) + (c.accumulate ? before.values[at] : 0.0), size = 0;
+      for (int32_t k = 0; k < c.width; ++k) {
+        const double product = double{x.values[row * x_stride + k]} * w.values[column * c.width + k];
+        sum += product, size += std::abs(product);
+      }
+      const double half_place = c.type == DataType::kBf16 ? 0x1p-8 : 0x1p-11;
+      ASSERT_NEAR(out[at], sum, half_place * std::abs(sum) + 3e-6 * size + 1e-30)
+          << what << " at " << row << ", " << column;
+    }
+  }
+  // Each row alone, and again, bit for bit.
+  const size_t row_bytes = y_stride * 2;
+  for (int32_t row = 0; row < c.rows; row += 1 + static_cast<int32_t>(random() % 5)) {
+    Case alone = c;
+    alone.rows = 1;
+    const std::vector<uint8_t> own_x(x.bytes.begin() + row * x_stride * 2,
+                                     x.bytes.begin() + (row + 1) * x_stride * 2),
+        own_y(before.bytes.begin() + row * row_bytes, before.bytes.begin() + (row + 1) * row_bytes);
+    const Buffer<uint8_t> one_x(own_x);
+    Buffer<uint8_t> one_y(own_y);
+    const std::vector<uint8_t> got =
+        run(alone, one_x, x_stride, weight, scales, device_bias, one_y, y_stride, overlap);
+    ASSERT_EQ(std::memcmp(got.data(), bytes.data() + row * row_bytes, row_bytes), 0)
+        << what << ": row " << row << " alone";
+  }
+}
+
+TEST(NarrowLinear, MatchesFloat64AndIgnoresOtherRows) {
+  Random random(testing::fresh_seed());
+  for (DataType type : {DataType::kBf16, DataType::kF16})
+    for (bool e4m3 : {false, true})
+      for (int32_t rows : {1, 3, 8, 9, 16, 17, 32})
+        for (int32_t width : {16, 144, 1024, 1184}) {
+          const int32_t out = 1 + static_cast<int32_t>(random() % (testing::kEmulated ? 60 : 5000));
+          expect_matches_float64(random,
+                                 {type, e4m3, random() % 2 == 0, random() % 2 == 0, rows, out, width});
+        }
+}
+
+TEST(NarrowLinear, MatchesFloat64AtModelSizes) {
+  Random random(testing::fresh_seed());
+  for (bool e4m3 : {false, true}) {
+    expect_matches_float64(random, {DataType::kBf16, e4m3, false, true, 1, testing::kEmulated ? 130 : 4096,
+                                    testing::kEmulated ? 2304 : 12288});
+    expect_matches_float64(random,
+                           {DataType::kBf16, e4m3, false, false, 4, testing::kEmulated ? 300 : 24576, 4096});
+  }
+}
+
+TEST(NarrowLinear, RefusesWhatItDoesNotTake) {
+  const Buffer<uint8_t> room(4096);
+  NarrowLinearParams p;
+  p.num_rows = 1, p.width = 64, p.out = 8, p.x_stride = 64, p.y_stride = 8;
+  p.x = p.weight = room.data(), p.y = room.data() + 2048;
+  const auto refused = [&](auto change) {
+    NarrowLinearParams changed = p;
+    change(changed);
+    return narrow_linear(changed, nullptr) == cudaErrorInvalidValue;
+  };
+  check(narrow_linear(p, nullptr));
+  EXPECT_TRUE(refused([](auto& c) { c.num_rows = kNarrowRows + 1; }));
+  EXPECT_TRUE(refused([](auto& c) { c.width = 60; }));
+  EXPECT_TRUE(refused([](auto& c) { c.e4m3 = true; }));
+  EXPECT_TRUE(refused([](auto& c) { c.type = DataType::kF32; }));
+  EXPECT_TRUE(refused([](auto& c) { c.x = static_cast<const uint8_t*>(c.x) + 2; }));
+  EXPECT_TRUE(refused([](auto& c) { c.weight = nullptr; }));
+  EXPECT_TRUE(refused([](auto& c) { c.x_stride = 60; }));
+}
+
+TEST(DecodeBlocks, RoundsEachNumberOnce) {
+  Random random(testing::fresh_seed());
+  for (DataType type : {DataType::kBf16, DataType::kF16})
+    for (int32_t width : {16, 128, 144, 2064}) {
+      const int32_t rows = 1 + static_cast<int32_t>(random() % 300);
+      const Matrix w(random, type, true, rows, width);
+      const Typed expected(type, w.values);
+      const Buffer<uint8_t> codes(w.bytes);
+      const Buffer<float> scales(w.scales);
+      const Buffer<uint8_t> y(expected.bytes.size());
+      DecodeBlocksParams p;
+      p.type = type;
+      p.rows = rows, p.width = width;
+      p.codes = codes.data(), p.scales = scales.data(), p.y = y.data();
+      check(decode_blocks(p, nullptr));
+      const std::vector<uint8_t> got = y.download();
+      for (size_t i = 0; i < got.size(); i += 2) {
+        uint16_t a, b;
+        std::memcpy(&a, &got[i], 2), std::memcpy(&b, &expected.bytes[i], 2);
+        ASSERT_EQ(a & (a & 0x7fff ? 0xffff : 0x7fff), b & (b & 0x7fff ? 0xffff : 0x7fff))
+            << "number " << i / 2;
+      }
+    }
+}
+
+}  // namespace
+}  // namespace spot::kernels
