@@ -21,14 +21,13 @@ import sys
 import time
 import traceback
 
+import spotattention
 import torch
 import transformers
 from random_selector import random_selector
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, StoppingCriteria
-
-import spotattention
 from spotattention.hf import backbone
 from spotattention.projection import Rotation
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, StoppingCriteria
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = {

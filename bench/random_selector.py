@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-
 from spotattention.selector import LayerWeights, Selector, SelectorConfig
 
 
