@@ -168,6 +168,21 @@ bool even(std::initializer_list<int64_t> numbers) {
   return true;
 }
 
+bool valid_shape(const AttentionPrologueParams& p) {
+  return p.num_heads >= 1 && p.num_kv_heads >= 1 && p.head_dim >= 2 && p.head_dim <= kMaxHeadDim &&
+         p.rotary_pairs >= 1 && 2 * p.rotary_pairs <= p.head_dim;
+}
+
+bool valid_attention(const AttentionPrologueParams& p) {
+  if (p.projected == nullptr || p.rope_cos == nullptr || p.rope_sin == nullptr || p.positions == nullptr ||
+      p.query == nullptr || p.key == nullptr || p.value == nullptr ||
+      (p.key_pool == nullptr) != (p.value_pool == nullptr) || (p.key_pool != nullptr && p.slots == nullptr))
+    return false;
+  return even({p.head_dim, p.token_stride, p.query_head_stride, p.key_offset, p.value_offset,
+               p.pool_head_stride, p.pool_page_stride, p.pool_token_stride}) &&
+         moves_together(p.projected, 0, p.type, 2);
+}
+
 bool valid_selector(const AttentionPrologueParams& p) {
   const SelectorKeyAppendParams& keys = p.selector_keys;
   if (keys.format == KeyFormat::f32 || keys.num_tokens != p.num_tokens ||
@@ -185,20 +200,10 @@ bool valid_selector(const AttentionPrologueParams& p) {
 }  // namespace
 
 cudaError_t attention_prologue(const AttentionPrologueParams& p, cudaStream_t stream) {
-  if (p.num_tokens < 0 || p.num_heads < 1 || p.num_kv_heads < 1 || p.head_dim < 2 ||
-      p.head_dim > kMaxHeadDim || p.rotary_pairs < 1 || 2 * p.rotary_pairs > p.head_dim)
-    return cudaErrorInvalidValue;
+  const bool selector = p.selector_queries != nullptr, alone = p.num_heads == 0 && p.num_kv_heads == 0;
+  if (p.num_tokens < 0 || (alone ? !selector : !valid_shape(p))) return cudaErrorInvalidValue;
   if (p.num_tokens == 0) return cudaSuccess;
-  if (p.projected == nullptr || p.rope_cos == nullptr || p.rope_sin == nullptr || p.positions == nullptr ||
-      p.query == nullptr || p.key == nullptr || p.value == nullptr ||
-      (p.key_pool == nullptr) != (p.value_pool == nullptr) || (p.key_pool != nullptr && p.slots == nullptr))
-    return cudaErrorInvalidValue;
-  if (!even({p.head_dim, p.token_stride, p.query_head_stride, p.key_offset, p.value_offset,
-             p.pool_head_stride, p.pool_page_stride, p.pool_token_stride}) ||
-      !moves_together(p.projected, 0, p.type, 2))
-    return cudaErrorInvalidValue;
-  const bool selector = p.selector_queries != nullptr;
-  if (selector && !valid_selector(p)) return cudaErrorInvalidValue;
+  if ((!alone && !valid_attention(p)) || (selector && !valid_selector(p))) return cudaErrorInvalidValue;
   const int64_t heads = heads_of(p), head_blocks = (p.num_tokens * heads + kWarps - 1) / kWarps;
   const int64_t blocks = head_blocks + (selector ? p.num_tokens * p.mix_rows : 0);
   if (blocks > INT32_MAX / kWarps) return cudaErrorInvalidValue;

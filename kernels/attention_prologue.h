@@ -14,7 +14,8 @@ inline constexpr int kMaxHeadDim = 512;
 struct AttentionPrologueParams {
   DataType type = DataType::kBf16;
   int64_t num_tokens = 0;
-  int32_t num_heads = 0, num_kv_heads = 0, head_dim = 0;  // head_dim even, at most kMaxHeadDim
+  // head_dim even, at most kMaxHeadDim. No heads at all: the selector's share alone, and nothing else up to it counts.
+  int32_t num_heads = 0, num_kv_heads = 0, head_dim = 0;
   // [T, queries | keys | values] of type; key and value heads lie head_dim apart, query heads
   // query_head_stride (2 * head_dim where an output gate follows each query).
   const void* projected = nullptr;

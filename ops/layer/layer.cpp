@@ -111,15 +111,13 @@ void check_prologue(const AttentionPrologue& a) {
               "; it must match key_pool, ", a.key_pool.sizes(), " with strides ", a.key_pool.strides());
 }
 
-void check_selector(const AttentionPrologue& a) {
-  const char* op = "spot::attention_prologue";
-  const SelectorPrologue& s = a.selector;
+void check_selector(const char* op, const SelectorPrologue& s, const at::Tensor& slots,
+                    const at::Tensor& positions, int64_t tokens, at::ScalarType dtype) {
   TORCH_CHECK(s.hidden.defined() && s.mix.defined() && s.pool.defined(), op,
               ": a selector needs hidden, mix and selector_pool");
   check_key_pool(op, s.pool, s.format);
-  const int64_t tokens = a.projected.size(0), key_heads = s.pool.size(1);
-  const auto dtype = a.projected.scalar_type();
-  TORCH_CHECK(a.slots.defined(), op, ": a selector needs slots");
+  const int64_t key_heads = s.pool.size(1);
+  TORCH_CHECK(slots.defined(), op, ": a selector needs slots");
   TORCH_CHECK(s.projected.dim() == 2 && s.projected.size(0) == tokens &&
                   s.projected.size(1) == (4 + key_heads) * 128 && s.projected.stride(1) == 1 &&
                   s.projected.scalar_type() == dtype,
@@ -131,8 +129,8 @@ void check_selector(const AttentionPrologue& a) {
               op, ": hidden is ", s.hidden.scalar_type(), " ", s.hidden.sizes(), " and mix ",
               s.mix.scalar_type(), " ", s.mix.sizes(), "; they must be ", dtype, " [", tokens,
               ", hidden_size] and contiguous float32 [a multiple of 4, hidden_size]");
-  check_devices(op, a.projected, {&s.projected, &s.hidden, &s.mix, &s.pool});
-  const SelectorKeyAppend append = selector_append(a);
+  check_devices(op, s.projected, {&slots, &s.hidden, &s.mix, &s.pool});
+  const SelectorKeyAppend append = selector_append(s, slots, positions);
   append.preparation.check(op, append.keys);
 }
 
@@ -140,16 +138,30 @@ void check_selector(const AttentionPrologue& a) {
 
 void AttentionPrologue::check() const {
   check_prologue(*this);
-  if (selector.projected.defined()) check_selector(*this);
+  if (selector.projected.defined()) {
+    check_selector("spot::attention_prologue", selector, slots, positions, projected.size(0),
+                   projected.scalar_type());
+    check_devices("spot::attention_prologue", projected, {&selector.projected});
+  }
 }
 
-SelectorKeyAppend selector_append(const AttentionPrologue& a) {
-  const SelectorPrologue& s = a.selector;
+void SelectorPrologueAlone::check() const {
+  const char* op = "spot::selector_prologue";
+  TORCH_CHECK(selector.projected.dim() == 2 && selector.projected.is_floating_point(), op,
+              ": the projections are ", selector.projected.scalar_type(), " ", selector.projected.sizes(),
+              "; they must be floating point [tokens, (4 + key_heads) * 128]");
+  check_slots(op, slots, selector.projected.size(0));
+  check_selector(op, selector, slots, selector.preparation.positions, selector.projected.size(0),
+                 selector.projected.scalar_type());
+}
+
+SelectorKeyAppend selector_append(const SelectorPrologue& s, const at::Tensor& slots,
+                                  const at::Tensor& positions) {
   const int64_t key_heads = s.pool.size(1), rows = key_heads * kernels::kKeyDim;
   KeyPreparation preparation = s.preparation;
-  preparation.positions = preparation.cos.defined() ? a.positions : at::Tensor();
+  preparation.positions = preparation.cos.defined() ? positions : at::Tensor();
   return {s.pool,
-          a.slots,
+          slots,
           s.projected.narrow(1, s.projected.size(1) - rows, rows).unflatten(1, {key_heads, kernels::kKeyDim}),
           s.format,
           s.global_scale,
@@ -160,12 +172,14 @@ namespace aten {
 decltype(ops::rms_norm) rms_norm;
 decltype(ops::gated_product) gated_product;
 decltype(ops::attention_prologue) attention_prologue;
+decltype(ops::selector_prologue) selector_prologue;
 }  // namespace aten
 #ifdef SPOT_CUDA
 namespace cuda {
 decltype(ops::rms_norm) rms_norm;
 decltype(ops::gated_product) gated_product;
 decltype(ops::attention_prologue) attention_prologue;
+decltype(ops::selector_prologue) selector_prologue;
 }  // namespace cuda
 #endif
 
@@ -194,6 +208,14 @@ AttentionPrologue::Result attention_prologue(const AttentionPrologue& a) {
   return result;
 }
 
+SelectorPrologueAlone::Result selector_prologue(const SelectorPrologueAlone& a) {
+  const SelectorPrologue& s = a.selector;
+  const c10::SymInt tokens = s.projected.sym_size(0);
+  return {at::empty_symint({tokens, kernels::kSelectorHeads, kernels::kKeyDim}, s.projected.options()),
+          at::empty_symint({tokens, s.mix.sym_size(0) / kernels::kSelectorHeads, kernels::kSelectorHeads},
+                           s.projected.options().dtype(at::kFloat))};
+}
+
 }  // namespace fake
 }  // namespace
 
@@ -201,22 +223,26 @@ TORCH_LIBRARY_FRAGMENT(spot, library) {
   define<RmsNorm>(library);
   define<GatedProduct>(library);
   define<AttentionPrologue>(library);
+  define<SelectorPrologueAlone>(library);
 }
 TORCH_LIBRARY_IMPL(spot, CompositeExplicitAutograd, library) {
   implement<aten::rms_norm>(library);
   implement<aten::gated_product>(library);
   implement<aten::attention_prologue>(library);
+  implement<aten::selector_prologue>(library);
 }
 TORCH_LIBRARY_IMPL(spot, Meta, library) {
   implement<fake::rms_norm>(library);
   implement<fake::gated_product>(library);
   implement<fake::attention_prologue>(library);
+  implement<fake::selector_prologue>(library);
 }
 #ifdef SPOT_CUDA
 TORCH_LIBRARY_IMPL(spot, CUDA, library) {
   implement<cuda::rms_norm>(library);
   implement<cuda::gated_product>(library);
   implement<cuda::attention_prologue>(library);
+  implement<cuda::selector_prologue>(library);
 }
 #endif
 
@@ -230,6 +256,9 @@ AttentionPrologue::Result attention_prologue(const AttentionPrologue& arguments)
   AttentionPrologue::Result result = call(arguments);
   if (!arguments.selector.projected.defined()) result.selector_query = result.selector_weight = at::Tensor();
   return result;
+}
+SelectorPrologueAlone::Result selector_prologue(const SelectorPrologueAlone& arguments) {
+  return call(arguments);
 }
 
 }  // namespace spot::ops

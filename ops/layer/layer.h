@@ -108,8 +108,36 @@ struct AttentionPrologue {
 };
 AttentionPrologue::Result attention_prologue(const AttentionPrologue& arguments);
 
+// The selector's share alone, where another program prepares the attention's own queries, keys and values.
+struct SelectorPrologueAlone {
+  static constexpr const char* kName = "selector_prologue";
+  struct Result {
+    static constexpr std::array<const char*, 2> kNames = {"query", "weight"};
+    at::Tensor query;   // [T, 4, 128] after RoPE
+    at::Tensor weight;  // [T, groups, 4] float32: mix_scale * mix . hidden
+  };
+  SelectorPrologue selector;  // with its own positions, where its tables are given
+  at::Tensor slots;           // [T] int64 = page * 16 + offset; a negative slot is skipped
+
+  static constexpr auto fields() {
+    using S = SelectorPrologueAlone;
+    using P = SelectorPrologue;
+    constexpr auto at = &S::selector;
+    return std::tuple_cat(
+        std::tuple(updated<at, &P::pool>("pool"), required<&S::slots>("slots"),
+                   required<at, &P::projected>("projected"), required<at, &P::hidden>("hidden"),
+                   required<at, &P::mix>("mix"), required<at, &P::format>("format"),
+                   optional<at, &P::global_scale>("global_scale"),
+                   optional<at, &P::mix_scale>("mix_scale")),
+        KeyPreparation::fields<at, &P::preparation>());
+  }
+  void check() const;
+};
+SelectorPrologueAlone::Result selector_prologue(const SelectorPrologueAlone& arguments);
+
 // The key append that a prologue with a selector contains; positions dense as the attention's are.
-SelectorKeyAppend selector_append(const AttentionPrologue& arguments);
+SelectorKeyAppend selector_append(const SelectorPrologue& selector, const at::Tensor& slots,
+                                  const at::Tensor& positions);
 
 // Turns dims i and i + half of x [T, heads, dim] by row positions[t] of cos and sin [positions, half]; the rest
 // passes. In float32; contiguous, in x's dtype. Differentiable. No operator: on CUDA a kernel with a gradient of

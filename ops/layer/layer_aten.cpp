@@ -1,4 +1,6 @@
 // The layer's operators by ATen: the oracle of the kernels, and what serves where they do not.
+#include <utility>
+
 #include "ops/layer/layer.h"
 
 namespace spot::ops::aten {
@@ -27,6 +29,23 @@ void store(const at::Tensor& pool, const at::Tensor& slots, const at::Tensor& ro
                     rows.index_select(0, kept));
 }
 
+// Clones, since no result of an operator may share memory with another tensor.
+at::Tensor own(const at::Tensor& x) {
+  return x.clone(at::MemoryFormat::Contiguous);
+}
+
+// Stores a selector's keys; its queries [T, 4, 128] and mixing weights [T, groups * 4].
+std::pair<at::Tensor, at::Tensor> prepared(const SelectorPrologue& s, const at::Tensor& slots,
+                                           const at::Tensor& positions) {
+  selector_key_append(selector_append(s, slots, positions));
+  const at::Tensor queries = s.projected.narrow(1, 0, kernels::kSelectorHeads * kernels::kKeyDim)
+                                 .unflatten(1, {-1, kernels::kKeyDim});
+  return {own(s.preparation.cos.defined()
+                  ? rotate_heads(queries, positions, s.preparation.cos, s.preparation.sin)
+                  : queries),
+          at::linear(s.hidden.to(at::kFloat), s.mix) * s.mix_scale};
+}
+
 }  // namespace
 
 AttentionPrologue::Result attention_prologue(const AttentionPrologue& a) {
@@ -45,8 +64,6 @@ AttentionPrologue::Result attention_prologue(const AttentionPrologue& a) {
   heads = heads.to(at::kFloat);
   if (a.qk_norm.defined()) heads = at::rms_norm(heads, {dim}, {}, a.norm_eps) * a.qk_norm;
   heads = rotate_heads(heads, a.positions, a.cos, a.sin).to(dtype);
-  // Clones, since no result of an operator may share memory with another tensor.
-  const auto own = [](const at::Tensor& x) { return x.clone(at::MemoryFormat::Contiguous); };
   const at::Tensor query = own(heads.narrow(1, 0, a.num_heads)),
                    key = own(heads.narrow(1, a.num_heads, a.num_kv_heads)),
                    value = own(a.projected.narrow(1, query_rows + kv_rows, kv_rows)
@@ -59,14 +76,13 @@ AttentionPrologue::Result attention_prologue(const AttentionPrologue& a) {
   if (!s.projected.defined())
     return {query, key, value, at::empty({0}, query.options()),
             at::empty({0}, query.options().dtype(at::kFloat))};
-  selector_key_append(selector_append(a));
-  const at::Tensor queries = s.projected.narrow(1, 0, kernels::kSelectorHeads * kernels::kKeyDim)
-                                 .unflatten(1, {-1, kernels::kKeyDim});
-  return {query, key, value,
-          own(s.preparation.cos.defined()
-                  ? rotate_heads(queries, a.positions, s.preparation.cos, s.preparation.sin)
-                  : queries),
-          at::linear(s.hidden.to(at::kFloat), s.mix) * s.mix_scale};
+  const auto [selector_query, selector_weight] = prepared(s, a.slots, a.positions);
+  return {query, key, value, selector_query, selector_weight};
+}
+
+SelectorPrologueAlone::Result selector_prologue(const SelectorPrologueAlone& a) {
+  const auto [query, weight] = prepared(a.selector, a.slots, a.selector.preparation.positions);
+  return {query, weight.unflatten(1, {-1, kernels::kSelectorHeads})};
 }
 
 }  // namespace spot::ops::aten

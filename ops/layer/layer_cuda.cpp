@@ -1,5 +1,8 @@
 // Tensors to the pointers of the layer's kernels, on the current stream; what they do not take goes to the ATen form.
 // Launches may begin while their predecessor drains; nothing waits for the device.
+#include <tuple>
+#include <utility>
+
 #include "kernels/attention_prologue.h"
 #include "kernels/gated_product.h"
 #include "kernels/rms_norm.h"
@@ -15,6 +18,7 @@ namespace aten {
 decltype(ops::rms_norm) rms_norm;
 decltype(ops::gated_product) gated_product;
 decltype(ops::attention_prologue) attention_prologue;
+decltype(ops::selector_prologue) selector_prologue;
 }  // namespace aten
 
 namespace cuda {
@@ -110,6 +114,50 @@ at::Tensor gated_product(const GatedProduct& a) {
   return y;
 }
 
+namespace {
+
+// A selector's share of the kernel's work; what it fills, [T, 4, 128] and [T, groups * 4]. `append` has dense tensors.
+std::pair<at::Tensor, at::Tensor> add_selector(kernels::AttentionPrologueParams& params,
+                                               const SelectorPrologue& s, const SelectorKeyAppend& append) {
+  const int64_t tokens = s.projected.size(0);
+  const auto options = s.projected.options();
+  at::Tensor query = at::empty({tokens, kernels::kSelectorHeads, kernels::kKeyDim}, options);
+  at::Tensor weight = at::empty({tokens, s.mix.size(0)}, options.dtype(at::kFloat));
+  params.selector_queries = s.projected.const_data_ptr();
+  params.selector_token_stride = s.projected.stride(0);
+  params.selector_query = query.mutable_data_ptr();
+  params.selector_keys = append_params(append);
+  params.hidden = s.hidden.const_data_ptr();
+  params.hidden_stride = s.hidden.stride(0);
+  params.hidden_size = narrow(s.hidden.size(1));
+  params.mix = s.mix.const_data_ptr<float>();
+  params.mix_rows = narrow(s.mix.size(0));
+  params.mix_scale = static_cast<float>(s.mix_scale);
+  params.selector_weight = weight.mutable_data_ptr<float>();
+  return {query, weight};
+}
+
+}  // namespace
+
+SelectorPrologueAlone::Result selector_prologue(const SelectorPrologueAlone& a) {
+  const SelectorPrologue& s = a.selector;
+  if (!has_kernels(s.projected) || s.projected.stride(0) % 2 != 0 || s.hidden.stride(0) % 2 != 0 ||
+      s.hidden.size(1) % 2 != 0)
+    return aten::selector_prologue(a);
+  const c10::DeviceGuard guard(s.projected.device());
+  const at::Tensor slots = a.slots.contiguous();
+  at::Tensor positions = s.preparation.positions;
+  if (positions.defined()) positions = positions.contiguous();
+  kernels::AttentionPrologueParams params;
+  params.type = data_type(s.projected);
+  params.num_tokens = s.projected.size(0);
+  const auto [query, weight] = add_selector(params, s, selector_append(s, slots, positions));
+  params.overlap = kernels::Overlap::kLaunch;
+  if (params.num_tokens > 0)
+    check(kernels::attention_prologue(params, native_stream(s.projected)), "spot::selector_prologue");
+  return {query, weight.unflatten(1, {-1, kernels::kSelectorHeads})};
+}
+
 AttentionPrologue::Result attention_prologue(const AttentionPrologue& a) {
   const bool even_pools =
       !a.key_pool.defined() ||
@@ -158,21 +206,9 @@ AttentionPrologue::Result attention_prologue(const AttentionPrologue& a) {
   const SelectorPrologue& s = a.selector;
   out.selector_query = at::empty({0}, options);
   out.selector_weight = at::empty({0}, options.dtype(at::kFloat));
-  if (s.projected.defined()) {
-    out.selector_query = at::empty({tokens, kernels::kSelectorHeads, kernels::kKeyDim}, options);
-    out.selector_weight = at::empty({tokens, s.mix.size(0)}, options.dtype(at::kFloat));
-    params.selector_queries = s.projected.const_data_ptr();
-    params.selector_token_stride = s.projected.stride(0);
-    params.selector_query = out.selector_query.mutable_data_ptr();
-    params.selector_keys = append_params(selector_append(dense));
-    params.hidden = s.hidden.const_data_ptr();
-    params.hidden_stride = s.hidden.stride(0);
-    params.hidden_size = narrow(s.hidden.size(1));
-    params.mix = s.mix.const_data_ptr<float>();
-    params.mix_rows = narrow(s.mix.size(0));
-    params.mix_scale = static_cast<float>(s.mix_scale);
-    params.selector_weight = out.selector_weight.mutable_data_ptr<float>();
-  }
+  if (s.projected.defined())
+    std::tie(out.selector_query, out.selector_weight) =
+        add_selector(params, s, selector_append(s, dense.slots, dense.positions));
   params.overlap = kernels::Overlap::kLaunch;
   if (tokens > 0)
     check(kernels::attention_prologue(params, native_stream(a.projected)), "spot::attention_prologue");

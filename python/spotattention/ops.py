@@ -31,6 +31,11 @@ class Projection(NamedTuple):
     key: Tensor
 
 
+class Prologue(NamedTuple):
+    query: Tensor
+    weight: Tensor
+
+
 class Selection(NamedTuple):
     indices: Tensor
     counts: Tensor
@@ -125,6 +130,51 @@ def selector_key_append(
     """
     torch.ops.spot.selector_key_append(
         pool, slots, keys, format, global_scale, norm, norm_weight, norm_bias, norm_eps, cos, sin, positions
+    )
+
+
+def selector_prologue(
+    pool: Tensor,
+    slots: Tensor,
+    projected: Tensor,
+    hidden: Tensor,
+    mix: Tensor,
+    format: KeyFormat,
+    global_scale: float = 1.0,
+    mix_scale: float = 512**-0.5,
+    norm: KeyNorm = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Prologue:
+    """What lies between a selector's projections and its scores; on CUDA one launch.
+
+    projected [T, (4 + key_heads) * 128] = hidden [W_q; W_k] of hidden [T, hidden_size] and its dtype; mix
+    [groups * 4, hidden_size] float32. The keys are written into `pool` at `slots`, in place, as selector_key_append does
+    with the same arguments. Returns query [T, 4, 128] of hidden's dtype, turned by the same tables, and weight
+    [T, groups, 4] float32 = mix_scale * hidden mix.
+    """
+    return Prologue(
+        *torch.ops.spot.selector_prologue(
+            pool,
+            slots,
+            projected,
+            hidden,
+            mix,
+            format,
+            global_scale,
+            mix_scale,
+            norm,
+            norm_weight,
+            norm_bias,
+            norm_eps,
+            cos,
+            sin,
+            positions,
+        )
     )
 
 

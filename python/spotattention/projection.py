@@ -1,5 +1,7 @@
 """A layer's hidden states through its selector, as a step of a forward pass needs it."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned, x[..., 2 * half :]], -1) if x.shape[-1] > 2 * half else turned
 
 
+class Rotation(NamedTuple):
+    """Where tokens stand in the tables of a RopeTable."""
+
+    cos: Tensor  # [positions, rope_dims / 2] float32
+    sin: Tensor
+    positions: Tensor  # [T] int64
+
+    def of_tokens(self) -> tuple[Tensor, Tensor]:
+        return self.cos[self.positions], self.sin[self.positions]
+
+
 class LayerProjection:
-    """One layer of a selector. T tokens are the rows of hidden [T, hidden_size]; rotation is cos and sin [T, rope_dims / 2]
-    of their positions (RopeTable), None where nothing turns.
+    """One layer of a selector. T tokens are the rows of hidden [T, hidden_size]; rotation says where they stand, None where
+    nothing turns.
 
     q = RoPE(x W_q) [T, 4, 128] of x's dtype; k = RoPE(norm(x W_k)); w = x W_w / sqrt(512) [T, groups, 4] float32
     (SpotAttention, arXiv 2606.22874, section 2.2).
@@ -43,39 +56,44 @@ class LayerProjection:
             norms = [None if n is None else n.to(device) for n in (w.norm_weight, w.norm_bias)]
             self.weights = LayerWeights(w.query_key.to(device, dtype), w.mix.to(device), *norms)
 
-    def query(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """q and w of some tokens."""
-        query = torch.nn.functional.linear(hidden, self.weights.query_key[: self.query_rows])
-        query = query.view(-1, self.config.num_heads, self.config.head_dim)
-        weight = torch.nn.functional.linear(hidden.float(), self.weights.mix) * self.mix_scale
-        return (query if rotation is None else rotate(query, *rotation)), weight.view(-1, self.groups, 4)
-
-    def append(self, pool: Tensor, slots: Tensor, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> None:
-        """Writes k of the tokens into a pool of selector keys at slots [T] int64, in place; negative ones are skipped."""
-        config, w = self.config, self.weights
-        key = torch.nn.functional.linear(hidden, w.query_key[self.query_rows :])
-        key = key.view(-1, config.key_heads, config.head_dim)
+    def prologue(self, pool: Tensor, slots: Tensor, hidden: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        """q and w of the tokens, whose k it writes into the pool as append does."""
+        w = self.weights
+        if self._turns_alone(rotation):
+            self.append(pool, slots, hidden, rotation)
+            query = torch.nn.functional.linear(hidden, w.query_key[: self.query_rows])
+            weight = torch.nn.functional.linear(hidden.float(), w.mix) * self.mix_scale
+            query = rotate(query.view(-1, self.config.num_heads, self.config.head_dim), *rotation.of_tokens())
+            return query, weight.view(-1, self.groups, 4)
+        projected = torch.nn.functional.linear(hidden, w.query_key)
         scale = GLOBAL_SCALE.get(self.format, 1.0)
-        if rotation is not None and config.rope_dims != 64:  # the operator turns 64 dims or none
-            key = rotate(self._normed(key), *rotation)
-            ops.selector_key_append(pool, slots, key, self.format, scale)
-            return
-        cos, sin = rotation if rotation is not None else (None, None)
-        rows = torch.arange(len(slots), device=slots.device) if rotation is not None else None
-        ops.selector_key_append(
-            pool,
-            slots,
-            key,
-            self.format,
-            scale,
-            config.key_norm,
-            w.norm_weight,
-            w.norm_bias,
-            config.norm_eps,
-            cos,
-            sin,
-            rows,
+        return ops.selector_prologue(
+            pool, slots, projected, hidden, w.mix, self.format, scale, self.mix_scale, **self._preparation(rotation)
         )
+
+    def append(self, pool: Tensor, slots: Tensor, hidden: Tensor, rotation: Rotation | None) -> None:
+        """Writes k of the tokens into a pool of selector keys at slots [T] int64, in place; negative ones are skipped."""
+        key = torch.nn.functional.linear(hidden, self.weights.query_key[self.query_rows :])
+        key = key.view(-1, self.config.key_heads, self.config.head_dim)
+        scale = GLOBAL_SCALE.get(self.format, 1.0)
+        if self._turns_alone(rotation):
+            ops.selector_key_append(pool, slots, rotate(self._normed(key), *rotation.of_tokens()), self.format, scale)
+            return
+        ops.selector_key_append(pool, slots, key, self.format, scale, **self._preparation(rotation))
+
+    def _turns_alone(self, rotation: Rotation | None) -> bool:
+        """Whether the operators do not turn this selector's keys: they turn 64 dims or none."""
+        return rotation is not None and self.config.rope_dims != 64
+
+    def _preparation(self, rotation: Rotation | None) -> dict[str, Any]:
+        w = self.weights
+        made = {
+            "norm": self.config.key_norm,
+            "norm_weight": w.norm_weight,
+            "norm_bias": w.norm_bias,
+            "norm_eps": self.config.norm_eps,
+        }
+        return made if rotation is None else made | rotation._asdict()
 
     def _normed(self, key: Tensor) -> Tensor:
         if self.config.key_norm == "none":

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from spotattention.ops import PAGE_TOKENS
 
-CHUNK_PAGES = 256
-
 
 class Captured(NamedTuple):
     mass: float  # share of the head-averaged attention on the chosen blocks, a mean over sets
@@ -31,8 +29,9 @@ def captured_mass(
     kv_heads, blocks = key_pool.shape[0], -(-length // PAGE_TOKENS)
     grouped = query.float().view(kv_heads, -1, query.shape[1])
     parts = []
-    for begin in range(0, blocks, CHUNK_PAGES):  # a long sequence's keys are not gathered at once
-        some = pages[begin : min(begin + CHUNK_PAGES, blocks)].long()
+    chunk = 2048 if key_pool.is_cuda else 256
+    for begin in range(0, blocks, chunk):  # a long sequence's keys are not gathered at once
+        some = pages[begin : min(begin + chunk, blocks)].long()
         parts.append(grouped @ key_pool[:, some].float().flatten(1, 2).transpose(1, 2))
     logits = torch.cat(parts, -1) * scale
     logits[..., length:] = -torch.inf

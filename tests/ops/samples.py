@@ -219,6 +219,31 @@ def attention_prologue():
     return arguments, extra
 
 
+def selector_prologue():
+    tokens, key_heads, fmt, size = (
+        random.randint(1, 20),
+        random.choice([1, 4]),
+        random.choice(list(PAGE_HEAD_BYTES)),
+        50,
+    )
+    dtype = random.choice([torch.float32, torch.bfloat16])
+    slots = torch.randperm(5 * PAGE)[:tokens]
+    slots[random.randrange(tokens)] = -1
+    cos, sin = tables(32)
+    arguments = (
+        torch.zeros(5, key_heads, PAGE_HEAD_BYTES[fmt], dtype=torch.uint8),
+        slots,
+        torch.randn(tokens, (4 + key_heads) * 128).to(dtype),
+        torch.randn(tokens, size).to(dtype),
+        torch.randn(random.choice([4, 8]), size),
+        fmt,
+    )
+    extra = dict(norm="layernorm", norm_weight=torch.rand(128) + 0.5, norm_bias=torch.randn(128))
+    if random.random() < 0.7:
+        extra.update(cos=cos, sin=sin, positions=torch.randint(100, (tokens,)))
+    return arguments, extra
+
+
 def key_summary_append():
     heads, pages, dim, dtype = 2, 5, 2 * random.randint(2, 40), random.choice([torch.float32, torch.bfloat16])
     keys, _ = pools(heads, pages, dim, dtype)
@@ -338,6 +363,7 @@ MAKERS = {
         rms_norm,
         gated_product,
         attention_prologue,
+        selector_prologue,
         key_summary_append,
         quest_score,
         estimate_logits,

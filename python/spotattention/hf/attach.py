@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from spotattention import ops
 from spotattention.attention import attend
 from spotattention.hf import backbone
 from spotattention.hf.cache import PagedLayer, Rows
-from spotattention.projection import LayerProjection
+from spotattention.hf.graph import DecodeGraphs, StaticStep
+from spotattention.projection import LayerProjection, Rotation
 from spotattention.rope import RopeConfig, RopeTable
 from spotattention.rule import Method, parse_method
 from spotattention.selector import Selector, check_backbone
@@ -35,7 +36,7 @@ class Step:
     key: tuple
     position_ids: Tensor | None
     slots: Tensor  # [B * T] int64, of the selector's keys
-    rotation: tuple[Tensor, Tensor] | None  # cos and sin of the selector's RoPE, [B * T, rope_dims / 2]
+    rotation: Rotation | None  # of the selector's queries and keys
     rows: Rows | None  # where the step decodes
 
 
@@ -47,7 +48,9 @@ class Attached:
     tokens that were read in all decode steps.
     """
 
-    def __init__(self, model: nn.Module, selector: Selector, method: Method, check: SelfCheck, most: int) -> None:
+    def __init__(
+        self, model: nn.Module, selector: Selector, method: Method, check: SelfCheck, most: int, graphs: bool
+    ) -> None:
         config = backbone.text_config(model)
         modules = backbone.full_attention(model)
         check_backbone(selector, backbone.facts(model))
@@ -62,8 +65,10 @@ class Attached:
         if method.word == "dense":
             self.sparse_layers = []
         dims = selector.config.rope_dims
-        self._rope = RopeTable(RopeConfig.of_model(config), dims) if dims else None
+        self.rope = RopeTable(RopeConfig.of_model(config), dims) if dims else None
         self._step: Step | None = None
+        self.static: StaticStep | None = None  # while a captured step runs
+        self.totals = torch.zeros(2, dtype=torch.float64, device=model.device)  # of captured steps: attended, visible
         self._model = weakref.ref(model)
         self._previous = model.config._attn_implementation
         self._handles = []
@@ -79,6 +84,7 @@ class Attached:
             projection = LayerProjection(selector, layer, method.cache_format)
             module._spot = LayerAttention(self, projection)
             self._handles.append(module.register_forward_pre_hook(_before_attention, with_kwargs=True))
+        self.graphs = DecodeGraphs(self, backbone.decoder_layers_owner(model), graphs)
 
     @property
     def captured_mass(self) -> dict[int, float]:
@@ -88,11 +94,30 @@ class Attached:
     def attended_share(self) -> float:
         """NaN before the first sparse decode step."""
         layers = [module._spot for module in self._modules]
-        visible = sum(int(layer.visible) for layer in layers)
-        return sum(int(layer.attended) for layer in layers) / visible if visible else float("nan")
+        attended, visible = self.totals.tolist()
+        visible += sum(int(layer.visible) for layer in layers)
+        return (attended + sum(int(layer.attended) for layer in layers)) / visible if visible else float("nan")
+
+    def count(self, rows: Rows) -> list["Seen"]:
+        """Adds a captured step to the totals; a part of its graph. Returns what each layer saw."""
+        seen = [module._spot.seen for module in self._modules]
+        counts = torch.stack([s.counts for s in seen])  # [layers, rows, sets]
+        if self.method.rule.recency > 0:
+            cut = rows.cut * len(seen)
+        else:
+            cut = torch.stack([_cut_of_chosen(s.indices, rows) for s in seen]).sum()
+        attended = counts.double().mean(2).sum() * ops.PAGE_TOKENS - cut
+        self.totals += torch.stack([attended, (rows.visible * len(seen)).double()])
+        return seen
+
+    def judge(self, rows: Rows, seen: list["Seen"]) -> None:
+        """The self-check of a step whose layers saw this."""
+        for layer, s in zip(self.sparse_layers, seen, strict=True):
+            self.check.step(layer, s.query, s.key_pool, rows.page_table, rows.lengths, s.scale, s.indices, s.counts)
 
     def detach(self) -> None:
         """Gives the model its attention back. Caches that were filled while attached cannot be used afterwards."""
+        self.graphs.remove()
         for handle in self._handles:
             handle.remove()
         for module in self._modules:
@@ -121,9 +146,8 @@ class Attached:
         if position_ids is not None and not positions.is_cuda:
             most = max(most, int(positions.max()) + 1)
         rotation = None
-        if self._rope is not None:
-            cos, sin = self._rope.at_least(most, device)
-            rotation = cos[positions], sin[positions]
+        if self.rope is not None:
+            rotation = Rotation(*self.rope.at_least(most, device), positions)
         rows = paged.rows(tokens) if paged.decoding else None
         self._step = Step(key, position_ids, paged.slots(tokens), rotation, rows)
         return self._step
@@ -148,6 +172,16 @@ class Attached:
         return padding, gaps
 
 
+class Seen(NamedTuple):
+    """What a layer's attention saw in a decode step of R rows."""
+
+    query: Tensor  # [R, num_heads, head_dim]
+    key_pool: Tensor
+    scale: float
+    indices: Tensor  # of select_blocks
+    counts: Tensor
+
+
 class LayerAttention:
     """One layer's part of a forward pass: what the hook finds before the layer's attention, and the attention itself."""
 
@@ -157,6 +191,7 @@ class LayerAttention:
         self.cache: PagedLayer | None = None
         self.rows: Rows | None = None  # with `scores`: the step decodes
         self.scores: Tensor | None = None
+        self.seen: Seen | None = None  # of the last decode step
         self.attended: int | Tensor = 0
         self.visible: int | Tensor = 0
 
@@ -167,6 +202,10 @@ class LayerAttention:
         if cache is None:  # nothing will be decoded
             return
         batch, tokens, size = hidden.shape
+        if self.owner.static is not None:
+            self.cache = cache.layers[self.layer]
+            self._score(self.owner.static, hidden.reshape(batch, size))
+            return
         padding, gaps = self.owner._padding_of(mask, batch)
         paged = self.paged_layer(cache)
         if mask is None and any(paged.padding) and paged.length and paged.batch == batch:
@@ -180,17 +219,22 @@ class LayerAttention:
         projection.to(hidden.device, hidden.dtype)
         step = self.owner._step_of(paged, tokens, position_ids, hidden.device)
         flat = hidden.reshape(batch * tokens, size)
-        projection.append(paged.selector_pool, step.slots, flat, step.rotation)
         if not paged.decoding:
+            projection.append(paged.selector_pool, step.slots, flat, step.rotation)
             return
         if paged.gaps:
             raise ValueError(
                 "the attention mask hides tokens between or behind others (right padding, packed texts); sparse decoding "
                 "takes left padding alone"
             )
-        self.rows = step.rows
-        query, weight = projection.query(flat, step.rotation)
-        self.scores = projection.scores(query, weight, paged.selector_pool, self.rows.page_table, self.rows.lengths)
+        self._score(step, flat)
+
+    def _score(self, step: "Step | StaticStep", hidden: Tensor) -> None:
+        """Of the rows of a decode step, whose keys it stores."""
+        pool, rows = self.cache.selector_pool, step.rows
+        query, weight = self.projection.prologue(pool, step.slots, hidden, step.rotation)
+        self.scores = self.projection.scores(query, weight, pool, rows.page_table, rows.lengths)
+        self.rows = rows
 
     def paged_layer(self, cache: Any) -> PagedLayer:
         """The layer's cache, which takes the place of the empty one that transformers made."""
@@ -232,12 +276,15 @@ class LayerAttention:
         output, indices, counts = attend(
             self.scores, flat, cache.key_pool, cache.value_pool, rows.page_table, rows.lengths, scale, rule
         )
+        self.scores = self.rows = None
+        if owner.static is not None:
+            self.seen = Seen(flat, cache.key_pool, scale, indices, counts)
+            return output.view(batch, tokens, heads, dim)
         # The last block, which every selection with recent tokens holds, is cut at the row's length.
         cut = rows.cut if rule["recency"] > 0 else _cut_of_chosen(indices, rows)
         self.attended = self.attended + counts.float().mean(1).sum() * ops.PAGE_TOKENS - cut
         self.visible = self.visible + rows.visible
         owner.check.step(self.layer, flat, cache.key_pool, rows.page_table, rows.lengths, scale, indices, counts)
-        self.scores = self.rows = None
         return output.view(batch, tokens, heads, dim)
 
 
@@ -291,6 +338,7 @@ def attach(
     least_captured: float = 0.5,
     callback: Callable[[int, float, int], None] | None = None,
     max_decode_queries: int = 32,
+    graphs: bool = True,
 ) -> Attached:
     """Makes a transformers model decode sparsely under its unchanged `generate`; prompts are read densely.
 
@@ -304,6 +352,9 @@ def attach(
     which selects for itself; otherwise several tokens are a prompt, or a part of one. A cache that was filled while
     attached holds the selector's keys and follows reorder_cache, crop, batch_repeat_interleave and
     batch_select_indices. Static, quantised and offloaded caches are refused.
+
+    graphs: on a GPU, steps of one token a sequence are captured in a CUDA graph after the first two of a cache, where every
+    layer of the model selects; other steps, and those of beam search, whose cache moves, run kernel by kernel.
 
     Self-check: one decode step of every `self_check` (0: none) of a layer is compared with exact attention;
     `callback(layer, mass, tokens)` gets its captured mass, `model.spot.captured_mass` keeps the means, and a layer whose
@@ -330,7 +381,7 @@ def attach(
     check = SelfCheck(every=self_check, least=least_captured, callback=callback)
     previous = model.config._attn_implementation
     try:
-        attached = Attached(model, selector, method, check, max_decode_queries)
+        attached = Attached(model, selector, method, check, max_decode_queries, graphs)
     except BaseException:
         if model.config._attn_implementation != previous:
             model.set_attn_implementation(previous)

@@ -1,12 +1,15 @@
 """A layer of a transformers cache in pages, with a selector's keys beside keys and values."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from spotattention.ops import PAGE_TOKENS
+
+MOST_SPARE = 8192  # columns that a store grows by at once, beyond what is needed
 
 
 @dataclass
@@ -18,6 +21,10 @@ class Rows:
     visible: Tensor  # their sum
     cut: Tensor  # the sum of what rows' last blocks lack
 
+    @classmethod
+    def of(cls, page_table: Tensor, lengths: Tensor) -> "Rows":
+        return cls(page_table, lengths, lengths.sum(), (-lengths % PAGE_TOKENS).sum())
+
 
 class PagedLayer(DynamicLayer):
     """Takes the place of a DynamicLayer in a cache of B sequences.
@@ -27,7 +34,7 @@ class PagedLayer(DynamicLayer):
     included; a sequence's first real token lies at the start of a page, so that its blocks are those that it has alone.
     """
 
-    def __init__(self, key_heads: int, page_bytes: int, owner: object) -> None:
+    def __init__(self, key_heads: int, page_bytes: int, owner: Any) -> None:
         self.key_store: Tensor | None = None
         self.value_store: Tensor | None = None
         self.key_bytes: Tensor | None = None  # [B, capacity / 16, key_heads, page_bytes] uint8: selector keys
@@ -37,7 +44,13 @@ class PagedLayer(DynamicLayer):
         self.drafted = False  # whether tokens were taken back: then several at once are drafts to verify
         self.decoding = False  # whether the current step reads pages, so that update() need not gather them
         self.key_heads, self.page_bytes, self.owner = key_heads, page_bytes, owner
+        self._moved()
         super().__init__()
+
+    def _moved(self) -> None:
+        """The stores are elsewhere: what was captured of a step over them is void."""
+        self.captured: Any = None  # of the cache's first layer: hf/graph.py
+        self.eager_steps = 0
 
     # Keys and values as other layers have them, [B, num_kv_heads, columns, head_dim].
     @property
@@ -109,11 +122,15 @@ class PagedLayer(DynamicLayer):
                 f"{self.padding}; pass the same padding in every call"
             )
         self.gaps = self.gaps or gaps
-        needed = self.length + tokens + (PAGE_TOKENS - 1)
-        if needed > self.capacity:
-            self._grow(needed + needed // 4, device)
+        if not self.has_room(tokens):
+            needed = self.length + tokens + (PAGE_TOKENS - 1)
+            self._grow(needed + min(needed // 4, MOST_SPARE), device)
+
+    def has_room(self, tokens: int) -> bool:
+        return self.length + tokens + (PAGE_TOKENS - 1) <= self.capacity
 
     def _grow(self, columns: int, device: torch.device) -> None:
+        self._moved()
         pages = -(-columns // PAGE_TOKENS)
 
         def grown(store: Tensor, dim: int, size: int) -> Tensor:
@@ -133,13 +150,16 @@ class PagedLayer(DynamicLayer):
             self.key_store = grown(self.key_store, 2, pages * PAGE_TOKENS)
             self.value_store = grown(self.value_store, 2, pages * PAGE_TOKENS)
 
+    def first_slots(self) -> Tensor:
+        """[B] int64: the slots of column 0."""
+        device = self.key_bytes.device
+        return torch.arange(self.batch, device=device) * self.capacity + torch.tensor(self._shifts(), device=device)
+
     def slots(self, tokens: int) -> Tensor:
         """Slots [B * tokens] int64 of the next columns: page * 16 + offset; -1 for padding."""
         device = self.key_bytes.device
         column = torch.arange(self.length, self.length + tokens, device=device)
-        shift = torch.tensor(self._shifts(), device=device)[:, None]
-        first = torch.arange(self.batch, device=device)[:, None] * self.capacity
-        slots = first + shift + column
+        slots = self.first_slots()[:, None] + column
         if self.length < max(self.padding):
             slots = slots.masked_fill(column < torch.tensor(self.padding, device=device)[:, None], -1)
         return slots.flatten()
@@ -147,16 +167,17 @@ class PagedLayer(DynamicLayer):
     def rows(self, tokens: int) -> Rows:
         """The next `tokens` columns of every sequence as rows of the decode operators."""
         device = self.key_bytes.device
-        padding = torch.tensor(self.padding, device=device)
-        pages = -(-(self.length + tokens - min(self.padding)) // PAGE_TOKENS)
-        own = self.capacity // PAGE_TOKENS
-        first = (padding + PAGE_TOKENS - 1) // PAGE_TOKENS
-        place = (first[:, None] + torch.arange(pages, device=device)).clamp_max(own - 1)  # past a length: not read
-        table = (torch.arange(self.batch, device=device)[:, None] * own + place).to(torch.int32)
+        table = self.page_table(-(-(self.length + tokens - min(self.padding)) // PAGE_TOKENS))
         column = torch.arange(self.length + 1, self.length + tokens + 1, device=device)
-        lengths = (column - padding[:, None]).to(torch.int32)
-        lengths = lengths.flatten()
-        return Rows(table.repeat_interleave(tokens, 0), lengths, lengths.sum(), (-lengths % PAGE_TOKENS).sum())
+        lengths = (column - torch.tensor(self.padding, device=device)[:, None]).to(torch.int32)
+        return Rows.of(table.repeat_interleave(tokens, 0), lengths.flatten())
+
+    def page_table(self, pages: int) -> Tensor:
+        """[B, pages] int32: the first pages of each sequence; those past its last are not to be read."""
+        device, own = self.key_bytes.device, self.capacity // PAGE_TOKENS
+        first = (torch.tensor(self.padding, device=device) + PAGE_TOKENS - 1) // PAGE_TOKENS
+        place = (first[:, None] + torch.arange(pages, device=device)).clamp_max(own - 1)
+        return (torch.arange(self.batch, device=device)[:, None] * own + place).to(torch.int32)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.device, self.dtype = key_states.device, key_states.dtype
@@ -170,6 +191,11 @@ class PagedLayer(DynamicLayer):
         """Stores the next tokens of every sequence. Returns all columns, or while pages are read the new ones alone."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        step = self.owner.static
+        if step is not None:  # no number of the host may enter a captured step
+            for store, states in ((self.key_store, key_states), (self.value_store, value_states)):
+                store.flatten(1, 2).index_copy_(1, step.slots, states[:, :, 0].transpose(0, 1))
+            return key_states, value_states
         start, tokens, shifts = self.length, key_states.shape[2], self._shifts()
         for store, states in ((self.key_store, key_states), (self.value_store, value_states)):
             states = states.transpose(0, 1)  # [heads, B, tokens, dim]
@@ -215,12 +241,14 @@ class PagedLayer(DynamicLayer):
         self.padding = [self.padding[row] for row in order]
         if order == list(range(len(self.key_bytes))):
             return
+        self._moved()
         index = rows.to(self.key_bytes.device)
         self.key_bytes = self.key_bytes.index_select(0, index)
         self.key_store = self.key_store.index_select(1, index)
         self.value_store = self.value_store.index_select(1, index)
 
     def reset(self) -> None:
+        self._moved()
         self.key_store = self.value_store = self.key_bytes = None
         self.padding, self.length, self.gaps, self.drafted, self.is_initialized = [], 0, False, False, False
 

@@ -180,7 +180,7 @@ class SpotImpl(AttentionImpl[SpotMetadata]):
                 f"{spot_layer.layer_name}: heads of {head_size}, {group} to a KV head; on CUDA a selector takes heads of 64, "
                 "128 or 256, at most 16 to a KV head"
             )
-        if spot_layer.format == "f32" or spot_layer.query_weight.dtype == torch.float32:
+        if spot_layer.format == "f32" or spot_layer.query_key_weight.dtype == torch.float32:
             raise ValueError("on CUDA a selector takes bfloat16 or float16 models and any key format but f32")
 
     def pools(self, kv_cache: Tensor) -> tuple[Tensor, Tensor, Pages]:

@@ -55,15 +55,21 @@ class SelectorLayer(nn.Module, AttentionLayerBase):
         sets = local_groups(settings.selector.backbone["num_kv_heads"], settings.selector.groups)
         mix = weights.mix.view(-1, chosen.num_heads, weights.mix.shape[1])[sets].flatten(0, 1)
         self.layer, self.layer_name = layer, prefix
-        self.key_heads, self.norm, self.norm_eps = chosen.key_heads, chosen.key_norm, chosen.norm_eps
+        self.key_heads = chosen.key_heads
         self.format, self.global_scale = settings.key_format, GLOBAL_SCALE.get(settings.key_format, 1.0)
         self.rule = settings.method.rule.arguments(settings.selector.temperature(layer))
-        self.query_weight = weights.query_key[:rows].to(device, dtype)
-        self.key_weight = weights.query_key[rows:].to(device, dtype)
+        self.query_key_weight = weights.query_key.to(device, dtype)
+        self.key_weight = self.query_key_weight[rows:]
         self.mix_weight = mix.to(device, torch.float32)
-        self.norm_weight = None if weights.norm_weight is None else weights.norm_weight.to(device)
-        self.norm_bias = None if weights.norm_bias is None else weights.norm_bias.to(device)
-        self.cos, self.sin = (None, None) if rope is None else rope.at_least(config.model_config.max_model_len, device)
+        self.cos, sin = (None, None) if rope is None else rope.at_least(config.model_config.max_model_len, device)
+        self.preparation = {
+            "norm": chosen.key_norm,
+            "norm_weight": None if weights.norm_weight is None else weights.norm_weight.to(device),
+            "norm_bias": None if weights.norm_bias is None else weights.norm_bias.to(device),
+            "norm_eps": chosen.norm_eps,
+            "cos": self.cos,
+            "sin": sin,
+        }
         self.check_every, self.check_bound = settings.options.check_every, settings.options.check_bound
         self.in_graphs = device.type == "cuda" and config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self.backend, self.alignment = backend, alignment
@@ -104,32 +110,24 @@ class SelectorLayer(nn.Module, AttentionLayerBase):
             return
         step = metadata[self.layer_name]
         tokens, rows = step.num_tokens, step.num_decodes
-        hidden = hidden[:tokens]
         positions = (positions[0] if positions.dim() == 2 else positions)[:tokens]
-        ops.selector_key_append(
-            self.pool,
-            step.slots,
-            torch.nn.functional.linear(hidden, self.key_weight).view(tokens, self.key_heads, -1),
-            self.format,
-            self.global_scale,
-            self.norm,
-            norm_weight=self.norm_weight,
-            norm_bias=self.norm_bias,
-            norm_eps=self.norm_eps,
-            cos=self.cos,
-            sin=self.sin,
-            positions=None if self.cos is None else positions,
-        )
+        if self.cos is None:
+            positions = None
+        if rows < tokens:
+            self._store(hidden[rows:tokens], step.slots[rows:], None if positions is None else positions[rows:])
         if rows == 0:
             return
-        made = ops.selector_project(
-            hidden[:rows],
-            self.query_weight,
-            self.key_weight,
+        hidden = hidden[:rows]
+        made = ops.selector_prologue(
+            self.pool,
+            step.slots[:rows],
+            torch.nn.functional.linear(hidden, self.query_key_weight),
+            hidden,
             self.mix_weight,
-            positions[:rows],
-            cos=self.cos,
-            sin=self.sin,
+            self.format,
+            self.global_scale,
+            positions=None if positions is None else positions[:rows],
+            **self.preparation,
         )
         self.scores = ops.score_blocks(
             made.query,
@@ -139,6 +137,13 @@ class SelectorLayer(nn.Module, AttentionLayerBase):
             step.lengths[:rows],
             self.format,
             self.global_scale,
+        )
+
+    def _store(self, hidden: Tensor, slots: Tensor, positions: Tensor | None) -> None:
+        """The keys of prompts' tokens, whose queries select nothing."""
+        keys = torch.nn.functional.linear(hidden, self.key_weight).view(len(hidden), self.key_heads, -1)
+        ops.selector_key_append(
+            self.pool, slots, keys, self.format, self.global_scale, positions=positions, **self.preparation
         )
 
 
