@@ -13,7 +13,7 @@ common=(--context 131072 --top-k-tokens 4096 --steps 24)
 measure() { # NAME, then options of spot bench
   local name=$1
   shift
-  "$spot" bench "${common[@]}" --prefill --prefill-chunk 8192 --attention spot --out "$out/$name-prefill.json" "$@"
+  "$spot" bench "${common[@]}" --prefill dense --prefill-chunk 8192 --attention spot --out "$out/$name-prefill.json" "$@"
   "$spot" bench "${common[@]}" --attention dense,spot --out "$out/$name-decode.json" "$@" --random
 }
 for name in qwen3.5-9b qwen3-8b; do

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Mode = Literal["top_p", "top_k", "threshold"]
+Prefill = Literal["dense", "sparse", "auto"]
 
 WORDS = ("dense", "spot", "streaming", "oracle", "quest", "twilight")
 GRAMMAR = (
     "p=SHARE, t=THRESHOLD, k=TOKENS, k=PERCENT%, sinks=, recency=, floor=, cap=TOKENS, temperature=NUMBER, dense=LAYERS, "
-    "cache=FORMAT, prefill=sparse or prefill=dense"
+    "cache=FORMAT, prefill=sparse, dense or auto, tile=QUERIES"
 )
 KEY_FORMATS = ("f32", "bf16", "int8", "int4", "mxfp4", "nvfp4")
 
@@ -81,7 +82,8 @@ class Method:
     word: str = "dense"
     rule: SelectionRule = field(default_factory=SelectionRule)
     dense_layers: int = 0  # the first so many layers attend densely
-    sparse_prefill: bool = False
+    prefill: Prefill = "dense"  # how prompts are read; auto: sparsely where they are long
+    tile: int | None = None  # queries that share a set there; None: as suits the device
     cache_format: str | None = None  # of the selector's keys; None: the selector's own
 
 
@@ -105,17 +107,18 @@ _OPTIONS = {
     "cap": ("cap", True),
     "temperature": ("temperature", False),
     "dense": ("dense_layers", True),
+    "tile": ("tile", True),
 }
 
-_RULE = {"p", "t", "k", "k%", "sinks", "recency", "floor", "cap", "temperature", "dense", "prefill"}
+_RULE = {"p", "t", "k", "k%", "sinks", "recency", "floor", "cap", "temperature", "dense", "prefill", "tile"}
 # The keys that each word's method reads; "k%" is a share of the context.
 _READ = {
     "dense": set(),
     "spot": _RULE | {"cache"},
-    "streaming": {"k", "sinks", "dense", "prefill"},
+    "streaming": {"k", "sinks", "dense", "prefill", "tile"},
     "oracle": _RULE,
     "quest": _RULE,
-    "twilight": {"p", "k", "k%", "sinks", "recency", "floor", "dense", "prefill"},
+    "twilight": {"p", "k", "k%", "sinks", "recency", "floor", "dense", "prefill", "tile"},
 }
 _MOST_LAYERS = 10_000
 
@@ -126,8 +129,8 @@ def _set_option(settings: dict[str, Any], key: str, value: str) -> bool:
         settings["cache_format"] = value
         return True
     if key == "prefill":
-        settings["sparse_prefill"] = value == "sparse"
-        return value in ("sparse", "dense")
+        settings["prefill"] = value
+        return value in ("sparse", "dense", "auto")
     number = _number(value)
     if number is None or key not in _OPTIONS:
         return False
@@ -163,6 +166,8 @@ def parse_method(text: str, defaults: SelectionRule | None = None) -> Method:
             why = f"attention '{word}' does not read it"
         elif key in ("cap", "temperature") and method.rule.mode == "top_k":
             why = "a fixed budget does not read it"
+        elif key == "tile" and method.prefill == "dense":
+            why = "prompts are read densely"
         else:
             continue
         raise ValueError(f"method '{text}': {key.rstrip('%')}= has no effect, {why}; leave it out")
@@ -172,7 +177,7 @@ def parse_method(text: str, defaults: SelectionRule | None = None) -> Method:
 def make_method(
     word: str, settings: dict[str, Any], defaults: SelectionRule | None = None, name: str | None = None
 ) -> Method:
-    """A method of settings by their names: fields of SelectionRule, dense_layers, sparse_prefill, cache_format.
+    """A method of settings by their names: fields of SelectionRule, dense_layers, prefill, tile, cache_format.
 
     Raises ValueError when settings are out of range or do not go together.
     """
@@ -206,6 +211,9 @@ def make_method(
         raise ValueError(
             f'the selector\'s cache format is "{cache_format}"; it must be one of {", ".join(KEY_FORMATS)}'
         )
+    tile = given("tile")
+    if tile is not None and tile not in (16, 32, 64):
+        raise ValueError(f"tiles of {tile} queries were asked for; give 16, 32 or 64")
     fields = {k: v for k, v in settings.items() if k in SelectionRule.__dataclass_fields__}
     if p is not None:
         fields["mode"] = "top_p"
@@ -223,6 +231,7 @@ def make_method(
         word=word,
         rule=replace(defaults or SelectionRule(), **fields),
         dense_layers=dense_layers,
-        sparse_prefill=given("sparse_prefill", False),
+        prefill=given("prefill", "dense"),
+        tile=tile,
         cache_format=cache_format,
     )

@@ -58,10 +58,7 @@ std::optional<double> parse_number(std::string text) {
 // Sets one KEY=VALUE; false when it is not one of ours.
 bool set_option(MethodSettings& settings, const std::string& key, const std::string& value) {
   if (key == "cache") return settings.cache_format = value, true;
-  if (key == "prefill") {
-    if (value != "sparse" && value != "dense") return false;
-    return settings.sparse_prefill = value == "sparse", true;
-  }
+  if (key == "prefill") return settings.prefill = prefill_mode(value), settings.prefill.has_value();
   const std::optional<double> number = parse_number(value);
   if (!number) return false;
   const bool percent = value.back() == '%',
@@ -80,6 +77,7 @@ bool set_option(MethodSettings& settings, const std::string& key, const std::str
   if (key == "floor") return set_whole(settings.floor);
   if (key == "cap") return set_whole(settings.cap);
   if (key == "dense") return set_whole(settings.dense_layers);
+  if (key == "tile") return set_whole(settings.tile);
   return false;
 }
 
@@ -94,7 +92,8 @@ std::set<std::string> given_keys(const MethodSettings& settings) {
   add("sinks", settings.sinks.has_value()), add("recency", settings.recency.has_value());
   add("floor", settings.floor.has_value()), add("cap", settings.cap.has_value());
   add("temperature", settings.temperature.has_value()), add("cache", settings.cache_format.has_value());
-  add("dense", settings.dense_layers != 0), add("prefill", settings.sparse_prefill);
+  add("dense", settings.dense_layers != 0), add("prefill", settings.prefill.has_value());
+  add("tile", settings.tile.has_value());
   return keys;
 }
 
@@ -104,14 +103,15 @@ std::string unread(const MethodSpec& spec, const std::string& key) {
     return fmt::format("attention '{}' does not read it", spec.word);
   if ((key == "cap" || key == "temperature") && spec.rule.mode == SelectionMode::top_k)
     return "a fixed budget does not read it";
+  if (key == "tile" && !spec.has_sparse_prefill()) return "prompts are read densely";
   return "";
 }
 
 }  // namespace
 
 const std::vector<AttentionMethod>& attention_methods() {
-  static const std::set<std::string> rule = {"p",     "t",   "k",           "k%",    "sinks",  "recency",
-                                             "floor", "cap", "temperature", "dense", "prefill"};
+  static const std::set<std::string> rule = {"p",     "t",   "k",           "k%",    "sinks",   "recency",
+                                             "floor", "cap", "temperature", "dense", "prefill", "tile"};
   const auto with = [](std::set<std::string> keys, const char* more) {
     keys.insert(more);
     return keys;
@@ -125,7 +125,7 @@ const std::vector<AttentionMethod>& attention_methods() {
        false,
        nullptr,
        false,
-       {"k", "sinks", "dense", "prefill"}},
+       {"k", "sinks", "dense", "prefill", "tile"}},
       {"oracle", "the true attention under the same rule", make_oracle, false, nullptr, false, rule},
       {"quest", "Quest's bound of each page", make_quest, true, nullptr, true, rule},
       {"twilight",
@@ -134,7 +134,7 @@ const std::vector<AttentionMethod>& attention_methods() {
        true,
        adapt_to_twilight,
        true,
-       {"p", "k", "k%", "sinks", "recency", "floor", "dense", "prefill"}}};
+       {"p", "k", "k%", "sinks", "recency", "floor", "dense", "prefill", "tile"}}};
   return methods;
 }
 
@@ -150,6 +150,17 @@ const AttentionMethod& attention_method(const std::string& word) {
   for (const AttentionMethod& method : attention_methods())
     if (method.word == word) return method;
   fail("attention '{}' is unknown; choose {}", word, attention_words());
+}
+
+int64_t default_query_tile(at::Device device) {
+  return device.is_cuda() ? 32 : 16;
+}
+
+std::optional<PrefillMode> prefill_mode(const std::string& word) {
+  if (word == "dense") return PrefillMode::dense;
+  if (word == "sparse") return PrefillMode::sparse;
+  if (word == "auto") return PrefillMode::automatic;
+  return std::nullopt;
 }
 
 std::string MethodSpec::describe() const {
@@ -169,7 +180,7 @@ MethodSpec make_spec(const std::string& word, const MethodSettings& settings,
                      const SelectorConfig* selector) {
   const AttentionMethod& method = attention_method(word);
   const auto& [p, threshold, share, temperature, budget, sinks, recency, floor, cap, cache_format,
-               dense_layers, sparse_prefill] = settings;
+               dense_layers, prefill, tile] = settings;
   if (budget && share)
     fail("a fixed budget is given in tokens ({}) and as a share ({}); give one of them", *budget, *share);
   if (!method.adapt && p && (budget || share))
@@ -201,7 +212,10 @@ MethodSpec make_spec(const std::string& word, const MethodSettings& settings,
   if (method.adapt) method.adapt(spec, settings);
   for (int64_t layer = 0; layer < dense_layers; ++layer) spec.dense_layers.insert(layer);
   if (cache_format) spec.cache_format = key_format_from_string(*cache_format);
-  if (sparse_prefill) spec.prefill = PrefillMode::sparse;
+  if (tile && *tile != 16 && *tile != 32 && *tile != 64)
+    fail("tiles of {} queries were asked for; give 16, 32 or 64", *tile);
+  if (prefill) spec.prefill = *prefill;
+  if (tile) spec.query_tile = *tile;
   return spec;
 }
 
@@ -251,7 +265,7 @@ std::vector<std::string> join_methods(const std::vector<std::string>& parts) {
 
 std::string method_grammar() {
   return "p=SHARE, t=THRESHOLD, k=TOKENS, k=PERCENT%, sinks=, recency=, floor=, cap=TOKENS, temperature=NUMBER, dense=LAYERS, "
-         "cache=FORMAT, prefill=sparse or prefill=dense";
+         "cache=FORMAT, prefill=sparse, dense or auto, tile=QUERIES";
 }
 
 }  // namespace spot

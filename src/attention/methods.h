@@ -13,6 +13,16 @@
 
 namespace spot {
 
+// From so many tokens of context on prefill=auto reads a prompt sparsely. Below it the time is not worth a choice: on an
+// H200 a layer's attention over 8,192 tokens is 1.1 times as fast as dense attention with 4,096 tokens a tile, over
+// 16,384 1.8 times (docs/performance.md).
+inline constexpr int64_t kSparsePrefillFrom = 16384;
+// Queries of a tile where nothing else was asked for: 32 on a GPU, whose kernels they suit best (kernels/NOTES.md), 16
+// elsewhere.
+int64_t default_query_tile(at::Device device);
+// "dense", "sparse" or "auto"; empty for another word.
+std::optional<PrefillMode> prefill_mode(const std::string& word);
+
 // A method and everything that it is run with.
 struct MethodSpec {
   std::string name = "dense";  // as the user wrote it: "spot:p=0.9,k=10%"
@@ -20,15 +30,20 @@ struct MethodSpec {
   // streaming takes rule.budget (tokens) and rule.sinks; twilight a top_k rule for Quest, and prunes to rule.p
   SelectionRule rule;
   std::set<int64_t> dense_layers;  // besides those that a selector does not cover
-  // How a prompt is read. Sparse: one block set for every `query_tile` queries: 1, 16, 32 or 64.
+  // How a prompt is read. Sparsely: one block set for every `query_tile` queries: 1, 16, 32, 64, or 0 for as many as
+  // suit the device (default_query_tile).
   PrefillMode prefill = PrefillMode::dense;
-  int64_t query_tile = 16;
+  int64_t query_tile = 0;
   std::optional<KeyFormat> cache_format;  // of the selector's keys; without it the selector's own
   // Keys of the settings that parse_method took from its `base` and the method reads ("k%": a share).
   std::set<std::string> from_base;
 
   bool is_dense() const { return word == "dense"; }
-  bool has_sparse_prefill() const { return !is_dense() && prefill == PrefillMode::sparse; }
+  // Whether some prompts are read sparsely, and whether one is whose context has so many tokens.
+  bool has_sparse_prefill() const { return !is_dense() && prefill != PrefillMode::dense; }
+  bool reads_sparsely(int64_t context) const {
+    return has_sparse_prefill() && (prefill == PrefillMode::sparse || context >= kSparsePrefillFrom);
+  }
   // Whether another method reads every token in the same way, whatever the two are called.
   bool reads_as(const MethodSpec& other) const;
   // "top-p 0.9", "top-k 25% pruned to 0.95": what the rule keeps; empty where there is none.
@@ -71,7 +86,8 @@ struct MethodSettings {
   std::optional<int32_t> budget, sinks, recency, floor, cap;  // k=, sinks=, recency=, floor=, cap=
   std::optional<std::string> cache_format;                    // cache=
   int64_t dense_layers = 0;                                   // dense=
-  bool sparse_prefill = false;                                // prefill=sparse
+  std::optional<PrefillMode> prefill;                         // prefill=
+  std::optional<int64_t> tile;                                // tile=
 };
 
 // `selector`: the config of the one in use, whose rule is the default; null without one. Settings that the method does

@@ -200,7 +200,7 @@ std::optional<at::Tensor> SparseAttention::tile_prefill(const AttentionInputs& i
   prefill.tile_queries = query_tile;
   if (!options_.count && !options_.observer) return prefill_in_tiles(prefill);
   return prefill_in_tiles(prefill, [&](const at::Tensor& tiles, const Selection& selection) {
-    if (options_.count) count_tiles(inputs.layer, tiles, selection, prefill.rule.floor);
+    if (options_.count) add_counts(inputs.layer, count_tile_tokens(tiles, selection, prefill.rule.floor));
     if (!options_.observer) return;
     const auto tile = tiles.accessor<const int32_t, 2>();
     for (int64_t i = 0; i < tiles.size(0); ++i) {
@@ -223,21 +223,6 @@ void SparseAttention::count(int64_t layer, const Selection& selection, const at:
   const at::Tensor rows = at::full({}, static_cast<double>(selection.rows()), kept.options());
   const at::Tensor mass = selection.predicted_mass.to(at::kDouble).mean(1).sum();
   add_counts(layer, at::stack({rows, kept, visible.to(at::kDouble), mass}));
-}
-
-// A tile's queries keep its list up to themselves: its own tokens are always listed, and each query before the last
-// sees one less of them than the next. Queries up to the floor are dense and not counted.
-void SparseAttention::count_tiles(int64_t layer, const at::Tensor& tiles, const Selection& selection,
-                                  int64_t floor) {
-  const at::Tensor on_device = tiles.to(selection.counts.device()).to(at::kDouble);
-  const at::Tensor start = on_device.select(1, 3), end = start + on_device.select(1, 2);
-  const at::Tensor queries = (end - start.clamp_min(static_cast<double>(floor))).clamp_min(0);
-  const at::Tensor listed = selection.counts.to(at::kDouble).mean(1) * kBlockSize,
-                   past_end = at::ceil(end / kBlockSize) * kBlockSize - end,
-                   unseen = queries * (queries - 1) / 2;
-  const at::Tensor mass = at::nan_to_num(selection.predicted_mass.to(at::kDouble).mean(1));
-  add_counts(layer, at::stack({queries.sum(), (queries * (listed - past_end) - unseen).sum(),
-                               (queries * end - unseen).sum(), (queries * mass).sum()}));
 }
 
 void SparseAttention::add_counts(int64_t layer, const at::Tensor& addend) {

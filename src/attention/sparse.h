@@ -11,7 +11,9 @@
 
 namespace spot {
 
-enum class PrefillMode { dense, sparse };
+// How a prompt's context is read. automatic: densely where it is short, else sparsely (MethodSpec::reads_sparsely); it is
+// for those who choose, not for SparseAttention, which reads as it is told.
+enum class PrefillMode { dense, sparse, automatic };
 
 // What an observer sees: one call per covered sparse layer for all decode rows together (chunk.sequence = -1,
 // rows are the batch's sequences), or per chunk of a sparse prefill.
@@ -63,6 +65,7 @@ class SparseAttention : public AttentionBackend {
   void set_prefill(PrefillMode mode) { options_.prefill = mode; }
   void set_observer(SelectionObserver observer) { options_.observer = std::move(observer); }
   SelectionPolicy& policy() { return policy_; }
+  int64_t query_tile() const { return options_.query_tile; }
   // By model layer, since the last reset; dense layers have none. Copies from the device.
   std::map<int64_t, Counters> counters() const;
   void reset_counters() { sums_.clear(); }
@@ -77,7 +80,6 @@ class SparseAttention : public AttentionBackend {
   at::Tensor attend_chunk(const AttentionInputs& inputs, const QueryChunk& chunk, const at::Tensor& lengths,
                           const Selection& selection);
   void count(int64_t layer, const Selection& selection, const at::Tensor& lengths);
-  void count_tiles(int64_t layer, const at::Tensor& tiles, const Selection& selection, int64_t floor);
   void add_counts(int64_t layer, const at::Tensor& addend);
 
   const PagePools& pools_;

@@ -89,7 +89,8 @@ AttentionStack::Method AttentionStack::make_method(const MethodSpec& spec) {
   method.policy = policy_for(spec);
   method.shares = row.has_stores;
   SparseOptions sparse{
-      .prefill = spec.prefill, .dense_layers = spec.dense_layers, .query_tile = spec.query_tile};
+      .dense_layers = spec.dense_layers,
+      .query_tile = spec.query_tile == 0 ? default_query_tile(cache_->device()) : spec.query_tile};
   sparse.count = false;
   sparse.observer = observer_;
   sparse.recorder = [this](int64_t layer, const Selection& selection, const at::Tensor& lengths) {
@@ -139,7 +140,7 @@ void AttentionStack::begin_pass(const Batch& batch, const std::vector<Route>& ro
     const MethodSpec& spec = specs_.at(static_cast<size_t>(route.method));
     const bool decode = i < batch.num_decodes;
     Part part{.method = route.method, .first = i, .first_row = row};
-    part.sparse = !spec.is_dense() && (decode || route.selects || spec.has_sparse_prefill());
+    part.sparse = !spec.is_dense() && (decode || route.selects || spec.reads_sparsely(route.context));
     part.selects = part.sparse && !decode && route.selects;
     // Decode rows of a sparse method stand apart from its chunks, which are read in another way.
     const bool alike =
@@ -216,7 +217,7 @@ at::Tensor AttentionStack::attend(const Part& part, const AttentionInputs& input
   if (methods_[static_cast<size_t>(part.method)].shares)
     sparse.policy().set_rule(specs_[static_cast<size_t>(part.method)].rule);
   if (part.selects) return sparse.attend(inputs, PrefillMode::sparse, /*query_tile=*/1);
-  return sparse.attend(inputs, PrefillMode::sparse, specs_[static_cast<size_t>(part.method)].query_tile);
+  return sparse.attend(inputs, PrefillMode::sparse, sparse.query_tile());
 }
 
 std::vector<AttendedRows> AttentionStack::attended() {

@@ -21,6 +21,7 @@ struct StackOptions {
 struct Route {
   int64_t method = 0;    // index into AttentionStack::methods()
   bool selects = false;  // a prefill chunk each of whose queries selects for itself, as a decode row does
+  int64_t context = 0;   // tokens of its prompt's context, by which prefill=auto chooses
 };
 
 // What sparse queries of some sequences attended to in a pass.

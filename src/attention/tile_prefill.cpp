@@ -68,7 +68,22 @@ Selection rows_of_tiles(const Selection& tiles, const at::Tensor& tile_of_row, c
           at::minimum(rows(tiles.lengths), own_block)};
 }
 
-at::Tensor prefill_in_tiles(const TilePrefill& a, const TileObserver& observer) {
+at::Tensor count_tile_tokens(const at::Tensor& tiles, const Selection& selection, int64_t floor) {
+  const at::Tensor on_device = tiles.to(selection.counts.device()).to(at::kDouble);
+  const at::Tensor start = on_device.select(1, 3), end = start + on_device.select(1, 2);
+  const at::Tensor queries = (end - start.clamp_min(static_cast<double>(floor))).clamp_min(0);
+  const at::Tensor listed = selection.counts.to(at::kDouble).mean(1) * kPage,
+                   past_end = at::ceil(end / kPage) * kPage - end, unseen = queries * (queries - 1) / 2;
+  const at::Tensor mass = at::nan_to_num(selection.predicted_mass.to(at::kDouble).mean(1));
+  return at::stack({queries.sum(), (queries * (listed - past_end) - unseen).sum(),
+                    (queries * end - unseen).sum(), (queries * mass).sum()});
+}
+
+at::Tensor prefill_in_tiles(const TilePrefill& a, const TileObserver& observer, const TileClock& clock) {
+  const auto begin = [&](TileStage stage) {
+    if (clock) clock(stage);
+  };
+  begin(TileStage::stage_keys);
   const at::Tensor tiles = query_tiles(a.starts, a.counts, a.tile_queries);
   const at::Device device = a.query.device();
   at::Tensor output = at::empty(a.query.sizes(), a.query.options());
@@ -90,6 +105,7 @@ at::Tensor prefill_in_tiles(const TilePrefill& a, const TileObserver& observer) 
 
   const int64_t per_strip = kernels::kStripQueries / a.tile_queries, groups = a.selector_weight.size(1);
   for (const Piece& piece : pieces_of(tiles, per_strip, groups, a.most_bytes)) {
+    begin(TileStage::score);
     // Rows count from the piece's first.
     const at::Tensor own = tiles.slice(0, piece.first, piece.end).clone(), filled = own.select(1, 2) > 0;
     own.select(1, 1).sub_(piece.first_row).mul_(filled);
@@ -97,9 +113,12 @@ at::Tensor prefill_in_tiles(const TilePrefill& a, const TileObserver& observer) 
     const auto rows = [&](const at::Tensor& x) { return x.narrow(0, piece.first_row, piece.rows); };
     const at::Tensor scores = ops::score_tiles({rows(a.selector_query), rows(a.selector_weight), keys,
                                                 key_begins, here, a.tile_queries, piece.blocks});
+    begin(TileStage::select);
     const Selection selection = select_blocks(scores, ends, rule);
+    begin(TileStage::attend);
     rows(output).copy_(ops::attend_tiles({rows(a.query), a.key_pool, a.value_pool, a.page_table, here,
                                           a.tile_queries, selection.indices, selection.counts, a.scale}));
+    begin(TileStage::none);
     if (observer) observer(tiles.slice(0, piece.first, piece.end), selection);
   }
   return output;

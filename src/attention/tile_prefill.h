@@ -39,8 +39,19 @@ Selection rows_of_tiles(const Selection& tiles, const at::Tensor& tile_of_row, c
 // What was chosen for some tiles (rows of query_tiles' result, empty ones too), a row of the selection each.
 using TileObserver = std::function<void(const at::Tensor& tiles, const Selection& selection)>;
 
+// Of the same, [4] float64 on the selection's device, each summed over the tiles' queries: queries, tokens that they
+// attend to, tokens that they see, predicted mass (the middle one and the last averaged over groups). A tile's own
+// tokens are listed, and each query before its last sees one less of them than the next. Queries below position
+// `floor` are left out.
+at::Tensor count_tile_tokens(const at::Tensor& tiles, const Selection& selection, int64_t floor = 0);
+
+// Called when a stage of the work begins, and with `none` after the last one: for timing.
+enum class TileStage { none, stage_keys, score, select, attend };
+using TileClock = std::function<void(TileStage)>;
+
 // [T, num_heads, head_dim]. A query's result depends on its own tile and the keys before it alone: not on what shares
 // the batch, nor on most_bytes, nor on where a prompt is cut into chunks if it is cut at multiples of tile_queries.
-at::Tensor prefill_in_tiles(const TilePrefill& prefill, const TileObserver& observer = {});
+at::Tensor prefill_in_tiles(const TilePrefill& prefill, const TileObserver& observer = {},
+                            const TileClock& clock = {});
 
 }  // namespace spot

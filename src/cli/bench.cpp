@@ -1,5 +1,4 @@
 // spot bench: end-to-end time and memory of prefill and decode on this machine.
-#include <ATen/DeviceAccelerator.h>
 #include <c10/core/InferenceMode.h>
 #include <fmt/format.h>
 
@@ -7,6 +6,8 @@
 #include <chrono>
 #include <memory>
 
+#include "benchmark/device.h"
+#include "benchmark/noise.h"
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "cli/usage.h"
@@ -25,7 +26,7 @@ struct Options {
   std::vector<std::string> attentions = {"dense", "spot"};
   std::string preset = "spot", out;
   int64_t context = 32768, batch = 1, steps = 32, chunk = 4096;
-  bool random = false, prefill = false, eager = false, engine = false;
+  bool random = false, eager = false, engine = false;
 };
 
 struct Measurement {
@@ -36,47 +37,6 @@ struct Measurement {
 
 double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::steady_clock::time_point b) {
   return std::chrono::duration<double>(b - a).count();
-}
-
-void synchronize(const at::Device& device) {
-  if (device.is_cuda()) at::accelerator::synchronizeDevice(device.index());
-}
-
-// Most bytes that torch's allocator held on the device since the last reset; 0 on the CPU.
-double peak_gib(const at::Device& device) {
-  if (!device.is_cuda()) return 0;
-  return static_cast<double>(at::accelerator::getDeviceStats(device.index()).allocated_bytes[0].peak) /
-         (1 << 30);
-}
-
-// A context without the cost of its prefill: keys and values are drawn at random (so are selector keys,
-// through random
-// hidden states), which decode cannot tell apart by time.
-void fill_with_noise(const Backbone& backbone, AttentionStack& stack, const std::vector<int64_t>& sequences,
-                     int64_t context, int64_t chunk) {
-  const ModelConfig& config = backbone.config();
-  PagedCache& cache = stack.cache();
-  SelectionPolicy* policy = stack.policy(0);
-  for (int64_t sequence : sequences) {
-    for (int64_t start = 0; start < context; start += chunk) {
-      const int64_t count = std::min(chunk, context - start);
-      const Batch batch =
-          make_batch(cache, {sequence}, {std::vector<int32_t>(static_cast<size_t>(count), 0)});
-      const auto options = at::TensorOptions().device(backbone.device()).dtype(backbone.dtype());
-      for (int64_t layer : config.full_attention_layers()) {
-        const AttentionInputs inputs{layer,
-                                     at::randn({count, config.hidden_size}, options),
-                                     at::Tensor(),
-                                     at::randn({count, config.num_kv_heads, config.head_dim}, options),
-                                     at::randn({count, config.num_kv_heads, config.head_dim}, options),
-                                     1.0,
-                                     batch};
-        write_tokens(cache.pools().get("keys", layer), batch.slots, inputs.key);
-        write_tokens(cache.pools().get("values", layer), batch.slots, inputs.value);
-        if (policy && policy->covers(layer)) policy->append(inputs);
-      }
-    }
-  }
 }
 
 void prefill(Runner& runner, const std::vector<int64_t>& sequences, const std::vector<int32_t>& prompt,
@@ -90,7 +50,8 @@ void prefill(Runner& runner, const std::vector<int64_t>& sequences, const std::v
       runner.run({{.tokens = {.sequence = sequence,
                               .tokens = {prompt.begin() + start, prompt.begin() + end},
                               .decode = false,
-                              .logits = end == total}}});
+                              .logits = end == total},
+                   .route = {.context = total}}});
       progress.update(done += end - start);
     }
   }
@@ -138,7 +99,7 @@ bool reads_selector(const std::string& attention) {
 Measurement measure(const Options& options, const Backbone& backbone, const std::string& attention) {
   const c10::InferenceMode inference;
   const at::Device device = backbone.device();
-  if (device.is_cuda()) at::accelerator::resetPeakStats(device.index());
+  reset_peak(device);
   std::optional<Selector> selector;
   if (reads_selector(attention)) {
     selector.emplace(SelectorConfig::from_preset(options.preset), backbone.config(), device,
@@ -159,7 +120,7 @@ Measurement measure(const Options& options, const Backbone& backbone, const std:
   for (int64_t i = 0; i < options.batch; ++i) sequences.push_back(stack.cache().open_sequence());
 
   auto start = std::chrono::steady_clock::now();
-  if (options.prefill) {
+  if (options.method.prefill) {
     std::vector<int32_t> prompt(static_cast<size_t>(options.context));
     for (size_t i = 0; i < prompt.size(); ++i)
       prompt[i] = static_cast<int32_t>((i * 7919 + 13) % static_cast<size_t>(backbone.config().vocab_size));
@@ -167,7 +128,9 @@ Measurement measure(const Options& options, const Backbone& backbone, const std:
     synchronize(device);
     result.prefill_seconds = seconds_between(start, std::chrono::steady_clock::now());
   } else {
-    fill_with_noise(backbone, stack, sequences, options.context, options.chunk);
+    for (const int64_t sequence : sequences)
+      for (int64_t start = 0; start < options.context; start += options.chunk)
+        fill_with_noise(backbone, stack, sequence, std::min(options.chunk, options.context - start));
   }
 
   std::vector<StepEntry> step;
@@ -198,7 +161,7 @@ void run(const Options& options, const CLI::App& command) {
     methods.push_back(options.method.parse(attention, reads_selector(attention) ? &selector : nullptr));
   }
   check_needs(command, met);
-  MethodOptions::check_read(command, methods);
+  MethodOptions::check_read(command, methods, {"--prefill"});
   if (options.context > config.max_position_embeddings - options.steps - 3)
     fail(
         "{} tokens of context, {} steps and 3 before them pass the model's limit of {} positions; ask for less",
@@ -225,15 +188,15 @@ void run(const Options& options, const CLI::App& command) {
   for (const std::string& attention : join_methods(options.attentions)) {
     const Measurement m = measure(options, backbone, attention);
     if (first == 0) first = m.decode_ms;
-    table.rows.push_back(
-        {m.attention, m.rule.empty() ? "-" : m.rule,
-         options.prefill ? fmt::format("{:.2f}", m.prefill_seconds) : "-", fmt::format("{:.3f}", m.decode_ms),
-         fmt::format("{:.1f}", 1000.0 * static_cast<double>(options.batch) / m.decode_ms),
-         m.engine_tokens > 0
-             ? fmt::format("{:.1f} ({:.2f}x)", m.engine_tokens,
-                           m.engine_tokens * m.decode_ms / (1000.0 * static_cast<double>(options.batch)))
-             : "-",
-         fmt::format("{:.2f}x", first / m.decode_ms), fmt::format("{:.2f}", m.peak_gib)});
+    table.rows.push_back({m.attention, m.rule.empty() ? "-" : m.rule,
+                          options.method.prefill ? fmt::format("{:.2f}", m.prefill_seconds) : "-",
+                          fmt::format("{:.3f}", m.decode_ms),
+                          fmt::format("{:.1f}", 1000.0 * static_cast<double>(options.batch) / m.decode_ms),
+                          m.engine_tokens > 0 ? fmt::format("{:.1f} ({:.2f}x)", m.engine_tokens,
+                                                            m.engine_tokens * m.decode_ms /
+                                                                (1000.0 * static_cast<double>(options.batch)))
+                                              : "-",
+                          fmt::format("{:.2f}x", first / m.decode_ms), fmt::format("{:.2f}", m.peak_gib)});
     json["runs"].push_back({{"attention", m.attention},
                             {"rule", m.rule},
                             {"prefill_seconds", m.prefill_seconds},
@@ -244,7 +207,7 @@ void run(const Options& options, const CLI::App& command) {
   fmt::print("{} on {}, {}, {} in {:.1f} s, context {}, batch {}{}\n{}", backbone.config().architecture,
              device.str(), c10::toString(backbone.dtype()), options.random ? "random weights" : "loaded",
              load_seconds, options.context, options.batch,
-             options.prefill ? "" : ", random keys and values instead of a prefill", table.to_text());
+             options.method.prefill ? "" : ", random keys and values instead of a prefill", table.to_text());
   if (!options.out.empty()) write_file_atomically(options.out, json.dump(1) + "\n");
 }
 
@@ -256,6 +219,7 @@ void add_bench(CLI::App& app) {
       *app.add_subcommand("bench", "Measure prefill and decode of a whole model, medians of single steps");
   add_bench_decode(command);
   add_bench_distill(command);
+  add_bench_prefill(command);
   options->model.add(command);
   command.get_option("--model")->required(false);  // the subcommands have none
   options->method.add(command);
@@ -280,8 +244,9 @@ void add_bench(CLI::App& app) {
   command.add_option("--prefill-chunk", options->chunk, "Tokens a forward call of prefill")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command.add_flag("--prefill", options->prefill,
-                   "Run and time the prefill instead of filling the cache with random numbers");
+  options->method.add_prefill(command)->description(
+      "Run and time the prefill, read dense, sparse or auto as in `spot generate`, instead of filling the cache with random "
+      "numbers");
   command.add_flag("--engine", options->engine,
                    "Also the tokens a second of the engine that `spot generate` runs, after a prefill");
   command.add_flag("--eager", options->eager, "No CUDA graph");

@@ -1,15 +1,14 @@
 // spot bench distill: a distillation step beside the frozen forward pass that it cannot do without.
-#include <ATen/DeviceAccelerator.h>
 #include <ATen/core/grad_mode.h>
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <functional>
 #include <memory>
 
 #include "attention/dense.h"
+#include "benchmark/device.h"
 #include "benchmark/stage_timer.h"
 #include "cli/commands.h"
 #include "cli/options.h"
@@ -30,36 +29,6 @@ struct Options {
   double peak_tflops = 0;
   bool random = false;
 };
-
-void synchronize(const at::Device& device) {
-  if (device.is_cuda()) at::accelerator::synchronizeDevice(device.index());
-}
-
-// The median of `count` runs after one that warms up, in milliseconds.
-double median_ms(const at::Device& device, int64_t count, const std::function<void()>& work) {
-  std::vector<double> times;
-  for (int64_t i = 0; i <= count; ++i) {
-    synchronize(device);
-    const auto start = std::chrono::steady_clock::now();
-    work();
-    synchronize(device);
-    if (i > 0)
-      times.push_back(1000 * std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  std::nth_element(times.begin(), times.begin() + static_cast<int64_t>(times.size() / 2), times.end());
-  return times[times.size() / 2];
-}
-
-// A square matrix product in the model's dtype, as fast as this device does it.
-double measure_peak_tflops(const at::Device& device, at::ScalarType dtype) {
-  const int64_t size = device.is_cuda() ? 8192 : 1024, repeats = 10;
-  const at::Tensor a = at::randn({size, size}, at::TensorOptions(device).dtype(dtype)), b = at::randn_like(a);
-  at::Tensor c = at::empty_like(a);
-  const double ms = median_ms(device, 3, [&] {
-    for (int64_t i = 0; i < repeats; ++i) at::mm_out(c, a, b);
-  });
-  return 2e-9 * std::pow(static_cast<double>(size), 3) * static_cast<double>(repeats) / ms;
-}
 
 // The least operations of a sequence, 2 a multiplication and addition: matrices of the layers and causal
 // attention (recurrences and norms left out), and what the selector adds: projections and their gradients,
@@ -144,8 +113,7 @@ void run(const Options& options) {
   std::vector<int64_t> starts;
   for (int64_t i = 0; i < options.documents; ++i) starts.push_back(i * options.length / options.documents);
 
-  const double peak =
-      options.peak_tflops > 0 ? options.peak_tflops : measure_peak_tflops(device, backbone.dtype());
+  const double peak = options.peak_tflops > 0 ? options.peak_tflops : matmul_tflops(device, backbone.dtype());
   FrozenAttention frozen;
   const double forward_ms = median_ms(device, options.steps, [&] {
     const at::NoGradGuard no_grad;
@@ -157,7 +125,7 @@ void run(const Options& options) {
   DistillAttention attention(selector, loss_options(config, train));
   const double share = 1.0 / static_cast<double>(options.sequences);
   double loss = 0;
-  if (device.is_cuda()) at::accelerator::resetPeakStats(device.index());
+  reset_peak(device);
   const double step_ms = median_ms(device, options.steps, [&] {
     optimizer.zero_gradients();
     for (int64_t i = 0; i < options.sequences; ++i) {
@@ -168,11 +136,7 @@ void run(const Options& options) {
     optimizer.step(train.final_lr);
   });
   if (!std::isfinite(loss)) fail("bench distill: the loss is {}", loss);
-  const double gib =
-      device.is_cuda()
-          ? static_cast<double>(at::accelerator::getDeviceStats(device.index()).allocated_bytes[0].peak) /
-                (1 << 30)
-          : 0.0;
+  const double gib = peak_gib(device);
 
   const auto sequences = static_cast<double>(options.sequences);
   const Work work = count_work(model, selector, options.length, options.documents);

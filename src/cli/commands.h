@@ -12,6 +12,7 @@ void add_generate(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_bench_decode(CLI::App& parent);   // below bench
 void add_bench_distill(CLI::App& parent);  // below bench
+void add_bench_prefill(CLI::App& parent);  // below bench
 void add_eval(CLI::App& app);
 void add_eval_ruler(CLI::App& parent);  // below eval
 void add_inspect(CLI::App& app);

@@ -55,7 +55,8 @@ void add_needle(CLI::App& parent) {
   auto needle = std::make_shared<NeedleOptions>();
   auto lengths = std::make_shared<std::vector<int64_t>>(1, needle->length);
   CLI::App& command = *parent.add_subcommand(
-      "needle", "Multi-key needle retrieval, every method after the same dense prefill");
+      "needle",
+      "Multi-key needle retrieval, every method after the same dense prefill (or its own sparse one: --prefill)");
   options->add(command)->required();
   command
       .add_option("--length", *lengths,

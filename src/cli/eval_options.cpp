@@ -11,22 +11,21 @@ CLI::Option* EvalOptions::add(CLI::App& command) {
   model.add(command);
   selector.add(command);
   method.add(command);
+  method.add_prefill(command);
   command
       .add_option(
           "--methods", methods,
           "Comma-separated attentions (" + attention_words() +
               "), each with settings of its own if wanted (" + method_grammar() +
               "): spot:p=0.9, spot:t=0.001, spot:k=1024,cache=mxfp4, streaming:k=1024, quest:k=10%,dense=2, twilight:p=0.95,k=25% "
-              "(Quest proposes k, p is kept of it); in eval ruler spot:k=10%,prefill=sparse reads the context sparsely "
-              "too, one block set per 16 queries. Default: spot as its selector says, streaming and oracle at 1024 "
-              "tokens")
+              "(Quest proposes k, p is kept of it); spot:k=10%,prefill=sparse reads the context sparsely too, one block "
+              "set for each tile of queries. Default: spot as its selector says, streaming and oracle at 1024 tokens")
       ->delimiter(',');
   command.add_option("--out", out, "Folder for report.html and report.json");
   return command.add_option("--text", text_files, "Text files");
 }
 
-std::vector<MethodSpec> EvalOptions::parse_methods(const SelectorConfig* selector, bool with_dense,
-                                                   bool may_prefill) const {
+std::vector<MethodSpec> EvalOptions::parse_methods(const SelectorConfig* selector, bool with_dense) const {
   std::vector<std::string> words = join_methods(methods);
   if (words.empty()) {
     words = {"streaming:k=1024", "oracle:k=1024"};
@@ -36,18 +35,15 @@ std::vector<MethodSpec> EvalOptions::parse_methods(const SelectorConfig* selecto
   if (with_dense) parsed.emplace_back();
   for (const std::string& word : words) {
     MethodSpec spec = method.parse(word, selector);
-    if (spec.has_sparse_prefill() && !may_prefill)
-      fail("method '{}': only the sparse methods of `spot eval ruler` have prefill=sparse; leave it out",
-           spec.name);
     if (!spec.is_dense()) parsed.push_back(std::move(spec));
   }
   return parsed;
 }
 
 std::vector<MethodSpec> EvalOptions::checked_methods(const CLI::App& command, const ModelConfig& config,
-                                                     bool with_dense, bool may_prefill) const {
+                                                     bool with_dense) const {
   const std::optional<SelectorConfig> said = selector.read_config(model, config);
-  const auto parsed = parse_methods(said ? &*said : nullptr, with_dense, may_prefill);
+  const auto parsed = parse_methods(said ? &*said : nullptr, with_dense);
   MethodOptions::check_read(command, parsed);
   return parsed;
 }

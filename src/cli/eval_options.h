@@ -24,14 +24,11 @@ struct EvalOptions {
 
   // Returns the option --text.
   CLI::Option* add(CLI::App& command);
-  // The methods named on the command line (or the default ones), dense first if asked for. Those with
-  // prefill=sparse are
-  // refused unless `may_prefill`.
-  std::vector<MethodSpec> parse_methods(const SelectorConfig* selector, bool with_dense,
-                                        bool may_prefill = false) const;
+  // The methods named on the command line (or the default ones), dense first if asked for.
+  std::vector<MethodSpec> parse_methods(const SelectorConfig* selector, bool with_dense) const;
   // parse_methods, before any weights are read. Throws UsageError on a flag that no method reads.
-  std::vector<MethodSpec> checked_methods(const CLI::App& command, const ModelConfig& config, bool with_dense,
-                                          bool may_prefill = false) const;
+  std::vector<MethodSpec> checked_methods(const CLI::App& command, const ModelConfig& config,
+                                          bool with_dense) const;
   // The text files, one after the other.
   std::string read_text() const;
 };

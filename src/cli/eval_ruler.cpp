@@ -96,7 +96,7 @@ void run(Options options, const CLI::App& command) {
   std::vector<MethodSpec> methods;
   std::set<Need> met;
   if (options.prompts_file.empty()) {
-    methods = options.checked_methods(command, config, true, true);
+    methods = options.checked_methods(command, config, true);
     met.insert(Need::answers);
   } else {
     MethodOptions::check_read(command, {});
@@ -129,7 +129,7 @@ void add_eval_ruler(CLI::App& parent) {
   CLI::App& command = *parent.add_subcommand(
       "ruler",
       "The RULER tasks at any length, every method after the same dense prefill (or its own sparse "
-      "one: METHOD:RULE,prefill=sparse); with --out, a run that was interrupted goes on where it stopped");
+      "one: --prefill, or METHOD:RULE,prefill=sparse); with --out, a run that was interrupted goes on where it stopped");
   options->add(command)->description(
       "Text files that the essay tasks hide their needles in (niah_single_2 and _3, "
       "niah_multikey_1, niah_multivalue, niah_multiquery)");

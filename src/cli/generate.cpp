@@ -157,6 +157,7 @@ void add_generate(CLI::App& app) {
   options->model.add(command);
   options->selector.add(command);
   options->method.add(command);
+  options->method.add_prefill(command);
   auto* text = command.add_option("--prompt", options->prompt, "The prompt");
   auto* file = command.add_option("--prompt-file", options->prompt_file, "A file that holds the prompt");
   text->excludes(file);
@@ -182,8 +183,6 @@ void add_generate(CLI::App& app) {
   command.add_option("--system", options->system, "System message with --chat");
   command.add_flag("--thinking", options->thinking, "Let the chat template ask for thinking");
   command.add_flag("--ignore-eos", options->ignore_eos, "Go on past the end-of-sequence token");
-  command.add_flag("--sparse-prefill", options->method.sparse_prefill,
-                   "Select in prefill too, one block set per 16 queries");
   command.add_flag("--by-layer", options->by_layer, "Print the tokens attended in each layer");
   command.add_flag("--eager", options->eager, "No CUDA graphs");
   command.callback([options, &command] {

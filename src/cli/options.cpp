@@ -135,6 +135,17 @@ void MethodOptions::add(CLI::App& app) {
       ->check(CLI::NonNegativeNumber);
 }
 
+CLI::Option* MethodOptions::add_prefill(CLI::App& app) {
+  return app
+      .add_option_function<std::string>(
+          "--prefill", [this](const std::string& word) { prefill = prefill_mode(word); },
+          fmt::format(
+              "How prompts are read: dense, sparse (a block set for each tile of queries), or auto: sparse from "
+              "{} tokens on (default: dense)",
+              kSparsePrefillFrom))
+      ->check(CLI::IsMember({"dense", "sparse", "auto"}));
+}
+
 MethodSpec MethodOptions::parse(const std::string& text, const SelectorConfig* selector) const {
   MethodSpec spec = parse_method(text, *this, selector);
   if (spec.word == "spot" && !selector)
@@ -142,7 +153,8 @@ MethodSpec MethodOptions::parse(const std::string& text, const SelectorConfig* s
   return spec;
 }
 
-void MethodOptions::check_read(const CLI::App& command, const std::vector<MethodSpec>& methods) {
+void MethodOptions::check_read(const CLI::App& command, const std::vector<MethodSpec>& methods,
+                               const std::set<std::string>& read_by_command) {
   static constexpr std::pair<const char*, const char*> kFlags[] = {{"p", "--top-p"},
                                                                    {"t", "--threshold"},
                                                                    {"k", "--top-k-tokens"},
@@ -154,13 +166,13 @@ void MethodOptions::check_read(const CLI::App& command, const std::vector<Method
                                                                    {"temperature", "--selection-temperature"},
                                                                    {"cache", "--cache-format"},
                                                                    {"dense", "--dense-layers"},
-                                                                   {"prefill", "--sparse-prefill"}};
+                                                                   {"prefill", "--prefill"}};
   std::string names;
   for (const MethodSpec& spec : methods) names += (names.empty() ? "" : "; ") + spec.name;
   for (const auto& [key, flag] : kFlags) {
     const CLI::Option* option = command.get_option_no_throw(flag);
     const bool zero = key == std::string("dense") && option && option->count() > 0 && option->as<int>() == 0;
-    if (!option || option->count() == 0 || zero) continue;
+    if (!option || option->count() == 0 || zero || read_by_command.contains(flag)) continue;
     if (std::none_of(methods.begin(), methods.end(),
                      [&](const MethodSpec& spec) { return spec.from_base.contains(key); }))
       throw UsageError(fmt::format("{} has no effect: no attention here reads it ({}); leave it out", flag,

@@ -49,10 +49,13 @@ struct SelectorOptions {
 // The settings of attention methods as flags: what a method's own text does not say (attention/methods.h).
 struct MethodOptions : MethodSettings {
   void add(CLI::App& app);
+  // --prefill, of commands that read prompts.
+  CLI::Option* add_prefill(CLI::App& app);
   // parse_method; Error, too, when the method needs a selector and there is none.
   MethodSpec parse(const std::string& text, const SelectorConfig* selector) const;
-  // Throws UsageError when an option of these was given that none of `methods` reads.
-  static void check_read(const CLI::App& command, const std::vector<MethodSpec>& methods);
+  // Throws UsageError when an option of these was given that none of `methods` reads, nor the command itself.
+  static void check_read(const CLI::App& command, const std::vector<MethodSpec>& methods,
+                         const std::set<std::string>& read_by_command = {});
 };
 
 // The sampler's settings: the checkpoint's generation_config.json, and above it what was given on the command line.

@@ -189,13 +189,12 @@ void add_serve(CLI::App& app) {
   options->model.add(command, "--model,MODEL");
   options->selector.add(command);
   options->method.add(command);
+  options->method.add_prefill(command);
   command
       .add_option("--attention", options->attention,
                   "Of requests that name none: auto (spot with a selector, else dense), " +
                       attention_words() + ", with settings of its own if wanted (" + method_grammar() + ")")
       ->capture_default_str();
-  command.add_flag("--sparse-prefill", options->method.sparse_prefill,
-                   "Select in prefill too, one block set per 16 queries");
   command.add_option("--host", options->http.host, "Address to listen on")->capture_default_str();
   command.add_option("--port", options->http.port, "0: any free one")
       ->check(CLI::Range(0, 65535))

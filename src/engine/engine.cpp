@@ -133,7 +133,7 @@ int64_t Engine::add(Request request) {
       sequence.prefill_end = method.is_dense() ? std::numeric_limits<int64_t>::max() : context;
       sequence.context_end = context;
       sequence.salt =
-          method.has_sparse_prefill() ? method_uses_[static_cast<size_t>(request.method)].salt : 0;
+          method.reads_sparsely(context) ? method_uses_[static_cast<size_t>(request.method)].salt : 0;
       SamplingOptions sampling = request.sampling;
       sampling.seed += static_cast<uint64_t>(i);
       sampler_.add(sequence.id, sampling, request.prompt);
@@ -186,7 +186,9 @@ std::vector<StepEntry> Engine::entries_of(const std::vector<Slice>& slices) cons
                                   .tokens = {first, first + slice.count},
                                   .decode = slice.decode,
                                   .logits = slice.logits},
-                       .route = {.method = slice.sequence->method, .selects = slice.selects}});
+                       .route = {.method = slice.sequence->method,
+                                 .selects = slice.selects,
+                                 .context = slice.sequence->context_end}});
   }
   return entries;
 }

@@ -173,7 +173,7 @@ class PromptRunner {
   Engine engine_;
 };
 
-nlohmann::json method_settings(const MethodSpec& method) {
+nlohmann::json method_settings(const MethodSpec& method, at::Device device) {
   nlohmann::json json = {{"name", method.name}, {"kind", method.word}};
   if (method.is_dense()) return json;
   const SelectionRule& rule = method.rule;
@@ -188,7 +188,11 @@ nlohmann::json method_settings(const MethodSpec& method) {
                   {"cap", rule.cap},
                   {"temperature", rule.temperature}};
   json["dense_layers"] = method.dense_layers;
-  if (method.has_sparse_prefill()) json["sparse_prefill"] = {{"query_tile", method.query_tile}};
+  if (method.has_sparse_prefill()) {
+    json["sparse_prefill"] = {
+        {"query_tile", method.query_tile > 0 ? method.query_tile : default_query_tile(device)}};
+    if (method.prefill == PrefillMode::automatic) json["sparse_prefill"]["from"] = kSparsePrefillFrom;
+  }
   if (method.cache_format) json["cache_format"] = to_string(*method.cache_format);
   return json;
 }
@@ -229,7 +233,8 @@ nlohmann::json settings_of(const Backbone& backbone, const Selector* selector, c
       {"tokenizer", probe},
       {"stop_ids", codec.stop_ids},
       {"methods", nlohmann::json::array()}};
-  for (const MethodSpec& method : methods) json["methods"].push_back(method_settings(method));
+  for (const MethodSpec& method : methods)
+    json["methods"].push_back(method_settings(method, backbone.device()));
   return json;
 }
 

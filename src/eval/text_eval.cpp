@@ -161,7 +161,9 @@ TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
     std::vector<int64_t> ids;
     for (size_t m = 0; m <= methods.size(); ++m) {
       MethodSpec spec = m ? methods[m - 1] : MethodSpec{};
-      spec.prefill = PrefillMode::sparse, spec.query_tile = 1;
+      // A text is one long prompt: each query selects for itself unless the method reads prompts sparsely.
+      if (!spec.reads_sparsely(options.length)) spec.query_tile = 1;
+      spec.prefill = PrefillMode::sparse;
       const StackOptions room{.num_pages = options.length / kBlockSize + 1};
       runs.push_back(std::make_unique<AttentionStack>(backbone, selector, std::vector{spec}, room));
       ids.push_back(runs.back()->cache().open_sequence());

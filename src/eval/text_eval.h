@@ -62,8 +62,8 @@ void check_text_eval(const TextEvalOptions& options, int64_t tokens, const Model
 
 // `tokens` is one long text; sequence i is tokens [i * length, (i + 1) * length). Throws Error when it is too
 // short.
-// `selector` may be null when no method needs it. Every query of the text selects for itself, whatever a method's
-// prefill is.
+// `selector` may be null when no method needs it. Every query of the text selects for itself, but for methods that read
+// a prompt of this length sparsely: then tiles of them do.
 TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
                              const std::vector<int32_t>& tokens, const std::vector<MethodSpec>& methods,
                              const TextEvalOptions& options);

@@ -113,6 +113,41 @@ TEST(TilePrefill, PiecesAndNeighboursDoNotMatterAndOwnBlocksAreKept) {
   }
 }
 
+// Counts against the rows of every query alone, and the stages in their order.
+TEST(TilePrefill, CountsWhatItsQueriesAttendTo) {
+  fresh_seed();
+  for (int64_t groups : {1, 2}) {
+    TilePrefill p = draw_prefill(groups);
+    p.most_bytes = 1;
+    const int64_t floor = random_int(0, 120);
+    std::vector<TileStage> stages;
+    int64_t pieces = 0;
+    const auto observe = [&](const at::Tensor& tiles, const Selection& selection) {
+      ++pieces;
+      double queries = 0, kept = 0, seen = 0;
+      const auto tile = tiles.accessor<const int32_t, 2>();
+      for (int64_t i = 0; i < tiles.size(0); ++i)
+        for (int64_t q = tile[i][3]; q < tile[i][3] + tile[i][2]; ++q) {
+          if (q < floor) continue;
+          const at::Tensor visible = at::full({1}, q + 1, at::kInt);
+          const Selection row = rows_of_tiles(selection, at::full({1}, i, at::kLong), visible);
+          const auto [attended, all] = count_tokens(row, visible);
+          queries += 1, kept += attended.item<double>(), seen += all.item<double>();
+        }
+      const at::Tensor counts = count_tile_tokens(tiles, selection, floor);
+      EXPECT_EQ(counts[0].item<double>(), queries);
+      EXPECT_NEAR(counts[1].item<double>(), kept, 1e-9 * kept);
+      EXPECT_EQ(counts[2].item<double>(), seen);
+    };
+    prefill_in_tiles(p, observe, [&](TileStage stage) { stages.push_back(stage); });
+    std::vector<TileStage> want = {TileStage::stage_keys};
+    for (int64_t i = 0; i < pieces; ++i)
+      for (TileStage stage : {TileStage::score, TileStage::select, TileStage::attend, TileStage::none})
+        want.push_back(stage);
+    EXPECT_EQ(stages, want);
+  }
+}
+
 TEST(TilePrefill, RefusesOtherTiles) {
   EXPECT_THROW(query_tiles({0}, {10}, 8), Error);
 }

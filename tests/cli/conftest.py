@@ -54,6 +54,7 @@ def basics(place, tmp_path):
             "eval ruler": ["--model", model, "--tasks", "vt", "--lengths", 1024, "--samples", 1, "--out", tmp_path / "e"],
             "bench": ["--model", model, "--context", 256, "--steps", 2],
             "bench decode": ["--device", "cpu", "--shapes", "qwen3.5-9b", "--lengths", 1024, "--batch", 1, "--rounds", 1, "--sets", 1],
+            "bench prefill": ["--model", model, "--lengths", 128, "--chunk", 64, "--rounds", 1],
             "bench distill": ["--model", model, "--length", 448, "--steps", 1],
             "inspect": [model],
         }  # fmt: skip

@@ -18,7 +18,7 @@ def flags(*names):
 
 SILENT = {
     "generate": [
-        ([], METHOD + [["--system", "x"], ["--thinking"], ["--by-layer"], ["--sparse-prefill"], ["--seed", "5"],
+        ([], METHOD + [["--system", "x"], ["--thinking"], ["--by-layer"], ["--prefill", "auto"], ["--seed", "5"],
                        ["--sampling-top-p", "0.5"], ["--sampling-top-k", "5"], ["--sampling-min-p", "0.1"], ["--chat-template", "/nope"]]),
         (["--attention", "dense", "--selector", "spot"], [[]]),
         (["--attention", "streaming"], [words for words in METHOD if words[0] not in ("--top-k-tokens", "--sinks", "--dense-layers")]),
@@ -34,21 +34,21 @@ SILENT = {
         (["--no-calibrate"], [["--calibration-length", "500"]]),
         (["--constant-share", "1"], [["--final-lr", "0.00001"]]),
     ],
-    "eval text": [(["--methods", "dense"], [["--selector", "spot"], ["--measured-queries", "3"], *METHOD])],
+    "eval text": [(["--methods", "dense"], [["--selector", "spot"], ["--measured-queries", "3"], ["--prefill", "sparse"], *METHOD])],
     "eval needle": [(["--methods", "dense"], [["--selector", "spot"], *METHOD]),
                     (["--methods", "streaming:k=512,quest:k=512"], flags("--top-p", "--cache-format", "--cap"))],
     "eval ruler": [(["--methods", "dense"], [["--selector", "spot"], ["--mass-every", "3"], *METHOD]),
                    ([], [["--wording", "1"]]),
                    (["--write-prompts", "/dev/null"], [["--selector", "spot"], ["--batch", "2"], ["--whole-answers"], ["--out", "x"],
                                                        ["--stop-at-newline"], ["--prefill-chunk", "64"], ["--methods", "quest"],
-                                                       ["--device", "cpu"], ["--dtype", "float32"], ["--threads", "1"], *METHOD])],
+                                                       ["--device", "cpu"], ["--dtype", "float32"], ["--threads", "1"], ["--prefill", "dense"], *METHOD])],
     "bench": [(["--attention", "dense"], [["--preset", "spot"], *METHOD])],
     "inspect": [(["--selector", "spot"], [["--preset", "paper"]])],
 }  # fmt: skip
 # Options of a command that stand before a subcommand, which does not read them.
 BEFORE = [
     (["bench", "--context", "64"], "decode"),
-    (["bench", "--prefill"], "decode"),
+    (["bench", "--prefill", "dense"], "decode"),
     (["bench", "--steps", "1"], "distill"),
 ]
 
@@ -95,9 +95,12 @@ def test_options_before_a_subcommand(spot, place):
 MATTERS = {
     "generate": [["--attention", "quest", "--top-p", "0.5", "--cap", "900"], ["--attention", "streaming", "--top-k-tokens", "300"],
                  ["--attention", "twilight", "--top-p", "0.8", "--top-k-share", "0.5", "--by-layer"], ["--ignore-eos", "--eager"],
-                 ["--temperature", "0.7", "--seed", "5", "--sampling-top-p", "0.5"], ["--attention", "oracle:t=0.01,temperature=2"]],
-    "eval text": [["--methods", "streaming:k=512,oracle", "--top-p", "0.7"]],
-    "bench": [["--attention", "dense,spot", "--top-k-tokens", "64", "--preset", "paper"], ["--eager", "--random"]],
+                 ["--temperature", "0.7", "--seed", "5", "--sampling-top-p", "0.5"], ["--attention", "oracle:t=0.01,temperature=2"],
+                 ["--attention", "quest:k=512,tile=64", "--prefill", "sparse"], ["--attention", "streaming", "--prefill", "auto"]],
+    "eval text": [["--methods", "streaming:k=512,oracle", "--top-p", "0.7"], ["--methods", "oracle:k=64,tile=32", "--prefill", "sparse"]],
+    "eval needle": [["--methods", "quest:k=512", "--prefill", "sparse"]],
+    "bench": [["--attention", "dense,spot", "--top-k-tokens", "64", "--preset", "paper"], ["--eager", "--random"],
+              ["--attention", "dense", "--prefill", "dense"], ["--attention", "dense,spot", "--prefill", "sparse"]],
 }  # fmt: skip
 
 

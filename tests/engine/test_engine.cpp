@@ -251,6 +251,17 @@ TEST(Methods, GrammarReadsAllAndNamesWhatIsWrong) {
   EXPECT_EQ(read("streaming"), (std::set<std::string>{"dense"}));
   EXPECT_EQ(read("dense"), std::set<std::string>{});
   EXPECT_EQ(parse_method("twilight", {}, nullptr).describe(), "top-k 25% pruned to 0.95");
+  base.prefill = PrefillMode::sparse;
+  EXPECT_EQ(read("spot:k=10%,cache=int4").count("prefill"), 1u);
+  EXPECT_TRUE(parse_method("quest", base, nullptr).reads_sparsely(1));
+  EXPECT_FALSE(parse_method("quest:prefill=dense", base, nullptr).reads_sparsely(1 << 20));
+  EXPECT_FALSE(parse_method("dense", base, nullptr).reads_sparsely(1 << 20));
+  const MethodSpec chooses = parse_method("spot:prefill=auto,tile=64", base, nullptr);
+  EXPECT_EQ(chooses.query_tile, 64);
+  EXPECT_FALSE(chooses.reads_sparsely(kSparsePrefillFrom - 1));
+  EXPECT_TRUE(chooses.reads_sparsely(kSparsePrefillFrom));
+  EXPECT_FALSE(chooses.reads_as(parse_method("spot:prefill=sparse,tile=64", base, nullptr)));
+  EXPECT_FALSE(chooses.reads_as(parse_method("spot:prefill=auto,tile=32", base, nullptr)));
   for (const char* bad : {"Dense",
                           "spot:p",
                           "spot:p=",
@@ -263,6 +274,11 @@ TEST(Methods, GrammarReadsAllAndNamesWhatIsWrong) {
                           "quest:cache=int4",
                           "spot:cache=int5",
                           "dense:prefill=sparse",
+                          "spot:prefill=maybe",
+                          "spot:prefill=sparse,tile=8",
+                          "spot:prefill=sparse,tile=1.5",
+                          "quest:tile=16",
+                          "spot:prefill=dense,tile=32",
                           "quest:sinks=5%",
                           "streaming:k=100",
                           "streaming:p=0.3",

@@ -36,6 +36,11 @@ WRONG = [
     "twilight:k=512,cap=900",
     "spot:dense=10001",
     "spot:prefill=maybe",
+    "spot:tile=32",
+    "spot:prefill=dense,tile=32",
+    "spot:prefill=sparse,tile=8",
+    "quest:prefill=auto,tile=1.5",
+    "dense:tile=32",
     "spot:temperature=inf",
 ]
 
@@ -55,9 +60,11 @@ def test_methods_say_what_was_written(spotattention):
     parse, rule = spotattention.parse_method, spotattention.SelectionRule
     assert parse("spot").rule == rule()
     assert parse("spot:p=.8,floor=0,cap=1e3").rule == rule(p=0.8, floor=0, cap=1000)
-    method = parse("spot:k=10%,dense=2,cache=bf16,prefill=sparse,")
+    method = parse("spot:k=10%,dense=2,cache=bf16,prefill=sparse,tile=64,")
     assert method.rule == rule(mode="top_k", budget_fraction=0.1)
-    assert (method.word, method.dense_layers, method.cache_format, method.sparse_prefill) == ("spot", 2, "bf16", True)
+    assert (method.word, method.dense_layers, method.cache_format) == ("spot", 2, "bf16")
+    assert (method.prefill, method.tile) == ("sparse", 64)
+    assert (parse("quest:prefill=auto").prefill, parse("quest").prefill, parse("quest").tile) == ("auto", "dense", None)
     assert parse("spot:k=10%,k=20%").rule.budget_fraction == 0.2
     assert parse("twilight").rule == rule(mode="top_k", budget_fraction=0.25, p=0.95)
     assert parse("twilight:k=512,p=0.9").rule == rule(mode="top_k", budget=512, p=0.9)

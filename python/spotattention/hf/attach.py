@@ -374,8 +374,10 @@ def attach(
             f"policy '{method.name}': attached models run spot and dense; the engine (spotattention.Engine, `spot`) has the "
             "other methods"
         )
-    if method.sparse_prefill:
-        raise ValueError(f"policy '{method.name}': attached models read prompts densely; leave out prefill=sparse")
+    if method.prefill != "dense":
+        raise ValueError(
+            f"policy '{method.name}': attached models read prompts densely; leave out prefill={method.prefill}"
+        )
     if self_check < 0 or max_decode_queries < 1:
         raise ValueError("self_check must be 0 or more, and max_decode_queries 1 or more")
     check = SelfCheck(every=self_check, least=least_captured, callback=callback)

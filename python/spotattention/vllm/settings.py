@@ -114,8 +114,10 @@ def load(config: Any) -> Settings | None:
     method = parse_method(options.method, selector.config.rule())
     if method.word != "spot":
         raise ValueError(f"method '{options.method}': vLLM has the method spot only; for dense leave out the selector")
-    if method.sparse_prefill:
-        raise ValueError(f"method '{options.method}': inside vLLM prompts are read densely; leave out prefill=sparse")
+    if method.prefill != "dense":
+        raise ValueError(
+            f"method '{options.method}': inside vLLM prompts are read densely; leave out prefill={method.prefill}"
+        )
     rope = selector.config.rope_dims
     if rope not in (0, 64):
         raise ValueError(f"the selector turns {rope} dims; the operators that write its keys turn 0 or 64")
