@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Times the linear layers of a decode step on one GPU: torch.ops.spot.linear with bfloat16 and with FP8 weights beside
+torch's own product, in microseconds and as a share of the bandwidth at which a copy reads and writes.
+
+    SPOT_OPS_LIBRARY=build/gpu/libspot_ops.so python bench/linear.py [--quick] [--json FILE]
+
+Each time is that of a CUDA graph of many products, of matrices that take turns so that none lies in the L2 cache. Floor: the
+bytes of the matrix.
+"""
+
+import argparse
+import json
+import os
+
+import torch
+
+SHAPES = {  # [out, in] of Qwen3-8B's layers
+    "qkv": (6144, 4096),
+    "out": (4096, 4096),
+    "gate_up": (24576, 4096),
+    "down": (4096, 12288),
+}
+BYTES = 1 << 30  # of matrices that take turns
+
+
+def seconds(run, repeats: int = 5) -> float:
+    """Of one call of run(): the least of `repeats` replays of a graph that holds its calls."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        calls = run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+        times = []
+        for _ in range(repeats):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3 / calls)
+    return min(times)
+
+
+def copy_bandwidth() -> float:
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: (target.copy_(source), 1)[1])
+
+
+def measure(out: int, width: int, rows: int) -> dict:
+    x = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")
+    y = torch.empty(rows, out, dtype=torch.bfloat16, device="cuda")
+    scales = torch.rand(-(-out // 128), -(-width // 128), device="cuda")
+    wide = [
+        torch.randn(out, width, dtype=torch.bfloat16, device="cuda") for _ in range(max(2, BYTES // (2 * out * width)))
+    ]
+    codes = [w.to(torch.float8_e4m3fn) for w in wide] * 2
+
+    def library():
+        for w in wide:
+            torch.mm(x, w.t(), out=y)
+        return len(wide)
+
+    def ours():
+        for w in wide:
+            torch.ops.spot.linear(x, w, y)
+        return len(wide)
+
+    def fp8():
+        for c in codes:
+            torch.ops.spot.linear(x, c, y, scales)
+        return len(codes)
+
+    return {"library": seconds(library), "bf16": seconds(ours), "fp8": seconds(fp8)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="batch 1 and 4 only")
+    parser.add_argument("--json", help="file for the numbers")
+    options = parser.parse_args()
+    torch.ops.load_library(os.environ.get("SPOT_OPS_LIBRARY", "build/gpu/libspot_ops.so"))
+    copy = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; a copy moves {copy / 1e12:.2f} TB/s")
+    print(
+        f"{'matrix':8} {'rows':>4}  {'torch us':>8} {'share':>6}  {'bf16 us':>8} {'share':>6}  {'fp8 us':>8} {'share':>6}"
+    )
+    results = []
+    for rows in [1, 4] if options.quick else [1, 2, 4, 8, 16, 32]:
+        sums = {"library": 0.0, "bf16": 0.0, "fp8": 0.0}
+        for name, (out, width) in SHAPES.items():
+            times = measure(out, width, rows)
+            shares = {key: out * width * (1 if key == "fp8" else 2) / t / copy for key, t in times.items()}
+            for key, t in times.items():
+                sums[key] += t
+            print(f"{name:8} {rows:4}  " + "  ".join(f"{t * 1e6:8.2f} {shares[key]:6.1%}" for key, t in times.items()))
+            results.append({"matrix": name, "rows": rows, "seconds": times, "share": shares})
+        numbers = sum(out * width for out, width in SHAPES.values())
+        print(
+            f"{'layer':8} {rows:4}  "
+            + "  ".join(
+                f"{t * 1e6:8.2f} {numbers * (1 if key == 'fp8' else 2) / t / copy:6.1%}" for key, t in sums.items()
+            )
+        )
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(
+                {"device": torch.cuda.get_device_name(), "copy_bytes_per_second": copy, "results": results},
+                file,
+                indent=1,
+            )
+
+
+if __name__ == "__main__":
+    main()
