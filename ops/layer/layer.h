@@ -127,8 +127,7 @@ struct SelectorPrologueAlone {
         std::tuple(updated<at, &P::pool>("pool"), required<&S::slots>("slots"),
                    required<at, &P::projected>("projected"), required<at, &P::hidden>("hidden"),
                    required<at, &P::mix>("mix"), required<at, &P::format>("format"),
-                   optional<at, &P::global_scale>("global_scale"),
-                   optional<at, &P::mix_scale>("mix_scale")),
+                   optional<at, &P::global_scale>("global_scale"), optional<at, &P::mix_scale>("mix_scale")),
         KeyPreparation::fields<at, &P::preparation>());
   }
   void check() const;

@@ -40,10 +40,10 @@ std::pair<at::Tensor, at::Tensor> prepared(const SelectorPrologue& s, const at::
   selector_key_append(selector_append(s, slots, positions));
   const at::Tensor queries = s.projected.narrow(1, 0, kernels::kSelectorHeads * kernels::kKeyDim)
                                  .unflatten(1, {-1, kernels::kKeyDim});
-  return {own(s.preparation.cos.defined()
-                  ? rotate_heads(queries, positions, s.preparation.cos, s.preparation.sin)
-                  : queries),
-          at::linear(s.hidden.to(at::kFloat), s.mix) * s.mix_scale};
+  return {
+      own(s.preparation.cos.defined() ? rotate_heads(queries, positions, s.preparation.cos, s.preparation.sin)
+                                      : queries),
+      at::linear(s.hidden.to(at::kFloat), s.mix) * s.mix_scale};
 }
 
 }  // namespace
