@@ -63,7 +63,7 @@ class RopeConfig:
 
 def frequencies(config: RopeConfig, dims: int) -> tuple[Tensor, float]:
     """[dims / 2] float32 on the CPU, and what cos and sin are multiplied by: transformers' formulas."""
-    per_radian = torch.pow(config.theta, torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+    per_radian = torch.pow(config.theta, torch.arange(0, dims, 2, dtype=torch.float32, device="cpu") / dims)
     plain = torch.reciprocal(per_radian)
     if config.rope_type == "linear":
         return plain / config.factor, 1.0
@@ -86,7 +86,7 @@ def _yarn(config: RopeConfig, per_radian: Tensor, dims: int) -> tuple[Tensor, fl
     low, high = max(low, 0), min(high, dims - 1)
     if low == high:
         high += 0.001
-    keep = 1 - ((torch.arange(dims // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    keep = 1 - ((torch.arange(dims // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
     mixed = torch.reciprocal(per_radian * config.factor) * (1 - keep) + torch.reciprocal(per_radian) * keep
     scale = config.attention_factor or (0.1 * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0)
     return mixed, scale
@@ -117,7 +117,7 @@ class RopeTable:
             while count < positions:
                 count *= 2
             speed, scale = frequencies(self.config, self.dims)
-            angles = torch.arange(count, dtype=torch.float32)[:, None] * speed
+            angles = torch.arange(count, dtype=torch.float32, device="cpu")[:, None] * speed
             tables = (angles.cos() * scale).to(device), (angles.sin() * scale).to(device)
             self._tables[device] = tables
         return tables

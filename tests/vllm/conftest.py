@@ -3,6 +3,7 @@
 These tests run in an environment of their own (`make test-vllm`); elsewhere they are left out.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -13,48 +14,24 @@ import subprocess
 import sys
 
 import pytest
-import tomllib
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.vllm.environment import ROOT, TORCHVISION, make_site
+from tests.vllm.environment import environment as vllm_environment
+
 found = importlib.util.find_spec("vllm")
 if found is None or found.origin is None:  # nothing, or this folder, which pytest puts in reach
     collect_ignore_glob = ["test_*.py"]
 
-TORCHVISION = pathlib.Path(__file__).with_name("torchvision_operators")
-
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> pathlib.Path:
-    """A folder for PYTHONPATH that makes the source tree an installed distribution."""
-    folder = tmp_path_factory.mktemp("site")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    distribution = folder / "spotattention-0.dist-info"
-    distribution.mkdir()
-    (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: spotattention\nVersion: 0\n")
-    lines = []
-    for group, entries in project["entry-points"].items():
-        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
-    (distribution / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    return folder
+    return make_site(tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture(scope="session")
 def environment(site, build_folder):
     """environment(**more): of a process that runs vLLM on the CPU."""
-
-    def make(**more: str) -> dict[str, str]:
-        return os.environ | {
-            "PYTHONPATH": os.pathsep.join(map(str, (site, TORCHVISION, ROOT / "python"))),
-            "SPOT_OPS_LIBRARY": os.environ.get("SPOT_OPS_LIBRARY", str(build_folder / "libspot_ops.so")),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # ask.py calls a function in each worker
-            "HF_HUB_OFFLINE": "1",
-            **more,
-        }
-
-    return make
+    return functools.partial(vllm_environment, site, build_folder)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,9 @@ With all blocks chosen the attention over pages is exact, so that vLLM's answers
 """
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -86,3 +89,33 @@ def test_exact_over_all_blocks_is_transformers(family, ask, plugin_path, seed, t
         for position, step in enumerate(result["logprobs"]):
             for token, logprob in step.items():
                 assert logprob == pytest.approx(float(wanted[position, int(token)]), abs=2e-3)
+
+
+def test_a_model_class_that_cannot_carry_a_selector_is_refused(environment, plugin_path, seed, tmp_path):
+    """Mistral's in vLLM is a class of its own: it would load, and decode densely in silence."""
+    import transformers
+
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 320}
+    config = transformers.MistralConfig(**shape, num_attention_heads=4, num_key_value_heads=2, sliding_window=None)
+    folder = tmp_path / "model"
+    transformers.MistralForCausalLM(config).save_pretrained(folder)
+    random_selector(folder / "selectors" / "spot", config, "MistralForCausalLM")
+    for selector, refused in (({"selector": "spot"}, True), (None, False)):
+        request = {
+            "engine": {
+                "model": str(folder),
+                "additional_config": {"spot": selector},
+                "skip_tokenizer_init": True,
+                "enforce_eager": True,
+                "max_model_len": 512,
+            },
+            "prompts": [[5, 6, 7]],
+            "passes": 1,
+            "sampling": {"max_tokens": 2, "detokenize": False},
+        }
+        (tmp_path / "request.json").write_text(json.dumps(request))
+        command = [sys.executable, pathlib.Path(__file__).with_name("ask.py"), "request.json", "answer.json"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=500)
+        said = "names a selector, but MistralForCausalLM cannot carry one and would attend densely" in done.stderr
+        assert (done.returncode != 0, said) == (refused, refused), done.stderr[-3000:]

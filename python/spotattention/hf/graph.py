@@ -93,8 +93,14 @@ class DecodeGraphs:
         config = decoder.config
         kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         layers = getattr(decoder, "layers", ())
+        devices = {parameter.device for parameter in decoder.parameters()}
         # Every layer must read pages by lengths on the device, and its RoPE must not look at positions on the host.
-        self.possible = wanted and len(owner.sparse_layers) == len(layers) and kind not in ("dynamic", "longrope")
+        self.possible = (
+            wanted
+            and len(owner.sparse_layers) == len(layers)
+            and len(devices) == 1
+            and kind not in ("dynamic", "longrope")
+        )
         if self.possible:
             decoder.forward = self
 

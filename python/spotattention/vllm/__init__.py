@@ -49,6 +49,9 @@ def register() -> None:
             register_backend(name, f"spotattention.vllm.backend.{backend}")
     for architecture, path in MODELS.items():
         ModelRegistry.register_model(architecture, f"spotattention.vllm.models.{path}")
+    from spotattention.vllm.guard import watch_model_loaders
+
+    watch_model_loaders(tuple(MODELS))
 
 
 def statistics(worker: object = None) -> dict:
