@@ -72,5 +72,38 @@ TEST(Checkpoint, RefusesBrokenIndexes) {
   expect_error(open, {"not valid JSON"});
 }
 
+// Each number within half a step of the codes, at whose top a block's largest magnitude lies.
+TEST(Fp8, CodesAndScalesStandForTheMatrix) {
+  at::manual_seed(fresh_seed());
+  TemporaryFolder folder;
+  for (const auto& [rows, columns] :
+       {std::pair<int64_t, int64_t>{128, 128}, {1, 7}, {300, 130}, {257, 512}}) {
+    at::Tensor matrix = at::randn({rows, columns}) * at::exp(3 * at::randn({rows, 1}));
+    matrix.narrow(0, 0, std::min<int64_t>(rows, 128))
+        .narrow(1, 0, std::min<int64_t>(columns, 128))
+        .mul_(rows == 300 ? 0 : 1);
+    const Fp8Blocks blocks = quantize_fp8(matrix);
+    ASSERT_EQ(blocks.codes.sizes(), matrix.sizes());
+    ASSERT_EQ(blocks.scales.sizes(), (std::vector<int64_t>{(rows + 127) / 128, (columns + 127) / 128}));
+    write_safetensors(folder / "model.safetensors",
+                      {{"a.weight", blocks.codes}, {"a.weight_scale_inv", blocks.scales}});
+    Quantization form;
+    form.method = Quantization::Method::fp8;
+    const Checkpoint checkpoint(folder.path(), form);
+    EXPECT_TRUE(checkpoint.has_fp8_blocks("a.weight"));
+    EXPECT_TRUE(
+        at::equal(checkpoint.part("a.weight", "weight").view(at::kByte), blocks.codes.view(at::kByte)));
+    const at::Tensor decoded = checkpoint.tensor("a.weight");
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t column = 0; column < columns; ++column) {
+        const double scale = blocks.scales[row / 128][column / 128].item<double>();
+        const double x = matrix[row][column].item<double>(), y = decoded[row][column].item<double>();
+        ASSERT_LE(std::abs(x), 448.001 * scale);
+        // Three bits of fraction; below 2^-6 steps of 2^-9.
+        ASSERT_NEAR(x, y, std::max(std::abs(x) * 0x1p-4, scale * 0x1p-10) * 1.0001) << row << ", " << column;
+      }
+  }
+}
+
 }  // namespace
 }  // namespace spot

@@ -162,6 +162,48 @@ TEST_P(GpuBackbones, DecodeStepReplaysAsAGraph) {
   }
 }
 
+// FP8 codes stay codes on a GPU; there the prompt's products read them decoded, a decode step's as they are.
+TEST(GpuFp8, LogitsEqualThoseOfTheDecodedMatrices) {
+  const uint64_t seed = fresh_seed();
+  std::mt19937_64 random(seed);
+  at::manual_seed(seed);
+  ModelConfig config = testing::small_qwen3();
+  config.head_dim = config.rope.rotary_dim = 64;
+  config.intermediate_size = 128;
+  config.quantization.method = Quantization::Method::fp8;
+  TemporaryFolder folder;
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  for (const TensorSpec& spec : tensor_specs(config)) {
+    const at::Tensor tensor = at::randn(spec.shape) * 0.2;
+    const std::string name = spec.name == "lm_head.weight" ? spec.name : "model." + spec.name;
+    if (!spec.name.ends_with("_proj.weight")) {
+      tensors.emplace_back(name, tensor);
+      continue;
+    }
+    const Fp8Blocks blocks = quantize_fp8(tensor);
+    tensors.emplace_back(name, blocks.codes);
+    tensors.emplace_back(name + "_scale_inv", blocks.scales);
+  }
+  write_safetensors(folder / "model.safetensors", tensors);
+  const at::Device gpu{at::kCUDA, 0};
+  const std::vector<Tokens> prompts = {random_tokens(config, 131, random), random_tokens(config, 3, random)};
+  const auto run = [&](at::Device device, at::ScalarType dtype) {
+    const Backbone model = Backbone::load(folder.path(), config, device, dtype);
+    EXPECT_EQ(model.projection(0).weight.scalar_type(), device.is_cuda() ? at::kFloat8_e4m3fn : dtype);
+    ModelCache cache(config, 40, dtype, device, 2);
+    GatheredAttention attention(cache);
+    const std::vector<int64_t> ids = {cache.open_sequence(), cache.open_sequence()};
+    std::vector<at::Tensor> logits;
+    for (const std::vector<Tokens>& tokens : {prompts, {{5}, {7}}, {{11}, {3}}})
+      logits.push_back(
+          model.logits(model.forward(make_batch(cache, ids, tokens), attention, cache.states())));
+    return at::cat(logits).cpu();
+  };
+  const at::Tensor expected = run(at::kCPU, at::kFloat);
+  const double cpu_rounding = difference(run(at::kCPU, at::kBFloat16), expected);
+  EXPECT_LT(difference(run(gpu, at::kBFloat16), expected), 1.5 * cpu_rounding + 0.005);
+}
+
 INSTANTIATE_TEST_SUITE_P(, GpuBackbones, ::testing::Bool(),
                          [](const auto& info) { return info.param ? "Qwen3_5" : "Qwen3"; });
 

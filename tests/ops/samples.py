@@ -347,6 +347,21 @@ def gated_delta_prefill():
     return (*gated_delta(sum(lengths), 2), lengths), {}
 
 
+def linear():
+    dtype = random.choice([torch.float32, torch.bfloat16, torch.float16])
+    tokens, width, out = random.choice([1, 5, 40]), random.choice([16, 144, 300]), random.randint(1, 300)
+    weight = torch.randn(out, width)
+    extra = dict(bias=torch.randn(out).to(dtype)) if random.random() < 0.5 else {}
+    if random.random() < 0.5:
+        extra["scales"] = torch.rand(-(-out // 128), -(-width // 128)) + 0.1
+        weight = weight.to(torch.float8_e4m3fn)
+    else:
+        weight = weight.to(dtype)
+    return (torch.randn(tokens, width).to(dtype), weight, torch.randn(tokens, out).to(dtype)), extra | dict(
+        accumulate=random.random() < 0.5
+    )
+
+
 MAKERS = {
     maker.__name__: maker
     for maker in (
@@ -373,5 +388,6 @@ MAKERS = {
         selector_kl,
         gated_delta_decode,
         gated_delta_prefill,
+        linear,
     )
 }

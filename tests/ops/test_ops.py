@@ -133,6 +133,24 @@ def test_selector_project_against_float64():
             torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-4)
 
 
+def test_linear_against_float64():
+    for _ in range(20):
+        (x, weight, y), extra = samples.linear()
+        before, scales = y.double(), extra.get("scales")
+        decoded = weight.to(torch.float64)
+        if scales is not None:
+            out, width = weight.shape
+            blocks = scales.double().repeat_interleave(128, 0)[:out].repeat_interleave(128, 1)[:, :width]
+            decoded = decoded * blocks
+        wanted = x.double() @ decoded.T + (extra["bias"].double() if "bias" in extra else 0)
+        size = x.double().abs() @ decoded.abs().T + 1
+        if extra["accumulate"]:
+            wanted, size = wanted + before, size + before.abs()
+        torch.ops.spot.linear(x, weight, y, **extra)
+        # The codes' numbers, the sum and with a bias a step between are rounded to x's dtype.
+        assert ((y.double() - wanted).abs() <= 4 * torch.finfo(x.dtype).eps * size).all()
+
+
 def test_the_prologue_stores_through_any_strides():
     for dtype in (torch.float32, torch.bfloat16):
         tokens, heads, kv_heads, dim, pages = 20, 6, 2, 64, 4
@@ -179,6 +197,28 @@ def test_errors_name_what_where_and_what_to_do(change, words):
     )
     with pytest.raises((RuntimeError, ValueError), match=words):
         torch.ops.spot.selector_key_append(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            dict(weight=torch.zeros(8, 15)),
+            r"the weight is Float \[8, 15\]; it must be contiguous Float or float8_e4m3fn",
+        ),
+        (dict(y=torch.zeros(2, 8)), r"y is Float \[2, 8\]; it must be Float \[3, 8\]"),
+        (dict(scales=torch.ones(1, 1)), "scales come with float8_e4m3fn weights, and only with them"),
+        (
+            dict(weight=torch.zeros(8, 16).to(torch.float8_e4m3fn), scales=torch.ones(1, 2)),
+            r"the scales must be contiguous float32 \[1, 1\]",
+        ),
+        (dict(bias=torch.zeros(7)), r"the bias must be contiguous Float \[8\]"),
+    ],
+)
+def test_errors_of_linear(change, words):
+    arguments = dict(x=torch.zeros(3, 16), weight=torch.zeros(8, 16), y=torch.zeros(3, 8))
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.spot.linear(**{**arguments, **change})
 
 
 @pytest.mark.parametrize(
