@@ -47,6 +47,22 @@ std::vector<Job> list_jobs(const RulerEvalOptions& options) {
   return jobs;
 }
 
+// A prompt and its tokens, of which the first `context` are its context's.
+struct MadePrompt {
+  RulerSample sample;
+  std::vector<int32_t> tokens;
+  int64_t context = 0;
+};
+
+MadePrompt make_prompt(const RulerGenerator& generator, const TextCodec& codec, const Job& job) {
+  MadePrompt made{.sample = generator.make(job.task, job.length, job.sample, job.depth)};
+  made.tokens = codec.encode(made.sample.context, true);
+  made.context = static_cast<int64_t>(made.tokens.size());
+  for (int32_t token : codec.encode(made.sample.question + made.sample.answer_prefix, false))
+    made.tokens.push_back(token);
+  return made;
+}
+
 // A prompt that is being answered.
 struct Running {
   Job job;
@@ -68,17 +84,15 @@ class PromptRunner {
         stack_(backbone, selector, methods, stack_options(methods, options)),
         engine_(backbone, stack_, engine_options(options, backbone.device())) {}
 
-  void start(const Job& job, const RulerSample& sample) {
+  void start(const Job& job, MadePrompt prompt) {
     const int64_t id = next_prompt_++;
     Running& running = running_[id];
-    running = {job, sample, {}, {}, static_cast<size_t>(num_methods_)};
+    running = {job, std::move(prompt.sample), {}, {}, static_cast<size_t>(num_methods_)};
     running.outcomes.resize(running.answers_left), running.written.resize(running.answers_left);
     Request request;
-    request.prompt = codec_.encode(sample.context, true);
-    request.context = static_cast<int64_t>(request.prompt.size());
-    for (int32_t token : codec_.encode(sample.question + sample.answer_prefix, false))
-      request.prompt.push_back(token);
-    request.max_new_tokens = sample.max_new_tokens;
+    request.prompt = std::move(prompt.tokens);
+    request.context = prompt.context;
+    request.max_new_tokens = running.sample.max_new_tokens;
     request.stop_ids.assign(codec_.stop_ids.begin(), codec_.stop_ids.end());
     for (request.method = 0; request.method < num_methods_; ++request.method)
       asked_[engine_.add(request)] = {id, request.method};
@@ -324,12 +338,12 @@ RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, c
 
   size_t next = 0;
   int64_t read = 0;
-  std::deque<std::pair<Job, std::future<RulerSample>>> made;  // while others are answered
+  std::deque<std::pair<Job, std::future<MadePrompt>>> made;  // while others are answered
   for (;;) {
     for (; next < jobs.size() && static_cast<int64_t>(made.size()) < 2 * options.batch; ++next) {
       if (finished.count(jobs[next].name())) continue;
-      made.emplace_back(jobs[next], std::async(std::launch::async, [&generator, job = jobs[next]] {
-                          return generator.make(job.task, job.length, job.sample, job.depth);
+      made.emplace_back(jobs[next], std::async(std::launch::async, [&, job = jobs[next]] {
+                          return make_prompt(generator, codec, job);
                         }));
     }
     for (; !made.empty() && prompts.num_running() < options.batch; made.pop_front()) {
