@@ -192,8 +192,8 @@ class Prologue {
     bool operator==(const Outputs&) const = default;
   };
 
-  // Runs tokens first .. first + count - 1.
-  Outputs run(int64_t first, int64_t count, Overlap overlap) const {
+  // Runs tokens first .. first + count - 1; `alone`: the selector's share of them.
+  Outputs run(int64_t first, int64_t count, Overlap overlap, bool alone = false) const {
     const int64_t size = bytes_of(c_.type);
     const auto bytes = [&](int64_t n) { return static_cast<size_t>(n * size); };
     Buffer<uint8_t> projected(projected_.bytes), hidden(hidden_.bytes),
@@ -209,29 +209,31 @@ class Prologue {
     AttentionPrologueParams p;
     p.type = c_.type;
     p.num_tokens = count;
-    p.num_heads = c_.heads;
-    p.num_kv_heads = c_.kv_heads;
-    p.head_dim = c_.dim;
-    p.projected = projected.data() + first * stride_ * size;
-    p.token_stride = stride_;
-    p.query_head_stride = query_stride_;
-    p.key_offset = key_offset_;
-    p.value_offset = value_offset_;
-    p.qk_norm = c_.norm ? qk_norm.data() : nullptr;
-    p.norm_epsilon = 1e-6f;
-    p.rope_cos = cos.data();
-    p.rope_sin = sin.data();
-    p.rotary_pairs = c_.pairs;
-    p.positions = positions.data() + first;
-    p.query = query.data();
-    p.key = key.data();
-    p.value = value.data();
-    p.key_pool = c_.stored ? key_pool.data() : nullptr;
-    p.value_pool = c_.stored ? value_pool.data() : nullptr;
-    p.pool_head_stride = pool_.head;
-    p.pool_page_stride = pool_.page;
-    p.pool_token_stride = pool_.token;
-    p.slots = slots.data() + first;
+    if (!alone) {
+      p.num_heads = c_.heads;
+      p.num_kv_heads = c_.kv_heads;
+      p.head_dim = c_.dim;
+      p.projected = projected.data() + first * stride_ * size;
+      p.token_stride = stride_;
+      p.query_head_stride = query_stride_;
+      p.key_offset = key_offset_;
+      p.value_offset = value_offset_;
+      p.qk_norm = c_.norm ? qk_norm.data() : nullptr;
+      p.norm_epsilon = 1e-6f;
+      p.rope_cos = cos.data();
+      p.rope_sin = sin.data();
+      p.rotary_pairs = c_.pairs;
+      p.positions = positions.data() + first;
+      p.query = query.data();
+      p.key = key.data();
+      p.value = value.data();
+      p.key_pool = c_.stored ? key_pool.data() : nullptr;
+      p.value_pool = c_.stored ? value_pool.data() : nullptr;
+      p.pool_head_stride = pool_.head;
+      p.pool_page_stride = pool_.page;
+      p.pool_token_stride = pool_.token;
+      p.slots = slots.data() + first;
+    }
     if (c_.selector_key_heads > 0) {
       p.selector_queries = projected.data() + (first * stride_ + selector_offset_) * size;
       p.selector_token_stride = stride_;
@@ -405,6 +407,10 @@ TEST(AttentionPrologue, TakesTheSelectorAlong) {
         const int64_t tokens = 1 + static_cast<int64_t>(random() % 9);
         const Prologue prologue(random, c, tokens);
         const auto out = prologue.run(0, tokens, Overlap::kLaunch);
+        const auto alone = prologue.run(0, tokens, Overlap::kLaunch, true);
+        EXPECT_EQ(alone.selector_query, out.selector_query);
+        EXPECT_EQ(alone.selector_pool, out.selector_pool);
+        EXPECT_EQ(alone.weight, out.weight);
         prologue.compare(out, "format " + std::to_string(static_cast<int>(format)) + " key heads " +
                                   std::to_string(key_heads) + " norm " +
                                   std::to_string(static_cast<int>(norm)));
@@ -513,6 +519,8 @@ TEST(LayerKernels, RejectWhatTheyCannotDo) {
   EXPECT_EQ(attention_prologue(prologue, nullptr), cudaErrorInvalidValue);
   prologue.head_dim = 514;
   EXPECT_EQ(attention_prologue(prologue, nullptr), cudaErrorInvalidValue);
+  prologue.num_heads = prologue.num_kv_heads = 0;
+  EXPECT_EQ(attention_prologue(prologue, nullptr), cudaErrorInvalidValue);  // no selector either
 }
 
 }  // namespace

@@ -151,6 +151,30 @@ def test_linear_against_float64():
         assert ((y.double() - wanted).abs() <= 4 * torch.finfo(x.dtype).eps * size).all()
 
 
+def test_the_selectors_prologue_is_projection_and_append():
+    """Against selector_project, which is tested above, and selector_key_append of the same keys."""
+    for _ in range(6):
+        (pool, slots, projected, hidden, mix, fmt), extra = samples.selector_prologue()
+        key_heads, tokens = pool.shape[1], len(slots)
+        weights = torch.randn(projected.shape[1], hidden.shape[1], dtype=torch.double).to(hidden.dtype)
+        projected = hidden @ weights.T
+        stored = pool.clone()
+        query, weight = torch.ops.spot.selector_prologue(
+            pool, slots, projected, hidden, mix, fmt, 0.0625, 0.25, **extra
+        )
+        positions = extra.get("positions", torch.zeros(tokens, dtype=torch.long))
+        tables = {name: extra[name] for name in ("cos", "sin") if name in extra}
+        want = torch.ops.spot.selector_project(
+            hidden, weights[:512], weights[512:], mix, positions, **tables, mix_scale=0.25
+        )
+        close = {"rtol": 1e-4, "atol": 1e-4} if hidden.dtype == torch.float32 else {"rtol": 0.02, "atol": 0.1}
+        torch.testing.assert_close(query, want[0], **close)
+        torch.testing.assert_close(weight, want[1], rtol=1e-4, atol=1e-4)
+        keys = projected[:, 512:].view(tokens, key_heads, 128)
+        torch.ops.spot.selector_key_append(stored, slots, keys, fmt, 0.0625, **extra)
+        assert torch.equal(pool, stored)
+
+
 def test_the_prologue_stores_through_any_strides():
     for dtype in (torch.float32, torch.bfloat16):
         tokens, heads, kv_heads, dim, pages = 20, 6, 2, 64, 4

@@ -87,9 +87,11 @@ class SpotMetadataBuilder(AttentionMetadataBuilder[SpotMetadata]):
         return made
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> SpotMetadata:
-        # Every row decodes, and any may grow to the longest sequence.
-        m = common_attn_metadata.replace(max_seq_len=self.vllm_config.model_config.max_model_len)
-        return self._step(m, m.num_reqs)
+        # Every row decodes, and any may grow to the longest sequence: the whole table, which operators take as it is, while a
+        # narrower one of several rows would be copied in every layer.
+        m = common_attn_metadata
+        width = m.block_table_tensor.shape[1] * self.pages().per_block
+        return self._step(m.replace(max_seq_len=width * PAGE_TOKENS), m.num_reqs)
 
     def _step(self, m: CommonAttentionMetadata, rows: int) -> SpotMetadata:
         pages = self.pages()
