@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Times the linear layers of a decode step on one GPU: torch.ops.spot.linear with bfloat16 and with FP8 weights beside
-torch's own product, in microseconds and as a share of the bandwidth at which a copy reads and writes.
+torch's own product, in microseconds and in terabytes of the matrix a second.
 
     SPOT_OPS_LIBRARY=build/gpu/libspot_ops.so python bench/linear.py [--quick] [--json FILE]
 
@@ -40,12 +40,6 @@ def seconds(run, repeats: int = 5) -> float:
             end.synchronize()
             times.append(begin.elapsed_time(end) / 1e3 / calls)
     return min(times)
-
-
-def copy_bandwidth() -> float:
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: (target.copy_(source), 1)[1])
 
 
 def measure(out: int, width: int, rows: int) -> dict:
@@ -91,25 +85,14 @@ def main() -> None:
         sums = {"library": 0.0, "bf16": 0.0, "fp8": 0.0}
         for name, (out, width) in SHAPES.items():
             times = measure(out, width, rows)
-            shares = {key: out * width * (1 if key == "fp8" else 2) / t / copy for key, t in times.items()}
             for key, t in times.items():
                 sums[key] += t
-            print(f"{name:8} {rows:4}  " + "  ".join(f"{t * 1e6:8.2f} {shares[key]:6.1%}" for key, t in times.items()))
-            results.append({"matrix": name, "rows": rows, "seconds": times, "share": shares})
-        numbers = sum(out * width for out, width in SHAPES.values())
-        print(
-            f"{'layer':8} {rows:4}  "
-            + "  ".join(
-                f"{t * 1e6:8.2f} {numbers * (1 if key == 'fp8' else 2) / t / copy:6.1%}" for key, t in sums.items()
-            )
-        )
+            line(name, rows, out * width, times)
+            results.append({"matrix": name, "rows": rows, "seconds": times})
+        line("layer", rows, sum(out * width for out, width in SHAPES.values()), sums)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(
-                {"device": torch.cuda.get_device_name(), "copy_bytes_per_second": copy, "results": results},
-                file,
-                indent=1,
-            )
+            json.dump({"device": torch.cuda.get_device_name(), "results": results}, file, indent=1)
 
 
 if __name__ == "__main__":
