@@ -75,11 +75,15 @@ def main() -> None:
     parser.add_argument("--json", help="file for the numbers")
     options = parser.parse_args()
     torch.ops.load_library(os.environ.get("SPOT_OPS_LIBRARY", "build/gpu/libspot_ops.so"))
-    copy = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; a copy moves {copy / 1e12:.2f} TB/s")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(
-        f"{'matrix':8} {'rows':>4}  {'torch us':>8} {'share':>6}  {'bf16 us':>8} {'share':>6}  {'fp8 us':>8} {'share':>6}"
+        f"{'matrix':8} {'rows':>4}  {'torch us':>8} {'TB/s':>5}  {'bf16 us':>8} {'TB/s':>5}  {'fp8 us':>8} {'TB/s':>5}"
     )
+
+    def line(name: str, rows: int, numbers: int, times: dict) -> None:
+        rates = {key: numbers * (1 if key == "fp8" else 2) / t / 1e12 for key, t in times.items()}
+        print(f"{name:8} {rows:4}  " + "  ".join(f"{t * 1e6:8.2f} {rates[key]:5.2f}" for key, t in times.items()))
+
     results = []
     for rows in [1, 4] if options.quick else [1, 2, 4, 8, 16, 32]:
         sums = {"library": 0.0, "bf16": 0.0, "fp8": 0.0}
