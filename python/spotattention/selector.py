@@ -20,7 +20,8 @@ from torch import Tensor
 from spotattention.rule import KEY_FORMATS, SelectionRule
 
 FORMAT = "spotattention-selector"
-VERSION = 1
+VERSION = 2  # 1 knows no int8 rows; what has none is still written as 1
+WEIGHT_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 BACKBONE_FACTS = ("architecture", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
@@ -229,9 +230,9 @@ class Selector:
             raise ValueError(f"{source} is no JSON: {error}") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f'{source} is not a selector: its field "format" must be "{FORMAT}"')
-        if document.get("version") != VERSION:
+        if document.get("version") not in range(1, VERSION + 1):
             raise ValueError(
-                f"{source} has version {document.get('version')}, this package reads version {VERSION}; upgrade it"
+                f"{source} has version {document.get('version')}, this package reads versions 1 to {VERSION}; upgrade it"
             )
         backbone = document.get("backbone")
         if not isinstance(backbone, dict) or any(name not in backbone for name in BACKBONE_FACTS):
@@ -246,25 +247,38 @@ class Selector:
                 f"{len(layers)} layers"
             )
         made = cls(config, backbone, layers, {}, document.get("notes", {}))
-        made.weights = _read_weights(folder, made, document.get("weights_id"))
+        int8_rows = document.get("weight_format") == "int8"
+        made.weights = _read_weights(folder, made, document.get("weights_id"), int8_rows)
         return made
 
     def save(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
-        """Writes the folder, each file whole or not at all, weights first; W_q and W_k in `dtype`."""
+        """Writes the folder, each file whole or not at all, weights first; W_q and W_k in `dtype`: float32, bfloat16,
+        or int8, which is rows of codes with a float32 scale each (docs/distillation.md).
+        """
         from safetensors.torch import save
 
+        if dtype not in WEIGHT_FORMATS:
+            raise ValueError(f"selectors are stored in float32, bfloat16 or int8, not {dtype}")
         self.config.validate("selector config")
         target = pathlib.Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            name: tensor.to(dtype if name.endswith(("query.weight", "key.weight")) else torch.float32).contiguous()
-            for name, tensor in self.named_tensors()
-        }
-        mark = weights_id({name: tensor.float() for name, tensor in tensors.items()})
+        tensors, values = {}, {}
+        for name, tensor in self.named_tensors():
+            stored = tensor.float().contiguous()
+            values[name] = stored
+            if _is_matrix(name) and dtype == torch.int8:
+                stored, scales = quantize_rows(stored)
+                tensors[_scale_name(name)], values[name] = scales, stored.float() * scales[:, None]
+            elif _is_matrix(name):
+                stored = stored.to(dtype)
+                values[name] = stored.float()
+            tensors[name] = stored
+        mark = weights_id(values)
         metadata = {"format": FORMAT, "weights_id": mark, "preset": self.config.preset}
         document = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if dtype == torch.int8 else 1,
+            "weight_format": WEIGHT_FORMATS[dtype],
             "config": self.config.to_json(),
             "backbone": self.backbone,
             "layers": self.layers,
@@ -327,6 +341,23 @@ def check_backbone(selector: Selector, facts: Mapping[str, Any]) -> None:
             )
 
 
+def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 [rows, columns] and scales float32 [rows] of a float32 matrix, which is about codes * scales[:, None]:
+    symmetric, the largest magnitude of a row becomes 127. A row of zeros has the scale 0.
+    """
+    scales = matrix.abs().amax(1) / 127
+    steps = torch.where(scales > 0, scales, 1.0)[:, None]
+    return (matrix / steps).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def _is_matrix(name: str) -> bool:
+    return name.endswith(("query.weight", "key.weight"))
+
+
+def _scale_name(name: str) -> str:
+    return name.removesuffix("weight") + "scale"
+
+
 def weights_id(tensors: Mapping[str, Tensor]) -> str:
     """Ties the two files together: FNV-1a over names and a sample of the float32 values."""
     state = 0xCBF29CE484222325
@@ -345,7 +376,7 @@ def weights_id(tensors: Mapping[str, Tensor]) -> str:
     return f"{state:016x}"
 
 
-def _read_weights(folder: pathlib.Path, selector: Selector, mark: Any) -> dict[int, LayerWeights]:
+def _read_weights(folder: pathlib.Path, selector: Selector, mark: Any, int8_rows: bool) -> dict[int, LayerWeights]:
     from safetensors import SafetensorError, safe_open
 
     path = folder / "selector.safetensors"
@@ -360,6 +391,8 @@ def _read_weights(folder: pathlib.Path, selector: Selector, mark: Any) -> dict[i
             expected[prefix + "key_norm.weight"] = [config.head_dim]
         if config.key_norm == "layernorm":
             expected[prefix + "key_norm.bias"] = [config.head_dim]
+    if int8_rows:
+        expected |= {_scale_name(name): shape[:1] for name, shape in expected.items() if _is_matrix(name)}
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; the folder is no whole selector")
     try:
@@ -379,13 +412,17 @@ def _read_weights(folder: pathlib.Path, selector: Selector, mark: Any) -> dict[i
         tensor = read[name]
         if list(tensor.shape) != shape:
             raise ValueError(f"{path}: tensor {name} is {list(tensor.shape)}; config and backbone make it {shape}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"{path}: tensor {name} is of {tensor.dtype}, selectors are stored in float32 or bfloat16")
+        wanted = (torch.int8,) if int8_rows and _is_matrix(name) else (torch.float32, torch.bfloat16)
+        if tensor.dtype not in wanted:
+            words = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
+            raise ValueError(f"{path}: tensor {name} is of {tensor.dtype}; selector.json makes it {words}")
         read[name] = tensor.float()
         if not bool(read[name].isfinite().all()):
             raise ValueError(f"{path}: tensor {name} holds values that are not finite; train the selector again")
     if names != set(expected):
         raise ValueError(f"{path} holds {len(names)} tensors, the config makes {len(expected)}")
+    for name in filter(_is_matrix, list(read) if int8_rows else []):
+        read[name] = read[name] * read.pop(_scale_name(name))[:, None]
     if weights_id(read) != mark:
         raise ValueError(f"{path}: the weights are not those that were saved; restore the file or train again")
     weights = {}

@@ -12,39 +12,6 @@ namespace {
 
 constexpr int64_t kMostLayers = 10'000;  // more than any model has
 
-Policy make_spot(const MethodSpec& spec, const ModelConfig&, const Selector* selector, PagePools& pools) {
-  if (!selector)
-    fail("attention 'spot' needs a selector; name one with --selector, or distil one with `spot distill`");
-  Policy made;
-  made.keys = std::make_unique<SelectorCache>(selector->config(), selector->layers(), pools,
-                                              spec.cache_format.value_or(selector->config().cache_format));
-  made.policy = std::make_unique<SpotPolicy>(*selector, *made.keys, spec.rule);
-  return made;
-}
-
-Policy make_streaming(const MethodSpec& spec, const ModelConfig&, const Selector*, PagePools&) {
-  return {nullptr, std::make_unique<StreamingPolicy>(spec.rule.budget, spec.rule.sinks)};
-}
-
-Policy make_oracle(const MethodSpec& spec, const ModelConfig&, const Selector*, PagePools& pools) {
-  return {nullptr, std::make_unique<OraclePolicy>(pools, spec.rule)};
-}
-
-Policy make_quest(const MethodSpec& spec, const ModelConfig& model, const Selector*, PagePools& pools) {
-  return {nullptr, std::make_unique<QuestPolicy>(model, pools, spec.rule)};
-}
-
-Policy make_twilight(const MethodSpec& spec, const ModelConfig& model, const Selector*, PagePools& pools) {
-  return {nullptr, std::make_unique<TwilightPolicy>(model, pools, spec.rule, spec.rule.p)};
-}
-
-// The defaults of its paper: Quest proposes a quarter of the context, and 95% of its weight is kept.
-void adapt_to_twilight(MethodSpec& spec, const MethodSettings& settings) {
-  spec.rule.mode = SelectionMode::top_k;
-  if (!settings.budget && !settings.share) spec.rule.budget_fraction = 0.25;
-  if (!settings.p) spec.rule.p = 0.95;
-}
-
 // A number, or with '%' at its end a hundredth of one; nothing else.
 std::optional<double> parse_number(std::string text) {
   const double unit = !text.empty() && text.back() == '%' ? 0.01 : 1;
@@ -109,33 +76,25 @@ std::string unread(const MethodSpec& spec, const std::string& key) {
 
 }  // namespace
 
+#define SPOT_METHOD(name) AttentionMethod name##_method();
+#include "attention/methods.inc"
+#undef SPOT_METHOD
+
+AttentionMethod dense_method() {
+  return {.word = "dense", .summary = "exact attention over everything", .decodes_on_device = true};
+}
+
 const std::vector<AttentionMethod>& attention_methods() {
-  static const std::set<std::string> rule = {"p",     "t",   "k",           "k%",    "sinks",   "recency",
-                                             "floor", "cap", "temperature", "dense", "prefill", "tile"};
-  const auto with = [](std::set<std::string> keys, const char* more) {
-    keys.insert(more);
-    return keys;
-  };
   static const std::vector<AttentionMethod> methods = {
-      {"dense", "exact attention over everything", nullptr, true, nullptr, false, {}},
-      {"spot", "the trained selector", make_spot, true, nullptr, true, with(rule, "cache")},
-      {"streaming",
-       "the first tokens and a window of the latest",
-       make_streaming,
-       false,
-       nullptr,
-       false,
-       {"k", "sinks", "dense", "prefill", "tile"}},
-      {"oracle", "the true attention under the same rule", make_oracle, false, nullptr, false, rule},
-      {"quest", "Quest's bound of each page", make_quest, true, nullptr, true, rule},
-      {"twilight",
-       "Twilight's pruning of what Quest proposes",
-       make_twilight,
-       true,
-       adapt_to_twilight,
-       true,
-       {"p", "k", "k%", "sinks", "recency", "floor", "dense", "prefill", "tile"}}};
+#define SPOT_METHOD(name) name##_method(),
+#include "attention/methods.inc"
+#undef SPOT_METHOD
+  };
   return methods;
+}
+
+std::set<std::string> rule_settings() {
+  return {"p", "t", "k", "k%", "sinks", "recency", "floor", "cap", "temperature", "dense", "prefill", "tile"};
 }
 
 std::string attention_words() {
@@ -163,9 +122,16 @@ std::optional<PrefillMode> prefill_mode(const std::string& word) {
   return std::nullopt;
 }
 
+void check_selector(const AttentionMethod& method, bool given) {
+  if (method.needs_selector && !given)
+    fail("attention '{}' needs a selector; name one with --selector, or distil one with `spot distill`",
+         method.word);
+}
+
 std::string MethodSpec::describe() const {
-  if (is_dense() || word == "streaming") return "";
-  return spot::describe(rule) + (word == "twilight" ? fmt::format(" pruned to {:g}", rule.p) : "");
+  if (is_dense()) return "";
+  const AttentionMethod& method = attention_method(word);
+  return method.describe ? method.describe(*this) : spot::describe(rule);
 }
 
 bool MethodSpec::reads_as(const MethodSpec& other) const {

@@ -58,25 +58,35 @@ struct Policy {
   std::unique_ptr<SelectionPolicy> policy;
 };
 
-// A row of the table.
+// A row of the table; what is unset is as most methods have it.
 struct AttentionMethod {
   std::string word, summary;
   // Declares the policy's stores in `pools`, which outlive it as `selector` does; null: dense attention. `selector` is
-  // null where none was given.
+  // null where none was given and none is needed.
   Policy (*make)(const MethodSpec& spec, const ModelConfig& model, const Selector* selector,
-                 PagePools& pools);
+                 PagePools& pools) = nullptr;
+  bool needs_selector = false;
   // Whether a decode step needs nothing of the host (positions, lengths), so that it can be captured.
-  bool decodes_on_device;
-  // Changes the rule to what the method means by the settings; null: nothing.
-  void (*adapt)(MethodSpec& spec, const MethodSettings& settings);
-  // Whether the policy keeps something of every token, so that it must be there from the first token on.
-  bool has_stores;
+  bool decodes_on_device = false;
+  // Changes the rule to what the method means by the settings; null: nothing. A method that does takes p beside a fixed
+  // budget, and no threshold.
+  void (*adapt)(MethodSpec& spec, const MethodSettings& settings) = nullptr;
+  // Whether one policy, with the rule of the one that runs, serves two specs of the method; such a policy keeps
+  // something of every token, so that it must be there from the first token on. Null: it keeps nothing.
+  bool (*same_stores)(const MethodSpec& a, const MethodSpec& b, const Selector* selector) = nullptr;
+  // What the rule keeps, in words; null: describe(SelectionRule).
+  std::string (*describe)(const MethodSpec& spec) = nullptr;
   // Keys of the settings that it reads; "k%" is a share of the context.
-  std::set<std::string> settings;
+  std::set<std::string> settings = {};
 };
+// Those of a method that reads the whole rule.
+std::set<std::string> rule_settings();
+// Every method of methods.inc.
 const std::vector<AttentionMethod>& attention_methods();
 // Throws Error naming the accepted words.
 const AttentionMethod& attention_method(const std::string& word);
+// Throws Error when the method needs a selector and none is given.
+void check_selector(const AttentionMethod& method, bool given);
 // "dense, spot, streaming, ... or twilight"
 std::string attention_words();
 

@@ -57,16 +57,11 @@ AttentionStack::AttentionStack(const Backbone& backbone, const Selector* selecto
 // its own settings may be in it.
 int64_t AttentionStack::policy_for(const MethodSpec& spec) {
   const AttentionMethod& row = attention_method(spec.word);
-  const auto format = [&](const MethodSpec& s) {
-    return s.cache_format.value_or(selector_ ? selector_->config().cache_format : KeyFormat::bf16);
-  };
-  if (row.has_stores) {
-    for (size_t i = 0; i < policy_specs_.size(); ++i) {
-      const MethodSpec& other = policy_specs_[i];
-      if (other.word == spec.word && (spec.word != "spot" || format(other) == format(spec)) &&
-          (spec.word != "twilight" || other.rule.p == spec.rule.p))
+  check_selector(row, selector_ != nullptr);
+  if (row.same_stores) {
+    for (size_t i = 0; i < policy_specs_.size(); ++i)
+      if (policy_specs_[i].word == spec.word && row.same_stores(policy_specs_[i], spec, selector_))
         return static_cast<int64_t>(i);
-    }
     if (made_)
       fail(
           "attention '{}' reads what is kept of every token, and this was not kept from the start; name it when the "
@@ -87,7 +82,7 @@ AttentionStack::Method AttentionStack::make_method(const MethodSpec& spec) {
   const AttentionMethod& row = attention_method(spec.word);
   if (!row.make) return method;
   method.policy = policy_for(spec);
-  method.shares = row.has_stores;
+  method.shares = row.same_stores != nullptr;
   SparseOptions sparse{
       .dense_layers = spec.dense_layers,
       .query_tile = spec.query_tile == 0 ? default_query_tile(cache_->device()) : spec.query_tile};

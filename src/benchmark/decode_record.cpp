@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "attention/policies/spot.h"
 #include "attention/sparse.h"
 #include "cache/batch_builder.h"
 #include "core/error.h"

@@ -157,8 +157,9 @@ void add_distill(CLI::App& app, const ProcessGroup* group) {
       ->required();
   command.add_option("--out", train.output, "Folder for the selector, metrics and checkpoints")->required();
   command
-      .add_option("--store", train.store,
-                  "Type of the finished selector's projections on disk: float32 or bfloat16 (half the size)")
+      .add_option(
+          "--store", train.store,
+          "Type of the finished selector's projections on disk: float32, bfloat16 or int8 (rows with a scale each)")
       ->capture_default_str();
   command.add_flag("--resume", options->resume, "Continue the newest checkpoint in --out");
   command.add_flag(

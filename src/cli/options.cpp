@@ -148,8 +148,7 @@ CLI::Option* MethodOptions::add_prefill(CLI::App& app) {
 
 MethodSpec MethodOptions::parse(const std::string& text, const SelectorConfig* selector) const {
   MethodSpec spec = parse_method(text, *this, selector);
-  if (spec.word == "spot" && !selector)
-    fail("attention 'spot' needs a selector; name one with --selector, or distil one with `spot distill`");
+  check_selector(attention_method(spec.word), selector != nullptr);
   return spec;
 }
 

@@ -420,8 +420,7 @@ class Run {
       calibration_ = fitted.to_json();
     }
     if (!is_writer()) return;
-    selector_.save(config_.output, fingerprint_, notes(),
-                   config_.store == "bfloat16" ? at::kBFloat16 : at::kFloat);
+    selector_.save(config_.output, fingerprint_, notes(), weight_format_from_string(config_.store));
     const std::string name =
         (config_.output / "").parent_path().filename().string();  // also of a path that ends with a slash
     write_file_atomically(config_.output / "README.md",

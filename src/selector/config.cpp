@@ -29,6 +29,8 @@ const Words<Teacher> kTeachers = {{Teacher::token, "token"}, {Teacher::block_max
 const Words<TeacherScope> kTeacherScopes = {{TeacherScope::all, "all"}, {TeacherScope::residual, "residual"}};
 const Words<Start> kStarts = {{Start::random, "random"}, {Start::backbone, "backbone"}};
 const Words<KeyFormat> kKeyFormats = words_of<KeyFormat>();
+const Words<WeightFormat> kWeightFormats = {
+    {WeightFormat::float32, "float32"}, {WeightFormat::bfloat16, "bfloat16"}, {WeightFormat::int8, "int8"}};
 
 template <typename Enum>
 std::string word_of(const Words<Enum>& words, Enum value) {
@@ -124,6 +126,14 @@ class Fields {
 };
 
 }  // namespace
+
+std::string to_string(WeightFormat format) {
+  return word_of(kWeightFormats, format);
+}
+
+WeightFormat weight_format_from_string(const std::string& word) {
+  return value_of(kWeightFormats, word, "weight format");
+}
 
 std::string to_string(KeyFormat format) {
   return word_of(kKeyFormats, format);

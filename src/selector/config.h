@@ -26,7 +26,12 @@ enum class DistillLoss { dense, sparse };      // KL over all keys, or over the 
 enum class Teacher { token, block_max };       // teacher distribution over tokens or over blocks
 enum class TeacherScope { all, residual };     // residual: without sink and recency tokens
 enum class Start { random, backbone };         // weights before the first step, see distill/initialize.h
+// How W_q and W_k lie in selector.safetensors. int8: rows of codes with a float32 scale each.
+enum class WeightFormat { float32, bfloat16, int8 };
 
+std::string to_string(WeightFormat format);
+// Throws Error naming the accepted words.
+WeightFormat weight_format_from_string(const std::string& word);
 std::string to_string(KeyFormat format);
 // Throws Error naming the accepted words.
 KeyFormat key_format_from_string(const std::string& word);

@@ -57,17 +57,19 @@ class Selector {
   static std::filesystem::path resolve(const std::string& selector,
                                        const std::filesystem::path& model_folder);
 
-  // Writes folder/selector.safetensors (float32, query and key projections in the type of `matrices`) and
+  // Writes folder/selector.safetensors (float32, query and key projections in `format`; docs/distillation.md) and
   // folder/selector.json, each atomically, weights first. `notes` (an object: steps, tokens, losses, ...) is
   // kept under "notes".
   void save(const std::filesystem::path& folder, const std::string& fingerprint,
             const nlohmann::json& notes = nlohmann::json::object(),
-            at::ScalarType matrices = at::kFloat) const;
+            WeightFormat format = WeightFormat::float32) const;
 
   const SelectorConfig& config() const { return config_; }
   // Temperatures may be fitted after training; save() keeps what is set here.
   SelectionDefaults& selection() { return config_.selection; }
   const nlohmann::json& notes() const { return notes_; }
+  // Of the backbone's weights that it was distilled on, as save() was told; empty: unknown.
+  const std::string& fingerprint() const { return fingerprint_; }
 
   // Model layers that hold a selector, ascending.
   const std::vector<int64_t>& layers() const { return layers_; }
@@ -135,6 +137,7 @@ class Selector {
   SelectorConfig config_;
   ModelConfig backbone_;
   nlohmann::json notes_ = nlohmann::json::object();
+  std::string fingerprint_;
   int64_t groups_ = 1;
   std::vector<int64_t> layers_;
   std::map<int64_t, LayerWeights> weights_;

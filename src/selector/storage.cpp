@@ -17,7 +17,7 @@ using nlohmann::json;
 namespace fs = std::filesystem;
 
 constexpr const char* kFormat = "spotattention-selector";
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;  // 1 knows no int8 rows; what has none is still written as 1
 
 // Ties the two files together: a hash over the names, shapes and a sample of the values.
 std::string weights_id(const std::vector<std::pair<std::string, at::Tensor>>& tensors) {
@@ -32,6 +32,28 @@ std::string weights_id(const std::vector<std::pair<std::string, at::Tensor>>& te
     for (int64_t i = 0; i < tensor.numel(); i += step) add(std::bit_cast<uint32_t>(data[i]));
   }
   return fmt::format("{:016x}", hash);
+}
+
+bool is_matrix(const std::string& name) {
+  return name.ends_with("query.weight") || name.ends_with("key.weight");
+}
+
+// "layers.3.query.scale" of "layers.3.query.weight".
+std::string scale_name(const std::string& name) {
+  return name.substr(0, name.size() - std::string("weight").size()) + "scale";
+}
+
+struct Rows {
+  at::Tensor codes;   // int8 [rows, columns], -127 .. 127
+  at::Tensor scales;  // float32 [rows]
+  at::Tensor values() const { return codes.to(at::kFloat) * scales.unsqueeze(1); }
+};
+
+// Symmetric, the largest magnitude of a row becomes 127; ties round to even. A row of zeros has the scale 0.
+Rows quantize_rows(const at::Tensor& matrix) {
+  const at::Tensor scales = matrix.abs().amax(1) / 127;
+  const at::Tensor steps = at::where(scales > 0, scales, at::ones_like(scales)).unsqueeze(1);
+  return {(matrix / steps).round().clamp(-127, 127).to(at::kChar), scales};
 }
 
 json backbone_facts(const ModelConfig& backbone, const std::string& fingerprint) {
@@ -73,19 +95,27 @@ fs::path Selector::resolve(const std::string& selector, const fs::path& model_fo
 }
 
 void Selector::save(const fs::path& folder, const std::string& fingerprint, const json& notes,
-                    at::ScalarType matrices) const {
+                    WeightFormat format) const {
   make_folder(folder);
   std::vector<std::pair<std::string, at::Tensor>> tensors, values;
-  for (const auto& [name, tensor] : named_parameters()) {
-    const bool large = name.ends_with("query.weight") || name.ends_with("key.weight");
-    tensors.emplace_back(name, tensor.detach().to(at::kCPU, large ? matrices : at::kFloat).contiguous());
+  for (const auto& [name, parameter] : named_parameters()) {
+    const at::Tensor tensor = parameter.detach().to(at::kCPU, at::kFloat).contiguous();
+    if (format == WeightFormat::int8 && is_matrix(name)) {
+      const Rows rows = quantize_rows(tensor);
+      tensors.emplace_back(name, rows.codes), tensors.emplace_back(scale_name(name), rows.scales);
+      values.emplace_back(name, rows.values());
+      continue;
+    }
+    const bool half = format == WeightFormat::bfloat16 && is_matrix(name);
+    tensors.emplace_back(name, half ? tensor.to(at::kBFloat16) : tensor);
     values.emplace_back(name, tensors.back().second.to(at::kFloat));
   }
   const std::string id = weights_id(values);
   write_safetensors(folder / "selector.safetensors", tensors,
                     {{"format", kFormat}, {"weights_id", id}, {"preset", config_.preset}});
   json document = {{"format", kFormat},
-                   {"version", kVersion},
+                   {"version", format == WeightFormat::int8 ? kVersion : 1},
+                   {"weight_format", to_string(format)},
                    {"config", config_.to_json()},
                    {"backbone", backbone_facts(backbone_, fingerprint)},
                    {"layers", layers_},
@@ -102,15 +132,18 @@ std::pair<Selector, json> Selector::read_document(const fs::path& folder, const 
   const json document = read_json(folder / "selector.json");
   if (!document.is_object() || document.value("format", json()) != kFormat)
     fail("{} is not a selector: its field \"format\" must be \"{}\"", source, kFormat);
-  if (document.value("version", json()) != kVersion)
-    fail("{} has version {}, this program reads version {}; upgrade it", source,
-         document.value("version", json()).dump(), kVersion);
+  if (const json version = document.value("version", json()); version != 1 && version != kVersion)
+    fail("{} has version {}, this program reads versions 1 to {}; upgrade it", source, version.dump(),
+         kVersion);
   check_seal(document, source);
   check_backbone(document.value("backbone", json()), backbone_facts(backbone, fingerprint), source);
 
   Selector selector;
   selector.bind(SelectorConfig::from_json(document.value("config", json()), source + ": config"), backbone,
                 device);
+  const json& weights = document.at("backbone").at("fingerprint");
+  if (!weights.is_string()) fail("{}: field \"backbone.fingerprint\" must be a string", source);
+  selector.fingerprint_ = weights.get<std::string>();
   selector.notes_ = document.value("notes", json::object());
   if (document.value("layers", json()) != json(selector.layers_))
     fail("{}: field \"layers\" is {}, but the backbone and dense_layers give {}", source,
@@ -139,20 +172,32 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
   check_file(file.path(), document.value("tensors_checksum", json()));
   const SelectorConfig& config = selector.config_;
   std::vector<std::pair<std::string, at::Tensor>> read;  // in the order of save()
+  size_t scales = 0;
+  const bool int8_rows = document.value("weight_format", json()) == to_string(WeightFormat::int8);
+  const auto checked = [&](const std::string& tensor_name, std::vector<int64_t> shape, bool codes) {
+    const at::Tensor tensor = file.tensor(tensor_name);
+    const at::ScalarType type = tensor.scalar_type();
+    if (tensor.sizes() != at::IntArrayRef(shape))
+      fail("{}: tensor {} is {}; config and backbone make it {}", file.path().string(), tensor_name,
+           fmt::join(tensor.sizes(), "x"), fmt::join(shape, "x"));
+    if (codes ? type != at::kChar : type != at::kFloat && type != at::kBFloat16)
+      fail("{}: tensor {} is of {}; selector.json makes it {}", file.path().string(), tensor_name,
+           c10::toString(type), codes ? "int8" : "float32 or bfloat16");
+    if (!codes && !at::isfinite(tensor).all().item<bool>())
+      fail("{}: tensor {} holds values that are not finite; train the selector again", file.path().string(),
+           tensor_name);
+    return tensor;
+  };
   for (int64_t layer : selector.layers_) {
     auto take = [&](const char* part, std::vector<int64_t> shape, at::ScalarType target) {
       const std::string tensor_name = fmt::format("layers.{}.{}", layer, part);
-      at::Tensor tensor = file.tensor(tensor_name);
-      if (tensor.sizes() != at::IntArrayRef(shape))
-        fail("{}: tensor {} is {}; config and backbone make it {}", file.path().string(), tensor_name,
-             fmt::join(tensor.sizes(), "x"), fmt::join(shape, "x"));
-      if (tensor.scalar_type() != at::kFloat && tensor.scalar_type() != at::kBFloat16)
-        fail("{}: tensor {} is of {}, selectors are stored in float32 or bfloat16", file.path().string(),
-             tensor_name, c10::toString(tensor.scalar_type()));
-      tensor = tensor.to(at::kFloat);
-      if (!at::isfinite(tensor).all().item<bool>())
-        fail("{}: tensor {} holds values that are not finite; train the selector again", file.path().string(),
-             tensor_name);
+      const bool codes = int8_rows && is_matrix(tensor_name);
+      at::Tensor tensor = checked(tensor_name, shape, codes).to(codes ? at::kChar : at::kFloat);
+      if (codes) {
+        const at::Tensor row_scales = checked(scale_name(tensor_name), {shape[0]}, false);
+        tensor = Rows{tensor, row_scales.to(at::kFloat)}.values();
+        ++scales;
+      }
       read.emplace_back(tensor_name, tensor);
       return tensor.to(at::TensorOptions(device).dtype(target), /*non_blocking=*/false, /*copy=*/true);
     };
@@ -167,8 +212,9 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
     if (config.key_norm == KeyNorm::layernorm)
       weights.norm_bias = take("key_norm.bias", {config.head_dim}, fine_type(dtype));
   }
-  if (file.names().size() != read.size())
-    fail("{} holds {} tensors, the config makes {}", file.path().string(), file.names().size(), read.size());
+  if (file.names().size() != read.size() + scales)
+    fail("{} holds {} tensors, the config makes {}", file.path().string(), file.names().size(),
+         read.size() + scales);
   if (weights_id(read) != metadata.at("weights_id"))
     fail("{}: the weights are not those that were saved; the file is damaged, restore it or train again",
          file.path().string());

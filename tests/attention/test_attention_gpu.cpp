@@ -5,6 +5,10 @@
 #include <cmath>
 #include <memory>
 
+#include "attention/policies/oracle.h"
+#include "attention/policies/quest.h"
+#include "attention/policies/spot.h"
+#include "attention/policies/twilight.h"
 #include "attention/sparse.h"
 #include "cache/batch_builder.h"
 #include "model/model_cache.h"

@@ -4,6 +4,11 @@
 #include <memory>
 #include <optional>
 
+#include "attention/policies/oracle.h"
+#include "attention/policies/quest.h"
+#include "attention/policies/spot.h"
+#include "attention/policies/streaming.h"
+#include "attention/policies/twilight.h"
 #include "attention/sparse.h"
 #include "cache/batch_builder.h"
 #include "model/backbone.h"

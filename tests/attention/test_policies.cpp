@@ -1,6 +1,10 @@
 #include <gtest/gtest.h>
 
-#include "attention/policy.h"
+#include "attention/policies/oracle.h"
+#include "attention/policies/quest.h"
+#include "attention/policies/spot.h"
+#include "attention/policies/streaming.h"
+#include "attention/policies/twilight.h"
 #include "tests/attention/support.h"
 
 using namespace spot;

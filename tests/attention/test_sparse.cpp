@@ -1,5 +1,7 @@
 #include <gtest/gtest.h>
 
+#include "attention/policies/oracle.h"
+#include "attention/policies/spot.h"
 #include "attention/sparse.h"
 #include "model/backbone.h"
 #include "tests/attention/support.h"

@@ -1,5 +1,7 @@
 #include <gtest/gtest.h>
 
+#include "attention/policies/quest.h"
+#include "attention/policies/twilight.h"
 #include "attention/sparse.h"
 #include "tests/attention/support.h"
 

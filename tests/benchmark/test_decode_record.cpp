@@ -4,6 +4,9 @@
 #include <numeric>
 #include <optional>
 
+#include "attention/policies/oracle.h"
+#include "attention/policies/quest.h"
+#include "attention/policies/spot.h"
 #include "attention/sparse.h"
 #include "benchmark/decode_methods.h"
 #include "benchmark/decode_record.h"

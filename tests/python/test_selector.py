@@ -43,6 +43,36 @@ def test_a_shipped_selector_is_read_and_written_again(spotattention, folder, tmp
     assert all(torch.equal(again.weights[i].mix, selector.weights[i].mix) for i in again.layers)
 
 
+def test_int8_rows_are_numpys(spotattention, folder, tmp_path):
+    """Codes and scales by numpy in float64, what is read their product, and no tensor beside the projections changed."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    selector = spotattention.Selector.load(folder)
+    selector.weights[3].query_key[17] = 0  # a row of zeros
+    selector.save(tmp_path / "rows", torch.int8)
+    document = json.loads((tmp_path / "rows" / "selector.json").read_text())
+    assert (document["version"], document["weight_format"]) == (2, "int8")
+    stored = load_file(tmp_path / "rows" / "selector.safetensors")
+    again = spotattention.Selector.load(tmp_path / "rows")
+    for layer in selector.layers:
+        before, after = selector.weights[layer], again.weights[layer]
+        for part, rows in (("query", slice(0, 512)), ("key", slice(512, None))):
+            want = before.query_key[rows].numpy().astype(np.float64)
+            codes, scales = stored[f"layers.{layer}.{part}.weight"], stored[f"layers.{layer}.{part}.scale"]
+            assert codes.dtype == np.int8 and np.abs(codes).max() == 127
+            np.testing.assert_allclose(scales, np.abs(want).max(1) / 127, rtol=1e-6)
+            assert np.all(np.abs(codes * scales[:, None].astype(np.float64) - want) <= 0.5001 * scales[:, None])
+            assert np.array_equal(after.query_key[rows].numpy(), codes.astype(np.float32) * scales[:, None])
+        for name in ("mix", "norm_weight", "norm_bias"):
+            assert torch.equal(getattr(before, name), getattr(after, name))
+    size = [(path / "selector.safetensors").stat().st_size for path in (tmp_path / "rows", folder)]
+    assert size[0] < 0.6 * size[1]  # which is of bfloat16
+    change(tmp_path / "rows", weight_format="bfloat16")
+    with pytest.raises(ValueError, match="query.weight is of torch.int8; selector.json makes it float32 or bfloat16"):
+        spotattention.Selector.load(tmp_path / "rows")
+
+
 def test_presets_are_the_programs(spotattention):
     from spotattention.selector import SelectorConfig
 
@@ -57,7 +87,8 @@ def test_presets_are_the_programs(spotattention):
     "fields, sentence",
     [
         ({"format": "other"}, 'is not a selector: its field "format" must be'),
-        ({"version": 2}, "has version 2, this package reads version 1"),
+        ({"version": 3}, "has version 3, this package reads versions 1 to 2"),
+        ({"weight_format": "int8"}, "query.scale is missing"),
         ({"backbone": 5}, "the field backbone is missing"),
         ({"layers": []}, "layers must list"),
         ({"weights_id": "0123"}, "were not written together"),

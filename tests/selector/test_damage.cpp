@@ -35,14 +35,20 @@ void flip(std::string& bytes, int64_t bit) {
       static_cast<char>(static_cast<unsigned char>(bytes[static_cast<size_t>(bit / 8)]) ^ (1u << (bit % 8)));
 }
 
+// The shipped selectors as they are, and stored in 8-bit rows.
 TEST(SelectorFiles, EveryFlippedBitOfWhatIsShippedIsNoticedOrHarmless) {
   fresh_seed();
-  for (const char* name : {"tiny-qwen3", "tiny-qwen3.5"}) {
-    const fs::path shipped = fs::path("models") / name / "selectors" / "spot";
+  for (const auto& [name, int8_rows] : std::vector<std::pair<std::string, bool>>{
+           {"tiny-qwen3", false}, {"tiny-qwen3.5", false}, {"tiny-qwen3", true}, {"tiny-qwen3.5", true}}) {
     const ModelConfig model = ModelConfig::load(fs::path("models") / name);
+    const TemporaryFolder folder, rows;
+    fs::path shipped = fs::path("models") / name / "selectors" / "spot";
+    if (int8_rows) {
+      Selector::load(shipped.string(), "", model, "", at::kCPU).save(rows.path(), "", {}, WeightFormat::int8);
+      shipped = rows.path();
+    }
     const Loaded whole = load(shipped, model);
     ASSERT_TRUE(read_json(shipped / "selector.json").contains("tensors_checksum")) << name;
-    const TemporaryFolder folder;
     int noticed = 0;
     for (const char* file : {"selector.json", "selector.safetensors"}) {
       for (const char* each : {"selector.json", "selector.safetensors"})
@@ -117,7 +123,8 @@ TEST(SelectorFiles, NothingButErrorsComesOfOtherDocuments) {
   fresh_seed();
   const ModelConfig model = test::small_model(24, 2, 4, 2, 16);
   const TemporaryFolder folder;
-  Selector(SelectorConfig{}, model, at::kCPU).save(folder.path(), "abc");
+  Selector(SelectorConfig{}, model, at::kCPU)
+      .save(folder.path(), "abc", {}, random_int(0, 1) ? WeightFormat::int8 : WeightFormat::float32);
   json whole = read_json(folder.path() / "selector.json");
   whole.erase("checksum"), whole.erase("tensors_checksum");
   for (int i = 0; i < 400; ++i) {

@@ -297,7 +297,7 @@ TEST(Selector, SaveAndLoad) {
       at::kBFloat16);
   // Projections in half the bytes, the rest as it was; what a bfloat16 model reads is the same.
   const std::string half = (folder.path() / "half").string();
-  selector.save(half, "abc", {}, at::kBFloat16);
+  selector.save(half, "abc", {}, WeightFormat::bfloat16);
   EXPECT_LT(std::filesystem::file_size(half + "/selector.safetensors"),
             0.6 * std::filesystem::file_size(path + "/selector.safetensors"));
   const auto rounded = Selector::load(half, "", model, "abc", at::kCPU).named_parameters();
@@ -314,6 +314,50 @@ TEST(Selector, SaveAndLoad) {
   // Saving again over it replaces it whole.
   Selector(config, model, at::kCPU, at::kFloat, seed + 1).save(path, "abc");
   EXPECT_FALSE(at::equal(Selector::load(path, "", model, "abc", at::kCPU).parameters()[0], saved[0].second));
+}
+
+// What int8 rows hold, by float64 from the weights themselves.
+TEST(Selector, Int8RowsAreWithinHalfAStep) {
+  const uint64_t seed = fresh_seed();
+  const TemporaryFolder folder;
+  const ModelConfig model = small_model(8 * random_int(1, 9) + 1, 2, 4, 2, 16);
+  SelectorConfig config = SelectorConfig::from_preset(seed % 2 ? "paper" : "spot");
+  Selector selector(config, model, at::kCPU, at::kFloat, seed);
+  shake(selector);
+  const std::string path = (folder.path() / "rows").string();
+  selector.parameters(1)[0][5].zero_();
+  selector.save(path, "abc", {{"steps", 17}}, WeightFormat::int8);
+  const json document = read_json(folder.path() / "rows" / "selector.json");
+  EXPECT_EQ(document.at("version"), 2);
+  EXPECT_EQ(document.at("weight_format"), "int8");
+  const SafetensorsFile file(folder.path() / "rows" / "selector.safetensors");
+  const Selector loaded = Selector::load(path, "", model, "abc", at::kCPU);
+  EXPECT_EQ(loaded.fingerprint(), "abc");
+  const auto saved = selector.named_parameters(), read = loaded.named_parameters();
+  ASSERT_EQ(saved.size(), read.size());
+  for (size_t i = 0; i < saved.size(); ++i) {
+    const std::string& name = saved[i].first;
+    const bool large = name.ends_with("query.weight") || name.ends_with("key.weight");
+    EXPECT_EQ(file.tensor(name).scalar_type(), large ? at::kChar : at::kFloat) << name;
+    if (!large) {
+      EXPECT_TRUE(at::equal(saved[i].second, read[i].second)) << name;
+      continue;
+    }
+    const at::Tensor before = saved[i].second.to(at::kDouble), after = read[i].second.to(at::kDouble);
+    const at::Tensor step = before.abs().amax(1, true) / 127;
+    EXPECT_TRUE(((after - before).abs() <= 0.5001 * step).all().item<bool>()) << name;
+    EXPECT_EQ(file.tensor(name).abs().max().item<int>(), 127) << name;
+  }
+  // Stored anew in float32 they are the same, and so are the rows of that.
+  const std::string wide = (folder.path() / "wide").string(), again = (folder.path() / "again").string();
+  loaded.save(wide, "abc");
+  const Selector widened = Selector::load(wide, "", model, "abc", at::kCPU);
+  widened.save(again, "abc", {}, WeightFormat::int8);
+  const SafetensorsFile twice(again + "/selector.safetensors");
+  for (size_t i = 0; i < saved.size(); ++i) {
+    EXPECT_TRUE(at::equal(widened.parameters()[i], read[i].second)) << saved[i].first;
+    EXPECT_TRUE(at::equal(twice.tensor(saved[i].first), file.tensor(saved[i].first))) << saved[i].first;
+  }
 }
 
 TEST(Selector, LoadRefusesWhatDoesNotFit) {
@@ -347,8 +391,10 @@ TEST(Selector, LoadRefusesWhatDoesNotFit) {
   expect(small_model(24, 3, 4, 2, 16), "abc", "num_layers");
   edit([](json& d) { d["format"] = "other"; });
   expect(model, "abc", "is not a selector");
-  edit([](json& d) { d["version"] = 2; });
-  expect(model, "abc", "version 2");
+  edit([](json& d) { d["version"] = 3; });
+  expect(model, "abc", "has version 3, this program reads versions 1 to 2");
+  edit([](json& d) { d["weight_format"] = "int8"; });
+  expect(model, "abc", "query.weight is of Float; selector.json makes it int8");
   edit([](json& d) { d["config"]["key_heads"] = 4; });
   expect(model, "abc", "tensor layers.0.key.weight is 128x24; config and backbone make it 512x24");
   edit([](json& d) { d["layers"] = {0}; });

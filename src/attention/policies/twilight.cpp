@@ -1,6 +1,10 @@
+#include "attention/policies/twilight.h"
+
+#include <fmt/format.h>
+
 #include <algorithm>
 
-#include "attention/policy.h"
+#include "attention/methods.h"
 #include "core/error.h"
 
 namespace spot {
@@ -47,6 +51,29 @@ ops::PrunedTokens TwilightPolicy::surviving_tokens(int64_t layer, const at::Tens
   }
   if (positions.size() == 1) return {positions[0], counts[0]};
   return {at::cat(positions), at::cat(counts)};
+}
+
+AttentionMethod twilight_method() {
+  AttentionMethod method{.word = "twilight", .summary = "Twilight's pruning of what Quest proposes"};
+  method.make = [](const MethodSpec& spec, const ModelConfig& model, const Selector*, PagePools& pools) {
+    return Policy{nullptr, std::make_unique<TwilightPolicy>(model, pools, spec.rule, spec.rule.p)};
+  };
+  method.decodes_on_device = true;
+  // The defaults of its paper: Quest proposes a quarter of the context, and 95% of its weight is kept.
+  method.adapt = [](MethodSpec& spec, const MethodSettings& settings) {
+    spec.rule.mode = SelectionMode::top_k;
+    if (!settings.budget && !settings.share) spec.rule.budget_fraction = 0.25;
+    if (!settings.p) spec.rule.p = 0.95;
+  };
+  // The same bounds and codes; p is the pruner's own.
+  method.same_stores = [](const MethodSpec& a, const MethodSpec& b, const Selector*) {
+    return a.rule.p == b.rule.p;
+  };
+  method.describe = [](const MethodSpec& spec) {
+    return fmt::format("{} pruned to {:g}", describe(spec.rule), spec.rule.p);
+  };
+  method.settings = {"p", "k", "k%", "sinks", "recency", "floor", "dense", "prefill", "tile"};
+  return method;
 }
 
 }  // namespace spot

@@ -1,6 +1,6 @@
 #include <limits>
 
-#include "attention/policy.h"
+#include "attention/methods.h"
 
 namespace spot {
 
@@ -49,6 +49,17 @@ at::Tensor QuestPolicy::score_chunk(const AttentionInputs& inputs, const QueryCh
   const at::Tensor own_block = at::div(at::arange(chunk.start, length, integers), kBlockSize, "floor");
   const at::Tensor future = at::arange(blocks, integers).unsqueeze(0) > own_block.unsqueeze(1);
   return scores.masked_fill(future.unsqueeze(1), -std::numeric_limits<float>::infinity()).contiguous();
+}
+
+AttentionMethod quest_method() {
+  AttentionMethod method{.word = "quest", .summary = "Quest's bound of each page"};
+  method.make = [](const MethodSpec& spec, const ModelConfig& model, const Selector*, PagePools& pools) {
+    return Policy{nullptr, std::make_unique<QuestPolicy>(model, pools, spec.rule)};
+  };
+  method.decodes_on_device = true;
+  method.same_stores = [](const MethodSpec&, const MethodSpec&, const Selector*) { return true; };
+  method.settings = rule_settings();
+  return method;
 }
 
 }  // namespace spot

@@ -1,0 +1,24 @@
+#include "attention/policies/oracle.h"
+
+#include "attention/methods.h"
+
+namespace spot {
+
+at::Tensor OraclePolicy::score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) {
+  const at::Tensor key = sequence_tokens(pools_.get("keys", inputs.layer), inputs.batch, chunk.sequence,
+                                         chunk.start + chunk.count);
+  return attention_mass(chunk_rows(inputs.query, chunk), key, inputs.scale, chunk.start, groups_, reduction_)
+      .to(at::kFloat)
+      .log();
+}
+
+AttentionMethod oracle_method() {
+  AttentionMethod method{.word = "oracle", .summary = "the true attention under the same rule"};
+  method.make = [](const MethodSpec& spec, const ModelConfig&, const Selector*, PagePools& pools) {
+    return Policy{nullptr, std::make_unique<OraclePolicy>(pools, spec.rule)};
+  };
+  method.settings = rule_settings();
+  return method;
+}
+
+}  // namespace spot
