@@ -104,7 +104,7 @@ table = $(PYTHON) tools/accuracy.py --model $(OUT)/models/$(1) --selector $(OUT)
 RULER := --steps ruler --ruler-options "--stop-at-newline --mass-every 6 --prefill-chunk 4096"
 TEXT := --steps text --twilight "p=0.95,k=25%" --text-options "--chunk 1024 --measured-queries 2"
 QUANTISED := $(foreach format,int8 mxfp4 nvfp4,spot:k=10%,cache=$(format);spot:p=0.7,cache=$(format);)
-SPARSE := $(foreach rule,k=1024 k=10% p=0.7,spot:$(rule),cache=int4,prefill=sparse;)
+SPARSE := $(foreach rule,k=1024 k=10% p=0.7,spot:$(rule),cache=int4,prefill=sparse,tile=16;)
 TINY_RULER = $(RULER) --lengths $(LONGEST) --samples $(SAMPLES)
 SPOT_TABLE = $(TINY_RULER) --tasks $(SIX) --rules $(RULES) --more "$(QUANTISED)"
 PAPER_TABLE = $(TINY_RULER) --tasks $(SIX) --rules $(RULES) --no-baselines

@@ -138,18 +138,18 @@ nlohmann::json to_json(const Measured& m, const Yardstick& yard) {
 }
 
 // Times as fast as dense, against length: a line a method.
-template <typename Rows, typename Name, typename Seconds>
-LineChart chart(const std::vector<Measured>& all, const std::string& title, Rows rows, Name name,
+template <typename Row, typename Seconds>
+LineChart chart(const std::vector<Measured>& all, const std::string& title, std::vector<Row> Measured::* rows,
                 Seconds seconds) {
   LineChart chart{title, "tokens", "times as fast as dense", {}, true, false, true};
   for (const Measured& m : all)
-    for (size_t i = 1; i < rows(m).size(); ++i) {
-      const std::string line = name(rows(m)[i]);
+    for (size_t i = 1; i < (m.*rows).size(); ++i) {
+      const Row &dense = (m.*rows)[0], &row = (m.*rows)[i];
       auto found = std::find_if(chart.series.begin(), chart.series.end(),
-                                [&](const Series& series) { return series.name == line; });
-      if (found == chart.series.end()) found = chart.series.insert(found, {line, {}, {}, false});
+                                [&](const Series& series) { return series.name == row.name; });
+      if (found == chart.series.end()) found = chart.series.insert(found, {row.name, {}, {}, false});
       found->x.push_back(static_cast<double>(m.chunks.length));
-      found->y.push_back(seconds(rows(m)[0]) / seconds(rows(m)[i]));
+      found->y.push_back(seconds(dense) / seconds(row));
     }
   return chart;
 }
@@ -161,22 +161,20 @@ void write(const Options& options, const std::string& description, nlohmann::jso
   if (options.page.empty()) return;
   Page page("Prefill");
   page.paragraph(description);
-  if (!options.no_layer) {
-    page.heading("Attention of one layer");
-    page.chart(chart(
-        all, "Attention of a layer, selection included", [](const Measured& m) { return m.layer; },
-        [](const PrefillLayerRow& row) { return row.name; },
-        [](const PrefillLayerRow& row) { return row.total(); }));
-    page.add(layer_table(all, yard));
-  }
-  if (!options.no_model) {
-    page.heading("Time to the first token");
-    page.chart(chart(
-        all, "Whole model, time to the first token", [](const Measured& m) { return m.model; },
-        [](const PrefillModelRow& row) { return row.name; },
-        [](const PrefillModelRow& row) { return row.seconds; }));
-    page.add(model_table(all, yard));
-  }
+  const auto part = [&](const char* heading, const LineChart& lines, const Table& table) {
+    if (table.rows.empty()) return;
+    page.heading(heading);
+    if (!lines.series.empty()) page.chart(lines);
+    page.add(table);
+  };
+  part("Attention of one layer",
+       chart(all, "Attention of a layer, selection included", &Measured::layer,
+             [](const PrefillLayerRow& row) { return row.total(); }),
+       layer_table(all, yard));
+  part("Time to the first token",
+       chart(all, "Whole model, time to the first token", &Measured::model,
+             [](const PrefillModelRow& row) { return row.seconds; }),
+       model_table(all, yard));
   write_file_atomically(options.page, page.html());
 }
 

@@ -1,10 +1,15 @@
+#include <c10/core/Allocator.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <filesystem>
 #include <numeric>
 
 #include "attention/tile_prefill.h"
 #include "core/error.h"
 #include "ops/selector/selector.h"
+#include "selector/cache.h"
 #include "tests/attention/support.h"
 
 using namespace spot;
@@ -41,6 +46,20 @@ TilePrefill draw_prefill(int64_t groups) {
   p.tile_queries = 16 << random_int(0, 2);
   return p;
 }
+
+// Most bytes that CPU tensors of this thread have held at once since it was made.
+class PeakBytes : public c10::MemoryReportingInfoBase {
+ public:
+  bool memoryProfilingEnabled() const override { return true; }
+  void reportMemoryUsage(void*, int64_t bytes, size_t, size_t, c10::Device) override {
+    now_ += bytes;
+    peak = std::max(peak, now_);
+  }
+  int64_t peak = 0;
+
+ private:
+  int64_t now_ = 0;
+};
 
 }  // namespace
 
@@ -146,6 +165,88 @@ TEST(TilePrefill, CountsWhatItsQueriesAttendTo) {
         want.push_back(stage);
     EXPECT_EQ(stages, want);
   }
+}
+
+// Scores and lists stay within most_bytes, unless one strip takes more, and no further strip would have fitted.
+TEST(TilePrefill, PiecesAreAsLargeAsTheirMemoryAllows) {
+  fresh_seed();
+  for (int trial = 0; trial < 6; ++trial) {
+    const int64_t groups = random_int(1, 2);
+    TilePrefill p = draw_prefill(groups);
+    p.most_bytes = random_int(1, 20) * 1000;
+    const int64_t per_strip = 64 / p.tile_queries;
+    struct Piece {
+      int64_t strips, blocks, first_blocks;  // of its longest tile, and of its first strip's
+    };
+    std::vector<Piece> pieces;
+    prefill_in_tiles(p, [&](const at::Tensor& tiles, const Selection&) {
+      const auto tile = tiles.accessor<const int32_t, 2>();
+      Piece piece{tiles.size(0) / per_strip, 0, 0};
+      for (int64_t i = 0; i < tiles.size(0); ++i) {
+        piece.blocks = std::max<int64_t>(piece.blocks, (tile[i][3] + tile[i][2] + 15) / 16);
+        if (i == per_strip - 1) piece.first_blocks = piece.blocks;
+      }
+      pieces.push_back(piece);
+    });
+    const auto bytes = [&](int64_t strips, int64_t blocks) {
+      return strips * per_strip * groups * blocks * 8;
+    };
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      const Piece& piece = pieces[i];
+      EXPECT_TRUE(piece.strips == 1 || bytes(piece.strips, piece.blocks) <= p.most_bytes);
+      if (i + 1 < pieces.size()) {
+        EXPECT_GT(bytes(piece.strips + 1, std::max(piece.blocks, pieces[i + 1].first_blocks)), p.most_bytes);
+      }
+    }
+  }
+}
+
+// A chunk's memory grows with the tokens before it, not with their product with its tiles.
+TEST(TilePrefill, MemoryGrowsWithLengthAlone) {
+  fresh_seed();
+  const auto peak = [](int64_t length, int64_t rows) {
+    TilePrefill p;
+    const int64_t pages = length / 16;
+    p.page_table = at::arange(pages, at::kInt).unsqueeze(0);
+    p.query = at::randn({rows, 2, 16});
+    p.key_pool = at::randn({1, pages, 16, 16});
+    p.value_pool = at::randn({1, pages, 16, 16});
+    p.starts = {length - rows}, p.counts = {rows};
+    p.scale = 0.25;
+    p.selector_query = at::randn({rows, 4, 128});
+    p.selector_weight = at::randn({rows, 1, 4});
+    p.selector_pool = at::zeros({pages, 1, kernels::page_head_bytes(ops::KeyFormat::int4)}, at::kByte);
+    p.format = ops::KeyFormat::int4;
+    p.rule.mode = SelectionMode::top_k;
+    p.rule.budget = 512;
+    p.tile_queries = 16;
+    p.most_bytes = 1 << 16;
+    auto bytes = std::make_shared<PeakBytes>();
+    const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, bytes);
+    prefill_in_tiles(p);
+    return static_cast<double>(bytes->peak);
+  };
+  const double one = peak(4096, 128);
+  EXPECT_GT(one, 4096 * 128 * 2);  // the staged keys at least
+  EXPECT_LT(peak(16384, 128), 4.2 * one);
+  // Eight times the tiles bring their queries' own rows, nothing for each token before them.
+  const double rows = 1024 * (4 * 128 + 2 * 2 * 16) * 4;
+  EXPECT_LT(peak(4096, 1024), one + 2 * rows);
+}
+
+// What sparse prefill keeps of each token beside keys and values, on the shapes of bench/configs.
+TEST(TilePrefill, KeepsATenthOfTheCacheAtMost) {
+  int shapes = 0;
+  for (const auto& entry : std::filesystem::directory_iterator("bench/configs")) {
+    const ModelConfig config = ModelConfig::load(entry.path());
+    ModelCache cache(config, 1, at::kBFloat16, at::kCPU, 1);
+    const int64_t dense = cache.pools().page_bytes();
+    const SelectorCache keys(SelectorConfig{}, config.full_attention_layers(), cache.pools(),
+                             KeyFormat::int4);
+    EXPECT_LE(cache.pools().page_bytes() - dense, dense / 10) << entry.path();
+    ++shapes;
+  }
+  EXPECT_GE(shapes, 5);
 }
 
 TEST(TilePrefill, RefusesOtherTiles) {

@@ -11,7 +11,7 @@
 #include "core/error.h"
 #include "model/weights.h"
 #include "tests/model/configs.h"
-#include "tests/selection/support.h"
+#include "tests/selector/support.h"
 
 using namespace spot;
 using test::random_int;
@@ -79,7 +79,7 @@ TEST(SpanTimer, AddsUpTheSpansOfAName) {
 // Rows of the matrices as a checkpoint has them.
 TEST(PrefillModel, CountsTheProductsOfEveryLayer) {
   for (const ModelConfig& config :
-       {testing::small_qwen3(), testing::small_qwen3_5(), testing::small_qwen2()}) {
+       {spot::testing::small_qwen3(), spot::testing::small_qwen3_5(), spot::testing::small_qwen2()}) {
     double want = 0;
     for (const TensorSpec& spec : tensor_specs(config))
       if (spec.shape.size() == 2 && spec.name.find("layers.") != std::string::npos)
@@ -91,7 +91,7 @@ TEST(PrefillModel, CountsTheProductsOfEveryLayer) {
 
 TEST(PrefillLayer, EveryRowHasItsStagesAndPairs) {
   test::fresh_seed();
-  const ModelConfig config = testing::small_qwen3();
+  const ModelConfig config = spot::testing::small_qwen3();
   const int64_t length = 64 * random_int(9, 14), chunk = 64 * random_int(2, 4);
   const PrefillChunks chunks = spread_chunks(length, chunk, 0);
   const PrefillLayerOptions options{.dtype = at::kFloat, .rounds = 1};
@@ -129,7 +129,7 @@ TEST(PrefillLayer, EveryRowHasItsStagesAndPairs) {
 
 TEST(PrefillModel, TimesAreOfTheWholePrompt) {
   const uint64_t seed = test::fresh_seed();
-  for (const ModelConfig& config : {testing::small_qwen3(), testing::small_qwen3_5()}) {
+  for (const ModelConfig& config : {spot::testing::small_qwen3(), spot::testing::small_qwen3_5()}) {
     const Backbone backbone = Backbone::random(config, at::kCPU, at::kFloat, seed);
     const Selector selector(SelectorConfig{}, config, at::kCPU, at::kFloat, seed);
     for (const int64_t most : {0, 2}) {

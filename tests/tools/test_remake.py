@@ -104,7 +104,10 @@ def test_every_table_is_asked_for_with_its_options(remake):
     assert len(tables) == 12
     options = "--lengths 2048,4096,8192 --sequences 4 --rules k=512,k=1024,k=2048,k=10%,k=25%,p=0.7,p=0.8,p=0.9 -- --threads 1 --dtype bfloat16"
     assert options in tables["table-smollm2-text"]
-    assert "cache=int4,prefill=sparse; spot:p=0.7,cache=int4,prefill=sparse" in tables["table-tiny-qwen3.5-sparse"]
+    assert (
+        "cache=int4,prefill=sparse,tile=16; spot:p=0.7,cache=int4,prefill=sparse,tile=16"
+        in tables["table-tiny-qwen3.5-sparse"]
+    )
     assert all("--no-baselines" in line for name, line in tables.items() if name.endswith(("paper", "sparse")))
 
 
