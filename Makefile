@@ -1,6 +1,8 @@
 # make demo   distil a selector on a small real model, generate dense and sparse, print and plot the comparison (CPU)
 # make test   build and run every test (CPU); compiles the CUDA kernels too where nvcc is found
-# make fuzz   give the file readers random bytes for some seconds each (needs clang; tests/fuzz)
+# make asan   the tests of readers, cache and server under AddressSanitizer and UBSan (needs clang-14, libclang-rt-14-dev)
+# make fuzz   give the readers random bytes for some seconds each, under the same (tests/fuzz)
+# make check  every test under the same, but for what Python loads (an hour or more)
 # make build  the spot binary, build/cpu/spot
 # make test-vllm  the vLLM plug-in inside vLLM's CPU build, in an environment of its own (.venv-vllm, 2.5 GB)
 # make gpu    on a machine with a GPU: build with CUDA, run the GPU tests and benchmarks
@@ -10,7 +12,7 @@ export SPOT_BUILD := $(CURDIR)/build/cpu
 export OMP_WAIT_POLICY := passive
 NVCC := $(shell command -v nvcc 2>/dev/null)
 
-.PHONY: setup build demo test test-cpp test-python test-vllm cuda-compile fuzz gpu clean
+.PHONY: setup build demo test test-cpp test-python test-vllm cuda-compile configure-asan asan fuzz check gpu clean
 
 setup:
 	@scripts/setup.sh
@@ -46,10 +48,34 @@ test-vllm: build
 	@scripts/setup_vllm.sh
 	@.venv-vllm/bin/python -m pytest -q tests/vllm
 
-# SECONDS_EACH=300 make fuzz for a long run.
-fuzz: build
-	@$(MAKE) -f tests/fuzz/Makefile -j2 all
-	@$(MAKE) -f tests/fuzz/Makefile run
+# torch frees nothing at its end, so that leaks are not looked for.
+export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1
+CLANG := $(firstword $(foreach name,clang++-14 clang++,$(shell command -v $(name))))
+ASAN_TESTS := test_config test_safetensors test_checkpoint test_hub test_text test_training_data test_block_allocator \
+  test_paged_cache test_batch_builder test_selector_config test_selector_damage test_server
+
+configure-asan: setup
+ifeq ($(CLANG),)
+	@echo "clang++ was not found: install clang-14 and libclang-rt-14-dev"; exit 1
+else
+	@cmake --preset asan -DPython3_EXECUTABLE=$(PYTHON) -DCMAKE_CXX_COMPILER=$(CLANG) >/dev/null
+endif
+
+asan: configure-asan
+	@cmake --build build/asan --target $(ASAN_TESTS)
+	@for name in $(ASAN_TESTS); do $$(find build/asan -name $$name -type f) --gtest_brief=1 || exit 1; done
+
+# SECONDS_EACH=600 make fuzz for a long run.
+SECONDS_EACH := 5
+fuzz: configure-asan
+	@cmake --build build/asan --target fuzzers
+	@tests/fuzz/run.sh $(SECONDS_EACH)
+
+# Left out: what loads our libraries into Python, whose process would have to be sanitized as well.
+check: configure-asan
+	@cmake --build build/asan
+	@ctest --test-dir build/asan --output-on-failure -j2
+	@SPOT_BUILD=$(CURDIR)/build/asan $(PYTHON) -m pytest -q tests --ignore tests/python --ignore tests/ops --ignore tests/tools
 
 gpu:
 	@bench/run_gpu.sh

@@ -20,10 +20,17 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 
 stamp=.venv/.installed
-if [ ! -f "$stamp" ] || [ requirements.txt -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
+if [ ! -f "$stamp" ] || [ requirements.txt -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ] ||
+  [ requirements.lock -nt "$stamp" ]; then
   echo "Installing Python packages into .venv (torch among them; a few minutes)"
   [ -x .venv/bin/python ] || python3 -m venv .venv
   .venv/bin/python -m pip install -q 'torch==2.13.0'
-  .venv/bin/python -m pip install -q -r requirements.txt
+  # The files' hashes are known for the Python of Debian 12; another takes the same versions.
+  if [ "$(.venv/bin/python -c 'import sys; print(*sys.version_info[:2])') $(uname -sm)" = "3 11 Linux $(uname -m)" ] &&
+    [[ "$(uname -m)" =~ ^(x86_64|aarch64)$ ]]; then
+    .venv/bin/python -m pip install -q --require-hashes -r requirements.lock
+  else
+    .venv/bin/python -m pip install -q -r requirements.txt
+  fi
   touch "$stamp"
 fi

@@ -4,6 +4,7 @@
 
 #include "attention/dense.h"
 #include "core/error.h"
+#include "core/memory.h"
 #include "ops/attention/attention.h"
 
 namespace spot {
@@ -41,13 +42,23 @@ AttentionInputs inputs_of(const AttentionInputs& all, const Batch& batch, int64_
 
 AttentionStack::AttentionStack(const Backbone& backbone, const Selector* selector,
                                std::vector<MethodSpec> methods, const StackOptions& options)
-    : model_(backbone.config()),
-      selector_(selector),
-      cache_(std::make_unique<ModelCache>(backbone.config(), options.num_pages, backbone.dtype(),
-                                          backbone.device(), options.num_sequences, options.num_snapshots)),
-      specs_(std::move(methods)) {
+    : model_(backbone.config()), selector_(selector), specs_(std::move(methods)) {
   if (specs_.empty()) fail("no attention method was given; name at least one of {}", attention_words());
-  for (const MethodSpec& spec : specs_) methods_.push_back(make_method(spec));
+  MemoryNeed need{.what = fmt::format("the cache of {} tokens", options.num_pages * kBlockSize),
+                  .remedy = "use a shorter context, fewer sequences at once, or bfloat16",
+                  .on_host = backbone.device().is_cpu()};
+  if (options.num_pages > 1) {
+    const AttentionStack one(backbone, selector, specs_, {.num_sequences = 1});
+    need.bytes =
+        static_cast<double>(options.num_pages) * static_cast<double>(one.cache_->pools().page_bytes()) +
+        static_cast<double>(options.num_sequences + options.num_snapshots) *
+            static_cast<double>(one.cache_->states().slot_bytes());
+  }
+  within_memory(need, [&] {
+    cache_ = std::make_unique<ModelCache>(backbone.config(), options.num_pages, backbone.dtype(),
+                                          backbone.device(), options.num_sequences, options.num_snapshots);
+    for (const MethodSpec& spec : specs_) methods_.push_back(make_method(spec));
+  });
   made_ = true;
   const at::Tensor keys = cache_->pools().get("keys", model_.full_attention_layers().front());
   attends_on_device_ = ops::attends(at::empty({1, model_.num_heads, model_.head_dim}, keys.options()), keys);

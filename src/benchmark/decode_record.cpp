@@ -1,11 +1,13 @@
 #include "benchmark/decode_record.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "attention/policies/spot.h"
 #include "attention/sparse.h"
 #include "cache/batch_builder.h"
 #include "core/error.h"
+#include "core/memory.h"
 #include "core/progress.h"
 #include "model/model_cache.h"
 
@@ -27,8 +29,17 @@ DecodeScene record_decode(const Backbone& backbone, const Selector& selector,
                           const std::vector<int32_t>& text, int64_t length, int64_t batch, int64_t chunk) {
   const ModelConfig& model = backbone.config();
   check_recording(model, static_cast<int64_t>(text.size()), length, batch);
-  ModelCache cache(model, batch * length / kBlockSize, backbone.dtype(), backbone.device(), batch);
-  SelectorCache keys(selector.config(), selector.layers(), cache.pools(), KeyFormat::int4);
+  std::optional<ModelCache> room;
+  std::optional<SelectorCache> stored;
+  within_memory({.what = fmt::format("a recording of {} sequences of {} tokens", batch, length),
+                 .remedy = "give shorter lengths or smaller batches"},
+                [&] {
+                  room.emplace(model, batch * length / kBlockSize, backbone.dtype(), backbone.device(),
+                               batch);
+                  stored.emplace(selector.config(), selector.layers(), room->pools(), KeyFormat::int4);
+                });
+  ModelCache& cache = *room;
+  SelectorCache& keys = *stored;
   SelectionRule all;  // every block, so that each layer's inputs are the dense model's
   all.mode = SelectionMode::top_k;
   all.budget_fraction = 1;

@@ -1,5 +1,6 @@
 #include "checkpoint/checkpoint.h"
 
+#include <algorithm>
 #include <set>
 
 #include "core/error.h"
@@ -22,6 +23,10 @@ std::string advice(const fs::path& folder) {
       return fmt::format("; {} is there, but without an index it cannot be the whole model", name);
   }
   return "";
+}
+
+bool shape_is_empty(const std::vector<int64_t>& shape) {
+  return std::find(shape.begin(), shape.end(), 0) != shape.end();
 }
 
 }  // namespace
@@ -85,6 +90,9 @@ void Checkpoint::fold_quantized() {
         fail("{}: tensor '{}' is missing, although '{}' is there", path_.string(), stem + part, name);
     if (quantization_.method == Quantization::Method::fp8 && !files_.contains(stem + "weight"))
       fail("{}: tensor '{}' is missing, although '{}' is there", path_.string(), stem + "weight", name);
+    for (const std::string& part : {name, stem + "qzeros", stem + "scales", stem + "g_idx", stem + "weight"})
+      if (files_.contains(part) && shape_is_empty(shape(part)))
+        fail("{}: tensor '{}' holds nothing", where(part), part);
     quantized_[stem + "weight"] = stem;
   }
 }

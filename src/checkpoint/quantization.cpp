@@ -14,10 +14,15 @@ using Part = std::function<at::Tensor(const std::string&)>;
 
 constexpr int64_t kPerWord = 8;  // 4-bit codes an int32
 
+// Also keeps sums and products of sizes far from overflow.
+bool is_int32(const json& value) {
+  return value.is_number_integer() && value >= INT32_MIN && value <= INT32_MAX;
+}
+
 int64_t whole(const json& config, const char* name, int64_t otherwise, const std::string& source) {
   const auto it = config.find(name);
   if (it == config.end() || it->is_null()) return otherwise;
-  if (!it->is_number_integer())
+  if (!is_int32(*it))
     fail("{}: quantization_config.{} is {}, an integer was expected", source, name, it->dump());
   return it->get<int64_t>();
 }
@@ -42,16 +47,19 @@ at::Tensor dequantize_fp8(const Quantization& form, const Part& part, const std:
   expect(codes.dim() == 2 && codes.scalar_type() == at::kFloat8_e4m3fn, where, "weight", codes,
          "Float8_e4m3fn [out, in]");
   const int64_t rows = codes.size(0), columns = codes.size(1);
+  // A block larger than the matrix says no more than one of its size, and would be as large in memory.
+  const int64_t block_rows = std::min(form.block_rows, rows),
+                block_columns = std::min(form.block_columns, columns);
   const auto blocks = [](int64_t n, int64_t block) { return (n + block - 1) / block; };
-  const std::vector<int64_t> wanted = {blocks(rows, form.block_rows), blocks(columns, form.block_columns)};
+  const std::vector<int64_t> wanted = {blocks(rows, block_rows), blocks(columns, block_columns)};
   expect(at::isFloatingType(scales.scalar_type()) && scales.sizes() == at::IntArrayRef(wanted), where,
          "weight_scale_inv", scales,
          fmt::format("a scale for each block of {} x {}, [{}]", form.block_rows, form.block_columns,
                      fmt::join(wanted, ", ")));
   const at::Tensor factors = scales.to(at::kFloat)
-                                 .repeat_interleave(form.block_rows, 0)
+                                 .repeat_interleave(block_rows, 0)
                                  .narrow(0, 0, rows)
-                                 .repeat_interleave(form.block_columns, 1)
+                                 .repeat_interleave(block_columns, 1)
                                  .narrow(1, 0, columns);
   return codes.to(at::kFloat).mul_(factors);
 }
@@ -83,9 +91,10 @@ at::Tensor dequantize_int4(const Quantization& form, const Part& part, const std
   at::Tensor row_group = at::div(at::arange(in, at::kLong), group, "floor");
   if (const at::Tensor stored = gptq ? part(Quantization::kOptionalPart) : at::Tensor(); stored.defined()) {
     row_group = stored.to(at::kLong);
-    expect(row_group.dim() == 1 && row_group.size(0) == in && row_group.min().item<int64_t>() >= 0 &&
+    expect(at::isIntegralType(stored.scalar_type(), false) && row_group.dim() == 1 &&
+               row_group.size(0) == in && row_group.min().item<int64_t>() >= 0 &&
                row_group.max().item<int64_t>() < groups,
-           where, "g_idx", row_group, fmt::format("[{}] of groups below {}", in, groups));
+           where, "g_idx", stored, fmt::format("[{}] of groups below {}", in, groups));
   }
   const at::Tensor factors = scales.to(at::kFloat);
   return codes.to(at::kFloat)
@@ -104,8 +113,8 @@ Quantization Quantization::from_json(const json& config, const std::string& sour
   if (method == "fp8") {
     form.method = Method::fp8;
     const json block = config.value("weight_block_size", json());
-    if (!block.is_array() || block.size() != 2 || !block[0].is_number_integer() ||
-        !block[1].is_number_integer() || block[0] < 1 || block[1] < 1)
+    if (!block.is_array() || block.size() != 2 || !is_int32(block[0]) || !is_int32(block[1]) ||
+        block[0] < 1 || block[1] < 1)
       fail(
           "{}: quantization_config.weight_block_size is {}; fp8 checkpoints are read with block scales, such as [128, 128]",
           source, block.dump());

@@ -9,6 +9,7 @@
 
 #include "cli/commands.h"
 #include "cli/usage.h"
+#include "core/memory.h"
 #include "core/notice.h"
 #include "core/progress.h"
 
@@ -17,15 +18,11 @@ namespace {
 
 // What a user should read of an exception.
 std::string sentence(const std::exception& e) {
-  if (dynamic_cast<const std::bad_alloc*>(&e))
-    return "out of memory; use a shorter context, a smaller batch or --dtype bfloat16";
   if (dynamic_cast<const Error*>(&e)) return e.what();
+  if (std::string asked; is_out_of_memory(e, asked))
+    return fmt::format("out of memory{}; use a shorter context, a smaller batch or --dtype bfloat16",
+                       asked.empty() ? "" : ": " + asked + " in one piece were asked for");
   // torch's own text goes on with a C++ backtrace; its first line is what a user can act on.
-  static const std::regex allocation("you tried to allocate ([0-9]+) bytes");
-  if (std::cmatch found; std::regex_search(e.what(), found, allocation))
-    return fmt::format(
-        "out of memory: {:.2f} GiB in one piece were asked for; use a shorter context, a smaller batch or --dtype bfloat16",
-        std::stod(found[1]) / (1 << 30));
   return dynamic_cast<const c10::Error*>(&e) ? "torch: " + first_line(e) : first_line(e);
 }
 

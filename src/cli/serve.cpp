@@ -1,5 +1,6 @@
 // spot serve: an HTTP server with the OpenAI API.
 #include <fmt/format.h>
+#include <sys/resource.h>
 
 #include <cstdio>
 #include <ctime>
@@ -125,6 +126,15 @@ std::unique_ptr<AttentionStack> make_stack(const Options& options, const Backbon
   return make(pages, sequences, options.snapshots);
 }
 
+// Each connection is a descriptor; a shell's usual limit is 1024 in all.
+void raise_descriptor_limit(int64_t connections) {
+  rlimit limit{};
+  const auto wanted = static_cast<rlim_t>(connections + 128);
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= wanted) return;
+  limit.rlim_cur = std::min(wanted, limit.rlim_max);
+  ::setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 void run(Options options, const CLI::App& command) {
   // Everything that is cheap to know comes before the weights.
   options.http.api_key = api_key(options);
@@ -162,6 +172,7 @@ void run(Options options, const CLI::App& command) {
   Engine engine(backbone, *stack, engine_options);
   engine.capture(0, engine_options.max_sequences);
 
+  raise_descriptor_limit(options.http.max_connections);
   server::EngineLoop loop(engine, *stack, metrics);
   server::HttpServer http(options.http, model, loop, metrics);
   const int port = http.listen();

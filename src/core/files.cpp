@@ -24,7 +24,15 @@ std::string read_file(const fs::path& path) {
   if (fs::is_directory(path, code)) fail("{}: is a folder, a file was expected", path.string());
   std::ifstream in(path, std::ios::binary);
   if (!in) fail("{}: cannot be opened: {}", path.string(), std::strerror(errno));
-  std::string bytes((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  std::string bytes;
+  constexpr size_t piece = 1 << 20, most = size_t{1} << 31;
+  while (in) {
+    if (bytes.size() >= most) fail("{}: is larger than 2 GiB, which no such file is", path.string());
+    const size_t before = bytes.size();
+    bytes.resize(before + piece);
+    in.read(bytes.data() + before, piece);
+    bytes.resize(before + static_cast<size_t>(in.gcount()));
+  }
   if (in.bad()) fail("{}: cannot be read: {}", path.string(), std::strerror(errno));
   return bytes;
 }

@@ -69,11 +69,6 @@ void read(const nlohmann::json& json, std::vector<std::filesystem::path>& paths)
   paths.clear();
   for (const auto& path : json.get<std::vector<std::string>>()) paths.emplace_back(path);
 }
-void read(const nlohmann::json& json, std::vector<LengthShare>& mix) {
-  mix.clear();
-  for (const auto& [length, share] : json.get<std::vector<std::pair<int64_t, double>>>())
-    mix.push_back({length, share});
-}
 // nlohmann would turn 1.5 into the integer 1, and true into 1.
 void read(const nlohmann::json& json, int64_t& value) {
   if (!json.is_number_integer()) throw nlohmann::json::type_error::create(302, "not an integer", &json);
@@ -87,6 +82,14 @@ void read(const nlohmann::json& json, uint64_t& value) {
 void read(const nlohmann::json& json, double& value) {
   if (!json.is_number()) throw nlohmann::json::type_error::create(302, "not a number", &json);
   value = json.get<double>();
+}
+void read(const nlohmann::json& json, std::vector<LengthShare>& mix) {
+  mix.clear();
+  for (const nlohmann::json& entry : json) {
+    LengthShare& one = mix.emplace_back();
+    read(entry.at(0), one.length);
+    read(entry.at(1), one.share);
+  }
 }
 template <typename T>
 void read(const nlohmann::json& json, T& value) {

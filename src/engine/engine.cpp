@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/error.h"
+#include "core/memory.h"
 
 namespace spot {
 
@@ -229,13 +230,17 @@ std::vector<Event> Engine::step() {
   const std::vector<Slice> slices = scheduler_.schedule();
   if (slices.empty()) return events;
   const auto start = std::chrono::steady_clock::now();
+  int64_t num_tokens = 0;
   for (const Slice& slice : slices) {
+    num_tokens += slice.count;
     Answer& answer = *answers_.at(slice.sequence->id);
     if (!answer.has_started) answer.has_started = true, answer.started = start;
   }
   StepResult result;
   try {
-    result = run(slices);
+    within_memory({.what = fmt::format("a step of {} tokens", num_tokens),
+                   .remedy = "read fewer prompt tokens at once, or use bfloat16"},
+                  [&] { result = run(slices); });
   } catch (...) {
     scheduler_.restart();
     ended_ = std::move(events);

@@ -10,6 +10,7 @@
 
 #include "checkpoint/checkpoint.h"
 #include "core/error.h"
+#include "core/memory.h"
 #include "core/notice.h"
 #include "core/progress.h"
 
@@ -83,7 +84,12 @@ class Builder {
     }
     weights.final_norm = norm("norm.weight");
     weights.head = config_.tie_word_embeddings ? weights.embedding : source_.read(kHead, dtype_);
-    weights.rope = rope_table(config_.rope, config_.max_position_embeddings, device_);
+    const auto positions = static_cast<double>(config_.max_position_embeddings);
+    // Angles, their cosines and their sines.
+    within_memory({.what = fmt::format("the rotations of {} positions", config_.max_position_embeddings),
+                   .remedy = "lower max_position_embeddings in config.json",
+                   .bytes = positions * static_cast<double>(config_.rope.rotary_dim / 2) * 3 * sizeof(float)},
+                  [&] { weights.rope = rope_table(config_.rope, config_.max_position_embeddings, device_); });
     if (!config_.nope_layers.empty()) {
       const auto options = at::TensorOptions(device_).dtype(at::kFloat);
       weights.no_rotation = {at::ones({config_.max_position_embeddings, 1}, options),
@@ -361,6 +367,8 @@ ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig
   }
   check_dtype(*dtype);
 
+  double numbers = 0;
+  for (const TensorSpec& spec : specs) numbers += static_cast<double>(c10::multiply_integers(spec.shape));
   Fingerprint fingerprint(config);
   Progress progress(fmt::format("Loading {}", folder.string()), static_cast<int64_t>(specs.size()));
   int64_t done = 0;
@@ -396,7 +404,13 @@ ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig
   };
   const Source source{read, [&](const auto& name) { return checkpoint.has_fp8_blocks(full_name(name)); },
                       codes};
-  ModelWeights weights = Builder(config, device, *dtype, source, shards).build();
+  ModelWeights weights;
+  within_memory(
+      {.what = fmt::format("{} in {}", folder.string(), c10::toString(*dtype)),
+       .remedy = *dtype == at::kFloat ? "use --dtype bfloat16, or a smaller model" : "use a smaller model",
+       .bytes = shards.count > 1 ? 0 : numbers * static_cast<double>(c10::elementSize(*dtype)),
+       .on_host = device.is_cpu()},
+      [&] { weights = Builder(config, device, *dtype, source, shards).build(); });
   weights.fingerprint = fingerprint.text();
   return weights;
 }

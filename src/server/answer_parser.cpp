@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <optional>
 
+#include "server/fields.h"
+
 namespace spot::server {
 namespace {
 
@@ -27,7 +29,7 @@ struct Call {
 
 // {"name": ..., "arguments": {...} or their text}, in any order.
 std::optional<Call> json_call(std::string_view text) {
-  const Json call = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const Json call = parse_value(text);
   if (!call.is_object() || !call.contains("name") || !call.at("name").is_string()) return {};
   const Json arguments = call.value("arguments", call.value("parameters", Json::object()));
   return Call{call.at("name").get<std::string>(),
@@ -71,9 +73,7 @@ std::optional<Call> xml_call(std::string_view text, const Json& tools) {
     if (!value.empty() && value.front() == '\n') value.remove_prefix(1);
     if (!value.empty() && value.back() == '\n') value.remove_suffix(1);
     text.remove_prefix(end + std::string_view("</parameter>").size());
-    Json parsed = parameter_type(tools, *function, *parameter) == "string"
-                      ? Json()
-                      : Json::parse(value, nullptr, false);
+    Json parsed = parameter_type(tools, *function, *parameter) == "string" ? Json() : parse_value(value);
     if (parsed.is_discarded() || (parsed.is_null() && value != "null")) parsed = std::string(value);
     arguments[*parameter] = std::move(parsed);
   }
@@ -228,25 +228,28 @@ void AnswerParser::begin_call(AnswerDelta& delta, const std::string& name) {
 
 // {"name": "...", "arguments": { and no other order: what comes then can be passed on as it is.
 bool AnswerParser::read_call_name(AnswerDelta& delta, bool last) {
-  Scanner scanner{held_};
+  // What follows an end tag does not count, even within a name's quotes: when it came later, the call had ended.
+  const size_t end = held_.find(kCallEnd);
+  const std::string_view before_end = std::string_view(held_).substr(0, end);
+  Scanner scanner{before_end};
   std::optional<std::string> name;
   const bool found = scanner.expect("{") && scanner.expect("\"name\"") && scanner.expect(":") &&
                      (name = scanner.quoted()) && scanner.expect(",") && scanner.expect("\"arguments\"") &&
                      scanner.expect(":") && (scanner.skip_blanks(), true) && scanner.expect("{");
   if (!found) {
-    if (!scanner.ended || last || held_.find(kCallEnd) != std::string::npos) {
+    if (!scanner.ended || last || end != std::string::npos) {
       state_ = State::call_whole;
       return true;
     }
     return false;
   }
-  const Json text = Json::parse(*name, nullptr, /*allow_exceptions=*/false);
+  const Json text = parse_value(*name);
   if (!text.is_string()) {
     state_ = State::call_whole;
     return true;
   }
   begin_call(delta, text.get<std::string>());
-  held_ = "{" + std::string(scanner.text);
+  held_ = "{" + held_.substr(before_end.size() - scanner.text.size());
   depth_ = 0, in_string_ = escaped_ = false;
   state_ = State::call_arguments;
   return true;

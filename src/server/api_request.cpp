@@ -188,7 +188,7 @@ Json parse_messages(const Fields& fields) {
         refuse("messages", "{}.tool_calls holds {}; functions with a name were expected", name, shown(call));
       Json& function = call.at("function");
       if (!function.contains("arguments") || !function.at("arguments").is_string()) continue;
-      Json arguments = Json::parse(function.at("arguments").get_ref<const std::string&>(), nullptr, false);
+      Json arguments = parse_value(function.at("arguments").get_ref<const std::string&>());
       if (arguments.is_object()) function["arguments"] = std::move(arguments);
     }
   }

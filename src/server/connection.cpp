@@ -95,7 +95,16 @@ void Connection::on_header(error_code error) {
   read_body();
 }
 
+// Bodies count from their first byte to the beginning of their answer.
+bool Connection::hold_body(size_t bytes) {
+  server_.add_body_bytes(static_cast<int64_t>(bytes) - static_cast<int64_t>(body_bytes_));
+  body_bytes_ = bytes;
+  return bytes == 0 || server_.has_room_for_bodies();
+}
+
 void Connection::read_body() {
+  if (!hold_body(parser_->get().body().size()))
+    return refuse_and_close(503, "the bodies of other requests take all the room that there is; try again");
   if (parser_->is_done()) return on_request();
   read_deadline_ = Clock::now() + kBodyStall;
   http::async_read_some(socket_, buffer_, *parser_, [self = shared_from_this()](error_code error, size_t) {
@@ -124,7 +133,8 @@ void Connection::on_request() {
 void Connection::refuse_and_close(int status, const std::string& message) {
   state_ = State::answering;
   keep_alive_ = false;
-  HttpReply refusal = server_.error_reply(ApiError(status, message));
+  HttpReply refusal =
+      server_.error_reply(ApiError(status, message, {}, {}, status == 503 ? HttpServer::kRetrySoon : 0));
   refusal.close = true;
   reply(std::move(refusal));
 }
@@ -152,6 +162,7 @@ void Connection::watch() {
 
 void Connection::reply(HttpReply reply) {
   if (state_ != State::answering) return;
+  hold_body(0);
   keep_alive_ = keep_alive_ && !reply.close && !closing_;
   std::string head =
       fmt::format("HTTP/1.1 {} {}\r\nContent-Type: {}\r\nContent-Length: {}\r\nConnection: {}\r\n",
@@ -165,6 +176,7 @@ void Connection::reply(HttpReply reply) {
 
 void Connection::begin_stream() {
   if (state_ != State::answering) return;
+  hold_body(0);
   state_ = State::streaming;
   if (!chunked_) keep_alive_ = false;
   keep_alive_ = keep_alive_ && !closing_;
@@ -276,6 +288,7 @@ void Connection::drop(const char* reason) {
 void Connection::close() {
   if (state_ == State::closed) return;
   state_ = State::closed;
+  hold_body(0);
   error_code ignored;
   socket_.close(ignored);
   server_.forget(this);

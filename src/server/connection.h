@@ -58,6 +58,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void read_header();
   void on_header(boost::system::error_code error);
   void read_body();
+  bool hold_body(size_t bytes);
   void on_request();
   void refuse_and_close(int status, const std::string& message);
   void watch();
@@ -77,7 +78,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   bool watching_ = false;  // a read is pending beside the answer
   std::shared_ptr<Exchange> exchange_;
   std::string pending_, in_flight_;
-  size_t written_ = 0;  // of in_flight_
+  size_t written_ = 0;     // of in_flight_
+  size_t body_bytes_ = 0;  // of the request, as the server counts them
   bool writing_ = false;
   std::string scratch_;
   Clock::time_point read_deadline_, body_deadline_, write_deadline_, last_write_;

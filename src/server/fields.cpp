@@ -7,16 +7,32 @@ namespace {
 
 constexpr int kMostDepth = 64;
 
+struct TooDeep {};
+
+Json parse_shallow(std::string_view text) {
+  return Json::parse(text, [](int depth, Json::parse_event_t, Json&) {
+    if (depth > kMostDepth) throw TooDeep();
+    return true;
+  });
+}
+
 }  // namespace
+
+Json parse_value(std::string_view text) {
+  try {
+    return parse_shallow(text);
+  } catch (const TooDeep&) {
+  } catch (const nlohmann::json::exception&) {
+  }
+  return Json(Json::value_t::discarded);
+}
 
 Json parse_object(std::string_view text) {
   Json object;
   try {
-    object = Json::parse(text, [](int depth, Json::parse_event_t, Json&) {
-      if (depth > kMostDepth)
-        throw ApiError(400, fmt::format("the body is nested deeper than {} levels", kMostDepth));
-      return true;
-    });
+    object = parse_shallow(text);
+  } catch (const TooDeep&) {
+    throw ApiError(400, fmt::format("the body is nested deeper than {} levels", kMostDepth));
   } catch (const nlohmann::json::parse_error& error) {
     throw ApiError(400, fmt::format("the body is no JSON text: the first fault is at byte {}", error.byte));
   } catch (const nlohmann::json::exception&) {  // a number beyond float64

@@ -13,6 +13,10 @@ namespace spot::server {
 // UTF-8.
 Json parse_object(std::string_view text);
 
+// Any JSON value; discarded where the text is none, or is nested deeper than 64: copying and writing a value go down it on
+// the stack. For text within a request or an answer.
+Json parse_value(std::string_view text);
+
 // All take a missing or null member as `otherwise`, and throw ApiError (400) naming a member of another type or
 // outside [low, high].
 class Fields {

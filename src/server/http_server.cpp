@@ -100,7 +100,15 @@ void HttpServer::run() {
 void HttpServer::accept() {
   acceptor_.async_accept([this](error_code error, tcp::socket socket) {
     if (!acceptor_.is_open()) return;
-    if (!error && static_cast<int64_t>(connections_.size()) >= options_.max_connections) {
+    if (error) {  // mostly no descriptors left: to ask again at once would fail again, and take all of this thread's time
+      pause_.expires_after(100ms);
+      pause_.async_wait([this](error_code stopped) {
+        if (!stopped && acceptor_.is_open()) accept();
+      });
+      return;
+    }
+    accept();
+    if (static_cast<int64_t>(connections_.size()) >= options_.max_connections) {
       const std::string body = to_text(ApiError(503, "too many connections are open; try again").body());
       error_code ignored;
       socket.non_blocking(true, ignored);
@@ -110,12 +118,11 @@ void HttpServer::accept() {
                                    body.size(), kRetrySoon, body)),
           ignored);
       metrics_.refused(503).add();
-    } else if (!error) {
+    } else {
       const auto connection = std::make_shared<Connection>(std::move(socket), *this);
       connections_[connection.get()] = connection;
       connection->start();
     }
-    accept();
   });
 }
 

@@ -28,6 +28,7 @@ struct HttpOptions {
   int port = 8000;      // 0: any free one
   std::string api_key;  // empty: none is asked for
   uint64_t max_body_bytes = uint64_t{16} << 20;
+  int64_t max_bodies = 16;                      // as large as that, at one time; more are answered 503
   int64_t max_answers = 64 + 256;               // in progress and waiting; more are answered 429
   int64_t max_connections = 1024;               // more are answered 503
   size_t max_buffered_bytes = size_t{1} << 20;  // of a stream that its client does not read
@@ -64,6 +65,10 @@ class HttpServer {
   // Why no `more` answers can be taken, if so.
   std::optional<ApiError> refusal(int64_t more) const;
   void add_answers(int64_t count) { answers_ += count; }
+  void add_body_bytes(int64_t count) { body_bytes_ += count; }
+  bool has_room_for_bodies() const {
+    return body_bytes_ <= options_.max_bodies * static_cast<int64_t>(options_.max_body_bytes);
+  }
   void finished(const Exchange& exchange);
   void forget(const Connection* connection);
 
@@ -86,11 +91,11 @@ class HttpServer {
   boost::asio::thread_pool preparation_{2};
   boost::asio::ip::tcp::acceptor acceptor_{context_};
   boost::asio::signal_set signals_;
-  boost::asio::steady_timer timer_{context_};
+  boost::asio::steady_timer timer_{context_}, pause_{context_};
   std::map<const Connection*, std::weak_ptr<Connection>> connections_;
   std::map<uint64_t, std::shared_ptr<Exchange>> exchanges_;
   uint64_t next_id_ = 1;
-  int64_t answers_ = 0;
+  int64_t answers_ = 0, body_bytes_ = 0;
   bool draining_ = false;
   Connection::Clock::time_point drain_deadline_, last_deadline_;
 };

@@ -6,6 +6,7 @@
 #include <queue>
 
 #include "core/error.h"
+#include "core/json_numbers.h"
 #include "text/byte_characters.h"
 #include "text/unicode.h"
 
@@ -53,15 +54,14 @@ BytePairEncoding::BytePairEncoding(const nlohmann::json& json, bool byte_level, 
 
   id_of_byte_.assign(256, -1);
   for (const auto& [token, value] : json.at("vocab").items()) {
-    const int64_t id = value.get<int64_t>();
+    const int32_t id = int32_in(value);
     if (id < 0 || id > kLargestId)
       fail("{}: the token {} has the id {}, outside 0..{}", where, token, id, kLargestId);
-    vocab_.emplace(token, static_cast<int32_t>(id));
+    vocab_.emplace(token, id);
     if (!byte_level_) continue;
     const auto bytes = bytes_of_characters(token);
-    if (bytes && bytes->size() == 1)
-      id_of_byte_[static_cast<unsigned char>(bytes->front())] = static_cast<int32_t>(id);
-    if (bytes && ignore_merges_) id_of_bytes_.emplace(*bytes, static_cast<int32_t>(id));
+    if (bytes && bytes->size() == 1) id_of_byte_[static_cast<unsigned char>(bytes->front())] = id;
+    if (bytes && ignore_merges_) id_of_bytes_.emplace(*bytes, id);
   }
   for (int byte = 0; byte_fallback_ && byte < 256; ++byte) {
     if (const auto found = vocab_.find(fmt::format("<0x{:02X}>", byte)); found != vocab_.end())

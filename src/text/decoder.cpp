@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/json_numbers.h"
 
 namespace spot {
 namespace {
@@ -90,8 +91,11 @@ void Decoder::add(const nlohmann::json& json, const std::string& where) {
   } else if (type == "Strip") {
     step.kind = Step::Kind::strip;
     step.character = character("content");
-    step.start = json.at("start");
-    step.stop = json.at("stop");
+    for (const auto& [name, count] : {std::pair{"start", &step.start}, {"stop", &step.stop}}) {
+      const int32_t given = int32_in(json.at(name));
+      if (given < 0) fail("{}: the decoder Strip has the {} {}; a count was expected", where, name, given);
+      *count = static_cast<size_t>(given);
+    }
   } else if (type == "Metaspace") {
     step.kind = Step::Kind::metaspace;
     step.character = character("replacement");

@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "core/files.h"
+#include "core/json_numbers.h"
 #include "text/added_tokens.h"
 #include "text/bpe.h"
 #include "text/byte_characters.h"
@@ -51,8 +52,8 @@ void read_post_processor(const json& processor, const std::string& where, Frame&
       continue;
     }
     const std::string name = piece.at("SpecialToken").at("id");
-    for (const int32_t id : processor.at("special_tokens").at(name).at("ids")) {
-      (sequences == 0 ? read.before : read.after).push_back(id);
+    for (const json& id : processor.at("special_tokens").at(name).at("ids")) {
+      (sequences == 0 ? read.before : read.after).push_back(int32_in(id));
     }
   }
   if (sequences != 1)
@@ -63,9 +64,10 @@ void read_post_processor(const json& processor, const std::string& where, Frame&
 
 // eos_token_id and the like: a number, a list of numbers, or nothing.
 std::vector<int32_t> ids_in(const json& value) {
-  if (value.is_number_integer()) return {value.get<int32_t>()};
-  if (value.is_array()) return value.get<std::vector<int32_t>>();
-  return {};
+  std::vector<int32_t> ids;
+  if (value.is_number_integer() || value.is_array())
+    for (const json& id : value.is_array() ? value : json::array({value})) ids.push_back(int32_in(id));
+  return ids;
 }
 
 json read_if_there(const fs::path& path) {
@@ -105,7 +107,7 @@ std::vector<AddedToken> Tokenizer::Tables::read_added(const json& file, const js
                                                       const BytePairEncoding& bpe, const std::string& where) {
   std::vector<AddedToken> added;
   for (const auto& entry : member(file, "added_tokens")) {
-    added.push_back(AddedToken::from_json(entry, entry.at("id").get<int32_t>()));
+    added.push_back(AddedToken::from_json(entry, int32_in(entry.at("id"))));
   }
   // tokenizer_config.json may name tokens that tokenizer.json lacks.
   for (const auto& [key, entry] : member(config, "added_tokens_decoder").items()) {

@@ -70,6 +70,82 @@ TEST(Checkpoint, RefusesBrokenIndexes) {
   }
   write_file_atomically(folder / "model.safetensors.index.json", "{");
   expect_error(open, {"not valid JSON"});
+  write_file_atomically(folder / "model.safetensors.index.json", R"({"weight_map":{}, "size": -1e777})");
+  expect_error(open, {"float64"});
+}
+
+// A matrix [4, 16] in each form, and what is changed in its parts or its configuration.
+using Parts = std::map<std::string, at::Tensor>;
+
+struct Quantized {
+  nlohmann::json config;
+  Parts parts;
+};
+
+Quantized quantized(const std::string& method) {
+  if (method == "fp8")
+    return {
+        {{"quant_method", "fp8"}, {"weight_block_size", {3, 7}}},
+        {{"a.weight", at::randn({4, 16}).to(at::kFloat8_e4m3fn)}, {"a.weight_scale_inv", at::rand({2, 3})}}};
+  const auto words = [](int64_t rows, int64_t columns) {
+    return at::randint(INT32_MIN, INT32_MAX, {rows, columns}, at::kLong).to(at::kInt);
+  };
+  Parts parts = {{"a.qzeros", words(2, 1)}, {"a.scales", at::rand({2, 8}).to(at::kHalf)}};
+  parts["a.qweight"] = method == "gptq" ? words(2, 8) : words(16, 1);
+  if (method == "gptq") parts["a.g_idx"] = at::randint(2, {16}, at::kInt);
+  return {{{"quant_method", method}, {"bits", 4}, {"group_size", 8}}, parts};
+}
+
+at::Tensor read_quantized(const Quantized& q) {
+  TemporaryFolder folder;
+  write_safetensors(folder / "model.safetensors", {q.parts.begin(), q.parts.end()});
+  const Checkpoint checkpoint(folder.path(), Quantization::from_json(q.config, "config.json"));
+  const at::Tensor values = checkpoint.tensor("a.weight");
+  EXPECT_EQ(values.sizes().vec(), checkpoint.shape("a.weight"));
+  return values;
+}
+
+TEST(Checkpoint, QuantizedPartsThatDoNotFitAreErrors) {
+  at::manual_seed(spot::testing::fresh_seed());
+  for (const std::string method : {"fp8", "gptq", "awq"}) {
+    const Quantized whole = quantized(method);
+    EXPECT_EQ(read_quantized(whole).numel(), method == "fp8" ? 64 : 128) << method;
+    for (const auto& [name, tensor] : whole.parts) {
+      for (const at::Tensor& other :
+           {tensor.new_empty({0}), tensor.new_empty({0, 8}), tensor.new_empty({int64_t{1} << 56, 0}),
+            tensor.new_empty({0, int64_t{1} << 56}), at::rand({}), at::rand({3, 5, 2}), tensor.unsqueeze(0),
+            at::full(tensor.sizes(), NAN, at::kFloat), at::full(tensor.sizes(), INT64_MIN, at::kLong)}) {
+        if (name == "a.weight_scale_inv" && other.sizes() == tensor.sizes() && other.is_floating_point())
+          continue;
+        Quantized changed = whole;
+        changed.parts[name] = other;
+        if (name == "a.scales" && other.is_floating_point() && other.sizes() == tensor.sizes())
+          read_quantized(changed);  // not a number is the model loader's to find
+        else
+          EXPECT_THROW(read_quantized(changed), Error) << method << " " << name << " " << other.sizes();
+      }
+      Quantized changed = whole;
+      changed.parts.erase(name);
+      if (name != "a.g_idx" && name != "a.weight_scale_inv" && name != "a.qweight")
+        EXPECT_THROW(read_quantized(changed), Error) << method << " without " << name;
+    }
+    const std::vector<nlohmann::json> numbers = {
+        0, -2, 2.5, "8", INT64_MAX, INT64_MIN, UINT64_MAX, int64_t{1} << 31, 1e30, nlohmann::json::array()};
+    for (const nlohmann::json& number : numbers) {
+      Quantized changed = whole;
+      if (method == "fp8") {
+        changed.config["weight_block_size"][1] = number;
+      } else {
+        changed.config["group_size"] = number;
+      }
+      EXPECT_THROW(read_quantized(changed), Error) << method << " " << number;
+    }
+  }
+  // A block may be larger than the matrix, by any number that is one.
+  Quantized one = quantized("fp8");
+  one.config["weight_block_size"] = {INT32_MAX, INT32_MAX};
+  one.parts["a.weight_scale_inv"] = at::full({1, 1}, 2.0);
+  EXPECT_TRUE(at::equal(read_quantized(one), one.parts["a.weight"].to(at::kFloat) * 2));
 }
 
 // Each number within half a step of the codes, at whose top a block's largest magnitude lies.

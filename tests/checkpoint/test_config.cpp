@@ -251,6 +251,25 @@ TEST(Config, GenerationConfigNamesTheEndTokens) {
   EXPECT_EQ(ModelConfig::load(folder.path()).eos_token_ids, (std::vector<int64_t>{151645, 151643}));
 }
 
+TEST(Config, NumbersBeyondFloat64AreErrorsWhereverTheyStand) {
+  TemporaryFolder folder;
+  const nlohmann::json whole = read_json("models/tiny-qwen3.5/config.json").flatten();
+  int places = 0;
+  for (const auto& [path, value] : whole.items()) {
+    if (!value.is_number()) continue;
+    nlohmann::json changed = whole;
+    changed[path] = "HERE";
+    std::string text = changed.unflatten().dump();
+    text.replace(text.find("\"HERE\""), 6, places++ % 2 ? "1e777" : "-1e777");
+    write_file_atomically(folder / "config.json", text);
+    expect_error([&] { ModelConfig::load(folder.path()); }, {"config.json", "float64"});
+  }
+  EXPECT_GT(places, 15);
+  write_file_atomically(folder / "config.json", read_file("models/tiny-qwen3.5/config.json"));
+  write_file_atomically(folder / "generation_config.json", R"({"eos_token_id": 1e777})");
+  expect_error([&] { ModelConfig::load(folder.path()); }, {"generation_config.json", "float64"});
+}
+
 TEST(Config, RefusesWhatItCannotRun) {
   const auto refuse = [](const json& base, const json& change, std::initializer_list<std::string> parts) {
     json j = base;

@@ -1,5 +1,6 @@
 // What the libFuzzer targets share. Each gives any bytes to one reader, from which nothing but spot::Error may come;
-// AddressSanitizer and UBSan watch. tests/fuzz/Makefile builds them, `make fuzz` runs each for some seconds.
+// AddressSanitizer and UBSan watch. `make fuzz` builds them (preset asan) and runs each for some
+// seconds.
 #pragma once
 
 #include <sys/types.h>

@@ -119,6 +119,24 @@ void mutate(json& value) {
   value = others[static_cast<size_t>(random_int(0, static_cast<int64_t>(others.size()) - 1))];
 }
 
+TEST(SelectorFiles, NumbersBeyondFloat64AreErrorsWhereverTheyStand) {
+  const ModelConfig model = test::small_model(24, 2, 4, 2, 16);
+  const TemporaryFolder folder;
+  Selector(SelectorConfig{}, model, at::kCPU).save(folder.path(), "abc");
+  const json whole = read_json(folder.path() / "selector.json").flatten();
+  int places = 0;
+  for (const auto& [path, value] : whole.items()) {
+    if (!value.is_number()) continue;
+    json changed = whole;
+    changed[path] = "HERE";
+    std::string text = changed.unflatten().dump();
+    text.replace(text.find("\"HERE\""), 6, places++ % 2 ? "1e777" : "-1e777");
+    write_file_atomically(folder.path() / "selector.json", text);
+    EXPECT_THROW(load(folder.path(), model), Error) << path;
+  }
+  EXPECT_GT(places, 10);
+}
+
 TEST(SelectorFiles, NothingButErrorsComesOfOtherDocuments) {
   fresh_seed();
   const ModelConfig model = test::small_model(24, 2, 4, 2, 16);

@@ -138,5 +138,31 @@ TEST(AnswerParser, CutsDoNotMatter) {
   EXPECT_GT(reasoned, 100);
 }
 
+// An end tag within a name, whose quotes are closed behind it.
+TEST(AnswerParser, TagsWithinACallDoNotDependOnTheCut) {
+  std::mt19937_64 random{std::random_device{}()};
+  for (
+      const std::string text :
+      {R"(<tool_call>{"name": "f</tool_call>", "arguments": {"x": 1}}</tool_call>b)",
+       R"(<tool_call>{"name": "f", "arguments": {"x": "</tool_call>"}}</tool_call>b)",
+       R"(<tool_call>{"name": "f", "arguments"</tool_call>: {"x": 1}}</tool_call>b)",
+       R"(<tool_call>{"name": "<tool_call>", "arguments": {}}</tool_call></tool_call><tool_call></tool_call>)"})
+    for (int round = 0; round < 200; ++round)
+      EXPECT_EQ(parse(text, kAll), parse(text, kAll, &random)) << text;
+}
+
+TEST(AnswerParser, CallsOfAnyDepth) {
+  const std::string deep(1000000, '['), closed = deep + std::string(deep.size(), ']');
+  // Not the order that is passed on as it grows; nested deeper than what is read, it is no call.
+  const std::string json = "<tool_call>{\"arguments\": {\"x\": " + closed + "}, \"name\": \"f\"}</tool_call>";
+  EXPECT_EQ(parse(json, kAll), (Whole{"", json, {}}));
+  const std::string xml =
+      "<tool_call><function=f><parameter=x>" + closed + "</parameter></function></tool_call>";
+  EXPECT_EQ(parse(xml, kAll), (Whole{"", "", {{"f", to_text(Json{{"x", closed}})}}}));
+  const std::string grows =
+      "<tool_call>{\"name\": \"f\", \"arguments\": {\"x\": " + closed + "}}</tool_call>";
+  EXPECT_EQ(parse(grows, kAll), (Whole{"", "", {{"f", "{\"x\": " + closed + "}"}}}));
+}
+
 }  // namespace
 }  // namespace spot::server

@@ -258,5 +258,27 @@ TEST(ApiRequest, RefusesDepthAndOtherRoots) {
     EXPECT_THROW(parse_object(text), ApiError) << text.substr(0, 20);
 }
 
+// JSON within a text: what is no call's arguments stays the text that it was.
+TEST(ApiRequest, DepthWithinTextsIsNoDepthOfItsValues) {
+  const auto arguments_of = [](const std::string& arguments) {
+    const Json body = {{"messages",
+                        {{{"role", "assistant"},
+                          {"tool_calls", {{{"function", {{"name", "f"}, {"arguments", arguments}}}}}}}}}};
+    const ApiRequest request = parse_chat(body.dump(), {});
+    const ApiRequest copied = request;  // as the renderer does, down every level
+    return copied.conversation.messages.at(0).at("tool_calls").at(0).at("function").at("arguments");
+  };
+  EXPECT_EQ(arguments_of(R"({"x": [1]})"), Json({{"x", {1}}}));
+  for (const int depth : {65, 1000, 3000000}) {
+    for (const std::string open : {"[", "{\"a\":"}) {
+      std::string text = "{\"x\":";
+      for (int i = 0; i < depth; ++i) text += open;
+      text += "1" + std::string(static_cast<size_t>(depth), open == "[" ? ']' : '}') + "}";
+      EXPECT_EQ(arguments_of(text), Json(text)) << depth;
+    }
+  }
+  EXPECT_EQ(arguments_of(R"({"x": 1e999})"), Json(R"({"x": 1e999})"));
+}
+
 }  // namespace
 }  // namespace spot::server

@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import os
 import random
+import resource
 import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -223,6 +226,63 @@ def test_too_many_connections(start):
     else:
         pytest.fail("a place that became free was not given away")
     assert small.stop()[0] == 0  # idle connections do not hold it up
+
+
+def processor_seconds(process):
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_descriptors_that_end_cost_no_time_and_come_back(start):
+    server = start("--max-connections", "4096")
+    limit = 20 + len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+    held = [server.socket() for _ in range(60)]  # the system takes them; the server can accept 20
+    time.sleep(1)
+    before = processor_seconds(server.process)
+    time.sleep(3)
+    assert processor_seconds(server.process) - before < 1.5
+    for connection in held:
+        connection.close()
+    assert json.loads(server.get("/health")) == {"status": "ok"}
+
+
+def test_bodies_that_never_end_leave_the_memory_alone(server):
+    """At most 16 of the largest at once (here 1 MiB): the others are told to come back."""
+    part = (
+        b"POST /tokenize HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 1048576\r\n\r\n" + b" " * 1000000
+    )
+    with contextlib.ExitStack() as all_of_them:
+        held = [all_of_them.enter_context(contextlib.closing(server.socket())) for _ in range(24)]
+        refused = 0
+        for connection in held:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(part)
+        for connection in held:
+            connection.settimeout(2)
+            with contextlib.suppress(TimeoutError):
+                status, headers, _, _ = read_reply(connection)
+                refused += status == 503 and 0 < int(headers["retry-after"]) < 120
+        assert 5 <= refused <= 10
+    for _ in range(100):  # they have gone
+        with contextlib.closing(server.socket()) as connection:
+            connection.sendall(request({"prompt": "a"}, "/tokenize"))
+            if read_reply(connection)[0] == 200:
+                break
+        time.sleep(0.05)
+    else:
+        pytest.fail("room that became free was not given away")
+
+
+def test_depth_within_a_text_does_no_harm(server):
+    """Arguments of a tool call are JSON in a text: a level of nesting costs one byte, and a stack."""
+    for depth in (100, 400_000):
+        call = {"function": {"name": "f", "arguments": '{"a":' + "[" * depth + "]" * depth + "}"}}
+        messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "a"}]
+        with contextlib.closing(server.socket()) as connection:
+            connection.sendall(request({"messages": messages}, "/tokenize"))
+            assert read_reply(connection)[0] == 200
+    assert json.loads(server.get("/health")) == {"status": "ok"}
 
 
 def events_of(data):

@@ -135,7 +135,15 @@ INSTANTIATE_TEST_SUITE_P(
         Spoiled{R"({"model": {"merges": ["l o w"]}})", {"merge 0", "l o w"}},
         Spoiled{R"({"model": {"vocab": {"x": -4}}})", {"-4"}},
         Spoiled{R"({"model": {"vocab": {"x": 2000000000}}})", {"2000000000"}},
-        Spoiled{R"({"model": {"vocab": {"x": "one"}}})", {"form"}}, Spoiled{R"({"model": null})", {"form"}},
+        Spoiled{R"({"model": {"vocab": {"x": "one"}}})", {"form"}},
+        Spoiled{R"({"model": {"vocab": {"x": 3.1e34}}})", {"form"}},
+        Spoiled{R"({"model": {"vocab": {"x": 4294967301}}})", {"form"}},
+        Spoiled{R"({"added_tokens": [{"id": 1e300, "content": "x"}]})", {"form"}},
+        Spoiled{R"({"added_tokens": [{"id": 5.5, "content": "x"}]})", {"form"}},
+        Spoiled{R"({"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "b"}},
+                    {"Sequence": {"id": "A"}}], "special_tokens": {"b": {"ids": [1e300]}}}})",
+                {"form"}},
+        Spoiled{R"({"model": null})", {"form"}},
         Spoiled{R"({"normalizer": {"type": "Nmt"}})", {"normalizer Nmt"}},
         Spoiled{
             R"({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "BertNormalizer"}]}})",
@@ -162,6 +170,8 @@ INSTANTIATE_TEST_SUITE_P(
         Spoiled{R"({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated"}})",
                 {"malformed"}},
         Spoiled{R"({"decoder": {"type": "WordPiece"}})", {"decoder WordPiece"}},
+        Spoiled{R"({"decoder": {"type": "Strip", "content": " ", "start": -1, "stop": 0}})", {"Strip", "-1"}},
+        Spoiled{R"({"decoder": {"type": "Strip", "content": " ", "start": 0, "stop": 1e300}})", {"form"}},
         Spoiled{R"({"decoder": {"type": "Metaspace", "replacement": "__"}})",
                 {"replacement", "one character"}},
         Spoiled{
@@ -221,8 +231,10 @@ TEST(Tokenizer, SpecialIdsComeFromTheConfigurations) {
 
   folder.write("generation_config.json", {{"eos_token_id", 299}});
   expect_parts(error_of([&] { Tokenizer::load(folder.path()); }), {"no token has the id 299"});
-  folder.write("generation_config.json", {{"eos_token_id", {"one"}}});
-  expect_parts(error_of([&] { Tokenizer::load(folder.path()); }), {"generation_config.json", "wrong form"});
+  for (const json& other : {json("one"), json(1e300), json(4294967296 + 7)}) {
+    folder.write("generation_config.json", {{"eos_token_id", {other}}});
+    expect_parts(error_of([&] { Tokenizer::load(folder.path()); }), {"generation_config.json", "wrong form"});
+  }
   folder.write("generation_config.json", json::object());
   folder.write("tokenizer_config.json", {{"bos_token", "<nowhere>"}});
   expect_parts(error_of([&] { Tokenizer::load(folder.path()); }), {"tokenizer_config.json", "<nowhere>"});

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -109,6 +110,7 @@ def write_gguf(
     rope_factors=None,
     metadata=(),
     stored=None,
+    replaced=None,
 ):
     config, (tokens, kinds, merges) = model.config, vocabulary
     architecture = architecture or config.model_type
@@ -138,6 +140,9 @@ def write_gguf(
     writer.add_chat_template(TEMPLATE)
     for method, value in metadata:
         getattr(writer, method)(value)
+    for key, (value, kind, part) in (replaced or {}).items():
+        assert writer.kv_data[0].pop(key, None) is not None, key
+        writer.add_key_value(key, value, kind, part)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
 
     def interleaved(name, value):
@@ -336,6 +341,79 @@ def test_errors_name_the_file_and_the_reason(tmp_path):
     whole = (tmp_path / "whole.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: random.randrange(5000, len(whole) - 100)])
     must_fail(tmp_path / "cut.gguf", out, "cut.gguf", "truncated")
+
+
+def header(*parts, tensors=0, keys=1, version=3):
+    pack = lambda part: struct.pack("<Q", len(part)) + part.encode() if isinstance(part, str) else part
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + b"".join(map(pack, parts))
+
+
+def number(form, *values):
+    return struct.pack("<" + form, *values)
+
+
+def test_counts_that_lead_nowhere_end_at_once(tmp_path):
+    """Each of these kept the package gguf reading for ever, or deep into recursion."""
+    huge = 2**60
+    files = {
+        "scalars": header("a", number("IIQ", 9, 4, huge)),
+        "bytes": header("a", number("IIQ", 9, 0, huge), b"x" * 100),
+        "strings": header("a", number("IIQ", 9, 8, huge), b"\0" * 800),
+        "nested": header("a", number("I", 9), number("IQ", 9, 1) * 4000),
+        "length": header(number("Q", huge)),
+        "keys": header(keys=huge),
+        "tensors": header(keys=0, tensors=huge),
+        "dims": header("t", number("I", 2**31), keys=0, tensors=1),
+        # 2^63 * 2 is 0 in 64 bits.
+        "product": header("t", number("IQQIQ", 2, 2**63, 2, 0, 0), b"\0" * 64, keys=0, tensors=1),
+        "large": header("t", number("IQIQ", 1, 2**40, 0, 0), b"\0" * 64, keys=0, tensors=1),
+        "kind": header("a", number("I", 77)),
+        "version": header(version=1),
+        "swapped": header(version=3 << 24),
+        "short": b"GGUF",
+        "empty": b"",
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        done = subprocess.run(
+            [sys.executable, TOOL, tmp_path / name, "--out", tmp_path / "out"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        lines = done.stderr.splitlines()
+        assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: "), (name, done.stderr)
+        assert not (tmp_path / "out").exists()
+
+
+def test_values_of_another_kind_are_named(tmp_path):
+    model, vocabulary = make_model(tied=True)
+    own = ["context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count"]
+    own += ["attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count"]
+    keys = [f"llama.{key}" for key in own] + [
+        f"tokenizer.ggml.{key}"
+        for key in (
+            "model",
+            "pre",
+            "tokens",
+            "token_type",
+            "merges",
+            "bos_token_id",
+            "eos_token_id",
+            "padding_token_id",
+        )
+    ]
+    text, floats = gguf.GGUFValueType.STRING, gguf.GGUFValueType.FLOAT32
+    others = [("\x00", text, None), (float("nan"), floats, None), ([1.5], gguf.GGUFValueType.ARRAY, floats)]
+    others += [(2**64 - 1, gguf.GGUFValueType.UINT64, None), (True, gguf.GGUFValueType.BOOL, None)]
+    for round, key in enumerate(keys):
+        value, kind, part = random.choice(others)
+        if kind == text and key in ("tokenizer.ggml.model", "tokenizer.ggml.pre"):
+            value, kind = 3, gguf.GGUFValueType.UINT32
+        path = tmp_path / f"{round}.gguf"
+        write_gguf(path, model, vocabulary, replaced={key: (value, kind, part)})
+        lists = part is not None and "head_count" in key  # those differ between layers
+        must_fail(path, tmp_path / "folder" / "out", path.name, "head counts" if lists else key)
 
 
 def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .metadata import ConversionError
+from .structure import ConversionError
 from .tensors import dequantized
 
 # general.architecture -> (architecture, model_type) of config.json
@@ -14,7 +14,7 @@ def llama3_rule(metadata, tensors, rope_theta, head_dim):
     rule are recovered from it and checked against it."""
     stored = dequantized(tensors["rope_freqs.weight"], metadata.path).reshape(-1)
     wavelength = 2 * np.pi * rope_theta ** (np.arange(0, head_dim, 2) / head_dim)
-    factor, low, high, original = float(stored.max()), 1.0, 4.0, 8192
+    factor, low, high, original = float(stored.max(initial=1)), 1.0, 4.0, 8192
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
     if stored.shape != smooth.shape or not np.allclose(1 / ((1 - smooth) / factor + smooth), stored, rtol=1e-3):
         raise ConversionError(
@@ -32,8 +32,7 @@ def llama3_rule(metadata, tensors, rope_theta, head_dim):
 
 def rope_scaling(metadata, tensors, rope_theta, head_dim):
     """The `rope_scaling` entry of config.json, or None."""
-    kind = metadata.get_own("rope.scaling.type", "none")
-    factor = metadata.get_own("rope.scaling.factor", 1.0)
+    kind = metadata.get_own("rope.scaling.type", str, "none")
     if kind not in ("none", "linear", "yarn"):
         raise ConversionError(
             f"{metadata.path}: RoPE scaling of type {kind} is not supported; none, linear and yarn are"
@@ -42,17 +41,18 @@ def rope_scaling(metadata, tensors, rope_theta, head_dim):
         return llama3_rule(metadata, tensors, rope_theta, head_dim)
     if kind == "none":
         return None
+    factor = metadata.positive("rope.scaling.factor", metadata.get_own("rope.scaling.factor", float, 1.0))
     # Older readers of config.json know the entry as "type".
     scaling = {"type": kind, "rope_type": kind, "factor": factor}
     if kind == "yarn":
-        scaling["original_max_position_embeddings"] = metadata.need_own("rope.scaling.original_context_length")
+        scaling["original_max_position_embeddings"] = metadata.need_count("rope.scaling.original_context_length")
     return scaling
 
 
 def special_token_ids(metadata):
     ids = {}
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        value = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        value = metadata.get(f"tokenizer.ggml.{theirs}_token_id", int)
         if value is not None:
             ids[f"{ours}_token_id"] = value
     return ids
@@ -64,43 +64,54 @@ def build_config(metadata, tensors, dtype):
             f"{metadata.path}: architecture {metadata.architecture} is not supported; {' and '.join(ARCHITECTURES)} are"
         )
     name, model_type = ARCHITECTURES[metadata.architecture]
-    if metadata.get_own("expert_count", 0):
+    if metadata.get_own("expert_count", int, 0):
         raise ConversionError(f"{metadata.path}: a mixture of experts is not supported; use a dense model")
-    positions = metadata.need_own("context_length")
-    window = metadata.get_own("attention.sliding_window", 0)
+    positions = metadata.need_count("context_length")
+    window = metadata.get_own("attention.sliding_window", int, 0)
     if window and window < positions:
         raise ConversionError(
             f"{metadata.path}: a sliding window of {window} tokens is not supported; use a model with full attention"
         )
-    hidden_size = metadata.need_own("embedding_length")
-    num_heads = metadata.need_own("attention.head_count")
-    num_kv_heads = metadata.get_own("attention.head_count_kv", num_heads)
-    if isinstance(num_heads, list) or isinstance(num_kv_heads, list):
+    if any(metadata.is_list(f"{metadata.architecture}.attention.head_count{kind}") for kind in ("", "_kv")):
         raise ConversionError(f"{metadata.path}: head counts that differ between layers are not supported")
-    head_dim = metadata.get_own("attention.key_length", hidden_size // num_heads)
-    rotated = metadata.get_own("rope.dimension_count", head_dim)
+    hidden_size = metadata.need_count("embedding_length")
+    num_heads = metadata.need_count("attention.head_count")
+    num_kv_heads = metadata.get_own("attention.head_count_kv", int, num_heads)
+    head_dim = metadata.get_own("attention.key_length", int, hidden_size // num_heads)
+    if num_kv_heads == 0 or num_heads % num_kv_heads or head_dim == 0 or head_dim % 2:
+        raise ConversionError(
+            f"{metadata.path}: {num_heads} heads of {head_dim} dimensions do not fit {num_kv_heads} key heads; "
+            "a whole number of heads a key head and an even number of dimensions were expected"
+        )
+    rotated = metadata.get_own("rope.dimension_count", int, head_dim)
     if rotated != head_dim:
         raise ConversionError(f"{metadata.path}: RoPE on {rotated} of {head_dim} dimensions a head is not supported")
     if metadata.architecture == "qwen2" and head_dim * num_heads != hidden_size:
         raise ConversionError(
             f"{metadata.path}: {num_heads} heads of {head_dim} dimensions do not make up the {hidden_size} of a Qwen2 model"
         )
-    rope_theta = metadata.get_own("rope.freq_base", 10000.0)
+    rope_theta = metadata.positive("rope.freq_base", metadata.get_own("rope.freq_base", float, 10000.0))
     if "token_embd.weight" not in tensors:
         raise ConversionError(
             f"{metadata.path}: the tensor token_embd.weight is missing, so the file cannot be converted"
         )
+    if len(tensors["token_embd.weight"].shape) != 2:
+        raise ConversionError(f"{metadata.path}: the tensor token_embd.weight is no matrix")
+    # Each layer has tensors of its own.
+    num_layers = metadata.need_count("block_count")
+    if num_layers > len(tensors):
+        raise ConversionError(f"{metadata.path}: {len(tensors)} tensors are too few for {num_layers} layers")
     config = {
         "architectures": [name],
         "model_type": model_type,
         "hidden_size": hidden_size,
-        "intermediate_size": metadata.need_own("feed_forward_length"),
-        "num_hidden_layers": metadata.need_own("block_count"),
+        "intermediate_size": metadata.need_count("feed_forward_length"),
+        "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "max_position_embeddings": positions,
-        "rms_norm_eps": metadata.need_own("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": metadata.need_own("attention.layer_norm_rms_epsilon", float),
         "rope_theta": rope_theta,
         "rope_scaling": rope_scaling(metadata, tensors, rope_theta, head_dim),
         "hidden_act": "silu",
@@ -122,7 +133,7 @@ def build_config(metadata, tensors, dtype):
 def build_generation_config(metadata, vocab):
     ids = special_token_ids(metadata)
     # Instruct models name the end of a turn apart from the end of a text; either ends a generation.
-    ends = [ids.get("eos_token_id"), metadata.get("tokenizer.ggml.eot_token_id")]
+    ends = [ids.get("eos_token_id"), metadata.get("tokenizer.ggml.eot_token_id", int)]
     if metadata.architecture == "qwen2":
         ends.append(vocab.get("<|endoftext|>"))
     ends = list(dict.fromkeys(end for end in ends if end is not None))

