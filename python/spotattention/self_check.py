@@ -14,6 +14,7 @@ from torch import Tensor
 from spotattention.ops import PAGE_TOKENS
 
 CHUNK_PAGES = 256
+FOREIGN_EVERY = 8  # steps between two checks of a layer where the selector was distilled on other weights
 
 
 class Captured(NamedTuple):
