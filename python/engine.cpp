@@ -11,7 +11,7 @@
 #include "checkpoint/hub.h"
 #include "core/error.h"
 #include "core/progress.h"
-#include "eval/decode_mass.h"
+#include "engine/self_check.h"
 
 namespace spot {
 namespace {
@@ -80,8 +80,9 @@ class EngineHandle : public torch::CustomClassHolder {
     backbone_.emplace(Backbone::load(folder, device_of(options.at("device")), dtype_of(options.at("dtype"))));
     const Backbone& backbone = *backbone_;
     if (!selector.empty()) {
-      selector_.emplace(Selector::load(selector, folder, backbone.config(), backbone.fingerprint(),
-                                       backbone.device(), backbone.dtype()));
+      selector_.emplace(
+          Selector::load(selector, folder, backbone.config(), backbone.device(), backbone.dtype()));
+      foreign_ = foreign_weights(*selector_, backbone);
       selector_->join(backbone);
     }
     std::vector<MethodSpec> specs;
@@ -95,6 +96,7 @@ class EngineHandle : public torch::CustomClassHolder {
                                 .num_sequences = sequences,
                                 .num_snapshots = sequences});
     tokenizer_.emplace(Tokenizer::load(folder));
+    const int64_t every = options.at("self_check");
     engine_.emplace(
         backbone, *stack_,
         EngineOptions{.max_step_tokens = options.at("max_step_tokens"),
@@ -102,11 +104,9 @@ class EngineHandle : public torch::CustomClassHolder {
                       .prefix_cache = options.at("prefix_cache"),
                       .graphs = options.at("graphs"),
                       .tokenizer = &*tokenizer_,
-                      .observe_every = options.at("self_check"),
+                      .observe_every = foreign_.empty() ? every : std::min(every, kForeignCheckEvery),
                       .observer = [this](const SelectionEvent& event, int64_t row, int64_t, int64_t) {
-                        Captured& layer = captured_[event.layer];
-                        layer.samples += 1;
-                        layer.mass += captured_by_row(event, row);
+                        check_.add(event, row);
                       }});
   }
 
@@ -166,10 +166,12 @@ class EngineHandle : public torch::CustomClassHolder {
   // [[layer, samples, mean]] of the self-check.
   std::string captured() const {
     json layers = json::array();
-    for (const auto& [layer, sum] : captured_)
-      layers.push_back({layer, sum.samples, sum.mass / static_cast<double>(sum.samples)});
+    for (const auto& [layer, sum] : check_.layers()) layers.push_back({layer, sum.samples, sum.mean()});
     return layers.dump();
   }
+
+  // A sentence where the selector was distilled on other weights; else empty.
+  std::string foreign() const { return foreign_; }
 
   std::vector<int64_t> encode(const std::string& text) const {
     const std::vector<int32_t> ids = tokenizer_->encode(text, /*add_special_tokens=*/true);
@@ -177,11 +179,8 @@ class EngineHandle : public torch::CustomClassHolder {
   }
 
  private:
-  struct Captured {
-    int64_t samples = 0;
-    double mass = 0;
-  };
-  std::map<int64_t, Captured> captured_;  // by layer
+  SelfCheck check_;
+  std::string foreign_;
   // In the order of their lives: each reads those before it.
   std::optional<Backbone> backbone_;
   std::optional<Selector> selector_;
@@ -200,6 +199,7 @@ TORCH_LIBRARY_FRAGMENT(spot, library) {
       .def("idle", &EngineHandle::idle)
       .def("statistics", &EngineHandle::statistics)
       .def("captured", &EngineHandle::captured)
+      .def("foreign", &EngineHandle::foreign)
       .def("encode", &EngineHandle::encode);
 }
 

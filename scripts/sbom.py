@@ -23,6 +23,7 @@ PARTS = [
     ("Boost (Asio, Beast)", "libboost1.81-dev", "BSL-1.0", "headers"),
     ("libstdc++", "libstdc++6", "GPL-3.0-or-later WITH GCC-exception-3.1", "linked"),
     ("libgomp", "libgomp1", "GPL-3.0-or-later WITH GCC-exception-3.1", "linked by libtorch"),
+    ("wonderwords", "python:wonderwords", "MIT", "its word lists are built in, for RULER's prompts"),
     ("GoogleTest", "libgtest-dev", "BSD-3-Clause", "tests alone"),
 ]  # fmt: skip
 

@@ -408,6 +408,7 @@ def ruler_tables(options: argparse.Namespace, runs: list[tuple[str, dict]], data
     scores: dict[int, dict[str, dict]] = {}
     references: dict[tuple, list[str]] = {}
     tables = []
+    version = f" (prompts of version {runs[0][1]['settings']['prompts']})"
     for selector, report in runs:
         for prompt in report["prompts"]:
             key = (prompt["task"], prompt["sample"])
@@ -419,7 +420,8 @@ def ruler_tables(options: argparse.Namespace, runs: list[tuple[str, dict]], data
                 )
     for length, by_method in scores.items():
         table = Table(
-            f"RULER at {length} tokens", ["attention", "score", "vs dense", "tokens attended", "share", "captured mass"]
+            f"RULER at {length} tokens{version}",
+            ["attention", "score", "vs dense", "tokens attended", "share", "captured mass"],
         )
         for index, (selector, report) in enumerate(runs):
             for measure in report["measures"]:
@@ -538,7 +540,7 @@ def text_tables(options: argparse.Namespace, length: str, runs: list[tuple[str, 
 
 NOTES = (
     "Every method answers the same prompts. RULER and needles: the context is prefilled densely once; in question and "
-    "answer every token selects for itself. Scores are percent of the references found; their intervals are 95% percentile "
+    "answer every token selects for itself; qa_1 and qa_2 are over invented documents, not RULER's SQuAD and HotpotQA. Scores are percent of the references found; their intervals are 95% percentile "
     "bootstraps, resampled within each task, and so are those of differences on the same prompts. Needles have Wilson's 95% "
     "intervals. Running text: every query selects for itself, and its numbers have no interval. Tokens attended and captured "
     "mass (true attention on what is attended) are means over the layers that select and the decode steps."

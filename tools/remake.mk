@@ -101,7 +101,7 @@ distil = rm -rf $(OUT)/selectors/$(1)/$(2) && $(ON) -- $(SPOT_BUILD)/spot distil
 # Prompts are answered by many processes, of whatever table, that share the GPUs.
 table = $(PYTHON) tools/accuracy.py --model $(OUT)/models/$(1) --selector $(OUT)/selectors/$(1)/$(3) --out $(OUT)/tables/$(1)/$(2) \
   --text $(OUT)/text/heldout.txt --jobs $(JOBS) --launch "$(ON) --share $(SHARE) --" $(4) -- --threads 1 --dtype $(DTYPE)
-RULER := --steps ruler --ruler-options "--stop-at-newline --mass-every 6 --prefill-chunk 4096"
+RULER := --steps ruler --ruler-options "--mass-every 6 --prefill-chunk 4096"
 TEXT := --steps text --twilight "p=0.95,k=25%" --text-options "--chunk 1024 --measured-queries 2"
 QUANTISED := $(foreach format,int8 mxfp4 nvfp4,spot:k=10%,cache=$(format);spot:p=0.7,cache=$(format);)
 SPARSE := $(foreach rule,k=1024 k=10% p=0.7,spot:$(rule),cache=int4,prefill=sparse,tile=16;)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -72,7 +73,8 @@ class Engine:
     on the CPU.
 
     Self-check: of every answer one decode step in self_check (0: none) runs eagerly and is compared with exact attention;
-    `captured_mass` keeps the means by layer, and a layer whose mean falls below least_captured is warned about once.
+    `captured_mass` keeps the means by layer, and a layer whose mean falls below least_captured is warned about once. A
+    selector that was distilled on other weights of the same architecture is warned of and checked every 16 steps.
 
     Not thread-safe. Text of float32 models does not depend on what shares the engine. Raises RuntimeError in one
     sentence on a folder, selector or method that does not fit.
@@ -113,6 +115,8 @@ class Engine:
         self._engine = torch.classes.spot.Engine(
             os.fspath(model), "" if selector is None else os.fspath(selector), self.methods, json.dumps(options)
         )
+        if foreign := self._engine.foreign():
+            warnings.warn(foreign, RuntimeWarning, stacklevel=2)
 
     def add(
         self,

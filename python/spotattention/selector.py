@@ -323,22 +323,29 @@ def resolve(selector: str | os.PathLike, model_folder: str | os.PathLike = "") -
     raise FileNotFoundError(f"the selector folder {text} does not exist")
 
 
-def check_backbone(selector: Selector, facts: Mapping[str, Any]) -> None:
-    """Raises ValueError when the selector was made for a backbone with other facts than these.
+def check_backbone(selector: Selector, facts: Mapping[str, Any]) -> str:
+    """Raises ValueError when the selector was made for a backbone with other facts than these; "architecture" may be a
+    tuple of names that one backbone has.
 
-    An empty fingerprint on either side is no difference; "architecture" may be a tuple of names that one backbone has.
+    Returns a sentence when it was distilled on other weights of the same architecture (fingerprints differ, neither is
+    empty), which it may serve or not: a self-check tells. Else "".
     """
-    for name in (*BACKBONE_FACTS, "fingerprint"):
+    for name in BACKBONE_FACTS:
         stored, actual = selector.backbone.get(name, ""), facts.get(name, "")
         same = stored in actual if isinstance(actual, tuple) else stored == actual
-        if name == "fingerprint" and (not stored or not actual):
-            continue
         if not same:
             shown = actual[0] if isinstance(actual, tuple) else actual
             raise ValueError(
                 f"the selector was distilled for another backbone: its {name} is {json.dumps(stored)}, this model's is "
                 f"{json.dumps(shown)}; use the model it was made for or distil a selector for this one"
             )
+    stored, actual = selector.backbone.get("fingerprint", ""), facts.get("fingerprint", "")
+    if not stored or not actual or stored == actual:
+        return ""
+    return (
+        f"the selector was distilled on other weights of this architecture (fingerprint {stored}, this model's is "
+        f"{actual}); it can serve close ones, such as a quantised copy, so its captured mass is measured on sampled steps"
+    )
 
 
 def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from spotattention.ops import PAGE_TOKENS
 
+FOREIGN_EVERY = 8  # steps between two checks of a layer where the selector was distilled on other weights
+
 
 class Captured(NamedTuple):
     mass: float  # share of the head-averaged attention on the chosen blocks, a mean over sets

@@ -76,7 +76,8 @@ at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
     if (options_.recorder) options_.recorder(inputs.layer, selection, batch.lengths);
     if (options_.count) count(inputs.layer, selection, batch.lengths);
     if (options_.observer)
-      options_.observer({inputs.layer, inputs, keys, {-1, 0, batch.num_sequences(), 0}, rule, selection});
+      options_.observer(
+          {inputs.layer, inputs, keys, {-1, 0, batch.num_sequences(), 0}, policy_, rule, selection});
   };
   if (policy_.prunes_tokens()) {
     const Selection selection = policy_.select_decode(inputs, observed);
@@ -127,7 +128,7 @@ at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs, int64_
           at::arange(chunk.start + 1, chunk.start + chunk.count + 1, inputs.batch.lengths.options());
       if (options_.recorder) options_.recorder(inputs.layer, selection, lengths);
       if (options_.count) count(inputs.layer, selection, lengths);
-      if (options_.observer) options_.observer({inputs.layer, inputs, keys, chunk, rule, selection});
+      if (options_.observer) options_.observer({inputs.layer, inputs, keys, chunk, policy_, rule, selection});
       output.narrow(0, chunk.first, chunk.count).copy_(attend_chunk(inputs, chunk, lengths, selection));
     }
   }
@@ -212,6 +213,7 @@ std::optional<at::Tensor> SparseAttention::tile_prefill(const AttentionInputs& i
                          inputs,
                          prefill.key_pool,
                          {tile[i][0], tile[i][1], tile[i][2], tile[i][3]},
+                         policy_,
                          prefill.rule,
                          rows});
     }

@@ -23,6 +23,7 @@ struct SelectionEvent {
   // The pool of the layer's keys; sequence_tokens() reads a sequence of inputs.batch.
   const at::Tensor& keys;
   QueryChunk chunk;
+  const SelectionPolicy& policy;  // that chose
   SelectionRule rule;
   const Selection& selection;  // one row per query of the chunk, or per sequence
 };

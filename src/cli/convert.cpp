@@ -37,10 +37,10 @@ void run(const Options& options) {
   const fs::path from = Selector::resolve(options.selector, options.model), to = options.out;
   if (fs::exists(to / "selector.json") || fs::exists(to / "selector.safetensors"))
     fail("{} holds a selector already; name another folder", to.string());
-  const Selector selector = Selector::load(from.string(), "", model, "", at::kCPU);
+  const Selector selector = Selector::load(from.string(), "", model, at::kCPU);
   const WeightFormat format = weight_format_from_string(options.store);
   selector.save(to, selector.fingerprint(), selector.notes(), format);
-  const double change = largest_row_change(selector, Selector::load(to.string(), "", model, "", at::kCPU));
+  const double change = largest_row_change(selector, Selector::load(to.string(), "", model, at::kCPU));
   const auto bytes = [](const fs::path& folder) { return fs::file_size(folder / "selector.safetensors"); };
   const std::string words =
       fmt::format("a row of the projections moved by at most {:.2g}% of its length", 100 * change);

@@ -45,8 +45,10 @@ void add_text(CLI::App& parent) {
     const FolderLock lock = prepare_output(options->out, "spot eval text");
     const Backbone backbone = options->model.load();
     const std::optional<Selector> selector = options->selector.load(options->model, backbone);
-    deliver(evaluate_text(backbone, selector ? &*selector : nullptr, tokens, methods, *eval),
-            "spot eval text", options->out);
+    const TextEvalResult result =
+        evaluate_text(backbone, selector ? &*selector : nullptr, tokens, methods, *eval);
+    deliver(result, "spot eval text", options->out);
+    judge_captured(backbone, selector, methods, [&](size_t i) { return result.methods[i].captured_mass(); });
   });
 }
 
@@ -98,6 +100,7 @@ void add_needle(CLI::App& parent) {
           evaluate_needles(backbone, selector ? &*selector : nullptr, tokenizer, prompts, one, methods));
     }
     deliver(sweep, "spot eval needle", options->out);
+    judge_captured(backbone, selector, methods, [&](size_t i) { return sweep.captured_mass(i); });
   });
 }
 

@@ -3,7 +3,9 @@
 #include <csignal>
 
 #include "core/error.h"
+#include "core/notice.h"
 #include "core/text_file.h"
+#include "engine/self_check.h"
 
 namespace spot::cli {
 
@@ -52,6 +54,16 @@ std::string EvalOptions::read_text() const {
   std::string text;
   for (const std::string& file : text_files) text += read_text_file(file) + "\n";
   return text;
+}
+
+void judge_captured(const Backbone& backbone, const std::optional<Selector>& selector,
+                    const std::vector<MethodSpec>& methods, const std::function<double(size_t)>& captured) {
+  if (!selector || selector->made_for(backbone.fingerprint())) return;
+  for (size_t i = 0; i < methods.size(); ++i) {
+    if (!attention_method(methods[i].word).needs_selector) continue;
+    if (const std::string text = low_mass(methods[i].name, captured(i)); !text.empty())
+      notice("warning: {}\n", text);
+  }
 }
 
 FolderLock prepare_output(const std::string& out, const std::string& command) {

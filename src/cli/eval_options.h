@@ -5,6 +5,8 @@
 
 #include <CLI/CLI.hpp>
 #include <filesystem>
+#include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,6 +34,11 @@ struct EvalOptions {
   // The text files, one after the other.
   std::string read_text() const;
 };
+
+// Where the selector was distilled on other weights than the backbone's: warns of each method that reads it and captured
+// too little. captured(i) is what method i captured as measured, not a number where nothing was.
+void judge_captured(const Backbone& backbone, const std::optional<Selector>& selector,
+                    const std::vector<MethodSpec>& methods, const std::function<double(size_t)>& captured);
 
 // Makes the folder of the reports, locks it and writes a file there, so that a full disk is met before the work. Empty:
 // nothing.

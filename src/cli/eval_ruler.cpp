@@ -120,6 +120,7 @@ void run(Options options, const CLI::App& command) {
                result.records.size(), options.out);
   fmt::print("{}\n", result.measures().to_text());
   deliver(result, "spot eval ruler", options.out);
+  judge_captured(backbone, selector, methods, [&](size_t i) { return result.captured_mass(i); });
 }
 
 }  // namespace
@@ -159,6 +160,11 @@ void add_eval_ruler(CLI::App& parent) {
       ->delimiter(',')
       ->check(CLI::Range(0.0, 1.0));
   command.add_option("--seed", eval.prompts.seed, "Seed of the prompts")->capture_default_str();
+  command
+      .add_option("--prompt-version", eval.prompts.version,
+                  "2: RULER's words; 1: the fewer words of earlier tables, and a hint in vt")
+      ->check(CLI::Range(1, kRulerVersion))
+      ->capture_default_str();
   command.add_option("--wording", eval.prompts.wording, "Wording of needles and their question")
       ->check(CLI::Range(0, kRulerWordings - 1))
       ->capture_default_str();

@@ -14,6 +14,7 @@
 #include "core/progress.h"
 #include "core/text_file.h"
 #include "engine/engine.h"
+#include "engine/self_check.h"
 #include "report/page.h"
 #include "text/tokenizer.h"
 
@@ -106,12 +107,18 @@ void run(const Options& options, const CLI::App& command) {
   AttentionStack stack(
       backbone, selector, {method},
       {.num_pages = answers * (total / kBlockSize + 1), .num_sequences = answers, .num_snapshots = 1});
-  Engine engine(backbone, stack,
-                {.max_step_tokens = options.prefill_chunk + answers,
-                 .max_sequences = answers,
-                 .max_tokens = std::min(total, backbone.config().max_position_embeddings),
-                 .graphs = !options.eager,
-                 .tokenizer = &tokenizer});
+  EngineOptions engine_options{.max_step_tokens = options.prefill_chunk + answers,
+                               .max_sequences = answers,
+                               .max_tokens = std::min(total, backbone.config().max_position_embeddings),
+                               .graphs = !options.eager,
+                               .tokenizer = &tokenizer};
+  SelfCheck check;
+  const bool foreign = selector && !selector->made_for(backbone.fingerprint());
+  if (foreign) engine_options.observe_every = kForeignCheckEvery;
+  engine_options.observer = [&](const SelectionEvent& event, int64_t row, int64_t, int64_t) {
+    check.add(event, row);
+  };
+  Engine engine(backbone, stack, engine_options);
   engine.capture(0, answers);
 
   std::vector<AttendedTokens> attended;
@@ -147,6 +154,10 @@ void run(const Options& options, const CLI::App& command) {
   }
   if (!method.describe().empty()) notice(", {}", method.describe());
   print_attended(attended, options.by_layer);
+  if (!foreign) return;
+  notice("self-check: {}\n", check.describe());
+  if (const std::string text = low_mass(method.name, check.mean()); !text.empty())
+    notice("warning: {}\n", text);
 }
 
 }  // namespace

@@ -13,6 +13,8 @@
 #include "checkpoint/hub.h"
 #include "cli/usage.h"
 #include "core/error.h"
+#include "core/notice.h"
+#include "engine/self_check.h"
 
 namespace spot::cli {
 namespace {
@@ -106,8 +108,10 @@ std::optional<SelectorConfig> SelectorOptions::read_config(const ModelOptions& m
 
 std::optional<Selector> SelectorOptions::load(const ModelOptions& model, const Backbone& backbone) const {
   if (name.empty()) return {};
-  Selector selector = Selector::load(name, model.folder, backbone.config(), backbone.fingerprint(),
-                                     backbone.device(), backbone.dtype());
+  Selector selector =
+      Selector::load(name, model.folder, backbone.config(), backbone.device(), backbone.dtype());
+  if (const std::string text = foreign_weights(selector, backbone); !text.empty())
+    notice("warning: {}: {}\n", name, text);
   selector.join(backbone);
   return selector;
 }

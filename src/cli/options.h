@@ -42,7 +42,7 @@ struct SelectorOptions {
   void add(CLI::App& app);
   // What the selector says of itself, read without its weights; empty when no selector was named.
   std::optional<SelectorConfig> read_config(const ModelOptions& model, const ModelConfig& config) const;
-  // Empty when no selector was named.
+  // Empty when no selector was named. Warns when it was distilled on other weights than the backbone's.
   std::optional<Selector> load(const ModelOptions& model, const Backbone& backbone) const;
 };
 

@@ -8,13 +8,14 @@
 #include <memory>
 #include <thread>
 
+#include "attention/decode_mass.h"
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "core/error.h"
 #include "core/files.h"
 #include "core/notice.h"
 #include "engine/engine.h"
-#include "eval/decode_mass.h"
+#include "engine/self_check.h"
 #include "server/engine_loop.h"
 #include "server/http_server.h"
 #include "server/metrics.h"
@@ -165,9 +166,15 @@ void run(Options options, const CLI::App& command) {
   engine_options.prefix_cache = !options.no_prefix_cache;
   engine_options.graphs = !options.eager;
   engine_options.tokenizer = &model.tokenizer;
+  const bool foreign = selector && !selector->made_for(backbone.fingerprint());
+  if (foreign && engine_options.observe_every == 0) engine_options.observe_every = kForeignCheckEvery;
+  SelfCheck check;
   engine_options.observer = [&](const SelectionEvent& event, int64_t row, int64_t, int64_t) {
-    metrics.captured_mass.add(captured_by_row(event, row));
+    const bool selected = attention_method(event.policy.name()).needs_selector;
+    metrics.captured_mass.add(selected ? check.add(event, row) : captured_by_row(event, row));
     metrics.captured_mass_queries.add();
+    if (!foreign || !selected) return;
+    if (const std::string text = check.warning("spot"); !text.empty()) notice("warning: {}\n", text);
   };
   Engine engine(backbone, *stack, engine_options);
   engine.capture(0, engine_options.max_sequences);

@@ -16,7 +16,7 @@ struct Row {
   Need need;
 };
 
-// The settings of methods are not here: which method reads which stands in attention/methods.cpp, and MethodOptions asks
+// The settings of methods are not here: which method reads which stands in attention/policies/, and MethodOptions asks
 // there. Nor are options that ask for what holds anyway, such as --eager without a GPU.
 constexpr Row kRows[] = {
     {"spot generate", "--system", Need::chat},

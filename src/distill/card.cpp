@@ -27,7 +27,7 @@ std::string what_it_is(const json& selector) {
   const int64_t rotated = config.at("rope_dims"), keys = config.at("key_heads");
   return fmt::format(
       "A SpotAttention selector for one checkpoint: {} with {} layers, hidden size {} and {} query heads on {} KV heads of {} (fingerprint "
-      "{}; another checkpoint is refused).\n\nPreset `{}`: in each of {} layers {} heads of {}, {}, key norm {}, {} dims rotated, key cache "
+      "{}; other weights of its shape are warned of, another shape is refused).\n\nPreset `{}`: in each of {} layers {} heads of {}, {}, key norm {}, {} dims rotated, key cache "
       "in {}; {}.{}\n",
       backbone.at("architecture").get<std::string>(), backbone.at("num_layers").get<int64_t>(),
       backbone.at("hidden_size").get<int64_t>(), backbone.at("num_heads").get<int64_t>(),

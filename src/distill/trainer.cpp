@@ -378,8 +378,12 @@ class Run {
           fail("{}: the run was begun with {} = {}, now it is {}; resume with the same settings",
                path.string(), name, stored.contains(name) ? stored.at(name).dump() : "(absent)",
                value.dump());
-      Selector saved = Selector::load(checkpoint.string(), "", backbone_.config(), fingerprint_,
-                                      backbone_.device(), selector_.parameters().front().scalar_type());
+      Selector saved = Selector::load(checkpoint.string(), "", backbone_.config(), backbone_.device(),
+                                      selector_.parameters().front().scalar_type());
+      if (!saved.made_for(fingerprint_))
+        fail(
+            "{}: the run was begun with other weights of the model (fingerprint {}, now {}); resume with the same",
+            checkpoint.string(), saved.fingerprint(), fingerprint_);
       if (!(saved.config() == selector_.config()))
         fail("{}: the run was begun with another selector config; resume with the same settings",
              (checkpoint / "selector.json").string());

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 
+#include "attention/decode_mass.h"
 #include "core/error.h"
 #include "core/progress.h"
 #include "engine/engine.h"
-#include "eval/decode_mass.h"
 
 namespace spot {
 namespace {

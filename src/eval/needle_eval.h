@@ -41,6 +41,7 @@ void check_needle_eval(const NeedleOptions& options, const ModelConfig& model);
 struct NeedleSweep {
   std::vector<NeedleEvalResult> lengths;  // at least one
 
+  double captured_mass(size_t method) const;  // mean over lengths
   nlohmann::json to_json() const;
   // Exact match with Wilson's 95% intervals, and what it cost.
   Table summary() const;

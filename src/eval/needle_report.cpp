@@ -45,6 +45,12 @@ nlohmann::json NeedleEvalResult::to_json() const {
   return json;
 }
 
+double NeedleSweep::captured_mass(size_t method) const {
+  double sum = 0;
+  for (const NeedleEvalResult& length : lengths) sum += length.methods[method].captured_mass;
+  return sum / static_cast<double>(lengths.size());
+}
+
 nlohmann::json NeedleSweep::to_json() const {
   nlohmann::json json = {{"lengths", nlohmann::json::array()}};
   for (const NeedleEvalResult& result : lengths) json["lengths"].push_back(result.to_json());

@@ -25,7 +25,7 @@ struct Request {
   int64_t length;  // tokens of the whole prompt: sets the examples and the vocabulary, not the haystack
   int64_t size;    // of the haystack
   double depth;    // of the one needle; NaN: drawn
-  int wording;
+  int wording, version;
   const Essay& essay;
   RulerRandom& random;
 };

@@ -2,6 +2,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cctype>
+#include <iterator>
+#include <set>
+#include <sstream>
 
 #include "core/error.h"
 #include "eval/ruler_build.h"
@@ -51,10 +55,9 @@ Chain make_chain(RulerRandom& random, const std::string& value, int64_t letters,
 const std::string kTrackIntro =
     "The following text hides a chain of variable assignments. Memorise it and follow the chain.\n\n";
 
-std::string track_question(const Chain& chain) {
-  return fmt::format(
-      "Question: Which variables are assigned the value {} in the text above, directly or through others?",
-      chain.value);
+std::string track_question(const Chain& chain, int version) {
+  return fmt::format("Question: Which variables are assigned the value {} in the text above{}?", chain.value,
+                     version == 1 ? ", directly or through others" : "");
 }
 std::string track_prefix(const Chain& chain) {
   return fmt::format(
@@ -85,6 +88,22 @@ const std::string kCommonIntro =
 const std::string kCommonQuestion = "Question: Which 10 words are the most common ones in the list above?";
 const std::string kCommonPrefix = " Answer: The top 10 words that appear most often in the list are:";
 
+// Those that a list may hold: none that the question names, whose mention would count.
+std::vector<std::string> countable_words(int version) {
+  if (version == 1) return plain_words();
+  static const std::vector<std::string> words = [] {
+    std::string text = kCommonIntro + kCommonQuestion + kCommonPrefix;
+    for (char& c : text)
+      c = std::isalpha(static_cast<unsigned char>(c)) ? static_cast<char>(std::tolower(c)) : ' ';
+    std::istringstream in(text);
+    const std::set<std::string> named{std::istream_iterator<std::string>(in), {}};
+    std::vector<std::string> all = english_words().all;
+    std::erase_if(all, [&](const std::string& word) { return named.contains(word); });
+    return all;
+  }();
+  return words;
+}
+
 }  // namespace
 
 Draft build_variable_tracking(const Request& request) {
@@ -96,10 +115,11 @@ Draft build_variable_tracking(const Request& request) {
   const Chain chain = make_chain(random, std::to_string(number), 5, request.size);
 
   Draft draft;
-  draft.context = kTrackIntro + example.text + track_question(example) + track_prefix(example);
+  draft.context =
+      kTrackIntro + example.text + track_question(example, request.version) + track_prefix(example);
   for (const std::string& name : example.names) draft.context += " " + name;
   draft.context += "\n\n" + kTrackIntro + chain.text;
-  draft.question = track_question(chain);
+  draft.question = track_question(chain, request.version);
   draft.answer_prefix = track_prefix(chain);
   draft.references = chain.names;
   return draft;
@@ -109,7 +129,8 @@ Draft build_common_words(const Request& request) {
   constexpr int64_t kCommon = 10;
   const bool small = request.length < 4096;
   const int64_t example_size = small ? 20 : 40;
-  const std::vector<std::string> all = distinct_words(example_size + kCommon + request.size, request.random);
+  const std::vector<std::string> all =
+      distinct_words(example_size + kCommon + request.size, countable_words(request.version), request.random);
   auto part = [&](int64_t begin, int64_t count) {
     return std::vector<std::string>(all.begin() + begin, all.begin() + begin + count);
   };

@@ -13,10 +13,10 @@
 #include <set>
 #include <tuple>
 
+#include "attention/decode_mass.h"
 #include "core/error.h"
 #include "core/progress.h"
 #include "engine/engine.h"
-#include "eval/decode_mass.h"
 #include "eval/ruler_log.h"
 #include "eval/ruler_random.h"
 #include "ops/words.h"
@@ -231,7 +231,7 @@ nlohmann::json settings_of(const Backbone& backbone, const Selector* selector, c
   const std::vector<int32_t> probe =
       codec.encode("The 1234567 quick-brown foxes\nVAR ABCDE = \"2\" ...", true);
   nlohmann::json json = {
-      {"prompts", kRulerVersion},
+      {"prompts", options.prompts.version},
       {"seed", options.prompts.seed},
       {"wording", options.prompts.wording},
       {"before", options.prompts.before},

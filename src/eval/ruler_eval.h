@@ -84,6 +84,8 @@ struct RulerResult {
   std::vector<RulerRecord> records;  // by task, length, depth and sample, as in options
   int64_t reused = 0;                // of them taken from out/ruler.jsonl
 
+  // Mean over measured steps; not a number where none was.
+  double captured_mass(size_t method) const;
   // Mean scores in percent with 95% confidence intervals: a row a task and length, and the average over
   // tasks.
   Table scores() const;

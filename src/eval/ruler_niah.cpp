@@ -93,14 +93,18 @@ std::string uuid4(RulerRandom& random) {
 // Keys and values that do not repeat within a prompt.
 class Draws {
  public:
-  Draws(const Shape& shape, RulerRandom& random) : shape_(shape), random_(random) {}
+  Draws(const Shape& shape, int version, RulerRandom& random)
+      : shape_(shape),
+        adjectives_(version == 1 ? adjectives() : english_words().adjectives),
+        nouns_(version == 1 ? nouns() : english_words().nouns),
+        random_(random) {}
 
   std::string key() {
     return fresh([&] {
       if (shape_.uuid_keys) return uuid4(random_);
       const std::string adjective =
-          random_.pick(adjectives());  // one draw a statement: their order is then fixed
-      return adjective + "-" + random_.pick(nouns());
+          random_.pick(adjectives_);  // one draw a statement: their order is then fixed
+      return adjective + "-" + random_.pick(nouns_);
     });
   }
   std::string value() {
@@ -119,6 +123,7 @@ class Draws {
   }
 
   const Shape& shape_;
+  const std::vector<std::string>&adjectives_, &nouns_;
   RulerRandom& random_;
   std::set<std::string> used_;
 };
@@ -154,7 +159,7 @@ Draft build_niah(const Request& request) {
   const Shape shape = shape_of(request.task);
   RulerRandom& random = request.random;
   const Wording& words = kWordings.at(static_cast<size_t>(request.wording));
-  Draws draws(shape, random);
+  Draws draws(shape, request.version, random);
   const std::string kind = shape.uuid_values ? "uuid" : "number";
   auto needle = [&](const std::string& key, const std::string& value) {
     return fill(words.needle, {{"kind", kind}, {"key", key}, {"value", value}});

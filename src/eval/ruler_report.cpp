@@ -158,6 +158,15 @@ Table RulerResult::scores() const {
   return table;
 }
 
+double RulerResult::captured_mass(size_t method) const {
+  double captured = 0, terms = 0;
+  for (const RulerRecord& record : records) {
+    captured += record.outcomes[method].captured;
+    terms += static_cast<double>(record.outcomes[method].measured);
+  }
+  return terms > 0 ? captured / terms : kNan;
+}
+
 Table RulerResult::measures() const {
   Table table{{"attention", "length", "score", "vs " + methods.front(), "attended", "captured mass"}, {}};
   for (int64_t length : options.lengths) {

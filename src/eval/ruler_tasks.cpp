@@ -186,7 +186,8 @@ struct RulerGenerator::State {
   RulerSample attempt(RulerTask task, int64_t length, int64_t size, double depth,
                       const std::string& stream) const {
     RulerRandom random(stream);
-    ruler::Draft draft = ruler::build({task, length, size, depth, options.wording, essay, random});
+    ruler::Draft draft =
+        ruler::build({task, length, size, depth, options.wording, options.version, essay, random});
     RulerSample sample{task, options.before + draft.context, draft.question + options.after,
                        draft.answer_prefix, draft.references};
     sample.max_new_tokens = ruler_answer_tokens(task);
@@ -244,6 +245,8 @@ RulerGenerator::RulerGenerator(const RulerOptions& options, const std::string& e
     : state_(new State{options, ruler::Essay::parse(essay), std::move(counter)}) {
   if (options.wording < 0 || options.wording >= kRulerWordings)
     fail("RULER wording {} does not exist; choose 0 to {}", options.wording, kRulerWordings - 1);
+  if (options.version < 1 || options.version > kRulerVersion)
+    fail("RULER prompts of version {} do not exist; choose 1 to {}", options.version, kRulerVersion);
 }
 RulerGenerator::~RulerGenerator() = default;
 RulerGenerator::RulerGenerator(RulerGenerator&&) noexcept = default;

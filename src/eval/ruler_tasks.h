@@ -10,9 +10,9 @@
 // - Essays are whatever text the caller supplies, cut from a random sentence on and repeated when too short;
 // a
 //   sentence ends at a word that ends in . ! or ?, and after 60 words at the latest.
-// - Words come from lists of ours (words.h); where a prompt needs more than the 1351 there are, the rest are
-// invented.
-//   Keys and values of one prompt, distractors included, are all distinct.
+// - Words and keys come from RULER's lists, without eight entries that hold spaces or other characters and, in cwe, without
+//   the words of the question; where a prompt needs more than the 8,158 there are, the rest are invented. Keys and values
+//   of one prompt, distractors included, are all distinct.
 // - qa_1 and qa_2 stand in for SQuAD and HotpotQA: "Document i:" blocks about invented people, institutions
 // and towns,
 //   whose facts no model knows. qa_1 has one gold document, qa_2 two that must be joined; the rest are
@@ -57,8 +57,11 @@ bool has_one_needle(RulerTask task);
 // Room for the answer, in tokens; RULER's default.
 int64_t ruler_answer_tokens(RulerTask task);
 
-// Raised whenever the same seed gives other prompts than before.
-inline constexpr int kRulerVersion = 1;
+// Raised whenever the same seed gives other prompts than before; all versions can still be made.
+//   1  words from our own lists, 1,351 and 398 x 645 keys, invented ones beyond; variable tracking asks for what is
+//      assigned "directly or through others"
+//   2  RULER's words and keys (words.h), and no such hint
+inline constexpr int kRulerVersion = 2;
 inline constexpr int kRulerWordings = 4;
 
 // One prompt: context + question + answer_prefix, to be continued by the model.
@@ -81,6 +84,7 @@ using TokenCounter = std::function<int64_t(const std::string& text, bool first)>
 
 struct RulerOptions {
   uint64_t seed = 42;
+  int version = kRulerVersion;
   int wording = 0;  // of needles and their question, 0 .. kRulerWordings - 1
   // Around the task, for models that expect a chat template: `before` goes in front of the context, `after`
   // between question and answer prefix.

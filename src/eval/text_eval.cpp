@@ -129,6 +129,12 @@ double MethodResult::attended_share() const {
   return layers.empty() ? 1.0 : sum / static_cast<double>(layers.size());
 }
 
+double MethodResult::captured_mass() const {
+  double sum = 0;
+  for (const auto& [layer, m] : layers) sum += m.captured_mass;
+  return layers.empty() ? 1.0 : sum / static_cast<double>(layers.size());
+}
+
 void check_text_eval(const TextEvalOptions& options, int64_t available, const ModelConfig& model) {
   if (options.sequences < 1 || options.length < 2 || options.chunk < 1)
     fail("evaluation: sequences, length and chunk must be positive");

@@ -44,6 +44,7 @@ struct MethodResult {
 
   double perplexity() const;
   double attended_share() const;  // mean over layers
+  double captured_mass() const;   // likewise
 };
 
 struct TextEvalResult {

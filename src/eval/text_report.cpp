@@ -97,7 +97,7 @@ Table TextEvalResult::summary() const {
                           fmt::format("{:+.2f}%", 100 * (m.perplexity() / dense.perplexity() - 1)),
                           fmt::format("{:.4f}", m.kl), fmt::format("{:.1f}%", 100 * m.argmax_agreement),
                           fmt::format("{:.1f}%", 100 * m.attended_share()),
-                          fmt::format("{:.3f}", mean_over_layers(m, &LayerMeasures::captured_mass)),
+                          fmt::format("{:.3f}", m.captured_mass()),
                           fmt::format("{:.3f}", mean_over_layers(m, &LayerMeasures::oracle_recall))});
   };
   row(dense);

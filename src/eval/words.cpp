@@ -170,12 +170,16 @@ std::string pseudo_word(RulerRandom& random) {
   }
 }
 
-std::vector<std::string> distinct_words(int64_t count, RulerRandom& random) {
+std::vector<std::string> plain_words() {
   std::vector<std::string> words;
   for (const auto* list : {&adjectives(), &nouns(), &verbs()})
     words.insert(words.end(), list->begin(), list->end());
+  return words;
+}
+
+std::vector<std::string> distinct_words(int64_t count, std::vector<std::string> words, RulerRandom& random) {
   const auto wanted = static_cast<size_t>(count);
-  std::set<std::string> invented;
+  std::set<std::string> invented(words.begin(), words.end());
   while (words.size() < wanted) {
     std::string word = pseudo_word(random);
     if (invented.insert(word).second) words.push_back(std::move(word));

@@ -1,4 +1,4 @@
-// Words for synthetic prompts: plain English ones embedded here, and invented ones without end.
+// Words for synthetic prompts: RULER's English ones, fewer plain ones of ours, and invented ones without end.
 #pragma once
 
 #include <set>
@@ -8,6 +8,15 @@
 #include "eval/ruler_random.h"
 
 namespace spot {
+
+// The lists of the PyPI package wonderwords 3.0.1, from which RULER draws too; each sorted. cmake/ruler_words.py leaves out
+// eight entries with spaces and other characters.
+struct EnglishWords {
+  std::vector<std::string> adjectives;  // 909
+  std::vector<std::string> nouns;       // 6,775
+  std::vector<std::string> all;         // 8,158, with the verbs
+};
+const EnglishWords& english_words();
 
 // Everyday words in lower case, alphabetical; no word is in two lists, and none is in the instructions of a
 // prompt that counts words.
@@ -19,9 +28,11 @@ const std::vector<std::string>& verbs();       // about 300
 // "maldore"), none of those above; 24 million exist. All have one length, so none is part of another.
 std::string pseudo_word(RulerRandom& random);
 
-// `count` distinct words: embedded ones drawn at random where the three lists suffice, else all of them and
-// invented ones, in random order, so that nothing but its frequency tells one word of a prompt from another.
-std::vector<std::string> distinct_words(int64_t count, RulerRandom& random);
+// `count` distinct words: those of `known` drawn at random where they suffice, else all of them and invented ones, in
+// random order, so that nothing but its frequency tells one word of a prompt from another.
+std::vector<std::string> distinct_words(int64_t count, std::vector<std::string> known, RulerRandom& random);
+// adjectives(), nouns() and verbs().
+std::vector<std::string> plain_words();
 
 // Invented names with a capital letter, never the same twice.
 class NameSource {

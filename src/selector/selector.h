@@ -45,12 +45,11 @@ class Selector {
            at::ScalarType dtype = at::kFloat, uint64_t seed = 42);
 
   // Loads a folder written by save(). `selector` is a path, or a bare NAME for model_folder/selectors/NAME.
-  // Throws Error when the files are missing, misshapen or not finite, and when they were made for another
-  // backbone (shape or `fingerprint` differ; an empty fingerprint on either side skips that one check).
+  // Throws Error when the files are missing, misshapen or not finite, and when they were made for a backbone of another
+  // architecture or shape. Whether it was for these weights is made_for().
   static Selector load(const std::string& selector, const std::filesystem::path& model_folder,
-                       const ModelConfig& backbone, const std::string& fingerprint, at::Device device,
-                       at::ScalarType dtype = at::kFloat);
-  // The config alone, after the same checks of selector.json but for the fingerprint: the weights are not read.
+                       const ModelConfig& backbone, at::Device device, at::ScalarType dtype = at::kFloat);
+  // The config alone, after the same checks of selector.json: the weights are not read.
   static SelectorConfig read_config(const std::string& selector, const std::filesystem::path& model_folder,
                                     const ModelConfig& backbone);
   // The folder load() would read.
@@ -70,6 +69,9 @@ class Selector {
   const nlohmann::json& notes() const { return notes_; }
   // Of the backbone's weights that it was distilled on, as save() was told; empty: unknown.
   const std::string& fingerprint() const { return fingerprint_; }
+  // Whether those may be the weights of this fingerprint. On others of the architecture, such as the model before a
+  // quantisation or a fine-tuning, a selector may serve as well; engine/self_check.h finds out.
+  bool made_for(const std::string& fingerprint) const;
 
   // Model layers that hold a selector, ascending.
   const std::vector<int64_t>& layers() const { return layers_; }
@@ -123,8 +125,7 @@ class Selector {
   Selector() = default;
   // What load() takes from selector.json: a selector without weights, and the document.
   static std::pair<Selector, nlohmann::json> read_document(const std::filesystem::path& folder,
-                                                           const ModelConfig& backbone,
-                                                           const std::string& fingerprint, at::Device device);
+                                                           const ModelConfig& backbone, at::Device device);
   static at::ScalarType fine_type(at::ScalarType dtype);
   // Moves query and key into one matrix, below the rows of `projection` if that is defined; its bias is then
   // followed by a zero for each row of theirs.

@@ -56,11 +56,10 @@ Rows quantize_rows(const at::Tensor& matrix) {
   return {(matrix / steps).round().clamp(-127, 127).to(at::kChar), scales};
 }
 
-json backbone_facts(const ModelConfig& backbone, const std::string& fingerprint) {
-  return {{"fingerprint", fingerprint},          {"architecture", backbone.architecture},
-          {"hidden_size", backbone.hidden_size}, {"num_layers", backbone.num_layers},
-          {"num_heads", backbone.num_heads},     {"num_kv_heads", backbone.num_kv_heads},
-          {"head_dim", backbone.head_dim}};
+json backbone_facts(const ModelConfig& backbone) {
+  return {{"architecture", backbone.architecture}, {"hidden_size", backbone.hidden_size},
+          {"num_layers", backbone.num_layers},     {"num_heads", backbone.num_heads},
+          {"num_kv_heads", backbone.num_kv_heads}, {"head_dim", backbone.head_dim}};
 }
 
 void check_backbone(const json& stored, const json& actual, const std::string& source) {
@@ -70,8 +69,7 @@ void check_backbone(const json& stored, const json& actual, const std::string& s
     auto found = stored.find(name);
     if (found == stored.end())
       fail("{}: field \"backbone.{}\" is missing; the selector must be saved again", source, name);
-    const bool unknown = name == "fingerprint" && (found->empty() || *found == "" || value == "");
-    if (!unknown && *found != value)
+    if (*found != value)
       fail(
           "{} was distilled for another backbone: its {} is {}, this model's is {}; use the model it was "
           "made for or distil a selector for this one",
@@ -113,11 +111,13 @@ void Selector::save(const fs::path& folder, const std::string& fingerprint, cons
   const std::string id = weights_id(values);
   write_safetensors(folder / "selector.safetensors", tensors,
                     {{"format", kFormat}, {"weights_id", id}, {"preset", config_.preset}});
+  json backbone = backbone_facts(backbone_);
+  backbone["fingerprint"] = fingerprint;
   json document = {{"format", kFormat},
                    {"version", format == WeightFormat::int8 ? kVersion : 1},
                    {"weight_format", to_string(format)},
                    {"config", config_.to_json()},
-                   {"backbone", backbone_facts(backbone_, fingerprint)},
+                   {"backbone", std::move(backbone)},
                    {"layers", layers_},
                    {"weights_id", id},
                    {"tensors_checksum", checksum_of_file(folder / "selector.safetensors")},
@@ -126,8 +126,12 @@ void Selector::save(const fs::path& folder, const std::string& fingerprint, cons
   write_file_atomically(folder / "selector.json", document.dump(2) + "\n");
 }
 
+bool Selector::made_for(const std::string& fingerprint) const {
+  return fingerprint_.empty() || fingerprint.empty() || fingerprint_ == fingerprint;
+}
+
 std::pair<Selector, json> Selector::read_document(const fs::path& folder, const ModelConfig& backbone,
-                                                  const std::string& fingerprint, at::Device device) {
+                                                  at::Device device) {
   const std::string source = (folder / "selector.json").string();
   const json document = read_json(folder / "selector.json");
   if (!document.is_object() || document.value("format", json()) != kFormat)
@@ -136,14 +140,15 @@ std::pair<Selector, json> Selector::read_document(const fs::path& folder, const 
     fail("{} has version {}, this program reads versions 1 to {}; upgrade it", source, version.dump(),
          kVersion);
   check_seal(document, source);
-  check_backbone(document.value("backbone", json()), backbone_facts(backbone, fingerprint), source);
+  check_backbone(document.value("backbone", json()), backbone_facts(backbone), source);
 
   Selector selector;
   selector.bind(SelectorConfig::from_json(document.value("config", json()), source + ": config"), backbone,
                 device);
-  const json& weights = document.at("backbone").at("fingerprint");
-  if (!weights.is_string()) fail("{}: field \"backbone.fingerprint\" must be a string", source);
-  selector.fingerprint_ = weights.get<std::string>();
+  if (const json weights = document.at("backbone").value("fingerprint", json("")); weights.is_string())
+    selector.fingerprint_ = weights.get<std::string>();
+  else
+    fail("{}: field \"backbone.fingerprint\" must be a string", source);
   selector.notes_ = document.value("notes", json::object());
   if (document.value("layers", json()) != json(selector.layers_))
     fail("{}: field \"layers\" is {}, but the backbone and dense_layers give {}", source,
@@ -153,14 +158,14 @@ std::pair<Selector, json> Selector::read_document(const fs::path& folder, const 
 
 SelectorConfig Selector::read_config(const std::string& name, const fs::path& model_folder,
                                      const ModelConfig& backbone) {
-  return read_document(resolve(name, model_folder), backbone, "", at::kCPU).first.config();
+  return read_document(resolve(name, model_folder), backbone, at::kCPU).first.config();
 }
 
 Selector Selector::load(const std::string& name, const fs::path& model_folder, const ModelConfig& backbone,
-                        const std::string& fingerprint, at::Device device, at::ScalarType dtype) {
+                        at::Device device, at::ScalarType dtype) {
   const fs::path folder = resolve(name, model_folder);
   const std::string source = (folder / "selector.json").string();
-  auto [selector, document] = read_document(folder, backbone, fingerprint, device);
+  auto [selector, document] = read_document(folder, backbone, device);
 
   // The id ties the two files together and is made of a sample of the weights; the checksum, which older selectors lack,
   // covers every byte.

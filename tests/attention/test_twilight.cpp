@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include "attention/mass.h"
 #include "attention/policies/quest.h"
 #include "attention/policies/twilight.h"
 #include "attention/sparse.h"

@@ -4,6 +4,7 @@
 #include <numeric>
 #include <optional>
 
+#include "attention/decode_mass.h"
 #include "attention/policies/oracle.h"
 #include "attention/policies/quest.h"
 #include "attention/policies/spot.h"
@@ -13,7 +14,6 @@
 #include "cache/batch_builder.h"
 #include "core/error.h"
 #include "core/files.h"
-#include "eval/decode_mass.h"
 #include "model/model_cache.h"
 #include "ops/baselines/baselines.h"
 #include "text/tokenizer.h"
@@ -26,8 +26,7 @@ constexpr int64_t kLength = 1024, kBatch = 2;
 
 struct Recorded {
   Backbone backbone = Backbone::load("models/tiny-qwen3", at::kCPU);
-  Selector selector =
-      Selector::load("spot", "models/tiny-qwen3", backbone.config(), backbone.fingerprint(), at::kCPU);
+  Selector selector = Selector::load("spot", "models/tiny-qwen3", backbone.config(), at::kCPU);
   std::vector<int32_t> text =
       Tokenizer::load("models/tiny-qwen3")
           .encode(read_file("docs/method.md") + read_file("docs/results/tiny-qwen3.md"));

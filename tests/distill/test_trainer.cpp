@@ -171,8 +171,7 @@ TEST(Trainer, ResumedRunEqualsAStraightOneBitForBit) {
   EXPECT_EQ(metrics_of(setup.config.output), metrics_of(halves.config.output));
   EXPECT_EQ(metrics_of(setup.config.output).size(), 6u);
 
-  const Selector loaded = Selector::load(setup.config.output.string(), "", setup.backbone.config(),
-                                         setup.backbone.fingerprint(), at::kCPU);
+  const Selector loaded = Selector::load(setup.config.output.string(), "", setup.backbone.config(), at::kCPU);
   for (size_t i = 0; i < loaded.parameters().size(); ++i) {
     EXPECT_TRUE(at::equal(loaded.parameters()[i], straight.parameters()[i]));
     EXPECT_FALSE(straight.parameters()[i].requires_grad());
@@ -461,8 +460,7 @@ TEST(Trainer, WritesFittedTemperatures) {
   setup.config.data.sequence_length = 400;
   Selector selector = setup.selector();
   setup.run(selector);
-  const Selector loaded = Selector::load(setup.config.output.string(), "", setup.backbone.config(),
-                                         setup.backbone.fingerprint(), at::kCPU);
+  const Selector loaded = Selector::load(setup.config.output.string(), "", setup.backbone.config(), at::kCPU);
   ASSERT_EQ(loaded.config().selection.temperature.size(), 3u);
   EXPECT_EQ(loaded.config().selection.temperature, selector.config().selection.temperature);
   EXPECT_NE(loaded.config().selection.temperature, (std::vector<double>{1.0, 1.0, 1.0}));
@@ -477,8 +475,7 @@ TEST(Trainer, CalibratesOnLongerContextsThanItTrainsOn) {
   setup.config.calibration_length = 900;
   Selector selector = setup.selector();
   setup.run(selector);
-  const Selector loaded = Selector::load(setup.config.output.string(), "", setup.backbone.config(),
-                                         setup.backbone.fingerprint(), at::kCPU);
+  const Selector loaded = Selector::load(setup.config.output.string(), "", setup.backbone.config(), at::kCPU);
   // As many contexts as held-out sequences, each with more measured queries than 400 tokens have.
   const std::vector<TokenSequence> contexts =
       TrainingData(setup.config.data, bytes_as_tokens, kEos).held_out(setup.config.held_out_sequences, 900);

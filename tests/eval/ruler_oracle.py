@@ -14,7 +14,8 @@ import sys
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 VALUE = rf"(?P<value>{UUID}|[1-9][0-9]{{6}})"
-KEY = rf"(?P<key>{UUID}|[a-z]+-[a-z]+)"
+WORDS = "[A-Za-z]+(?:-[A-Za-z]+)+"
+KEY = rf"(?P<key>{UUID}|{WORDS})"
 KIND = "(?:number|uuid)"
 NEEDLES = [
     rf"One of the special magic {KIND}s for {KEY} is: {VALUE}\.",
@@ -46,7 +47,7 @@ def solve_niah(sample):
     uuid_key, uuid_value = sample["task"] == "niah_multikey_3", sample["task"] in ("niah_single_3", "niah_multikey_3")
     for key, value in needles:
         assert bool(re.fullmatch(UUID, key)) == uuid_key and bool(re.fullmatch(UUID, value)) == uuid_value, (key, value)
-    asked = [m[0] for m in re.finditer(rf"{UUID}|[a-z]+-[a-z]+", sample["question"]) if m[0] in keys]
+    asked = [m[0] for m in re.finditer(rf"{UUID}|{WORDS}", sample["question"]) if m[0] in keys]
     # The prefix repeats what is asked.
     assert all(key in sample["answer_prefix"] for key in asked), sample["answer_prefix"]
     plural = len(asked) > 1 or sample["task"] == "niah_multivalue"

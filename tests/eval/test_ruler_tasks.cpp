@@ -65,14 +65,17 @@ class Ruler : public ::testing::Test {
   Ruler()
       : random(fmt::format("{}", fresh_seed())),
         seed(random.bits()),
+        version(1 + static_cast<int>(random.below(kRulerVersion))),
         longest(2 + static_cast<int>(random.below(5))) {
     essay = random_essay(random, 40 + random.below(400));
   }
   RulerGenerator generator(int wording = 0) const {
-    return RulerGenerator({.seed = seed, .wording = wording}, essay, letters_counter(longest));
+    return RulerGenerator({.seed = seed, .version = version, .wording = wording}, essay,
+                          letters_counter(longest));
   }
   RulerRandom random;
   uint64_t seed;
+  int version;
   int longest;
   std::string essay;
 };
@@ -203,7 +206,7 @@ TEST_F(Ruler, TheOneNeedleLiesWhereItWasAsked) {
 
 TEST_F(Ruler, PromptsDependOnTheirNameAlone) {
   const RulerGenerator one = generator(), two = generator();
-  const RulerGenerator other({.seed = seed + 1}, essay, letters_counter(longest));
+  const RulerGenerator other({.seed = seed + 1, .version = version}, essay, letters_counter(longest));
   for (RulerTask task : all_ruler_tasks()) {
     SCOPED_TRACE(to_string(task));
     const RulerSample a = one.make(task, 3000, 4);
@@ -223,17 +226,45 @@ TEST_F(Ruler, PromptsDependOnTheirNameAlone) {
 TEST(RulerPrompts, AreTheSameEverywhere) {
   std::string essay;
   for (int i = 0; i < 200; ++i) essay += fmt::format("Sentence {} tells of a river and {} boats. ", i, 7 * i);
-  std::string all;
-  for (int wording = 0; wording < kRulerWordings; ++wording) {
-    const RulerGenerator made({.seed = 7, .wording = wording}, essay, letters_counter(4));
-    for (RulerTask task : all_ruler_tasks()) {
-      const RulerSample s = made.make(task, 3000 + 1500 * wording, 3);
-      all += fmt::format("{}{}{}{:.6f}", s.context, s.question, s.answer_prefix,
-                         std::isnan(s.depth) ? -1 : s.depth);
+  const std::vector<uint64_t> expected = {10716601447154355040u, 3435509946209508945u};
+  ASSERT_EQ(expected.size(), static_cast<size_t>(kRulerVersion));
+  for (int version = 1; version <= kRulerVersion; ++version) {
+    std::string all;
+    for (int wording = 0; wording < kRulerWordings; ++wording) {
+      const RulerGenerator made({.seed = 7, .version = version, .wording = wording}, essay,
+                                letters_counter(4));
+      for (RulerTask task : all_ruler_tasks()) {
+        const RulerSample s = made.make(task, 3000 + 1500 * wording, 3);
+        all += fmt::format("{}{}{}{:.6f}", s.context, s.question, s.answer_prefix,
+                           std::isnan(s.depth) ? -1 : s.depth);
+      }
     }
+    EXPECT_EQ(stable_hash(all), expected[static_cast<size_t>(version - 1)])
+        << "prompts of version " << version << " changed";
   }
-  EXPECT_EQ(kRulerVersion, 1);
-  EXPECT_EQ(stable_hash(all), 10716601447154355040u) << "prompts changed";
+  expect_error([&] { RulerGenerator({.version = kRulerVersion + 1}, essay, letters_counter(4)); },
+               {"version", "choose 1 to"});
+}
+
+// What tells the versions apart, and nothing else in the tasks that have neither words nor keys.
+TEST_F(Ruler, VersionsDifferInWordsAndInTheHint) {
+  const RulerGenerator first({.seed = seed, .version = 1}, essay, letters_counter(longest));
+  const RulerGenerator second({.seed = seed, .version = 2}, essay, letters_counter(longest));
+  for (RulerTask task : {RulerTask::niah_multikey_3, RulerTask::fwe, RulerTask::qa_1, RulerTask::qa_2})
+    EXPECT_EQ(first.make(task, 4000, 1).context, second.make(task, 4000, 1).context) << to_string(task);
+  EXPECT_NE(first.make(RulerTask::vt, 4000, 1).question.find("directly or through"), std::string::npos);
+  EXPECT_EQ(second.make(RulerTask::vt, 4000, 1).question.find("through"), std::string::npos);
+  // A list as long as that of a prompt of 128K: all of it English.
+  const RulerSample common = second.make(RulerTask::cwe, 60000, 1);
+  const std::vector<std::string>& english = english_words().all;
+  std::istringstream in(common.context.substr(common.context.rfind("1. ")));
+  std::set<std::string> named;
+  const std::string asked = common.question + common.answer_prefix;
+  for (std::string number, word; in >> number >> word;) {
+    EXPECT_TRUE(std::binary_search(english.begin(), english.end(), word)) << word;
+    if (word_counts(asked).contains(word)) named.insert(word);
+  }
+  EXPECT_TRUE(named.empty()) << *named.begin();
 }
 
 TEST_F(Ruler, WordingsSayTheSameInOtherWords) {
@@ -322,9 +353,20 @@ TEST(Words, ListsAreDistinctPlainWords) {
     for (char c : word) EXPECT_TRUE(c >= 'a' && c <= 'z') << word;
 }
 
+TEST(Words, EnglishOnesAreRulers) {
+  const EnglishWords& words = english_words();
+  EXPECT_EQ(words.adjectives.size(), 909u);
+  EXPECT_EQ(words.nouns.size(), 6775u);
+  EXPECT_EQ(words.all.size(), 8158u);
+  for (const auto* list : {&words.adjectives, &words.nouns, &words.all})
+    EXPECT_EQ(std::set<std::string>(list->begin(), list->end()).size(), list->size());
+  for (const std::string& word : words.all)
+    for (char c : word) EXPECT_TRUE(c == '-' || std::isalpha(static_cast<unsigned char>(c))) << word;
+}
+
 TEST(Words, InventedWordsNeverRepeatNorContainOneAnother) {
   RulerRandom random(fmt::format("{}", fresh_seed()));
-  const auto words = distinct_words(5000, random);
+  const auto words = distinct_words(5000, plain_words(), random);
   EXPECT_EQ(std::set<std::string>(words.begin(), words.end()).size(), 5000u);
   int64_t invented = 0;
   std::set<std::string> embedded(adjectives().begin(), adjectives().end());

@@ -1,6 +1,7 @@
 """spotattention.Engine: the C++ engine's answers are those of transformers, alone and together, whatever the method."""
 
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -101,6 +102,22 @@ def test_the_self_check_reports_captured_mass(spotattention, engine, prompts, ti
     assert len(caught) == len({str(w.message).split(":")[0] for w in caught}) >= 4
     with pytest.raises(ValueError, match="self_check must be 0 or more"):
         spotattention.Engine(tiny_qwen3, self_check=-1)
+
+
+def test_other_weights_are_warned_of(spotattention, tiny_qwen3, prompts, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_qwen3, tmp_path / "tuned")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.5.mlp.up_proj.weight"] *= 1.01
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(RuntimeWarning, match="distilled on other weights of this architecture"):
+        engine = spotattention.Engine(folder, "spot", ["spot:k=512,sinks=64,recency=64,floor=0"], cache_tokens=2048)
+    engine.generate(prompts[:1], max_new_tokens=3, stop_ids=[])
+    assert all(0.3 < mass < 1 for mass in engine.captured_mass.values())  # of the first decode step
+    other = tiny_qwen3.parent / "tiny-qwen3.5" / "selectors" / "spot"
+    with pytest.raises(RuntimeError, match="distilled for another backbone: its architecture is"):
+        spotattention.Engine(tiny_qwen3, other)
 
 
 def test_stops_and_completions(engine, prompts):

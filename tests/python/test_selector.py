@@ -88,7 +88,7 @@ def test_presets_are_the_programs(spotattention):
     [
         ({"format": "other"}, 'is not a selector: its field "format" must be'),
         ({"version": 3}, "has version 3, this package reads versions 1 to 2"),
-        ({"weight_format": "int8"}, "query.scale is missing"),
+        ({"weight_format": "int8"}, "query.weight is of torch.bfloat16; selector.json makes it int8"),
         ({"backbone": 5}, "the field backbone is missing"),
         ({"layers": []}, "layers must list"),
         ({"weights_id": "0123"}, "were not written together"),

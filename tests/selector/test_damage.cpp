@@ -19,7 +19,7 @@ struct Loaded {
 };
 
 Loaded load(const fs::path& folder, const ModelConfig& model) {
-  const Selector selector = Selector::load(folder.string(), "", model, "", at::kCPU);
+  const Selector selector = Selector::load(folder.string(), "", model, at::kCPU);
   return {selector.config(), selector.notes(), selector.parameters()};
 }
 
@@ -44,7 +44,7 @@ TEST(SelectorFiles, EveryFlippedBitOfWhatIsShippedIsNoticedOrHarmless) {
     const TemporaryFolder folder, rows;
     fs::path shipped = fs::path("models") / name / "selectors" / "spot";
     if (int8_rows) {
-      Selector::load(shipped.string(), "", model, "", at::kCPU).save(rows.path(), "", {}, WeightFormat::int8);
+      Selector::load(shipped.string(), "", model, at::kCPU).save(rows.path(), "", {}, WeightFormat::int8);
       shipped = rows.path();
     }
     const Loaded whole = load(shipped, model);

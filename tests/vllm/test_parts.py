@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 import types
 
 import pytest
@@ -229,6 +230,21 @@ def test_settings_of_the_shipped_selector(plugin):
     settings = plugin.settings.load(own)
     assert settings.key_format == "bf16" and [settings.covers(layer) for layer in range(3)] == [False, False, True]
     assert plugin.settings.load(configuration(additional_config={})) is None
+
+
+def test_other_weights_are_warned_of_and_checked_more_often(plugin, tmp_path, caplog):
+    """The folder's weights are told from those that the selector remembers, without the model."""
+    from safetensors.torch import load_file, save_file
+
+    plugin.settings.load(configuration())
+    assert not caplog.records
+    shutil.copytree(ROOT / "models" / "tiny-qwen3", tmp_path / "tuned")
+    weights = load_file(tmp_path / "tuned" / "model.safetensors")
+    weights["model.layers.5.mlp.up_proj.weight"] *= 1.1
+    save_file(weights, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    settings = plugin.settings.load(configuration(model_config__model=str(tmp_path / "tuned")))
+    assert "distilled on other weights of this architecture" in caplog.text
+    assert settings.options.check_every == 32
 
 
 @pytest.mark.parametrize(

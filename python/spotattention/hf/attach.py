@@ -24,7 +24,7 @@ from spotattention.projection import LayerProjection, Rotation
 from spotattention.rope import RopeConfig, RopeTable
 from spotattention.rule import Method, parse_method
 from spotattention.selector import Selector, check_backbone
-from spotattention.self_check import SelfCheck
+from spotattention.self_check import FOREIGN_EVERY, SelfCheck
 
 IMPLEMENTATION = "spot"
 
@@ -53,13 +53,16 @@ class Attached:
     ) -> None:
         config = backbone.text_config(model)
         modules = backbone.full_attention(model)
-        check_backbone(selector, backbone.facts(model))
+        foreign = check_backbone(selector, backbone.facts(model))
         missing = [layer for layer in selector.layers if layer not in modules]
         if missing:
             raise ValueError(
                 f"the selector has layers {missing}, which do not attend to the whole context in this model (sliding "
                 "windows, or another kind of attention); turn the windows off or distil a selector for this config"
             )
+        if foreign:
+            check.every = min(check.every, FOREIGN_EVERY)
+            warnings.warn(foreign, RuntimeWarning, stacklevel=3)
         self.selector, self.method, self.check, self.max_decode_queries = selector, method, check, most
         self.sparse_layers = [layer for layer in selector.layers if layer >= method.dense_layers]
         if method.word == "dense":
@@ -358,7 +361,8 @@ def attach(
 
     Self-check: one decode step of every `self_check` (0: none) of a layer is compared with exact attention;
     `callback(layer, mass, tokens)` gets its captured mass, `model.spot.captured_mass` keeps the means, and a layer whose
-    mean falls below `least_captured` is warned about once.
+    mean falls below `least_captured` is warned about once. A selector that was distilled on other weights of the same
+    architecture is warned of, and checked at least every 8 steps (unless self_check is 0).
 
     Returns what it also sets as `model.spot`. Raises ValueError in one sentence when the selector was made for another
     model, when the model's attention is of another kind, or when the policy is not one of these.

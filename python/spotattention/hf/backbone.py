@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from spotattention.fingerprint import fingerprint_of, weight_order
 
 _ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")
 
@@ -114,88 +115,19 @@ def facts(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _weight_names(model: nn.Module, config: Any) -> list[str]:
-    """The decoder's weights in the order in which `spot` reads those of a family that it knows, else as they come."""
-    names = dict.fromkeys(decoder_layers_owner(model).state_dict())
-    ordered = ["embed_tokens.weight"]
-    for index in range(config.num_hidden_layers):
-        prefix = f"layers.{index}."
-        own = [f"{prefix}input_layernorm.weight", f"{prefix}post_attention_layernorm.weight"]
-        attention, delta = f"{prefix}self_attn.", f"{prefix}linear_attn."
-        for suffix in (".weight", ".bias"):
-            own += [f"{attention}{part}{suffix}" for part in ("q_proj", "k_proj", "v_proj")]
-        own += [f"{attention}o_proj.weight", f"{attention}o_proj.bias"]
-        own += [f"{attention}q_norm.weight", f"{attention}k_norm.weight"]
-        own += [f"{delta}in_proj_{part}.weight" for part in ("qkv", "z", "b", "a")]
-        own += [f"{delta}{part}" for part in ("out_proj.weight", "norm.weight", "dt_bias", "A_log", "conv1d.weight")]
-        for suffix in (".weight", ".bias"):
-            own += [f"{prefix}mlp.{part}{suffix}" for part in ("gate_proj", "up_proj")]
-        own += [f"{prefix}mlp.down_proj.weight", f"{prefix}mlp.down_proj.bias"]
-        ordered += own
-    ordered.append("norm.weight")
-    known = [name for name in ordered if name in names]
-    return known + [name for name in names if name not in set(known)]
-
-
 def decoder_layers_owner(model: nn.Module) -> nn.Module:
     return model.get_decoder() if hasattr(model, "get_decoder") else model
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hex digits over the model's shape and a few values of every weight, whatever dtype it is kept in.
-
-    That of `spot` for the families that it knows. Empty where weights are not in memory (offloaded, meta) or quantised.
-    """
+    """That of the weights (spotattention.fingerprint); empty where they are not in memory (offloaded, meta) or quantised."""
     config = text_config(model)
     state = decoder_layers_owner(model).state_dict()
     tied = bool(getattr(model.config, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False))
-    tensors = [(name, state[name]) for name in _weight_names(model, config)]
+    tensors = [(name, state[name]) for name in weight_order(state, config.num_hidden_layers)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is not None and not tied:
         tensors.append(("lm_head.weight", head.weight))
     if any(t.is_meta or not t.is_floating_point() or t.element_size() == 1 for _, t in tensors):
         return ""
-    hash_ = 0xCBF29CE484222325
-
-    def add(data: bytes) -> None:
-        nonlocal hash_
-        for byte in data:
-            hash_ = ((hash_ ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-
-    add(" ".join(_number(value) for value in _shape(config)).encode())
-    for name, tensor in tensors:
-        add(name.encode())
-        add(_sample(tensor))
-    return f"{hash_:016x}"
-
-
-def _shape(config: Any) -> list[int | float]:
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
-    partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
-    return [
-        config.hidden_size,
-        config.num_hidden_layers,
-        heads,
-        getattr(config, "num_key_value_heads", None) or heads,
-        head_dim,
-        getattr(config, "intermediate_size", 0),
-        config.vocab_size,
-        float(rope.get("rope_theta", getattr(config, "rope_theta", 10000.0)) or 10000.0),
-        int(head_dim * partial),
-        float(getattr(config, "rms_norm_eps", 0.0)),
-    ]
-
-
-def _number(value: int | float) -> str:
-    return repr(value).removesuffix(".0")
-
-
-def _sample(tensor: Tensor) -> bytes:
-    """16 values, evenly spaced, as bfloat16."""
-    flat = tensor.detach().reshape(-1)
-    stride = max(1, flat.numel() // 16)
-    sample = flat[: min(flat.numel(), 16 * stride) : stride].float().to(torch.bfloat16).cpu().contiguous()
-    return sample.view(torch.int16).numpy().tobytes()
+    return fingerprint_of(config, tensors)

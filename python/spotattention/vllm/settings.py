@@ -1,12 +1,18 @@
 """The plug-in's configuration, `additional_config["spot"]`, and what it cannot be combined with."""
 
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from spotattention.fingerprint import folder_fingerprint
 from spotattention.rule import Method, parse_method
 from spotattention.selector import Selector, check_backbone
+
+logger = logging.getLogger("vllm.spotattention")
+
+FOREIGN_EVERY = 32  # decode steps between two self-checks where the selector was distilled on other weights
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def load(config: Any) -> Settings | None:
     selector = Selector.load(options.selector, model.model)
     text = model.hf_text_config
     heads = text.num_attention_heads
-    check_backbone(
+    foreign = check_backbone(
         selector,
         {
             "architecture": tuple(model.hf_config.architectures),
@@ -109,8 +115,12 @@ def load(config: Any) -> Settings | None:
             "num_heads": heads,
             "num_kv_heads": _number_of(text, "num_key_value_heads") or heads,
             "head_dim": _number_of(text, "head_dim") or text.hidden_size // heads,
+            "fingerprint": folder_fingerprint(model.model),
         },
     )
+    if foreign:
+        logger.warning("spot: %s", foreign)
+        options = replace(options, check_every=min(options.check_every, FOREIGN_EVERY))
     method = parse_method(options.method, selector.config.rule())
     if method.word != "spot":
         raise ValueError(f"method '{options.method}': vLLM has the method spot only; for dense leave out the selector")

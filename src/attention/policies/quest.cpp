@@ -1,3 +1,5 @@
+#include "attention/policies/quest.h"
+
 #include <limits>
 
 #include "attention/methods.h"

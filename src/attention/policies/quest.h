@@ -4,6 +4,7 @@
 
 #include "attention/policy.h"
 #include "cache/page_pools.h"
+#include "checkpoint/config.h"
 #include "selector/config.h"
 
 namespace spot {

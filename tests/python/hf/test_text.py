@@ -2,6 +2,7 @@
 
 import pathlib
 import subprocess
+import warnings
 
 import pytest
 import torch
@@ -70,3 +71,32 @@ def test_a_needle_is_found(spotattention, build_folder, shipped, prose, tmp_path
         assert share < 0.27
     assert "7419263" in answers["spot:k=24%"], answers
     assert "7419263" not in answers["spot:k=384,floor=0"], answers
+
+
+@pytest.mark.parametrize("noise", [0.01, 5])
+def test_other_weights_are_warned_of_and_checked(spotattention, transformers, prose, seed, noise):
+    """Close ones are served; on far ones the captured mass is warned of as well. A program fingerprint is the folder's."""
+    folder = ROOT / "models" / "tiny-qwen3"
+    from spotattention.fingerprint import folder_fingerprint
+    from spotattention.hf import backbone
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    own = spotattention.Selector.load("spot", folder).backbone["fingerprint"]
+    assert folder_fingerprint(folder) == backbone.fingerprint(model) == own
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight += torch.randn(weight.shape, generator=generator) * weight.std() * noise
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(
+        " ".join(prose.split()[:700]), return_tensors="pt"
+    ).input_ids
+    with pytest.warns(RuntimeWarning, match="distilled on other weights of this architecture"):
+        attached = spotattention.attach(model, "spot", "spot:k=256,sinks=16,recency=32,floor=64")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.generate(ids, max_new_tokens=68, min_new_tokens=68, do_sample=False)
+    low = [w for w in caught if "of the exact attention in 8 sampled steps" in str(w.message)]
+    mean = sum(attached.captured_mass.values()) / 8
+    attached.detach()
+    assert (mean < 0.5, len(low) >= 4) == (noise == 5, noise == 5), (mean, len(low))
