@@ -3,7 +3,9 @@
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 
+#include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <iostream>
 #include <regex>
 
@@ -33,6 +35,16 @@ std::string usage_sentence(const CLI::ParseError& e) {
                             "any number");
 }
 
+// Comparisons let it pass, so that no range of CLI11's finds it.
+void refuse_nan(CLI::App& app) {
+  for (CLI::Option* option : app.get_options())
+    if (option->get_type_name().starts_with("FLOAT"))
+      option->check([](const std::string& text) {
+        return std::isnan(std::strtod(text.c_str(), nullptr)) ? text + " is no number" : std::string();
+      });
+  for (CLI::App* below : app.get_subcommands([](CLI::App*) { return true; })) refuse_nan(*below);
+}
+
 }  // namespace
 
 int run_program(int argc, const char* const* argv, const ProcessGroup* group) {
@@ -52,6 +64,7 @@ int run_program(int argc, const char* const* argv, const ProcessGroup* group) {
   add_bench(app);
   add_convert(app);
   add_inspect(app);
+  refuse_nan(app);
   int status = 1;
   std::string line;
   try {
