@@ -141,7 +141,7 @@ def selector_prologue(
     mix: Tensor,
     format: KeyFormat,
     global_scale: float = 1.0,
-    mix_scale: float = 512**-0.5,
+    mix_scale: float = 1.0,
     norm: KeyNorm = "none",
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,

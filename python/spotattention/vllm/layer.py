@@ -126,6 +126,7 @@ class SelectorLayer(nn.Module, AttentionLayerBase):
             self.mix_weight,
             self.format,
             self.global_scale,
+            mix_scale=512**-0.5,
             positions=None if positions is None else positions[:rows],
             **self.preparation,
         )
