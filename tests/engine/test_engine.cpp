@@ -222,6 +222,60 @@ TEST(Stack, PreparedAndJoinedEqualUnprepared) {
   }
 }
 
+// prefill=auto reads a chunk as its prompt's context asks for, wherever the chunk ends.
+TEST(Stack, PrefillGoesByTheContext) {
+  const uint64_t seed = test::fresh_seed();
+  const ModelConfig config = testing::small_qwen3();
+  const Backbone backbone = Backbone::random(config, at::kCPU, at::kFloat, seed);
+  std::vector<MethodSpec> methods;
+  for (const char* mode : {"auto", "dense", "sparse"})
+    methods.push_back(parse_method(fmt::format("oracle:k=48,sinks=16,recency=16,floor=32,prefill={}", mode),
+                                   MethodSettings{}, nullptr));
+  AttentionStack stack(backbone, nullptr, methods, {.num_pages = 80, .num_sequences = 4});
+  const std::vector<Route> routes = {{.method = 0, .context = kSparsePrefillFrom - 1},
+                                     {.method = 1},
+                                     {.method = 0, .context = kSparsePrefillFrom},
+                                     {.method = 2}};
+  std::vector<BatchEntry> entries(routes.size());
+  for (BatchEntry& entry : entries) {
+    entry.sequence = stack.cache().open_sequence();
+    for (int32_t i = 0; i < 250; ++i) entry.tokens.push_back(i * 31 % 97);
+  }
+  const Batch batch = build_batch(stack.cache(), entries);
+  stack.begin_pass(batch, routes);
+  const auto rows = backbone.forward(batch, stack, stack.cache().states()).chunk(4);
+  const auto apart = [&](int a, int b) {
+    return ((rows[a] - rows[b]).norm() / rows[b].norm()).item<double>();
+  };
+  EXPECT_LT(apart(0, 1), 1e-5);
+  EXPECT_LT(apart(2, 3), 1e-5);
+  EXPECT_GT(apart(1, 3), 1e-3);
+}
+
+// A short prompt is read densely, so that what is kept of it serves requests of other methods too; what is read
+// sparsely serves none.
+TEST(Engine, DenselyReadPromptsAreSharedUnderAuto) {
+  const uint64_t seed = test::fresh_seed();
+  const Backbone backbone = Backbone::random(testing::small_qwen3(), at::kCPU, at::kFloat, seed);
+  std::vector<MethodSpec> methods = {MethodSpec{}};
+  for (const char* mode : {"auto", "sparse"})
+    methods.push_back(parse_method(fmt::format("oracle:k=48,sinks=16,recency=16,floor=32,prefill={}", mode),
+                                   MethodSettings{}, nullptr));
+  AttentionStack stack(backbone, nullptr, methods, {.num_pages = 60, .num_sequences = 1});
+  Engine engine(backbone, stack, {.max_sequences = 1});
+  const std::vector<int32_t> prompt = random_tokens(200, 101);
+  const auto cached = [&](int64_t method) {
+    int64_t tokens = -1;
+    generate(engine, {request_of(prompt, 2, method)}, [&](const Event& event) {
+      if (event.token && tokens < 0) tokens = event.cached_tokens;
+    });
+    return tokens;
+  };
+  EXPECT_EQ(cached(0), 0);
+  EXPECT_GT(cached(1), 0);
+  EXPECT_EQ(cached(2), 0);
+}
+
 TEST(Methods, GrammarReadsAllAndNamesWhatIsWrong) {
   MethodSettings base;
   base.p = 0.8, base.dense_layers = 1;
