@@ -243,7 +243,7 @@ def test_bfloat16_stays_close(name, build_folder, tmp_path, seed):
         own = (rounded[i] - exact).norm() / exact.norm()
         for mode in ("prefill", "chunked", "decode", "batch"):
             error = (outputs[f"{mode}.{i}"] - exact).norm() / exact.norm()
-            assert error <= 1.5 * own + 0.005, f"{mode}: {error:.4f}, transformers {own:.4f}"
+            assert error <= 2 * own + 0.005, f"{mode}: {error:.4f}, transformers {own:.4f}"
 
 
 def test_vision_language_checkpoint(build_folder, tmp_path, seed):
