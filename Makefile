@@ -1,6 +1,6 @@
 # make demo   distil a selector on a small real model, generate dense and sparse, print and plot the comparison (CPU)
 # make test   build and run every test (CPU); compiles the CUDA kernels too where nvcc is found
-# make asan   the tests of readers, cache and server under AddressSanitizer and UBSan (needs clang-14, libclang-rt-14-dev)
+# make asan   the tests of readers, cache and server under AddressSanitizer and UBSan (needs clang-16, libclang-rt-16-dev)
 # make fuzz   give the readers random bytes for some seconds each, under the same (tests/fuzz)
 # make check  every test under the same, but for what Python loads (an hour or more)
 # make build  the spot binary, build/cpu/spot
@@ -50,13 +50,13 @@ test-vllm: build
 
 # torch frees nothing at its end, so that leaks are not looked for.
 export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1
-CLANG := $(firstword $(foreach name,clang++-14 clang++,$(shell command -v $(name))))
+CLANG := $(firstword $(foreach name,clang++-16 clang++,$(shell command -v $(name))))
 ASAN_TESTS := test_config test_safetensors test_checkpoint test_hub test_text test_training_data test_block_allocator \
   test_paged_cache test_batch_builder test_selector_config test_selector_damage test_server
 
 configure-asan: setup
 ifeq ($(CLANG),)
-	@echo "clang++ was not found: install clang-14 and libclang-rt-14-dev"; exit 1
+	@echo "clang++ was not found: install clang-16 and libclang-rt-16-dev"; exit 1
 else
 	@cmake --preset asan -DPython3_EXECUTABLE=$(PYTHON) -DCMAKE_CXX_COMPILER=$(CLANG) >/dev/null
 endif
