@@ -87,7 +87,9 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   const bool reports = place.tile == 0 && (per_head || place.kv_head == 0);
   float* share =
       kMass && reports && place.split == 0 && p.covered_share != nullptr ? p.covered_share + r : nullptr;
-  const int count = select_row_bitmap<kMass>(scores, row, own_constants, share, fetch, select);
+  const int count = select_row_bitmap<kMass>(scores, row, own_constants,
+                                             threshold_of(constants.rules, per_head ? place.kv_head : 0),
+                                             share, fetch, select);
   int32_t* reported = p.selected + static_cast<int64_t>(r) * p.max_selected;
   const int begin = static_cast<int>(static_cast<int64_t>(place.split) * count / kAttentionSplits);
   const int end = static_cast<int>(static_cast<int64_t>(place.split + 1) * count / kAttentionSplits);

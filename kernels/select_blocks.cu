@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   }
   const SelectRow row = select_row(constants.rules, p.lengths[r / p.rows_per_sequence], constants.capacity);
   const int count = select_row_bitmap<kMass>(
-      scores, row, constants, p.covered_share == nullptr ? nullptr : p.covered_share + r, [](int) {}, shared);
+      scores, row, constants, threshold_of(constants.rules, r % p.rows_per_sequence),
+      p.covered_share == nullptr ? nullptr : p.covered_share + r, [](int) {}, shared);
   int32_t* out = p.selected + static_cast<int64_t>(r) * p.max_selected;
   list_bitmap(shared, row.num_blocks, 0, count, [&](int position, int block) { out[position] = block; });
   for (int i = count + threadIdx.x; i < p.max_selected; i += kSelectThreads) out[i] = -1;
@@ -32,11 +33,18 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 
 }  // namespace
 
+static bool valid_thresholds(const SetThresholds& thresholds) {
+  if (thresholds.count < 0 || thresholds.count > kMostSets) return false;
+  for (int32_t set = 0; set < thresholds.count; ++set)
+    if (!(thresholds.of[set] > 0.0)) return false;
+  return true;
+}
+
 bool valid_rules(const SelectionRule& rules) {
   return rules.block_size > 0 && rules.sinks >= 0 && rules.recency >= 0 && rules.floor >= 0 &&
          rules.cap >= 0 && rules.budget >= 0 && rules.budget_fraction >= 0.0 &&
          rules.budget_fraction <= 1.0 && rules.p == rules.p && rules.threshold > 0.0 &&
-         rules.temperature > 0.0f;
+         rules.temperature > 0.0f && valid_thresholds(rules.thresholds);
 }
 
 cudaError_t select_blocks(const SelectBlocksParams& p, cudaStream_t stream) {

@@ -26,7 +26,7 @@ struct SelectBlocksParams {
 // Equal, index for index and bit for bit, to select_blocks_reference (select_reference.h) of every row.
 cudaError_t select_blocks(const SelectBlocksParams& params, cudaStream_t stream);
 
-// True if the rules are in range: block size and temperature positive, budgets not negative, p not NaN, threshold positive.
+// True if the rules are in range: block size and temperature positive, budgets not negative, p not NaN, thresholds positive.
 bool valid_rules(const SelectionRule& rules);
 
 }  // namespace spot::kernels

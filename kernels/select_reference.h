@@ -13,10 +13,11 @@ namespace spot::kernels {
 // Selects blocks of one row. scores [ceil(length / block_size)] float32; length in tokens, >= 0. Returns the
 // selected block indices, ascending. `capacity` as in select_row (default: no cap). If `covered_share` is
 // given it receives the selected blocks' share of the residual mass; 1 when every block is selected or the
-// residual mass is zero.
+// residual mass is zero. `set` is the row's among those of its sequence.
 inline std::vector<int32_t> select_blocks_reference(const float* scores, int32_t length,
                                                     const SelectionRule& rule, float* covered_share = nullptr,
-                                                    int32_t capacity = std::numeric_limits<int32_t>::max()) {
+                                                    int32_t capacity = std::numeric_limits<int32_t>::max(),
+                                                    int32_t set = 0) {
   const SelectRow row = select_row(rule, length, capacity);
   std::vector<int32_t> selected;
   if (covered_share != nullptr) *covered_share = 1.0f;
@@ -51,7 +52,7 @@ inline std::vector<int32_t> select_blocks_reference(const float* scores, int32_t
     count = std::min(std::max(nucleus, row.min_residual), row.max_residual);
   } else if (rule.mode == SelectionMode::threshold) {
     // Rounding may give a block a little more mass than one of higher score: first what reaches the threshold.
-    const uint64_t least = mass_threshold(rule.threshold, total);
+    const uint64_t least = mass_threshold(threshold_of(rule, set), total);
     std::vector<Entry> heavy;
     for (const Entry& e : entries)
       if (mass(e) >= least) heavy.push_back(e);

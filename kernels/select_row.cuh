@@ -432,11 +432,12 @@ static __device__ __attribute__((noinline)) int select_from_all(const SelectTask
 
 // Selects blocks of a row into s.bitmap and returns their number, to every thread; ends with a barrier. All
 // kSelectThreads threads of the block call it. `scores` may be in global memory, or what copy_scores began to
-// copy. `share` (may be null, must be without kMass) is written by thread 0; `chosen` as above.
+// copy. `threshold` is that of the row's set; `share` (may be null, must be without kMass) is written by thread 0;
+// `chosen` as above.
 template <bool kMass, typename Chosen>
 __device__ __forceinline__ int select_row_bitmap(const float* scores, const SelectRow& row,
-                                                 const SelectConstants& constants, float* share,
-                                                 const Chosen& chosen, SelectShared& s) {
+                                                 const SelectConstants& constants, double threshold,
+                                                 float* share, const Chosen& chosen, SelectShared& s) {
   ptx::cp_async_wait<0>();
   if (row.take_all != 0) {
     const int words = (row.num_blocks + 31) / 32;
@@ -450,7 +451,7 @@ __device__ __forceinline__ int select_row_bitmap(const float* scores, const Sele
   SelectTask<kMass> task(scores, row, constants, share != nullptr);
   if constexpr (kMass) {
     if (constants.rules.mode == SelectionMode::threshold) {
-      const int heavy = select_by_threshold(task, constants.rules.threshold, share, chosen, s);
+      const int heavy = select_by_threshold(task, threshold, share, chosen, s);
       return heavy >= 0 ? heavy : select_from_all(task, share, s);
     }
   }

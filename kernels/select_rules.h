@@ -14,7 +14,8 @@
 //             reaches p of the residual mass; lengthened along that order until floor / block_size (rounded
 //             up) blocks are chosen in all; then cut to cap / block_size (rounded down) in all, the reserved
 //             always kept.
-//   threshold the reserved, and every residual block whose mass is at least `threshold` of the residual mass.
+//   threshold the reserved, and every residual block whose mass is at least `threshold` of the residual mass, or
+//             what `thresholds` says for the row's set.
 //             If that makes fewer than floor / block_size blocks in all, or more than cap / block_size, then
 //             exactly so many, along the order.
 //   order     descending score, ties to the lower index. NaN counts as -infinity, -0 as +0.
@@ -34,6 +35,16 @@ namespace spot::kernels {
 
 enum class SelectionMode : int32_t { top_k = 0, top_p = 1, threshold = 2 };
 
+inline constexpr int32_t kMostSets = 32;
+
+// A threshold for each set (KV head) of a sequence; none: the rule's own for all.
+struct SetThresholds {
+  int32_t count = 0;
+  double of[kMostSets] = {};
+
+  bool operator==(const SetThresholds&) const = default;
+};
+
 // Lengths are tokens.
 struct SelectionRule {
   SelectionMode mode = SelectionMode::top_p;
@@ -46,7 +57,8 @@ struct SelectionRule {
   double budget_fraction = 0.0;  // top_k: when positive, K is this share of L instead, rounded up
   double p = 0.9;                // top_p: share of the residual mass, above 0 to 1
   double threshold = 1e-3;       // threshold: share of the residual mass that a block must hold, above 0 to 1
-  double temperature = 1.0;      // but top_k: of the softmax over residual scores, positive
+  SetThresholds thresholds = {};
+  double temperature = 1.0;  // but top_k: of the softmax over residual scores, positive
 
   bool operator==(const SelectionRule&) const = default;
 };
@@ -68,6 +80,11 @@ SPOT_HOST_DEVICE uint32_t fixed_probability(const SelectionRule& rule) {
 // ceil(p * total) in integers; total < 2^44.
 SPOT_HOST_DEVICE uint64_t mass_target(uint32_t probability, uint64_t total) {
   return (total * probability + ((1u << kProbabilityBits) - 1)) >> kProbabilityBits;
+}
+
+// The threshold of a set, counted from 0.
+SPOT_HOST_DEVICE double threshold_of(const SelectionRule& rule, int32_t set) {
+  return set < rule.thresholds.count ? rule.thresholds.of[set] : rule.threshold;
 }
 
 // The least mass of a block under a threshold; total < 2^44. One product and one rounding of float64: equal on

@@ -144,6 +144,23 @@ struct Wire<std::vector<int64_t>, kUse> {
   static std::vector<int64_t> in(at::IntArrayRef value) { return value.vec(); }
 };
 
+template <Use kUse>
+struct Wire<kernels::SetThresholds, kUse> {
+  using Type = at::ArrayRef<double>;
+  static constexpr const char* kSchema = "float[]";
+  static at::ArrayRef<double> out(const kernels::SetThresholds& value) {
+    return {value.of, static_cast<size_t>(value.count)};
+  }
+  static kernels::SetThresholds in(at::ArrayRef<double> value) {
+    TORCH_CHECK(value.size() <= kernels::kMostSets, "spot: ", value.size(),
+                " thresholds were given; at most ", kernels::kMostSets, " sets are supported");
+    kernels::SetThresholds thresholds;
+    for (const double threshold : value) thresholds.of[thresholds.count++] = threshold;
+    return thresholds;
+  }
+  static std::string text(const kernels::SetThresholds&) { return "[]"; }
+};
+
 // A result as the dispatcher returns it: a struct of tensors is a tuple.
 template <typename Result>
 struct Returned {

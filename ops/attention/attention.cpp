@@ -9,7 +9,7 @@
 namespace spot::ops {
 namespace {
 
-void check_rule(const char* op, const SelectionRule& rule, int64_t max_selected) {
+void check_rule(const char* op, const SelectionRule& rule, int64_t groups, int64_t max_selected) {
   for (int64_t tokens : {int64_t{rule.budget}, int64_t{rule.sinks}, int64_t{rule.recency},
                          int64_t{rule.floor}, int64_t{rule.cap}, max_selected})
     TORCH_CHECK(tokens >= 0 && tokens <= (int64_t{1} << 30), op, ": a budget of ", tokens,
@@ -20,6 +20,11 @@ void check_rule(const char* op, const SelectionRule& rule, int64_t max_selected)
               "; it must be above 0 and at most 1");
   TORCH_CHECK(rule.mode != SelectionMode::threshold || (rule.threshold > 0 && rule.threshold <= 1), op,
               ": threshold is ", rule.threshold, "; it must be above 0 and at most 1");
+  TORCH_CHECK(rule.thresholds.count == 0 || rule.thresholds.count == groups, op, ": ", rule.thresholds.count,
+              " thresholds were given; they must be one a set, of ", groups, ", or none");
+  for (int32_t set = 0; set < rule.thresholds.count; ++set)
+    TORCH_CHECK(rule.thresholds.of[set] > 0, op, ": a threshold is ", rule.thresholds.of[set],
+                "; they must be positive");
   TORCH_CHECK(rule.temperature > 0 && std::isfinite(rule.temperature), op, ": temperature is ",
               rule.temperature, "; it must be positive");
 }
@@ -43,7 +48,7 @@ void SelectBlocks::check() const {
   check_scores(op, scores);
   check_lengths(op, lengths, scores.size(0));
   check_devices(op, scores, {&lengths});
-  check_rule(op, rule, max_selected);
+  check_rule(op, rule, scores.size(1), max_selected);
 }
 
 void SparseDecodeAttention::check() const {
@@ -65,7 +70,7 @@ void SparseDecodeAttention::check() const {
 void SelectAndAttend::check() const {
   const char* op = "spot::select_and_attend";
   check_scores(op, scores);
-  check_rule(op, rule, max_selected);
+  check_rule(op, rule, scores.size(1), max_selected);
   check_attention(op, query, key_pool, value_pool, page_table, lengths);
   TORCH_CHECK(scores.size(0) == query.size(0) && (scores.size(1) == 1 || scores.size(1) == key_pool.size(0)),
               op, ": scores are ", scores.sizes(), "; they must be [", query.size(0), ", 1 or ",

@@ -22,7 +22,8 @@ constexpr auto rule_fields() {
                     optional<kAt..., &R::cap>("cap"), optional<kAt..., &R::budget>("budget"),
                     optional<kAt..., &R::budget_fraction>("budget_fraction"), optional<kAt..., &R::p>("p"),
                     optional<kAt..., &R::threshold>("threshold"),
-                    optional<kAt..., &R::temperature>("temperature"));
+                    optional<kAt..., &R::temperature>("temperature"),
+                    optional<kAt..., &R::thresholds>("thresholds"));
 }
 
 // Which blocks each row keeps; kernels/select_reference.h defines the result exactly. Throws when the blocks are

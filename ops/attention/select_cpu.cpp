@@ -19,7 +19,7 @@ namespace {
 class RowSelector {
  public:
   // `chosen` receives the blocks, ascending; returns their share of the residual mass.
-  float select(const float* scores, int32_t length, const SelectionRule& rule, int32_t capacity,
+  float select(const float* scores, int32_t length, const SelectionRule& rule, int32_t capacity, int32_t set,
                std::vector<int32_t>& chosen) {
     const kernels::SelectRow row = kernels::select_row(rule, length, capacity);
     chosen.clear();
@@ -54,7 +54,7 @@ class RowSelector {
       for (uint64_t sum = 0; sum < target; ++nucleus) sum += mass_of_rank(nucleus);
       count = std::min(std::max(nucleus, row.min_residual), row.max_residual);
     } else if (rule.mode == SelectionMode::threshold) {
-      const uint64_t least = kernels::mass_threshold(rule.threshold, total);
+      const uint64_t least = kernels::mass_threshold(kernels::threshold_of(rule, set), total);
       const auto heavy = [&](uint64_t entry) { return masses_[static_cast<uint32_t>(entry)] >= least; };
       count = static_cast<int32_t>(std::count_if(order_.begin(), order_.end(), heavy));
       if (count >= row.min_residual && count <= row.max_residual) {
@@ -105,8 +105,9 @@ SelectBlocks::Result select_blocks(const SelectBlocks& a) {
     RowSelector selector;
     std::vector<int32_t> chosen;
     for (int64_t set = begin; set < end; ++set) {
-      mass_data[set] = selector.select(score_data + set * blocks, length_data[set / groups], a.rule,
-                                       static_cast<int32_t>(width), chosen);
+      mass_data[set] =
+          selector.select(score_data + set * blocks, length_data[set / groups], a.rule,
+                          static_cast<int32_t>(width), static_cast<int32_t>(set % groups), chosen);
       count_data[set] = static_cast<int32_t>(chosen.size());
       int32_t* row = std::copy(chosen.begin(), chosen.end(), index_data + set * width);
       std::fill(row, index_data + (set + 1) * width, -1);

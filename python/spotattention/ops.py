@@ -10,6 +10,7 @@ Every function raises RuntimeError in one sentence when shapes, dtypes or device
 where the library was built with it (spotattention.built_for_cuda). Formulas: SpotAttention, arXiv 2606.22874.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -216,6 +217,7 @@ def select_blocks(
     p: float = 0.9,
     threshold: float = 1e-3,
     temperature: float = 1.0,
+    thresholds: Sequence[float] = (),
     max_selected: int = 0,
 ) -> Selection:
     """Which blocks each row keeps of scores [R, groups, blocks] float32 (section 2.3); exact and deterministic.
@@ -223,7 +225,8 @@ def select_blocks(
     Always kept: the blocks of the first `sinks` and of the last `recency` tokens; everything up to `floor` tokens. top_k
     keeps `budget` tokens in all (or budget_fraction of the length); top_p the fewest further blocks whose softmax (at
     `temperature`) over the scores that are not reserved reaches p, at least `floor` tokens and at most `cap` (0: no cap);
-    threshold each block whose share of that softmax is at least `threshold`, within the same floor and cap.
+    threshold each block whose share of that softmax is at least `threshold`, or its set's number of `thresholds` (one a
+    group), within the same floor and cap.
 
     Returns indices [R, groups, width] int32, ascending, padded with -1; counts [R, groups] int32; predicted_mass
     [R, groups] float32, the kept share of the residual mass. width: max_selected blocks, or the most the rule can keep.
@@ -242,6 +245,7 @@ def select_blocks(
             p,
             threshold,
             temperature,
+            thresholds,
             max_selected,
         )
     )
@@ -286,6 +290,7 @@ def select_and_attend(
     p: float = 0.9,
     threshold: float = 1e-3,
     temperature: float = 1.0,
+    thresholds: Sequence[float] = (),
     max_selected: int = 0,
     with_mass: bool = True,
 ) -> SelectedAttention:
@@ -312,6 +317,7 @@ def select_and_attend(
             p,
             threshold,
             temperature,
+            thresholds,
             max_selected,
             with_mass,
         )

@@ -1,5 +1,6 @@
 """A layer's hidden states through its selector, as a step of a forward pass needs it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,8 @@ class LayerProjection:
     def __init__(self, selector: Selector, layer: int, cache_format: str | None = None) -> None:
         config = selector.config
         self.config, self.layer = config, layer
-        self.groups, self.temperature = selector.groups, selector.temperature(layer)
+        self.groups = selector.groups
+        self.fitted = functools.cache(lambda rule: selector.fitted(layer, rule))
         self.format = cache_format or config.cache_format
         self.weights: LayerWeights = selector.weights[layer]
         self.query_rows = config.num_heads * config.head_dim

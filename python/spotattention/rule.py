@@ -6,6 +6,7 @@ the numbers mean. Lengths are tokens.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -44,6 +45,7 @@ class SelectionRule:
     p: float = 0.9
     threshold: float = 1e-3
     temperature: float = 1.0
+    thresholds: tuple[float, ...] = ()  # one a set, in place of threshold
 
     def __post_init__(self) -> None:
         def require(holds: bool, name: str, wanted: str) -> None:
@@ -59,10 +61,17 @@ class SelectionRule:
             require(getattr(self, name) >= 0, name, "0 or more tokens")
         require(self.cap == 0 or self.cap >= max(self.floor, 0), "cap", "0 (none) or at least the floor")
         require(0 < self.temperature < math.inf, "temperature", "positive")
+        require(all(t > 0 for t in self.thresholds), "thresholds", "positive")
 
-    def arguments(self, temperature: float = 1.0) -> dict[str, Any]:
-        """Keyword arguments of select_blocks and select_and_attend; `temperature` is a layer's fitted one."""
-        return {**vars(self), "temperature": self.temperature * temperature}
+    def fitted(self, temperature: float, residual_mass: Sequence[float]) -> "SelectionRule":
+        """The rule for a layer: its temperature times the fitted one, and a threshold on all attention, which is one on the
+        residual of each set for the kernels."""
+        thresholds = tuple(self.threshold / mass for mass in residual_mass) if self.mode == "threshold" else ()
+        return replace(self, temperature=self.temperature * temperature, thresholds=thresholds)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of select_blocks and select_and_attend."""
+        return dict(vars(self))
 
     def describe(self) -> str:
         """ "top-p 0.9", "top-k 25%"."""

@@ -56,6 +56,7 @@ class Selection:
     cap: int = 0
     p: float = 0.9
     temperature: list[float] = field(default_factory=list)  # one a selector layer; empty: 1
+    residual_mass: list[float] = field(default_factory=list)  # one a layer and set; empty: 1
     dense_layers: list[int] = field(default_factory=list)  # model layers without a selector
 
 
@@ -137,6 +138,8 @@ class SelectorConfig:
         require(0 < chosen.p <= 1, "selection.p", chosen.p, "above 0 and at most 1")
         for temperature in chosen.temperature:
             require(0 < temperature < math.inf, "selection.temperature", temperature, "positive for every layer")
+        for mass in chosen.residual_mass:
+            require(0 < mass <= 1, "selection.residual_mass", mass, "above 0 and at most 1 for every set")
         for index, layer in enumerate(chosen.dense_layers):
             require(layer >= 0, "selection.dense_layers", layer, "a list of layer indices from 0")
             require(layer not in chosen.dense_layers[:index], "selection.dense_layers", layer, "listed once")
@@ -194,10 +197,11 @@ class Selector:
         """Block sets a row has: 1, or one a KV head."""
         return 1 if self.config.per == "layer" else self.backbone["num_kv_heads"]
 
-    def temperature(self, layer: int) -> float:
-        """The fitted temperature of a model layer."""
-        fitted = self.config.selection.temperature
-        return fitted[self.layers.index(layer)] if fitted else 1.0
+    def fitted(self, layer: int, rule: SelectionRule) -> SelectionRule:
+        """The rule with what was fitted for a model layer."""
+        place, chosen = self.layers.index(layer), self.config.selection
+        temperature = chosen.temperature[place] if chosen.temperature else 1.0
+        return rule.fitted(temperature, chosen.residual_mass[place * self.groups : (place + 1) * self.groups])
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Selector":
         """A copy on a device, W_q and W_k in `dtype`; what is small and sensitive stays float32."""
@@ -247,6 +251,12 @@ class Selector:
                 f"{len(layers)} layers"
             )
         made = cls(config, backbone, layers, {}, document.get("notes", {}))
+        masses, sets = len(config.selection.residual_mass), len(layers) * made.groups
+        if masses not in (0, sets):
+            raise ValueError(
+                f"{source}: selection.residual_mass has {masses} values, but the selector has {len(layers)} layers of "
+                f"{made.groups} sets"
+            )
         int8_rows = document.get("weight_format") == "int8"
         made.weights = _read_weights(folder, made, document.get("weights_id"), int8_rows)
         return made

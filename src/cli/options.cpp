@@ -122,7 +122,8 @@ void MethodOptions::add(CLI::App& app) {
       "Dual top-p: nucleus mass over the residual blocks, in (0, 1]; twilight: mass kept by its pruner");
   app.add_option(
       "--threshold", threshold,
-      "Every block that holds this share of the residual mass, by the selector's estimate, in (0, 1]");
+      "Every block that holds this share of all attention, by the selector's estimate, in (0, 1] (other methods: of their own scores' "
+      "residual mass)");
   app.add_option("--top-k-tokens", budget,
                  "Fixed budget: tokens attended by each query; twilight: tokens that it prunes");
   app.add_option("--top-k-share", share,

@@ -87,11 +87,15 @@ class Nucleus {
     const auto [sorted, order] = at::sort(scores.to(at::kDouble).masked_fill(reserved, -kInfinity),
                                           /*stable=*/true, /*dim=*/-1, /*descending=*/true);
     sorted_ = sorted - sorted.narrow(-1, 0, 1);
+    residual_mass_ = total.squeeze(-1).mean(0);
     captured_ = at::cumsum((residual_mass / total.clamp_min(1e-300)).gather(-1, order), -1);
   }
 
   // Queries with residual mass, over groups.
   double counted() const { return counted_.sum().item<double>(); }
+
+  // [groups], mean over queries.
+  const at::Tensor& residual_mass() const { return residual_mass_; }
 
   // Mean captured share at each p.
   std::vector<double> captured(const std::vector<double>& ps, double temperature) const {
@@ -108,7 +112,7 @@ class Nucleus {
   }
 
  private:
-  at::Tensor sorted_, captured_, counted_;
+  at::Tensor sorted_, captured_, counted_, residual_mass_;
 };
 
 double mean_error(const std::vector<double>& captured, const std::vector<double>& p) {
@@ -164,6 +168,7 @@ nlohmann::json Calibration::to_json() const {
        "share of the residual attention mass (outside sinks and recency) on the nucleus, mean over queries"},
       {"layers", layers},
       {"temperature", temperature},
+      {"residual_mass", residual_mass},
       {"queries", queries},
       {"p", p},
       {"captured_before", captured_before},
@@ -171,6 +176,9 @@ nlohmann::json Calibration::to_json() const {
       {"selected_residual", selected_residual},
       {"selected_total", selected_total},
       {"selected_tokens", selected_tokens},
+      {"threshold", threshold},
+      {"threshold_total", threshold_total},
+      {"threshold_tokens", threshold_tokens},
       {"error_before", error_before()},
       {"error_after", error_after()}};
 }
@@ -233,44 +241,78 @@ at::Tensor captured_sums(const Backbone& backbone, const Selector& selector,
   return sums;
 }
 
+namespace {
+
+// What a rule captures of the measured queries, means over queries and sets.
+struct Captured {
+  double residual, total, tokens;  // shares of the residual mass, of all mass and of the visible tokens
+};
+
+Captured capture(const at::Tensor& scores, const at::Tensor& mass, const at::Tensor& lengths,
+                 const SelectionRule& rule) {
+  const Selection selection = select_blocks(scores, lengths, rule);
+  const CapturedMass captured = captured_mass(mass, selection, rule);
+  const at::Tensor visible = lengths.to(at::kDouble).unsqueeze(1);
+  const at::Tensor tokens = (selection.counts.to(at::kDouble) * kBlockSize).minimum(visible).div(visible);
+  return {captured.residual.mean().item<double>(), captured.total.mean().item<double>(),
+          tokens.mean().item<double>()};
+}
+
+}  // namespace
+
 Calibration calibrate(const Backbone& backbone, const Selector& selector,
                       const std::vector<TokenSequence>& sequences, const CalibrationOptions& options,
                       bool show_progress) {
-  SelectionRule rule = selector.config().selection.rule;
-  const auto measured = measure(backbone, selector, sequences, options, rule, show_progress);
+  const SelectionRule own = selector.config().selection.rule;
+  const auto measured = measure(backbone, selector, sequences, options, own, show_progress);
 
   Calibration result;
   result.layers = selector.layers();
   result.p = options.p;
+  result.threshold = options.threshold;
   result.temperature.assign(result.layers.size(), 1.0);
+  const bool few_sets = selector.groups() <= kernels::kMostSets;
+  if (few_sets && measured.empty())
+    result.residual_mass.assign(result.layers.size() * static_cast<size_t>(selector.groups()), 1.0);
   for (size_t l = 0; l < result.layers.size() && !measured.empty(); ++l) {
     const Samples& samples = measured.at(result.layers[l]);
     const at::Tensor scores = at::cat(samples.scores), mass = at::cat(samples.mass),
                      lengths = at::cat(samples.lengths);
     result.queries = scores.size(0);
-    const Nucleus nucleus(scores, mass, lengths, rule);
+    const Nucleus nucleus(scores, mass, lengths, own);
     result.temperature[l] = fit_temperature(nucleus, options.p);
     result.captured_before.push_back(nucleus.captured(options.p, 1.0));
     result.captured_after.push_back(nucleus.captured(options.p, result.temperature[l]));
 
-    std::vector<double> residual, total, tokens;
+    SelectionRule rule = own;
     rule.temperature = result.temperature[l];
+    std::vector<double> residual, total, tokens;
     for (const double p : options.p) {
       rule.p = p;
-      const Selection selection = select_blocks(scores, lengths, rule);
-      const CapturedMass captured = captured_mass(mass, selection, rule);
-      residual.push_back(captured.residual.mean().item<double>());
-      total.push_back(captured.total.mean().item<double>());
-      const at::Tensor visible = lengths.to(at::kDouble).unsqueeze(1);
-      tokens.push_back((selection.counts.to(at::kDouble) * kBlockSize)
-                           .minimum(visible)
-                           .div(visible)
-                           .mean()
-                           .item<double>());
+      const Captured captured = capture(scores, mass, lengths, rule);
+      residual.push_back(captured.residual), total.push_back(captured.total);
+      tokens.push_back(captured.tokens);
     }
     result.selected_residual.push_back(residual);
     result.selected_total.push_back(total);
     result.selected_tokens.push_back(tokens);
+
+    if (!few_sets) continue;
+    rule.mode = SelectionMode::threshold;
+    // Never 0: it divides.
+    const at::Tensor own_mass = nucleus.residual_mass().clamp_min(1e-6).contiguous().cpu();
+    result.residual_mass.insert(result.residual_mass.end(), own_mass.data_ptr<double>(),
+                                own_mass.data_ptr<double>() + selector.groups());
+    std::vector<double> threshold_total, threshold_tokens;
+    for (const double threshold : options.threshold) {
+      rule.thresholds.count = 0;
+      for (int64_t set = 0; set < selector.groups(); ++set)
+        rule.thresholds.of[rule.thresholds.count++] = threshold / own_mass[set].item<double>();
+      const Captured captured = capture(scores, mass, lengths, rule);
+      threshold_total.push_back(captured.total), threshold_tokens.push_back(captured.tokens);
+    }
+    result.threshold_total.push_back(threshold_total);
+    result.threshold_tokens.push_back(threshold_tokens);
   }
   return result;
 }

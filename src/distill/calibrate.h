@@ -1,4 +1,4 @@
-// Temperatures that make p mean what it says.
+// Temperatures that make p mean what it says, and the residual mass that makes a threshold one on all attention.
 //
 // Dual top-p takes blocks until a softmax of the selector's block-max scores reaches p. That softmax is no
 // attention mass, so the mass really captured differs from p, and by layer. Here a temperature is fitted for
@@ -8,6 +8,8 @@
 //                 the nucleus, head-averaged, mean over queries and groups
 // is as close to p as one number allows: the mean of |captured(p) - p| is least. The floor on selected tokens
 // is left out of the fit (it only adds blocks).
+// residual_mass, of each layer and set, is the mean of that residual attention mass, which the selector does not
+// estimate: a block of share s of the residual has about s * residual_mass of all attention.
 #pragma once
 
 #include <cstdint>
@@ -22,13 +24,15 @@ namespace spot {
 
 struct CalibrationOptions {
   std::vector<double> p = {0.5, 0.6, 0.7, 0.8, 0.9, 0.95};
+  std::vector<double> threshold = {1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3};  // reported
   int64_t queries_per_sequence = 256;  // spread evenly where at least 16 residual blocks exist, in runs of 16
 };
 
 struct Calibration {
-  std::vector<int64_t> layers;      // model layers with a selector
-  std::vector<double> temperature;  // by layer; 1 where nothing could be measured
-  int64_t queries = 0;              // measured in each layer
+  std::vector<int64_t> layers;        // model layers with a selector
+  std::vector<double> temperature;    // by layer; 1 where nothing could be measured
+  std::vector<double> residual_mass;  // [layers * groups], as SelectionDefaults has it
+  int64_t queries = 0;                // measured in each layer
   std::vector<double> p;
   // [layers][p], means over queries: the nucleus' share of the residual mass at temperature 1 and at the
   // fitted one...
@@ -37,6 +41,10 @@ struct Calibration {
   // the residual mass, of all mass, and of the visible tokens.
   std::vector<std::vector<double>> selected_residual, selected_total, selected_tokens;
 
+  // [layers][threshold]: captured share of all mass and share of the visible tokens, floor included.
+  std::vector<double> threshold;
+  std::vector<std::vector<double>> threshold_total, threshold_tokens;
+
   // Mean over p of |captured - p|, by layer.
   std::vector<double> error_before() const, error_after() const;
   nlohmann::json to_json() const;
@@ -44,7 +52,7 @@ struct Calibration {
 
 // Runs the backbone densely over the sequences (each as one whole context, which should be as long as the
 // contexts that matter and longer than sinks + recency + 16 blocks; shorter ones are left out). The selector
-// is not changed: assign `temperature` to Selector::selection().temperature.
+// is not changed: assign `temperature` and `residual_mass` to those of Selector::selection().
 Calibration calibrate(const Backbone& backbone, const Selector& selector,
                       const std::vector<TokenSequence>& sequences, const CalibrationOptions& options = {},
                       bool show_progress = true);

@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <numeric>
 
 namespace spot {
 namespace {
@@ -124,6 +125,20 @@ std::string calibration(const json& notes) {
     table += fmt::format("| {} | {:.3f} | {:.3f} ({:.3f} to {:.3f}) |\n", p[place],
                          median(column(before, place)), median(values), *lowest, *highest);
   }
+  if (!fitted.contains("threshold_total") || fitted.at("threshold_total").empty()) return table;
+  const auto total = fitted.at("threshold_total").get<std::vector<std::vector<double>>>();
+  const auto tokens = fitted.at("threshold_tokens").get<std::vector<std::vector<double>>>();
+  const auto threshold = fitted.at("threshold").get<std::vector<double>>();
+  table +=
+      "\n`--threshold T` takes the blocks that hold at least T of all attention, by the selector's estimate and the mean residual mass of "
+      "each layer and set. On the same contexts, mean over layers:\n\n| T | captured mass | share of the tokens |\n| --- | --- | --- |\n";
+  const auto mean = [&](const std::vector<std::vector<double>>& rows, size_t place) {
+    const std::vector<double> values = column(rows, place);
+    return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+  };
+  for (size_t place = 0; place < threshold.size(); ++place)
+    table += fmt::format("| {:g} | {:.3f} | {:.1f}% |\n", threshold[place], mean(total, place),
+                         100 * mean(tokens, place));
   return table;
 }
 

@@ -421,6 +421,7 @@ class Run {
           calibrate(backbone_, selector_, calibration_contexts_.empty() ? held_out_ : calibration_contexts_,
                     {}, hooks_.show_progress && is_writer());
       selector_.selection().temperature = fitted.temperature;
+      selector_.selection().residual_mass = fitted.residual_mass;
       calibration_ = fitted.to_json();
     }
     if (!is_writer()) return;

@@ -179,6 +179,7 @@ SelectorConfig SelectorConfig::from_json(const json& object, const std::string& 
     selection.read("cap", config.selection.rule.cap);
     selection.read("p", config.selection.rule.p);
     selection.read("temperature", config.selection.temperature);
+    selection.read("residual_mass", config.selection.residual_mass);
     selection.read("dense_layers", config.selection.dense_layers);
     selection.refuse_others();
   }
@@ -215,6 +216,7 @@ json SelectorConfig::to_json() const {
             {"cap", selection.rule.cap},
             {"p", selection.rule.p},
             {"temperature", selection.temperature},
+            {"residual_mass", selection.residual_mass},
             {"dense_layers", selection.dense_layers}}},
           {"distillation",
            {{"start", word_of(kStarts, distillation.start)},
@@ -248,6 +250,8 @@ void SelectorConfig::validate(const std::string& source) const {
   for (double temperature : selection.temperature)
     require(temperature > 0 && std::isfinite(temperature), "selection.temperature", temperature,
             "positive for every layer");
+  for (double mass : selection.residual_mass)
+    require(mass > 0 && mass <= 1, "selection.residual_mass", mass, "above 0 and at most 1 for every set");
   std::set<int64_t> dense;
   for (int64_t layer : selection.dense_layers) {
     require(layer >= 0, "selection.dense_layers", layer, "a list of layer indices from 0");

@@ -41,6 +41,9 @@ struct SelectionDefaults {
   SelectionRule rule = {};  // top_p; its temperature stays 1
   std::vector<double>
       temperature;  // one per selector layer (order of Selector::layers()); empty: 1 everywhere
+  // [layers * groups()], a layer's sets beside each other: the mean share of attention outside sinks and recency on
+  // held-out text, by which a threshold on all attention becomes one on a set's residual; empty: 1 everywhere.
+  std::vector<double> residual_mass;
   std::vector<int64_t> dense_layers;  // model layers that attend densely and hold no selector
 
   bool operator==(const SelectionDefaults&) const = default;

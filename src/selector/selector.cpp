@@ -59,6 +59,14 @@ void Selector::bind(const SelectorConfig& config, const ModelConfig& backbone, a
   if (!temperature.empty() && temperature.size() != layers_.size())
     fail("selection.temperature has {} values, but the selector has {} layers", temperature.size(),
          layers_.size());
+  const size_t masses = config.selection.residual_mass.size(),
+               sets = layers_.size() * static_cast<size_t>(groups_);
+  if (masses != 0 && masses != sets)
+    fail("selection.residual_mass has {} values, but the selector has {} layers of {} sets", masses,
+         layers_.size(), groups_);
+  if (masses != 0 && groups_ > kernels::kMostSets)
+    fail("selection.residual_mass is given for {} sets a layer; at most {} are supported, leave it out",
+         groups_, kernels::kMostSets);
   if (config.rope_dims > 0)
     rope_ = rope_table(backbone.rope, backbone.max_position_embeddings, device, config.rope_dims);
 }
@@ -126,11 +134,17 @@ const Selector::LayerWeights& Selector::layer_weights(int64_t layer) const {
   return found->second;
 }
 
-double Selector::temperature(int64_t layer) const {
-  const auto& temperature = config_.selection.temperature;
+SelectionRule Selector::fitted(int64_t layer, SelectionRule rule) const {
   auto found = std::find(layers_.begin(), layers_.end(), layer);
-  if (found == layers_.end()) fail("layer {} has no selector, hence no temperature", layer);
-  return temperature.empty() ? 1.0 : temperature.at(found - layers_.begin());
+  if (found == layers_.end()) fail("layer {} has no selector, hence no rule", layer);
+  const auto place = static_cast<size_t>(found - layers_.begin());
+  const auto& [own, temperature, residual_mass, dense] = config_.selection;
+  if (!temperature.empty()) rule.temperature *= temperature.at(place);
+  if (residual_mass.empty() || rule.mode != SelectionMode::threshold) return rule;
+  rule.thresholds.count = static_cast<int32_t>(groups_);
+  for (size_t set = 0; set < static_cast<size_t>(groups_); ++set)
+    rule.thresholds.of[set] = rule.threshold / residual_mass.at(place * static_cast<size_t>(groups_) + set);
+  return rule;
 }
 
 at::Tensor Selector::project_query(int64_t layer, const at::Tensor& hidden,

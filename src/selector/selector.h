@@ -77,8 +77,9 @@ class Selector {
   const std::vector<int64_t>& layers() const { return layers_; }
   bool has_layer(int64_t layer) const { return weights_.count(layer) > 0; }
   int64_t groups() const { return groups_; }
-  // The fitted temperature of a model layer (1 unless config().selection.temperature says otherwise).
-  double temperature(int64_t layer) const;
+  // The rule for a model layer: its temperature times the fitted one, and a threshold on all attention, which is one on
+  // the residual of each set for the kernels: thresholds[set] = threshold / config().selection.residual_mass.
+  SelectionRule fitted(int64_t layer, SelectionRule rule) const;
 
   // hidden [T, hidden_size], positions [T] int64. Differentiable in the weights and in hidden. The q and k
   // products run in hidden's dtype (weights are cast), norm, RoPE and w in float32. Throws Error for a layer

@@ -445,12 +445,24 @@ TEST(Calibrate, FittedTemperatureMeansCapturedMass) {
     }
   }
   EXPECT_GT(*std::max_element(c.temperature.begin(), c.temperature.end()), 1.0);
+  // Random attention is nearly flat: the residual's share is that of its tokens.
+  ASSERT_EQ(c.residual_mass.size(), 3u * static_cast<size_t>(selector.groups()));
+  for (const double mass : c.residual_mass) {
+    EXPECT_GT(mass, 0.3);
+    EXPECT_LT(mass, 0.99);
+  }
+  for (size_t l = 0; l < 3; ++l)
+    for (size_t i = 1; i < c.threshold.size(); ++i) {
+      EXPECT_LE(c.threshold_tokens[l][i], c.threshold_tokens[l][i - 1]);  // a higher threshold takes no more
+      EXPECT_LE(c.threshold_total[l][i], c.threshold_total[l][i - 1] + 1e-6);
+    }
   // Sequences too short to hold a residual measure nothing and change nothing.
   sequences.resize(1);
   sequences[0].tokens.resize(100);
   const Calibration none = calibrate(setup.backbone, selector, sequences, {}, false);
   EXPECT_EQ(none.queries, 0);
   EXPECT_EQ(none.temperature, (std::vector<double>{1.0, 1.0, 1.0}));
+  EXPECT_EQ(none.residual_mass, std::vector<double>(c.residual_mass.size(), 1.0));
 }
 
 TEST(Trainer, WritesFittedTemperatures) {
@@ -465,6 +477,16 @@ TEST(Trainer, WritesFittedTemperatures) {
   EXPECT_EQ(loaded.config().selection.temperature, selector.config().selection.temperature);
   EXPECT_NE(loaded.config().selection.temperature, (std::vector<double>{1.0, 1.0, 1.0}));
   EXPECT_TRUE(loaded.notes().at("calibration").contains("captured_after"));
+  EXPECT_EQ(loaded.config().selection.residual_mass, selector.config().selection.residual_mass);
+  ASSERT_EQ(loaded.config().selection.residual_mass.size(), 3u * static_cast<size_t>(loaded.groups()));
+  SelectionRule rule;
+  rule.mode = SelectionMode::threshold;
+  rule.threshold = 1e-3;
+  const SelectionRule fitted = loaded.fitted(loaded.layers()[1], rule);
+  ASSERT_EQ(fitted.thresholds.count, loaded.groups());
+  EXPECT_EQ(fitted.thresholds.of[0],
+            1e-3 / loaded.config().selection.residual_mass[static_cast<size_t>(loaded.groups())]);
+  EXPECT_EQ(loaded.fitted(loaded.layers()[1], {}).thresholds.count, 0);
 }
 
 TEST(Trainer, CalibratesOnLongerContextsThanItTrainsOn) {

@@ -248,6 +248,9 @@ TEST(SelectAndAttend, EveryPathGivesTheSameBits) {
       p.rules.mode = static_cast<SelectionMode>(random() % 3);
       p.rules.budget = kEmulated ? 700 : 4096;
       p.rules.p = 0.8f;
+      p.rules.thresholds.count = rows_per_sequence;
+      for (int32_t set = 0; set < rows_per_sequence; ++set)
+        p.rules.thresholds.of[set] = 1e-4 * static_cast<double>(1 + random() % 100);
       p.scores = device_scores.data();
       p.score_stride = width;
       p.max_blocks = scene.pages.max_blocks();
@@ -276,8 +279,8 @@ TEST(SelectAndAttend, EveryPathGivesTheSameBits) {
       std::vector<std::vector<int32_t>> lists;
       for (int32_t row = 0; row < rows; ++row)
         lists.push_back(select_blocks_reference(scores.data() + static_cast<size_t>(row) * width,
-                                                lengths[row / rows_per_sequence], p.rules, nullptr,
-                                                capacity));
+                                                lengths[row / rows_per_sequence], p.rules, nullptr, capacity,
+                                                row % rows_per_sequence));
       if (trial != 4) expect_matches(scene, std::get<0>(two), lists, "two kernels");
       p.overlap = static_cast<Overlap>(trial % 3);
       EXPECT_TRUE(run(SelectAndAttendPath::kFused) == two) << "dim " << shape.head_dim << " trial " << trial;

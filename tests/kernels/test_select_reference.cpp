@@ -241,5 +241,26 @@ TEST(SelectReference, ExtremesAndTies) {
   EXPECT_TRUE(select_blocks_reference(scores.data(), 0, p).empty());
 }
 
+TEST(SelectReference, AThresholdOfASetStandsForTheRules) {
+  Random random(testing::fresh_seed());
+  SelectionRule rule;
+  rule.mode = SelectionMode::threshold;
+  rule.floor = 0;
+  rule.thresholds.count = 5;
+  for (int32_t set = 0; set < 5; ++set) rule.thresholds.of[set] = std::pow(10.0, -1 - set);
+  const std::vector<float> scores = testing::normal(random, 300, 3.0f);
+  std::set<size_t> sizes;
+  for (int32_t set = 0; set < 5; ++set) {
+    SelectionRule own = rule;
+    own.thresholds = {};
+    own.threshold = rule.thresholds.of[set];
+    const auto selected =
+        select_blocks_reference(scores.data(), 4800, rule, nullptr, std::numeric_limits<int32_t>::max(), set);
+    EXPECT_EQ(selected, select_blocks_reference(scores.data(), 4800, own));
+    sizes.insert(selected.size());
+  }
+  EXPECT_EQ(sizes.size(), 5u);
+}
+
 }  // namespace
 }  // namespace spot::kernels

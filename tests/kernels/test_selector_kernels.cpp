@@ -216,8 +216,9 @@ void compare_selection(const SelectionRule& rules, const std::vector<int32_t>& l
   const std::vector<float> out_share = share.download();
   for (int32_t row = 0; row < rows; ++row) {
     float expected_share = 0;
-    const std::vector<int32_t> expected = select_blocks_reference(
-        scores.data() + row * stride, lengths[row / rows_per_sequence], rules, &expected_share, max_selected);
+    const std::vector<int32_t> expected =
+        select_blocks_reference(scores.data() + row * stride, lengths[row / rows_per_sequence], rules,
+                                &expected_share, max_selected, row % rows_per_sequence);
     ASSERT_EQ(out_counts[row], static_cast<int32_t>(expected.size()))
         << "length " << lengths[row / rows_per_sequence];
     ASSERT_TRUE(
@@ -268,6 +269,11 @@ TEST(SelectBlocks, EqualsTheHostOnEveryKindOfRow) {
       lengths.push_back(1 + static_cast<int32_t>(random() % (kEmulated ? 30000 : 200000)));
     std::shuffle(lengths.begin(), lengths.end(), random);
     const int32_t rows_per_sequence = trial % 4 == 3 ? 2 : 1;
+    if (random() % 2 == 0) {
+      rules.thresholds.count = rows_per_sequence;
+      for (int32_t set = 0; set < rows_per_sequence; ++set)
+        rules.thresholds.of[set] = std::pow(10.0, 1 - static_cast<double>(random() % 500) / 100);
+    }
     const int64_t stride = 200000 / 16 + 3;
     std::vector<float> scores(lengths.size() * rows_per_sequence * stride, NAN);
     for (size_t row = 0; row < lengths.size() * rows_per_sequence; ++row)

@@ -76,11 +76,11 @@ def selector_project():
     return (torch.randn(tokens, size).to(dtype), *weights, torch.randint(100, (tokens,))), wanted
 
 
-def rule():
+def rule(groups):
     if random.random() < 0.3:
-        return dict(
-            mode="threshold", sinks=16, recency=32, floor=48, threshold=10 ** random.uniform(-3, 0), temperature=0.7
-        )
+        number = [10 ** random.uniform(-3, 0) for _ in range(groups)]
+        own = dict(threshold=number[0]) if random.random() < 0.5 else dict(thresholds=number)
+        return dict(mode="threshold", sinks=16, recency=32, floor=48, temperature=0.7, **own)
     if random.random() < 0.5:
         return dict(mode="top_p", sinks=16, recency=32, floor=48, p=random.uniform(0.1, 1), temperature=0.7)
     budget = dict(budget=random.randint(0, 300)) if random.random() < 0.5 else dict(budget_fraction=random.random())
@@ -90,7 +90,7 @@ def rule():
 def select_blocks():
     rows, groups, most = random.randint(1, 5), random.randint(1, 3), random.randint(1, 30)
     _, lengths, _ = paged(rows, most)
-    return (torch.randn(rows, groups, most) * 3, lengths), rule()
+    return (torch.randn(rows, groups, most) * 3, lengths), rule(groups)
 
 
 def attention(kv_heads=2):
@@ -117,7 +117,9 @@ def sparse_decode_attention():
 def select_and_attend():
     query, keys, values, table, lengths = attention()
     scores = torch.randn(len(lengths), random.choice([1, 2]), table.shape[1]) * 3
-    return (scores, query, keys, values, table, lengths, 0.1), dict(rule(), with_mass=random.random() < 0.5)
+    return (scores, query, keys, values, table, lengths, 0.1), dict(
+        rule(scores.shape[1]), with_mass=random.random() < 0.5
+    )
 
 
 def tiles_of(starts, counts, tile_queries: int):

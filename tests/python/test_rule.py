@@ -76,7 +76,26 @@ def test_methods_say_what_was_written(spotattention):
 def test_rules_are_arguments_of_the_operators(spotattention):
     import torch
 
-    given = spotattention.parse_method("spot:p=0.9,sinks=16,recency=32,floor=0").rule.arguments(1.5)
-    assert given["temperature"] == 1.5
+    given = spotattention.parse_method("spot:p=0.9,sinks=16,recency=32,floor=0").rule.fitted(1.5, []).arguments()
+    assert given["temperature"] == 1.5 and given["thresholds"] == ()
     chosen = spotattention.ops.select_blocks(torch.randn(1, 1, 40), torch.tensor([640], dtype=torch.int32), **given)
     assert 3 <= int(chosen.counts) <= 40
+
+
+def test_a_threshold_on_all_attention_is_one_on_the_residual_of_each_set(spotattention):
+    import torch
+
+    rule = spotattention.parse_method("spot:t=1e-3,sinks=16,recency=32,floor=0").rule
+    fitted = rule.fitted(1.0, [0.5, 0.05])
+    assert fitted.thresholds == pytest.approx((2e-3, 2e-2))
+    scores = torch.randn(1, 2, 400) * 2
+    lengths = torch.tensor([6400], dtype=torch.int32)
+    both = spotattention.ops.select_blocks(scores, lengths, **fitted.arguments())
+    for set_, threshold in enumerate(fitted.thresholds):
+        alone = spotattention.ops.select_blocks(
+            scores[:, set_ : set_ + 1], lengths, "threshold", 16, 32, 0, threshold=threshold
+        )
+        count = int(alone.counts)
+        assert int(both.counts[0, set_]) == count
+        assert torch.equal(both.indices[0, set_, :count], alone.indices[0, 0, :count])
+    assert spotattention.parse_method("spot:p=0.9").rule.fitted(1.0, [0.5]).thresholds == ()

@@ -31,7 +31,7 @@ def test_a_shipped_selector_is_read_and_written_again(spotattention, folder, tmp
     stored = load_file(folder / "selector.safetensors")
     assert selector.layers == list(range(8)) and selector.groups == 1
     assert (
-        selector.temperature(3)
+        selector.fitted(3, spotattention.SelectionRule()).temperature
         == json.loads((folder / "selector.json").read_text())["config"]["selection"]["temperature"][3]
     )
     w = selector.weights[5]

@@ -236,7 +236,11 @@ TEST(SelectBlocks, IsThePureFunctionOfItsRow) {
 TEST(SelectBlocks, EqualsTheKernelsReferenceBitForBit) {
   fresh_seed();
   for (int round = 0; round < 60; ++round) {
-    const SelectionRule rule = random_rule(static_cast<SelectionMode>(round % 3));
+    SelectionRule rule = random_rule(static_cast<SelectionMode>(round % 3));
+    if (random_int(0, 1) == 0) {
+      rule.thresholds.count = 2;
+      for (double& threshold : rule.thresholds.of) threshold = std::pow(10.0, -random_int(0, 4));
+    }
     const Rows rows = random_rows(5, 2, random_int(3, 200), random_int(0, 5));
     const Selection got = select_blocks(rows.scores, rows.lengths, rule);
     for (int64_t r = 0; r < 5; ++r)
@@ -249,7 +253,8 @@ TEST(SelectBlocks, EqualsTheKernelsReferenceBitForBit) {
         }
         float share = 0;
         const auto expected =
-            kernels::select_blocks_reference(row_of(rows.scores, r, g).data(), length, tokens, &share);
+            kernels::select_blocks_reference(row_of(rows.scores, r, g).data(), length, tokens, &share,
+                                             std::numeric_limits<int32_t>::max(), static_cast<int32_t>(g));
         ASSERT_EQ(got.counts[r][g].item<int32_t>(), static_cast<int32_t>(expected.size())) << describe(rule);
         const at::Tensor list = got.indices[r][g].slice(0, 0, static_cast<int64_t>(expected.size()));
         ASSERT_TRUE(at::equal(list, at::tensor(expected, at::kInt)));
@@ -273,6 +278,13 @@ TEST(SelectBlocks, RefusesBadArguments) {
   EXPECT_THROW(ops::select_blocks({scores, lengths, arguments}), c10::Error);
   arguments = {};
   arguments.mode = SelectionMode::threshold;
+  arguments.thresholds.count = 2;  // of one set
+  arguments.thresholds.of[0] = arguments.thresholds.of[1] = 0.1;
+  EXPECT_THROW(ops::select_blocks({scores, lengths, arguments}), c10::Error);
+  arguments.thresholds.count = 1;
+  arguments.thresholds.of[0] = 0;
+  EXPECT_THROW(ops::select_blocks({scores, lengths, arguments}), c10::Error);
+  arguments.thresholds = {};
   arguments.threshold = 0;
   EXPECT_THROW(ops::select_blocks({scores, lengths, arguments}), c10::Error);
   SelectionRule rule;

@@ -282,7 +282,7 @@ TEST(Selector, SaveAndLoad) {
   const Selector loaded = Selector::load("mine", folder.path(), model, at::kCPU);
   EXPECT_EQ(loaded.config(), selector.config());
   EXPECT_EQ(loaded.layers(), (std::vector<int64_t>{1, 2, 3}));
-  EXPECT_EQ(loaded.temperature(2), 1.5);
+  EXPECT_EQ(loaded.fitted(2, {}).temperature, 1.5);
   EXPECT_EQ(loaded.notes().at("steps"), 17);
   const auto saved = selector.named_parameters(), read = loaded.named_parameters();
   ASSERT_EQ(saved.size(), read.size());

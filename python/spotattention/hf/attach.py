@@ -275,7 +275,7 @@ class LayerAttention:
         batch, heads, tokens, dim = query.shape
         rows, cache, owner = self.rows, self.cache, self.owner
         flat = query.transpose(1, 2).reshape(batch * tokens, heads, dim)
-        rule = owner.method.rule.arguments(self.projection.temperature)
+        rule = self.projection.fitted(owner.method.rule).arguments()
         output, indices, counts = attend(
             self.scores, flat, cache.key_pool, cache.value_pool, rows.page_table, rows.lengths, scale, rule
         )

@@ -1,4 +1,4 @@
-"""Temperatures that make p mean captured mass; the fit of `spot distill` (src/distill/calibrate.h)."""
+"""Temperatures that make p mean captured mass, and the residual mass of each layer; the fit of `spot distill` (src/distill/calibrate.h)."""
 
 from typing import Any
 
@@ -57,6 +57,7 @@ class Nucleus:
         reserved = (block < -(-config.selection.sinks // PAGE_TOKENS)) | (block >= recent)
         residual = mass.double().masked_fill(reserved, 0)
         total = residual.sum(-1, keepdim=True)
+        self.residual_mass = float(total.mean())
         self.counted = (total[:, 0] > 0).double()
         hidden = scores.double().masked_fill(reserved, -torch.inf)
         ordered, order = torch.sort(hidden, dim=-1, descending=True, stable=True)
@@ -96,7 +97,7 @@ def calibrate(
     sequences: list[Tensor],
     progress: bool,
 ) -> dict[str, Any] | None:
-    """What selector.json keeps of the fit, with "temperature" by layer; None where all sequences are too short."""
+    """What selector.json keeps of the fit, with "temperature" and "residual_mass" by layer; None where all sequences are too short."""
     config = next(iter(layers.values())).config
     longest = max((len(s) for s in sequences), default=0)
     blocks = -(-longest // PAGE_TOKENS)
@@ -124,6 +125,7 @@ def calibrate(
         "layers": list(layers),
         "p": list(SHARES),
         "temperature": [],
+        "residual_mass": [],
         "captured_before": [],
         "captured_after": [],
         "error_before": [],
@@ -135,6 +137,7 @@ def calibrate(
         temperature = fit_temperature(nucleus)
         fitted["queries"] = len(scores)
         fitted["temperature"].append(temperature)
+        fitted["residual_mass"].append(max(nucleus.residual_mass, 1e-6))
         for when, t in (("before", 1.0), ("after", temperature)):
             fitted[f"captured_{when}"].append(nucleus.shares(t))
             fitted[f"error_{when}"].append(nucleus.error(t))

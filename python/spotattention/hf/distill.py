@@ -143,7 +143,7 @@ class _Run:
         self.modules = {i: m for i, m in backbone.full_attention(model).items() if i not in left_out}
         if not self.modules:
             raise ValueError("selection.dense_layers leaves no full-attention layer for a selector")
-        self.config = replace(config, selection=replace(config.selection, temperature=[]))
+        self.config = replace(config, selection=replace(config.selection, temperature=[], residual_mass=[]))
         rope = (
             RopeTable(RopeConfig.of_model(backbone.text_config(model)), config.rope_dims) if config.rope_dims else None
         )
@@ -239,7 +239,8 @@ class _Run:
             notes["held_out_loss"] = self.last["held_out_loss"]
         if fitted is not None:
             notes["calibration"] = fitted
-            self.config.selection.temperature = fitted["temperature"]
+            chosen = self.config.selection
+            chosen.temperature, chosen.residual_mass = fitted["temperature"], fitted["residual_mass"]
         weights = {i: layer.weights() for i, layer in self.layers.items()}
         return Selector(self.config, self.facts, list(self.layers), weights, notes)
 

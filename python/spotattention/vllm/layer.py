@@ -57,7 +57,8 @@ class SelectorLayer(nn.Module, AttentionLayerBase):
         self.layer, self.layer_name = layer, prefix
         self.key_heads = chosen.key_heads
         self.format, self.global_scale = settings.key_format, GLOBAL_SCALE.get(settings.key_format, 1.0)
-        self.rule = settings.method.rule.arguments(settings.selector.temperature(layer))
+        rule = settings.selector.fitted(layer, settings.method.rule)
+        self.rule = rule.arguments() | {"thresholds": rule.thresholds[sets]}
         self.query_key_weight = weights.query_key.to(device, dtype)
         self.key_weight = self.query_key_weight[rows:]
         self.mix_weight = mix.to(device, torch.float32)

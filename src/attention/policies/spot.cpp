@@ -19,9 +19,7 @@ SpotPolicy::SpotPolicy(const Selector& selector, SelectorCache& cache, const Sel
 }
 
 SelectionRule SpotPolicy::rule(int64_t layer) const {
-  SelectionRule rule = rule_;
-  rule.temperature *= selector_.temperature(layer);
-  return rule;
+  return selector_.fitted(layer, rule_);
 }
 
 AttentionPreparation SpotPolicy::prepare(int64_t layer, const at::Tensor& hidden,

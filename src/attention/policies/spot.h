@@ -15,7 +15,7 @@ class SpotPolicy : public SelectionPolicy {
   std::string name() const override { return "spot"; }
   int64_t groups() const override { return selector_.groups(); }
   bool covers(int64_t layer) const override { return selector_.has_layer(layer); }
-  // The rule with the layer's fitted temperature (times the rule's own).
+  // The rule with what was fitted for the layer.
   SelectionRule rule(int64_t layer) const override;
   AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions) override;
   void append(const AttentionInputs& inputs) override;
