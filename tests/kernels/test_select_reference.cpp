@@ -242,13 +242,15 @@ TEST(SelectReference, ExtremesAndTies) {
 }
 
 TEST(SelectReference, AThresholdOfASetStandsForTheRules) {
-  Random random(testing::fresh_seed());
+  std::mt19937 random(seed());
   SelectionRule rule;
   rule.mode = SelectionMode::threshold;
   rule.floor = 0;
   rule.thresholds.count = 5;
   for (int32_t set = 0; set < 5; ++set) rule.thresholds.of[set] = std::pow(10.0, -1 - set);
-  const std::vector<float> scores = testing::normal(random, 300, 3.0f);
+  std::normal_distribution<float> normal(0.0f, 3.0f);
+  std::vector<float> scores(300);
+  for (float& score : scores) score = normal(random);
   std::set<size_t> sizes;
   for (int32_t set = 0; set < 5; ++set) {
     SelectionRule own = rule;
