@@ -39,7 +39,7 @@ endif
 test: build cuda-compile test-python test-cpp
 
 test-python: build
-	@$(PYTHON) -m pytest -q tests
+	@$(PYTHON) -m pytest -q -n 2 --dist loadfile tests
 
 test-cpp: build
 	@ctest --test-dir build/cpu --output-on-failure -j2
