@@ -15,7 +15,7 @@ import sys
 
 import pytest
 
-from tests.vllm.environment import ROOT, TORCHVISION, make_site
+from tests.vllm.environment import CPU_BUILD, ROOT, make_site
 from tests.vllm.environment import environment as vllm_environment
 
 found = importlib.util.find_spec("vllm")
@@ -74,7 +74,7 @@ def plugin_path(build_folder):
     """Makes spotattention and transformers' models importable in the test's own process."""
     os.environ.setdefault("SPOT_OPS_LIBRARY", str(build_folder / "libspot_ops.so"))
     sys.path.insert(0, str(ROOT / "python"))
-    yield runpy.run_path(str(TORCHVISION / "sitecustomize.py"))
+    yield runpy.run_path(str(CPU_BUILD / "sitecustomize.py"))
 
 
 class Needles:
