@@ -98,7 +98,9 @@ def main() -> None:
     rules = (["spot"] if selector else []) + ["quest", "oracle"]
     methods = ["dense"] + [f"{rule}:k={options.share}%" for rule in rules]
     if selector is None:
-        print(f"There is no selector for {NAME} yet (give one with --selector): Quest and the oracle choose, which need none.")
+        print(
+            f"There is no selector for {NAME} yet (give one with --selector): Quest and the oracle choose, which need none."
+        )
     begin = time.perf_counter()
     try:
         engine = spotattention.Engine(
@@ -116,7 +118,10 @@ def main() -> None:
 
     start = time.perf_counter()
     ask(engine, whole(questions[0][0]), "dense", 1)
-    print(f"{len(engine.encode(whole(questions[0][0]))):,} tokens read in {time.perf_counter() - start:.0f} s.", flush=True)
+    print(
+        f"{len(engine.encode(whole(questions[0][0]))):,} tokens read in {time.perf_counter() - start:.0f} s.",
+        flush=True,
+    )
     rows = []
     for method in methods:
         print(f"\n{method}")
@@ -133,7 +138,9 @@ def main() -> None:
     for method, right, share, step in rows:
         print(f"{method:12}  {right} of {len(facts)}     {share:9.1%}  {step:10.0f}")
     statistics = engine.statistics
-    print(f"{statistics['cached_tokens']:,} of {statistics['prompt_tokens']:,} prompt tokens came from the prefix cache.")
+    print(
+        f"{statistics['cached_tokens']:,} of {statistics['prompt_tokens']:,} prompt tokens came from the prefix cache."
+    )
     if mass := engine.captured_mass:
         print(f"Captured mass of the sparse methods together: {sum(mass.values()) / len(mass):.3f} (self-check).")
     print("At this length a CPU's step is bound by the weights, so that fewer tokens read change little of its time.")
