@@ -6,9 +6,10 @@
 
 The file's tensors are dequantised twice, apart: into a GGUF file of float32, which llama.cpp runs (PyPI's xllamacpp, float32
 keys and values, no flash attention), and by tools/convert_gguf.py into a Hugging Face folder of float32. Both encode each prompt;
-from llama.cpp's ids both continue. Of each prompt either all tokens are the same, or the first other one is shown with
-llama.cpp's margin: its logit of its own token over that of the engine's. Ends with status 1 when ids of a prompt differ,
-or a margin is above --margin: a tie that another order of sums turns is no difference between models.
+from llama.cpp's ids both continue, control tokens forbidden to both, so that no answer ends early. Of each prompt either all
+tokens are the same, or the first other one is shown with llama.cpp's margin: its logit of its own token over that of the
+engine's. Ends with status 1 when ids of a prompt differ, or a margin is not within --margin: a tie that another order of
+sums turns is no difference between models.
 
 Needs what convert_gguf.py needs, xllamacpp and the build (SPOT_BUILD, by default build/cpu); room for the weights in
 float32 twice on disk and once in memory.
@@ -32,6 +33,7 @@ from gguf_conversion.structure import check_structure
 from gguf_conversion.tensors import dequantized
 
 ROOT = Path(__file__).resolve().parent.parent
+FORBIDDEN = -1e4  # added to a logit
 PROMPTS = [
     "def quicksort(values):\n",
     "Write a function that returns the n-th Fibonacci number.\n\nfunction fibonacci(",
@@ -93,8 +95,8 @@ class LlamaCpp:
     def encode(self, text):
         return self.ask("tokenize", content=text, add_special=True, parse_special=True)["tokens"]
 
-    def generate(self, ids, tokens):
-        """Greedy tokens, and for each the log-probabilities of the likeliest ones by id."""
+    def generate(self, ids, tokens, forbidden):
+        """Greedy tokens, and for each the log-probabilities (before `forbidden`) of the likeliest ones by id."""
         answer = self.ask(
             "completion",
             prompt=ids,
@@ -102,11 +104,17 @@ class LlamaCpp:
             temperature=0.0,
             n_probs=20,
             ignore_eos=True,
+            logit_bias=[[token, False] for token in forbidden],
             cache_prompt=False,
             return_tokens=True,
         )
         steps = answer["completion_probabilities"]
         return answer["tokens"], [{top["id"]: top["logprob"] for top in step["top_logprobs"]} for step in steps]
+
+
+def control_tokens(path):
+    types = gguf.GGUFReader(path).fields["tokenizer.ggml.token_type"].contents()
+    return [index for index, kind in enumerate(types) if kind == gguf.TokenType.CONTROL]
 
 
 def first_difference(theirs, mine, likeliest):
@@ -115,7 +123,8 @@ def first_difference(theirs, mine, likeliest):
         if their != my:
             logprobs = likeliest[position]
             # A token that is not among the likeliest lies below the last of them.
-            return position, logprobs[their] - logprobs.get(my, min(logprobs.values()))
+            least = min(logprobs.values())
+            return position, logprobs.get(their, least) - logprobs.get(my, least)
     return None
 
 
@@ -137,12 +146,12 @@ def compare(file, prompts, options, folder):
     context = 4096
     llama = LlamaCpp(float32, options.threads, context)
     version = llama.version
-    asked = []
+    forbidden, asked = control_tokens(file), []
     for prompt in prompts:
         ids = llama.encode(prompt)
         if len(ids) + options.tokens > context:
             raise ConversionError(f"a prompt has {len(ids)} tokens, {context - options.tokens} are the most")
-        asked.append((ids, *llama.generate(ids, options.tokens)))
+        asked.append((ids, *llama.generate(ids, options.tokens, forbidden)))
     del llama
     gc.collect()
     float32.unlink()
@@ -155,14 +164,15 @@ def compare(file, prompts, options, folder):
             failed += 1
             print(f"{shown}: other ids of the prompt: {engine.encode(prompt)}, llama.cpp has {ids}")
             continue
-        ((answer,),) = engine.generate([ids], max_new_tokens=options.tokens, stop_ids=[])
+        biases = dict.fromkeys(forbidden, FORBIDDEN)
+        ((answer,),) = engine.generate([ids], max_new_tokens=options.tokens, stop_ids=[], logit_bias=biases)
         found = first_difference(theirs, answer.tokens, likeliest)
         if found is None:
             same += 1
             print(f"{shown}: {len(theirs)} of {len(theirs)} tokens are the same", flush=True)
             continue
         position, margin = found
-        tie = margin <= options.margin
+        tie = abs(margin) <= options.margin
         failed += not tie
         print(
             f"{shown}: {position} of {len(theirs)} tokens are the same, then llama.cpp's token leads by {margin:.2g} logits"
@@ -184,7 +194,12 @@ def main():
     parser.add_argument("--prompts", type=Path, help="a text file, a prompt a line (default: ten of code and prose)")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer (64)")
     parser.add_argument("--margin", type=float, default=0.01, help="logits up to which a lead is a tie (0.01)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of llama.cpp")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=os.cpu_count(),
+        help="of llama.cpp (all cores; 1 on a busy machine, its threads wait for each other)",
+    )
     parser.add_argument("--folder", type=Path, default=Path("."), help="where the float32 files lie meanwhile (.)")
     options = parser.parse_args()
     try:
