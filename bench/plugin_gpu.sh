@@ -10,9 +10,9 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-out/gpu} seconds=${SECONDS_IN_ALL:-530}
 export SPOT_BUILD=${SPOT_BUILD:-build/gpu}
-device=cuda dry=()
+device=cuda dry=() few=()
 case "${1:-}" in
-  --dry-run) device=cpu dry=(--device cpu --tiny) ;;
+  --dry-run) device=cpu dry=(--device cpu --tiny) few=(--prompts 2) ;;
   "") ;;
   *) echo "error: $1 is not an option of bench/plugin_gpu.sh; it has --dry-run" >&2; exit 2 ;;
 esac
@@ -21,7 +21,7 @@ library=$PWD/$SPOT_BUILD/libspot_ops.so
 [ -f "$library" ] || { echo "error: $library does not exist; build spot_ops_library, or name the build folder in SPOT_BUILD" >&2; exit 1; }
 "$python" -c 'import vllm, transformers' >/dev/null 2>&1 || { echo "error: $python has not both vllm and transformers; name another in PYTHON" >&2; exit 1; }
 gpus=0
-[ $device = cpu ] || gpus=$(nvidia-smi --list-gpus | wc -l)
+[ $device = cpu ] || gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 [ $device = cpu ] || [ "$gpus" -gt 0 ] || { echo "error: no GPU was found; --dry-run needs none" >&2; exit 1; }
 mkdir -p "$out"
 out=$(realpath "$out")
@@ -47,8 +47,8 @@ start() {
   names+=("$name") pids+=($!)
 }
 plugin() { start vllm_plugin 0 290 "$python" bench/vllm_plugin.py --fill --context 130816 --repeats 2 --batch 1,4 --out "$out/vllm_plugin.json" "${dry[@]}"; }
-needles() { start vllm_needles "$1" 180 "$python" bench/vllm_needles.py --device $device --cases qwen3,hybrid --out "$out/vllm_needles.json"; }
-ranks() { start vllm_ranks 0,1 150 "$python" bench/vllm_needles.py --device $device --cases ranks --out "$out/vllm_ranks.json"; }
+needles() { start vllm_needles "$1" 180 "$python" bench/vllm_needles.py --device $device --cases qwen3,hybrid --out "$out/vllm_needles.json" "${few[@]}"; }
+ranks() { start vllm_ranks 0,1 150 "$python" bench/vllm_needles.py --device $device --cases ranks --out "$out/vllm_ranks.json" "${few[@]}"; }
 attach() { start attach "$1" 180 "$python" bench/attach.py --no-compiled --out "$out/attach.json" "${dry[@]}"; }
 if [ "$gpus" -ge 2 ]; then
   plugin

@@ -7,7 +7,7 @@ Prompts and the program that asks vLLM are those of tests/vllm; on a GPU everyth
 its compiler, CUDA graphs. Each side is a process; they run side by side, since the models are small. A case fails (and the
 script ends with status 1) where more than one prompt that dense attention answers is lost, more than 27% of the tokens are
 read at `spot:k=25%`, the self-check's captured mass is 0.76 or less, a second pass comes from elsewhere than the prefix
-cache or answers otherwise, or two ranks answer otherwise than one. `ranks` needs two GPUs and is left out where there is one.
+cache, or more than one of its answers, or of those of two ranks, are others: bfloat16 may turn one. `ranks` needs two GPUs and is left out where there is one.
 
 --device cpu runs the same on vLLM's CPU build, eagerly.
 """
@@ -89,8 +89,9 @@ def judge(needles: Needles, dense: list[dict], sparse: dict) -> dict:
         failures.append(f"captured mass is {mass}")
     if not all(answer["cached"] > 0 for answer in second):
         failures.append("the second pass did not come from the prefix cache")
-    if codes(second) != codes(first):
-        failures.append("the second pass answers otherwise")
+    other = sum(a != b for a, b in zip(codes(first), codes(second)))
+    if other > 1:
+        failures.append(f"{other} answers of the second pass are others")
     return {
         "prompts": len(wanted),
         "dense_right": sum(wanted),
