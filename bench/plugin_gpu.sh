@@ -10,9 +10,9 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-out/gpu} seconds=${SECONDS_IN_ALL:-530}
 export SPOT_BUILD=${SPOT_BUILD:-build/gpu}
-device=cuda dry=() few=()
+device=cuda dry=() few=() patience=1
 case "${1:-}" in
-  --dry-run) device=cpu dry=(--device cpu --tiny) few=(--prompts 2) ;;
+  --dry-run) device=cpu dry=(--device cpu --tiny) few=(--prompts 2) patience=4 ;;
   "") ;;
   *) echo "error: $1 is not an option of bench/plugin_gpu.sh; it has --dry-run" >&2; exit 2 ;;
 esac
@@ -35,7 +35,7 @@ path=$site:$PWD/python
 names=() pids=()
 # start NAME GPUS MOST_SECONDS COMMAND...: in the background, with what is left of the time at most.
 start() {
-  local name=$1 visible=$2 most=$3 left=$((seconds - SECONDS))
+  local name=$1 visible=$2 most=$((patience * $3)) left=$((patience * seconds - SECONDS))
   shift 3
   [ "$left" -ge "$most" ] || most=$left
   echo "$name (GPU $visible, at most $most s)"

@@ -143,7 +143,6 @@ def main() -> None:
     )
     if mass := engine.captured_mass:
         print(f"Captured mass of the sparse methods together: {sum(mass.values()) / len(mass):.3f} (self-check).")
-    print("At this length a CPU's step is bound by the weights, so that fewer tokens read change little of its time.")
     print(f"Done in {(time.perf_counter() - begin) / 60:.1f} minutes.")
 
 

@@ -61,7 +61,7 @@ def ask(environment, tmp_path_factory):
         (folder / "request.json").write_text(json.dumps(request))
         command = [sys.executable, pathlib.Path(__file__).with_name("ask.py"), "request.json", "answer.json"]
         variables = environment(**(variables or {}))
-        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=580)
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=850)
         assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
         answer = json.loads((folder / "answer.json").read_text())
         answer["log"] = done.stdout + done.stderr
