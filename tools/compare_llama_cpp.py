@@ -16,6 +16,7 @@ float32 twice on disk and once in memory.
 """
 
 import argparse
+import concurrent.futures
 import gc
 import json
 import os
@@ -34,6 +35,7 @@ from gguf_conversion.tensors import dequantized
 
 ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = -1e4  # added to a logit
+CONTEXT = 1024  # tokens of a prompt and its answer
 PROMPTS = [
     "def quicksort(values):\n",
     "Write a function that returns the n-th Fibonacci number.\n\nfunction fibonacci(",
@@ -73,12 +75,13 @@ def write_float32(source, out):
 class LlamaCpp:
     """llama.cpp's own server on a port of this machine, over one file of float32."""
 
-    def __init__(self, path, threads, context):
+    def __init__(self, path, threads, context, sequences):
         import xllamacpp
 
         options = xllamacpp.CommonParams()
         options.model.path = str(path)
-        options.n_ctx, options.n_parallel, options.verbosity, options.warmup = context, 1, -1, False
+        options.n_ctx, options.n_parallel = context * sequences, sequences
+        options.verbosity, options.warmup = -1, False
         options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
@@ -111,6 +114,11 @@ class LlamaCpp:
         steps = answer["completion_probabilities"]
         return answer["tokens"], [{top["id"]: top["logprob"] for top in step["top_logprobs"]} for step in steps]
 
+    def generate_all(self, prompts, tokens, forbidden):
+        """The same of each prompt, in one batch, as the engine makes of them."""
+        with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda ids: self.generate(ids, tokens, forbidden), prompts))
+
 
 def control_tokens(path):
     types = gguf.GGUFReader(path).fields["tokenizer.ggml.token_type"].contents()
@@ -128,7 +136,7 @@ def first_difference(theirs, mine, likeliest):
     return None
 
 
-def load_engine(folder, tokens, context):
+def load_engine(folder, context):
     build = Path(os.environ.get("SPOT_BUILD", ROOT / "build" / "cpu"))
     os.environ.setdefault("SPOT_OPS_LIBRARY", str(build / "libspot_ops.so"))
     os.environ.setdefault("SPOT_ENGINE_LIBRARY", str(build / "libspot_engine.so"))
@@ -143,29 +151,27 @@ def compare(file, prompts, options, folder):
     float32, model = folder / "float32.gguf", folder / "model"
     write_float32(file, float32)
     convert(file, model, "f32")
-    context = 4096
-    llama = LlamaCpp(float32, options.threads, context)
-    version = llama.version
-    forbidden, asked = control_tokens(file), []
-    for prompt in prompts:
-        ids = llama.encode(prompt)
-        if len(ids) + options.tokens > context:
-            raise ConversionError(f"a prompt has {len(ids)} tokens, {context - options.tokens} are the most")
-        asked.append((ids, *llama.generate(ids, options.tokens, forbidden)))
+    llama = LlamaCpp(float32, options.threads, CONTEXT, len(prompts))
+    version, forbidden = llama.version, control_tokens(file)
+    encoded = [llama.encode(prompt) for prompt in prompts]
+    if max(map(len, encoded)) + options.tokens > CONTEXT:
+        raise ConversionError(f"a prompt has {max(map(len, encoded))} tokens, {CONTEXT - options.tokens} are the most")
+    asked = llama.generate_all(encoded, options.tokens, forbidden)
+    print(f"llama.cpp has answered {len(prompts)} prompts", flush=True)
     del llama
     gc.collect()
     float32.unlink()
 
-    engine = load_engine(model, options.tokens, context)
+    engine = load_engine(model, CONTEXT * len(prompts))
+    biases = dict.fromkeys(forbidden, FORBIDDEN)
+    answers = engine.generate(encoded, max_new_tokens=options.tokens, stop_ids=[], logit_bias=biases)
     failed = same = 0
-    for prompt, (ids, theirs, likeliest) in zip(prompts, asked, strict=True):
+    for prompt, ids, (theirs, likeliest), (answer,) in zip(prompts, encoded, asked, answers, strict=True):
         shown = json.dumps(prompt[:40], ensure_ascii=False)
         if engine.encode(prompt) != ids:
             failed += 1
             print(f"{shown}: other ids of the prompt: {engine.encode(prompt)}, llama.cpp has {ids}")
             continue
-        biases = dict.fromkeys(forbidden, FORBIDDEN)
-        ((answer,),) = engine.generate([ids], max_new_tokens=options.tokens, stop_ids=[], logit_bias=biases)
         found = first_difference(theirs, answer.tokens, likeliest)
         if found is None:
             same += 1
