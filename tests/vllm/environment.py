@@ -6,7 +6,7 @@ import pathlib
 import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TORCHVISION = pathlib.Path(__file__).with_name("torchvision_operators")
+CPU_BUILD = pathlib.Path(__file__).with_name("cpu_build")
 
 
 def make_site(folder: pathlib.Path) -> pathlib.Path:
@@ -24,8 +24,9 @@ def make_site(folder: pathlib.Path) -> pathlib.Path:
 
 def environment(site: pathlib.Path, build_folder: pathlib.Path, **more: str) -> dict[str, str]:
     return os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (site, TORCHVISION, ROOT / "python"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (site, CPU_BUILD, ROOT / "python"))),
         "SPOT_OPS_LIBRARY": os.environ.get("SPOT_OPS_LIBRARY", str(build_folder / "libspot_ops.so")),
+        "VLLM_TARGET_DEVICE": "cpu",  # what a CPU build knows of itself; scripts/setup_vllm_033.sh has none
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

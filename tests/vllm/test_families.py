@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def random_selector(folder, config, architecture):

@@ -11,7 +11,7 @@ METHOD = "spot:k=25%"
 # Blocks are whole, and the reserved ones stay.
 MOST_READ = 0.27
 TINY, HYBRID = ROOT / "models" / "tiny-qwen3", ROOT / "models" / "tiny-qwen3.5"
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def texts(answered):
