@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "grammar/schema.h"
+#include "text/decoder.h"
 
 // xgrammar's messages come here. What it only warns of is something that it does not keep.
 namespace {
@@ -78,10 +79,6 @@ void set(int32_t* bits, int64_t token, bool value) {
   bits[token / 32] = static_cast<int32_t>(value ? word | bit : word & ~bit);
 }
 
-}  // namespace
-
-namespace {
-
 // `Grammar` is SchemaCompiler's.
 template <typename Grammar>
 class SchemaConstraint : public TokenConstraint {
@@ -99,7 +96,7 @@ class SchemaConstraint : public TokenConstraint {
     const auto& tables = *grammar_->tables;
     if (stage_ == Stage::reasoning || stage_ == Stage::free) {
       std::fill(bits, bits + tables.num_words, -1);
-      for (int64_t id = tables.vocab_size; id < 32 * tables.num_words; ++id) set(bits, id, false);
+      clear_tail(bits);
       if (stage_ == Stage::reasoning)
         for (const int64_t id : tables.stop_ids) set(bits, id, false);
       return true;
@@ -138,6 +135,12 @@ class SchemaConstraint : public TokenConstraint {
  private:
   enum class Stage { opening, reasoning, json, free };
 
+  // Of the last word what is beyond the vocabulary.
+  void clear_tail(int32_t* bits) const {
+    const auto& tables = *grammar_->tables;
+    for (int64_t id = tables.vocab_size; id < 32 * tables.num_words; ++id) set(bits, id, false);
+  }
+
   void look_ahead() {
     complete_ = matcher_.IsTerminated();
     if (complete_) return;
@@ -150,6 +153,7 @@ class SchemaConstraint : public TokenConstraint {
                     .strides = nullptr,
                     .byte_offset = 0};
     matcher_.FillNextTokenBitmask(&tensor);
+    clear_tail(next_.data());
     if (!matcher_.IsCompleted()) return;
     std::vector<int32_t> rest = next_;
     for (const int64_t id : grammar_->tables->stop_ids) set(rest.data(), id, false);

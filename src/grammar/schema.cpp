@@ -83,10 +83,11 @@ class Checker {
     // What has a value is found from the inside out, round after round.
     for (size_t before = finite_.size() + 1; before != finite_.size();) {
       before = finite_.size();
-      if (ends(made, "#")) finite_.insert("#");
+      note(made, "#");
     }
-    if (!finite_.count("#"))
-      fail("the schema asks for values within values without an end; make one of them optional");
+    // Anywhere: a value that is begun must be one that can end.
+    for (const std::string& place : seen_)
+      if (!finite_.count(place)) fail("{}: no value can end: it holds itself; make a part of it optional", place);
     return made;
   }
 
@@ -365,6 +366,7 @@ class Checker {
   }
 
   bool note(const Json& schema, const std::string& where) {
+    seen_.insert(where);
     const bool found = ends(schema, where);
     if (found) finite_.insert(where);
     return found;
@@ -397,7 +399,7 @@ class Checker {
 
   const Json& root_;
   int64_t schemas_ = 0, num_values_ = 0, value_bytes_ = 0;
-  Names places_, finite_;                                      // JSON pointers
+  Names places_, seen_, finite_;                                // JSON pointers
   std::vector<std::pair<std::string, std::string>> references_;  // where, and to what
 };
 
