@@ -288,8 +288,9 @@ void add_serve(CLI::App& app) {
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command.add_flag("--eager", options->eager, "No CUDA graphs");
-  command.add_flag("--random", options->random,
-                   "Random weights of the shapes in MODEL/config.json, beside a tokenizer.json: for measurements");
+  command.add_flag(
+      "--random", options->random,
+      "Random weights of the shapes in MODEL/config.json, beside a tokenizer.json: for measurements");
   command.callback([options, &command] { run(*options, command); });
 }
 

@@ -150,9 +150,9 @@ at::Tensor Sampler::masked(const at::Tensor& logits, const TokenMask& mask) cons
   const at::Tensor bits = words.bitwise_right_shift(at::arange(32, words.options())).bitwise_and(1);
   const at::Tensor forbidden = bits.view({rows, -1}).narrow(1, 0, vocab_size_) == 0;
   const at::Tensor index = to_device(mask.rows, at::kLong, device_);
-  return logits.index_copy(0, index,
-                           logits.index_select(0, index).masked_fill(
-                               forbidden, -std::numeric_limits<float>::infinity()));
+  return logits.index_copy(
+      0, index,
+      logits.index_select(0, index).masked_fill(forbidden, -std::numeric_limits<float>::infinity()));
 }
 
 // Greedy rows get weights too, which nobody reads.

@@ -26,12 +26,20 @@ namespace {
 
 constexpr int kMostWhitespace = 8;  // characters in a row: an answer cannot go on with blanks for ever
 
-// The bytes that each token adds to a text; empty for those that add none of their own.
+// Control characters may not stand in JSON's strings, where xgrammar lets them pass if the strings' lengths are given: tokens
+// with any but line breaks, which may stand between values, are no part of an answer.
+bool has_control(const std::string& text) {
+  return std::any_of(text.begin(), text.end(),
+                     [](char c) { return static_cast<unsigned char>(c) < 0x20 && c != '\n' && c != '\r'; });
+}
+
+// The bytes that each token adds to a text; empty for those that cannot come.
 std::vector<std::string> token_bytes(const Tokenizer& tokenizer, int64_t vocab_size) {
   std::vector<std::string> bytes(static_cast<size_t>(vocab_size));
   for (int64_t id = 0; id < std::min(vocab_size, tokenizer.vocab_size()); ++id) {
     const auto token = static_cast<int32_t>(id);
-    if (tokenizer.has_token(token) && !tokenizer.is_added(token))
+    if (!tokenizer.has_token(token) || tokenizer.is_added(token)) continue;
+    if (!has_control(tokenizer.token_text(token)))
       bytes[static_cast<size_t>(id)] = tokenizer.token_text(token);
   }
   return bytes;
@@ -188,8 +196,9 @@ std::shared_ptr<const SchemaCompiler::Grammar> SchemaCompiler::find(const std::s
 
 MakeConstraint SchemaCompiler::compile(const nlohmann::ordered_json& schema, const AnswerOpening& opening) {
   if (opening.in_reasoning && !opening.reasoning_end)
-    fail("the prompt opens a reasoning block whose end is no token of its own, so that JSON cannot be asked for behind it; turn "
-         "the reasoning off");
+    fail(
+        "the prompt opens a reasoning block whose end is no token of its own, so that JSON cannot be asked for behind it; turn "
+        "the reasoning off");
   const std::string text = exact_schema(schema).dump();
   std::shared_ptr<const Grammar> grammar = find(text);
   if (!grammar) {
@@ -200,8 +209,9 @@ MakeConstraint SchemaCompiler::compile(const nlohmann::ordered_json& schema, con
       warning = &warned;
       try {
         grammar = std::make_shared<Grammar>(Grammar{
-            tables_, tables_->compiler.CompileJSONSchema(text, /*any_whitespace=*/true, std::nullopt, std::nullopt,
-                                                         /*strict_mode=*/true, kMostWhitespace)});
+            tables_,
+            tables_->compiler.CompileJSONSchema(text, /*any_whitespace=*/true, std::nullopt, std::nullopt,
+                                                /*strict_mode=*/true, kMostWhitespace)});
         warning = nullptr;
       } catch (const std::exception& error) {
         warning = nullptr;

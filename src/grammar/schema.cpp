@@ -1,6 +1,8 @@
 #include "grammar/schema.h"
 
 #include <algorithm>
+#include <cctype>
+#include <cstring>
 #include <map>
 #include <set>
 #include <string>
@@ -14,15 +16,19 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 // What bounds the time and the memory that a grammar takes to compile (tests/grammar has the measurements).
-constexpr int64_t kMostSchemas = 1000, kMostValues = 2000, kMostValueBytes = 64 << 10, kMostPatternBytes = 256;
+constexpr int64_t kMostSchemas = 1000, kMostValues = 2000, kMostValueBytes = 16 << 10,
+                  kMostPatternBytes = 256;
 constexpr int64_t kMostRepeats = 100'000;
+// Each counted character is a state, for which every token of the vocabulary is tried; xgrammar counts no further than this one
+// by one.
+constexpr int64_t kCountedOneByOne = 128, kMostCounted = 512;
 
 using Names = std::set<std::string>;
-const Names kObjectKeys = {"properties", "required", "additionalProperties", "minProperties", "maxProperties"};
+const Names kObjectKeys = {"properties", "required", "additionalProperties", "minProperties",
+                           "maxProperties"};
 const Names kArrayKeys = {"items", "prefixItems", "minItems", "maxItems"};
 const Names kStringKeys = {"minLength", "maxLength", "pattern", "format"};
-const Names kNumberKeys = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"};
-const Names kIntegerKeys = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"};
+const Names kNumberKeys = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"};
 const Names kApplicators = {"$ref", "const", "enum", "anyOf", "oneOf", "allOf"};
 const Names kDefinitions = {"$defs", "definitions"};
 const Names kTypes = {"null", "boolean", "object", "array", "number", "string", "integer"};
@@ -50,7 +56,7 @@ const Names& keys_of(const std::string& type) {
   return type == "object"    ? kObjectKeys
          : type == "array"   ? kArrayKeys
          : type == "string"  ? kStringKeys
-         : type == "integer" ? kIntegerKeys
+         : type == "integer" ? kNumberKeys
          : type == "number"  ? kNumberKeys
                              : none;
 }
@@ -80,6 +86,7 @@ class Checker {
     for (const auto& [where, target] : references_)
       if (!places_.count(target))
         fail("{}: $ref '{}' names no schema; give # or one under #/$defs/", where, target);
+    for (const auto& [place, next] : within_) check_progress(place);
     // What has a value is found from the inside out, round after round.
     for (size_t before = finite_.size() + 1; before != finite_.size();) {
       before = finite_.size();
@@ -87,13 +94,15 @@ class Checker {
     }
     // Anywhere: a value that is begun must be one that can end.
     for (const std::string& place : seen_)
-      if (!finite_.count(place)) fail("{}: no value can end: it holds itself; make a part of it optional", place);
+      if (!finite_.count(place))
+        fail("{}: no value can end: it holds itself; make a part of it optional", place);
     return made;
   }
 
  private:
   Json check(const Json& schema, const std::string& where) {
-    if (++schemas_ > kMostSchemas) fail("the schema holds more than {} schemas; make it smaller", kMostSchemas);
+    if (++schemas_ > kMostSchemas)
+      fail("the schema holds more than {} schemas; make it smaller", kMostSchemas);
     places_.insert(where);
     if (schema.is_boolean()) {
       if (!schema.get<bool>()) fail("{}: the schema false lets nothing pass", where);
@@ -119,7 +128,8 @@ class Checker {
     std::string applicator;
     for (const std::string& name : kApplicators) {
       if (!schema.contains(name)) continue;
-      if (!applicator.empty()) fail("{}: {} beside {} cannot be kept; give one of them", where, name, applicator);
+      if (!applicator.empty())
+        fail("{}: {} beside {} cannot be kept; give one of them", where, name, applicator);
       applicator = name;
     }
     if (applicator.empty()) return check_types(schema, where, std::move(made));
@@ -129,6 +139,7 @@ class Checker {
     const Json& value = schema.at(applicator);
     if (applicator == "$ref") {
       made["$ref"] = reference(value, where);
+      within_[where].push_back(made["$ref"]);
       refuse_type(schema, applicator, where);
     } else if (applicator == "const" || applicator == "enum") {
       made[applicator] = value;
@@ -140,21 +151,34 @@ class Checker {
         fail("{}: allOf of {} schemas cannot be kept; merge them into one", where, value.size());
       if (applicator == "oneOf") check_disjoint(value, where);
       Json& options = made[applicator == "oneOf" ? "anyOf" : applicator] = Json::array();
-      for (size_t i = 0; i < value.size(); ++i)
-        options.push_back(check(value[i], fmt::format("{}/{}/{}", where, applicator, i)));
+      for (size_t i = 0; i < value.size(); ++i) {
+        const std::string place = fmt::format("{}/{}/{}", where, applicator, i);
+        within_[where].push_back(place);
+        options.push_back(check(value[i], place));
+      }
     }
     return made;
   }
 
+  // A schema that is applied to the value that it is itself applied to would never be done.
+  void check_progress(const std::string& place) {
+    const auto found = within_.find(place);
+    if (found == within_.end() || passed_.count(place)) return;
+    if (!passing_.insert(place).second)
+      fail("{}: no value can end: the schema refers to itself without going deeper", place);
+    for (const std::string& next : found->second) check_progress(next);
+    passing_.erase(place);
+    passed_.insert(place);
+  }
+
   static bool is_assertion(const std::string& key) {
-    for (const Names* names : {&kObjectKeys, &kArrayKeys, &kStringKeys, &kIntegerKeys})
+    for (const Names* names : {&kObjectKeys, &kArrayKeys, &kStringKeys, &kNumberKeys})
       if (names->count(key)) return true;
     return false;
   }
 
   static void refuse_type(const Json& schema, const std::string& applicator, const std::string& where) {
-    if (schema.contains("type"))
-      fail("{}: type beside {} cannot be kept; give it within", where, applicator);
+    if (schema.contains("type")) fail("{}: type beside {} cannot be kept; give it within", where, applicator);
   }
 
   std::string reference(const Json& value, const std::string& where) {
@@ -186,7 +210,8 @@ class Checker {
     std::vector<std::string> types;
     for (const Json& one : list) {
       if (!one.is_string() || !kTypes.count(one.get<std::string>()))
-        fail("{}: type must be one of null, boolean, object, array, number, string, integer, or a list", where);
+        fail("{}: type must be one of null, boolean, object, array, number, string, integer, or a list",
+             where);
       types.push_back(one.get<std::string>());
     }
     if (types.empty()) fail("{}: the list of types is empty", where);
@@ -212,6 +237,11 @@ class Checker {
         if (schema.contains(key) && key != "properties" && key != "items" && key != "prefixItems" &&
             key != "additionalProperties" && key != "required")
           made[key] = number_or_text(schema, key, where);
+      // Equal lengths share their states.
+      if (type == "string" && (made.contains("minLength") || made.contains("maxLength"))) {
+        const int64_t least = made.value("minLength", int64_t{0}), most = made.value("maxLength", int64_t{0});
+        if (lengths_.emplace(least, most).second) count(std::max(least, most), where);
+      }
       if (type == "object") check_object(schema, where, made);
       if (type == "array") check_array(schema, where, made);
     }
@@ -220,21 +250,60 @@ class Checker {
     return made;
   }
 
-  Json number_or_text(const Json& schema, const std::string& key, const std::string& where) const {
+  Json number_or_text(const Json& schema, const std::string& key, const std::string& where) {
     const Json& value = schema.at(key);
     if (key == "pattern" || key == "format") {
       if (!value.is_string()) fail("{}: {} must be a text", where, key);
       if (static_cast<int64_t>(value.get_ref<const std::string&>().size()) > kMostPatternBytes)
         fail("{}: {} is longer than {} bytes; shorten it", where, key, kMostPatternBytes);
+      if (key == "pattern") check_pattern(value.get_ref<const std::string&>(), where);
       return value;
     }
     if (!value.is_number()) fail("{}: {} must be a number", where, key);
     const bool counts = key.rfind("min", 0) == 0 || key.rfind("max", 0) == 0;
     if (!counts || key == "minimum" || key == "maximum") return value;
     const auto count = value.get<double>();
-    if (!(count >= 0 && count <= static_cast<double>(kMostRepeats)) || count != static_cast<double>(static_cast<int64_t>(count)))
+    if (!(count >= 0 && count <= static_cast<double>(kMostRepeats)) ||
+        count != static_cast<double>(static_cast<int64_t>(count)))
       fail("{}: {} must be a whole number of at most {}", where, key, kMostRepeats);
     return static_cast<int64_t>(count);
+  }
+
+  // In other patterns xgrammar would write a quote or a line break into a JSON string as it is.
+  void check_pattern(const std::string& pattern, const std::string& where) {
+    int64_t counted = 1;
+    for (size_t i = 0; i < pattern.size(); ++i) {
+      const char c = pattern[i];
+      if (c < 0x20 || c > 0x7e || c == '"')
+        fail("{}: a pattern cannot hold quotes or other than ASCII characters", where);
+      if (c == '\\') {
+        const char next = ++i < pattern.size() ? pattern[i] : '\0';
+        if (std::isalnum(static_cast<unsigned char>(next)) && !std::strchr("dDwWs", next))
+          fail("{}: a pattern cannot hold \\{}; \\d, \\D, \\w, \\W and \\s are possible", where, next);
+        if (next == '\\') fail("{}: a pattern cannot hold a backslash itself", where);
+      } else if (c == '{') {
+        int64_t most = 0;
+        for (++i; i < pattern.size() && pattern[i] != '}';) {
+          int64_t count = 0;
+          for (; i < pattern.size() && std::isdigit(static_cast<unsigned char>(pattern[i])); ++i)
+            count = std::min<int64_t>(10 * count + (pattern[i] - '0'), kMostRepeats);
+          most = std::max(most, count);
+          if (i < pattern.size() && pattern[i] != '}') ++i;
+        }
+        counted *= std::max<int64_t>(most, 1);
+        if (counted > kCountedOneByOne)
+          fail("{}: the counts of a pattern multiply to more than {}; make them smaller", where,
+               kCountedOneByOne);
+      }
+    }
+    count(counted, where);
+  }
+
+  void count(int64_t characters, const std::string& where) {
+    counted_ += std::min(characters, kCountedOneByOne);
+    if (counted_ > kMostCounted)
+      fail("{}: the schema counts more than {} characters of strings, {} at most of each; give fewer lengths",
+           where, kMostCounted, kCountedOneByOne);
   }
 
   void check_object(const Json& schema, const std::string& where, Json& made) {
@@ -245,7 +314,8 @@ class Checker {
       for (const auto& [key, value] : schema.at("properties").items())
         properties[key] = check(value, where + "/properties/" + escaped(key));
     }
-    const bool open = schema.contains("additionalProperties") ? schema.at("additionalProperties") != false : !described;
+    const bool open =
+        schema.contains("additionalProperties") ? schema.at("additionalProperties") != false : !described;
     Json others = Json::object();
     if (open && schema.contains("additionalProperties"))
       others = check(schema.at("additionalProperties"), where + "/additionalProperties");
@@ -284,7 +354,8 @@ class Checker {
   }
 
   const Json& resolved(const Json& schema, int depth = 0) const {
-    if (!schema.is_object() || !schema.contains("$ref") || !schema.at("$ref").is_string() || depth > 32) return schema;
+    if (!schema.is_object() || !schema.contains("$ref") || !schema.at("$ref").is_string() || depth > 32)
+      return schema;
     const std::string target = schema.at("$ref").get<std::string>();
     if (target.rfind('#', 0) != 0) return schema;
     try {
@@ -298,7 +369,8 @@ class Checker {
   static Json listed(const Json& option, const std::string& name) {
     if (!option.is_object() || !option.contains("properties") || !option.contains("required")) return {};
     const Json& required = option.at("required");
-    if (!required.is_array() || std::find(required.begin(), required.end(), Json(name)) == required.end()) return {};
+    if (!required.is_array() || std::find(required.begin(), required.end(), Json(name)) == required.end())
+      return {};
     const Json& properties = option.at("properties");
     if (!properties.is_object() || !properties.contains(name) || !properties.at(name).is_object()) return {};
     const Json& property = properties.at(name);
@@ -333,7 +405,8 @@ class Checker {
           apart &= list.is_array() && option.contains("type") && option.at("type") == "object";
           if (!apart) break;
           Names own;
-          for (const Json& value : list) own.insert(value.dump(-1, ' ', false, Json::error_handler_t::replace));
+          for (const Json& value : list)
+            own.insert(value.dump(-1, ' ', false, Json::error_handler_t::replace));
           for (const std::string& value : own) apart &= values.insert(value).second;
         }
         if (apart) return;
@@ -348,7 +421,8 @@ class Checker {
   bool ends(const Json& schema, const std::string& where) {
     for (const std::string& name : kDefinitions)
       if (schema.contains(name))
-        for (const auto& [key, value] : schema.at(name).items()) note(value, where + "/" + name + "/" + escaped(key));
+        for (const auto& [key, value] : schema.at(name).items())
+          note(value, where + "/" + name + "/" + escaped(key));
     if (schema.contains("$ref")) return finite_.count(schema.at("$ref").get<std::string>()) > 0;
     for (const char* name : {"anyOf", "allOf"}) {
       if (!schema.contains(name)) continue;
@@ -361,7 +435,9 @@ class Checker {
     const Json types = schema.at("type").is_array() ? schema.at("type") : Json::array({schema.at("type")});
     bool any = false;
     for (const Json& type : types)
-      any |= type == "object" ? object_ends(schema, where) : type == "array" ? array_ends(schema, where) : true;
+      any |= type == "object"  ? object_ends(schema, where)
+             : type == "array" ? array_ends(schema, where)
+                               : true;
     return any;
   }
 
@@ -389,7 +465,8 @@ class Checker {
     bool all = true;
     size_t prefix = 0;
     if (schema.contains("prefixItems"))
-      for (const Json& item : schema.at("prefixItems")) all &= note(item, fmt::format("{}/prefixItems/{}", where, prefix++));
+      for (const Json& item : schema.at("prefixItems"))
+        all &= note(item, fmt::format("{}/prefixItems/{}", where, prefix++));
     if (schema.at("items").is_object()) {
       const bool found = note(schema.at("items"), where + "/items");
       if (schema.value("minItems", int64_t{0}) > static_cast<int64_t>(prefix)) all &= found;
@@ -398,8 +475,11 @@ class Checker {
   }
 
   const Json& root_;
-  int64_t schemas_ = 0, num_values_ = 0, value_bytes_ = 0;
-  Names places_, seen_, finite_;                                // JSON pointers
+  int64_t schemas_ = 0, num_values_ = 0, value_bytes_ = 0, counted_ = 0;
+  std::set<std::pair<int64_t, int64_t>> lengths_;
+  std::map<std::string, std::vector<std::string>> within_;  // what is applied to the same value
+  Names passing_, passed_;
+  Names places_, seen_, finite_;                                 // JSON pointers
   std::vector<std::pair<std::string, std::string>> references_;  // where, and to what
 };
 

@@ -142,15 +142,16 @@ void parse_output(const Fields& fields, ApiRequest& request) {
         refuse("response_format", "response_format.json_schema must be an object with a schema");
       set("response_format", schema_of(named->at("schema"), "response_format"));
     } else if (type != "text") {
-      refuse("response_format", "response_format.type is '{}'; text, json_object and json_schema are possible",
-             type);
+      refuse("response_format",
+             "response_format.type is '{}'; text, json_object and json_schema are possible", type);
     }
   }
   if (const Json* schema = fields.find("guided_json")) set("guided_json", schema_of(*schema, "guided_json"));
   const Json* outputs = fields.find("structured_outputs");
   if (!outputs) return;
   const std::string name = "structured_outputs";
-  if (!outputs->is_object()) refuse(name, "structured_outputs is {}; an object was expected", shown(*outputs));
+  if (!outputs->is_object())
+    refuse(name, "structured_outputs is {}; an object was expected", shown(*outputs));
   const Fields of(*outputs, name + ".");
   for (const char* other : {"regex", "choice", "grammar", "structural_tag"})
     if (of.has(other))

@@ -49,9 +49,10 @@ bool ends_in_reasoning(const std::string& prompt) {
 MakeConstraint constraint_of(const ApiRequest& api, const AnswerFormat& format, const ServedModel& model) {
   if (!api.schema) return {};
   if (!model.compile_schema)
-    refuse(api.schema_field,
-           "{} cannot be served: this program was built without xgrammar (scripts/setup.sh brings its sources)",
-           api.schema_field);
+    refuse(
+        api.schema_field,
+        "{} cannot be served: this program was built without xgrammar (scripts/setup.sh brings its sources)",
+        api.schema_field);
   AnswerOpening opening;
   if (format.reasoning) {
     opening.reasoning_begin = model.tokenizer.token_id("<think>");

@@ -190,7 +190,9 @@ class Ascending : public TokenConstraint {
 TEST(Engine, AnswersUnderAConstraintKeepItAndOthersAreAsAlone) {
   const uint64_t seed = test::fresh_seed();
   const Backbone backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, seed);
-  const auto stack = [&] { return AttentionStack(backbone, nullptr, {MethodSpec{}}, {.num_pages = 60, .num_sequences = 6}); };
+  const auto stack = [&] {
+    return AttentionStack(backbone, nullptr, {MethodSpec{}}, {.num_pages = 60, .num_sequences = 6});
+  };
   Request free = request_of(random_tokens(50, 101), 30), tied = free, stuck = free;
   tied.completions = 3, tied.sampling.temperature = 5;
   tied.constraint = [] { return std::make_unique<Ascending>(7, 98); };
@@ -207,7 +209,8 @@ TEST(Engine, AnswersUnderAConstraintKeepItAndOthersAreAsAlone) {
       if (event.request == 2) error = event.error;
       if (event.request == 1 && event.finish) EXPECT_EQ(*event.finish, FinishReason::stop);
       if (!event.token) continue;
-      (event.request == 0 ? others : tokens[static_cast<size_t>(event.completion)]).push_back(event.token->token);
+      (event.request == 0 ? others : tokens[static_cast<size_t>(event.completion)])
+          .push_back(event.token->token);
     }
   EXPECT_EQ(others, alone[0][0].tokens);
   EXPECT_NE(error.find("no token"), std::string::npos);

@@ -214,7 +214,8 @@ TEST(Sampler, MaskedRowsDrawWhatIsAllowed) {
         const auto sure = static_cast<int64_t>(random() % static_cast<uint64_t>(vocab));
         for (int64_t token = 0; token < vocab; ++token) {
           if (token == sure || random() % 4 == 0)
-            mask.bits[static_cast<int64_t>(r)].data_ptr<int32_t>()[token / 32] |= static_cast<int32_t>(uint32_t{1} << (token % 32));
+            mask.bits[static_cast<int64_t>(r)].data_ptr<int32_t>()[token / 32] |=
+                static_cast<int32_t>(uint32_t{1} << (token % 32));
           else
             forbidden[mask.rows[r]][token] = -std::numeric_limits<float>::infinity();
         }
@@ -224,7 +225,8 @@ TEST(Sampler, MaskedRowsDrawWhatIsAllowed) {
         EXPECT_EQ(sampled[i].token, expected[i].token) << "row " << i << " of " << vocab;
         EXPECT_GT(forbidden[static_cast<int64_t>(i)][sampled[i].token].item<float>(), -1e30);
         EXPECT_NEAR(sampled[i].logprob,
-                    at::log_softmax(logits[static_cast<int64_t>(i)], 0)[sampled[i].token].item<float>(), 1e-5);
+                    at::log_softmax(logits[static_cast<int64_t>(i)], 0)[sampled[i].token].item<float>(),
+                    1e-5);
       }
     }
   }

@@ -3,7 +3,17 @@
 import json
 
 WORDS = ["name", "age", "café", 'quo"te', "back\\slash", "a b", "x", "sub", "π", "new\nline", "", "a/b", "a~b"]
-PATTERNS = ["^[a-z]{2,4}$", "[0-9]+", "^(yes|no)$", "^a.b$", '^["x]+$', "^\\d{3}-\\d{2}$", "^[^a-y]{1,3}$"]
+PATTERNS = [
+    "^[a-z]{2,4}$",
+    "[0-9]+",
+    "^(yes|no)$",
+    "^a.b$",
+    "^.{3,9}$",
+    "^\\d{3}-\\d{2}$",
+    "^[^a-y]{1,3}$",
+    "^\\w+\\s\\D?$",
+    "^[^a]{1,120}$",
+]
 FORMATS = ["date", "time", "date-time", "email", "ipv4", "uuid", "uri", "no-such-format"]
 
 
@@ -75,7 +85,7 @@ class Maker:
             if r.random() < 0.7:
                 made["minLength"] = least
             if r.random() < 0.7:
-                made["maxLength"] = least + r.randrange(6)
+                made["maxLength"] = least + r.choice([0, 1, 5, 200])
         return made
 
     def make_boolean(self, depth):

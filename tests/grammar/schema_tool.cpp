@@ -45,14 +45,17 @@ Drawn draw(TokenConstraint& constraint, const Tokenizer& tokenizer, int64_t voca
       if (tokenizer.is_added(id)) fail("the added token {} is allowed", id);
       allowed.push_back(id);
       const std::string& text = tokenizer.token_text(id);
-      if (text == "\"" || text == "}" || text == "]" || text == "\"}" || text == "0" || text == "5") closing.push_back(id);
+      if (text == "\"" || text == "}" || text == "]" || text == "\"}" || text == "0" || text == "5")
+        closing.push_back(id);
     }
     if (may_stop && (allowed.empty() || random() % 3 == 0)) return {tokenizer.decode(ids), true};
     const auto pressed = static_cast<uint64_t>(std::min<size_t>(20 + ids.size(), 95));
     const std::vector<int32_t>& from = !closing.empty() && random() % 100 < pressed ? closing : allowed;
     if (from.empty()) fail("no token may follow '{}'", tokenizer.decode(ids));
     ids.push_back(from[random() % from.size()]);
+    const auto accepted = std::chrono::steady_clock::now();
     constraint.accept(ids.back());
+    slowest = std::max(slowest, seconds_since(accepted));
     if (constraint.complete()) return {tokenizer.decode(ids), true};
   }
   return {tokenizer.decode(ids), false};

@@ -147,8 +147,9 @@ TEST(ApiRequest, ReadsSchemasOfEveryForm) {
   const auto format = [](Json schema) {
     return Json{{"type", "json_schema"}, {"json_schema", {{"name", "n"}, {"schema", std::move(schema)}}}};
   };
-  for (const Json& body : {Json{{"response_format", format(schema)}}, Json{{"guided_json", schema}},
-                           Json{{"guided_json", schema.dump()}}, Json{{"structured_outputs", {{"json", schema}}}}}) {
+  for (const Json& body :
+       {Json{{"response_format", format(schema)}}, Json{{"guided_json", schema}},
+        Json{{"guided_json", schema.dump()}}, Json{{"structured_outputs", {{"json", schema}}}}}) {
     const ApiRequest request = chat(body);
     ASSERT_TRUE(request.schema) << body;
     EXPECT_EQ(*request.schema, schema);
@@ -156,14 +157,18 @@ TEST(ApiRequest, ReadsSchemasOfEveryForm) {
     EXPECT_EQ(request.schema_field, body.items().begin().key());
   }
   EXPECT_EQ(*completion({{"response_format", {{"type", "json_object"}}}}).schema, (Json{{"type", "object"}}));
-  EXPECT_FALSE(completion({{"response_format", {{"type", "text"}}}, {"structured_outputs", {{"json_object", false}}}}).schema);
-  EXPECT_EQ(refused_field(chat, {{"guided_json", schema}, {"response_format", format(schema)}}), "guided_json");
+  EXPECT_FALSE(
+      completion({{"response_format", {{"type", "text"}}}, {"structured_outputs", {{"json_object", false}}}})
+          .schema);
+  EXPECT_EQ(refused_field(chat, {{"guided_json", schema}, {"response_format", format(schema)}}),
+            "guided_json");
   for (const Json& wrong : {Json(1), Json("{"), Json("[]"), Json::array()}) {
     EXPECT_EQ(refused_field(chat, {{"guided_json", wrong}}), "guided_json");
     EXPECT_EQ(refused_field(chat, {{"response_format", format(wrong)}}), "response_format");
     EXPECT_EQ(refused_field(chat, {{"structured_outputs", {{"json", wrong}}}}), "structured_outputs");
   }
-  EXPECT_EQ(refused_field(chat, {{"response_format", {{"type", "json_schema"}, {"schema", schema}}}}), "response_format");
+  EXPECT_EQ(refused_field(chat, {{"response_format", {{"type", "json_schema"}, {"schema", schema}}}}),
+            "response_format");
 }
 
 TEST(ApiRequest, RefusesByNameWhatItKnowsAndCannotServe) {
