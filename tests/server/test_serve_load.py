@@ -196,13 +196,13 @@ def test_search_on_the_server(build_folder, tiny_qwen3, tmp_path):
         "--bound",
         "60000",
     ]
-    command += ["--chunks", "dense=64", "--chunks", "spot:k=640=64,128", "--rate", "200", "--out", out]
+    command += ["--chunks", "dense=96", "--chunks", "spot:k=640=96,160", "--rate", "200", "--out", out]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert [(r["shape"], r["side"], r["chunk"]) for r in result["rows"]] == [
         (shape, side, chunk)
-        for chunk, sides in ((64, ["dense", "spot:k=640"]), (128, ["spot:k=640"]))
+        for chunk, sides in ((96, ["dense", "spot:k=640"]), (160, ["spot:k=640"]))
         for shape in ("200/6", "40/4")
         for side in sides
     ]
