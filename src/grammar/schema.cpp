@@ -271,32 +271,69 @@ class Checker {
 
   // In other patterns xgrammar would write a quote or a line break into a JSON string as it is.
   void check_pattern(const std::string& pattern, const std::string& where) {
-    int64_t counted = 1;
     for (size_t i = 0; i < pattern.size(); ++i) {
-      const char c = pattern[i];
-      if (c < 0x20 || c > 0x7e || c == '"')
+      if (pattern[i] < 0x20 || pattern[i] > 0x7e || pattern[i] == '"')
         fail("{}: a pattern cannot hold quotes or other than ASCII characters", where);
-      if (c == '\\') {
-        const char next = ++i < pattern.size() ? pattern[i] : '\0';
-        if (std::isalnum(static_cast<unsigned char>(next)) && !std::strchr("dDwWs", next))
-          fail("{}: a pattern cannot hold \\{}; \\d, \\D, \\w, \\W and \\s are possible", where, next);
-        if (next == '\\') fail("{}: a pattern cannot hold a backslash itself", where);
-      } else if (c == '{') {
-        int64_t most = 0;
-        for (++i; i < pattern.size() && pattern[i] != '}';) {
-          int64_t count = 0;
-          for (; i < pattern.size() && std::isdigit(static_cast<unsigned char>(pattern[i])); ++i)
-            count = std::min<int64_t>(10 * count + (pattern[i] - '0'), kMostRepeats);
-          most = std::max(most, count);
-          if (i < pattern.size() && pattern[i] != '}') ++i;
+      if (pattern[i] != '\\' || i + 1 == pattern.size()) continue;
+      const char next = pattern[i + 1];
+      if (std::isalnum(static_cast<unsigned char>(next)) && !std::strchr("dDwWs", next))
+        fail("{}: a pattern cannot hold \\{}; \\d, \\D, \\w, \\W and \\s are possible", where, next);
+      if (next == '\\') fail("{}: a pattern cannot hold a backslash itself", where);
+    }
+    const int64_t characters = pattern_characters(pattern);
+    if (characters > kCountedOneByOne)
+      fail("{}: a pattern's parts and counts come to {} characters, more than {}; make it smaller", where,
+           characters, kCountedOneByOne);
+    count(characters, where);
+  }
+
+  // Characters of a regular expression, each as often as counts of it and of its groups ask for at most.
+  static int64_t pattern_characters(const std::string& pattern) {
+    constexpr int64_t most = 1 << 20;
+    struct Group {
+      int64_t all = 0, last = 0;
+    };
+    std::vector<Group> groups(1);
+    const auto add = [&](int64_t characters) {
+      groups.back().last = characters;
+      groups.back().all = std::min(groups.back().all + characters, most);
+    };
+    for (size_t i = 0; i < pattern.size(); ++i) {
+      switch (pattern[i]) {
+        case '(':
+          groups.emplace_back();
+          break;
+        case ')': {
+          const int64_t inside = groups.back().all;
+          if (groups.size() > 1) groups.pop_back();
+          add(inside);
+          break;
         }
-        counted *= std::max<int64_t>(most, 1);
-        if (counted > kCountedOneByOne)
-          fail("{}: the counts of a pattern multiply to more than {}; make them smaller", where,
-               kCountedOneByOne);
+        case '[':
+          while (++i < pattern.size() && pattern[i] != ']') i += pattern[i] == '\\';
+          add(1);
+          break;
+        case '{': {
+          int64_t count = 0, largest = 0;
+          for (++i; i < pattern.size() && pattern[i] != '}'; ++i) {
+            count = std::isdigit(static_cast<unsigned char>(pattern[i]))
+                        ? std::min(10 * count + pattern[i] - '0', most)
+                        : 0;
+            largest = std::max(largest, count);
+          }
+          add(std::min(groups.back().last * std::max<int64_t>(largest - 1, 0), most));
+          break;
+        }
+        case '\\':
+          ++i;
+          [[fallthrough]];
+        default:
+          add(1);
       }
     }
-    count(counted, where);
+    int64_t all = 0;
+    for (const Group& group : groups) all += group.all;
+    return all;
   }
 
   void count(int64_t characters, const std::string& where) {

@@ -63,7 +63,8 @@ REFUSED = [
     ({"type": "string", "pattern": 'say "no"'}, "quotes"),
     ({"type": "string", "pattern": "é+"}, "ASCII"),
     ({"type": "string", "pattern": "a\\n"}, "pattern"),
-    ({"type": "string", "pattern": "a{2,9}{9}b{4}"}, "counts"),
+    ({"type": "string", "pattern": "a{2,9}{9}b{4}(c{99}){2}"}, "counts"),
+    ({"type": "string", "pattern": 'say \\"no\\"'}, "quotes"),
     ({"type": "number", "multipleOf": 0.1}, "multipleOf"),
     ({"type": "integer", "multipleOf": 7, "minimum": 3}, "multipleOf"),
     ({"type": "strnig"}, "type"),
@@ -120,6 +121,8 @@ WORDS = [f"word {i} of many" for i in range(2000)]
 # Schemas that are made to take time or memory. Each is refused, or compiled within SECONDS; a machine that is ten times as slow
 # as the slowest seen so far passes.
 HOSTILE = {
+    "short values": {"enum": [f"w{i}" for i in range(1500)]},
+    "long pattern": {"type": "string", "pattern": "." * 128},
     "values": {"enum": WORDS},
     "more values than allowed": {"enum": [*WORDS, "one"]},
     "long values": {"enum": ["x" * 2000 + str(i) for i in range(30)]},
