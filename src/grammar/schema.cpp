@@ -16,7 +16,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 // What bounds the time and the memory that a grammar takes to compile (tests/grammar has the measurements).
-constexpr int64_t kMostSchemas = 1000, kMostValues = 2000, kMostValueBytes = 16 << 10,
+constexpr int64_t kMostSchemas = 400, kMostOptional = 128, kMostValues = 2000, kMostValueBytes = 16 << 10,
                   kMostPatternBytes = 256;
 constexpr int64_t kMostRepeats = 100'000;
 // Each counted character is a state, for which every token of the vocabulary is tried; xgrammar counts no further than this one
@@ -284,7 +284,7 @@ class Checker {
     if (characters > kCountedOneByOne)
       fail("{}: a pattern's parts and counts come to {} characters, more than {}; make it smaller", where,
            characters, kCountedOneByOne);
-    count(characters, where);
+    count(4 * characters, where);  // a text can be at several places of a pattern at once
   }
 
   // Characters of a regular expression, each as often as counts of it and of its groups ask for at most.
@@ -339,8 +339,10 @@ class Checker {
   void count(int64_t characters, const std::string& where) {
     counted_ += std::min(characters, kCountedOneByOne);
     if (counted_ > kMostCounted)
-      fail("{}: the schema counts more than {} characters of strings, {} at most of each; give fewer lengths",
-           where, kMostCounted, kCountedOneByOne);
+      fail(
+          "{}: lengths and, four times, the characters of patterns come to more than {} in all, where each counts for at "
+          "most {}; give fewer",
+          where, kMostCounted, kCountedOneByOne);
   }
 
   void check_object(const Json& schema, const std::string& where, Json& made) {
@@ -371,6 +373,12 @@ class Checker {
         properties[text] = others;
       }
     }
+    // What may come next is looked for behind each that may be left out, at each step of an answer.
+    const auto optional = static_cast<int64_t>(properties.size()) -
+                          static_cast<int64_t>(made.value("required", Json::array()).size());
+    if (optional > kMostOptional)
+      fail("{}: {} properties may be left out, at most {} are possible; require some", where, optional,
+           kMostOptional);
     if (!properties.empty()) made["properties"] = std::move(properties);
     made["additionalProperties"] = open ? others.empty() ? Json(true) : others : Json(false);
   }

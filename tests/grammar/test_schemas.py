@@ -126,9 +126,10 @@ HOSTILE = {
     "values": {"enum": WORDS},
     "more values than allowed": {"enum": [*WORDS, "one"]},
     "long values": {"enum": ["x" * 2000 + str(i) for i in range(30)]},
-    "properties": {"type": "object", "properties": {f"property {i}": {"type": "string"} for i in range(900)}},
+    "properties": {"type": "object", "properties": {f"property {i}": {"type": "string"} for i in range(128)}},
+    "more properties than allowed": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(129)}},
     "required properties": {
-        "type": "object", "properties": {f"p{i}": {"type": "number"} for i in range(900)}, "required": [f"p{i}" for i in range(900)],
+        "type": "object", "properties": {f"p{i}": {"type": "number"} for i in range(399)}, "required": [f"p{i}" for i in range(399)],
     },
     "alternatives": {"anyOf": [{"type": "object", "properties": {f"k{i}": {"type": "string", "minLength": i}}} for i in range(400)]},
     "deep": nested(60),
@@ -138,7 +139,8 @@ HOSTILE = {
     "pattern": {"type": "string", "pattern": "((((a{1,99}){1,99}){1,99}){1,99}){1,99}"},
     "pattern of alternatives": {"type": "string", "pattern": "(a|aa|aaa|b.*c|.{40}){60}"},
     "pattern of classes": {"type": "string", "pattern": "[^a]{1,5000}[^b]{1,5000}[^c]{1,5000}"},
-    "patterns": {"type": "array", "prefixItems": [{"type": "string", "pattern": f"(.*{c}.{{30}})+"} for c in "abcdefghijklmnop"]},
+    "patterns": {"type": "array", "prefixItems": [{"type": "string", "pattern": f"(.*{c}.{{30}})+"} for c in "abcd"]},
+    "more patterns than allowed": {"type": "array", "prefixItems": [{"type": "string", "pattern": f"{c}.{{31}}"} for c in "abcde"]},
     "references": {
         "$defs": {f"d{i}": {"type": "array", "items": {"anyOf": [{"$ref": f"#/$defs/d{j}"} for j in range(15)] + [{"type": "null"}]}}
                   for i in range(15)},
