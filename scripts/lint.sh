@@ -21,7 +21,7 @@ $bin/ruff format --check -q . || complain "not as ruff format would have it; run
 
 # Kernels know no torch; operators know nothing above them.
 if grep -nE '#include [<"](ATen|torch|c10)/' kernels/*; then complain "kernels/ includes torch"; fi
-if grep -rnE '#include "(core|report|checkpoint|text|cache|model|selector|selection|attention|benchmark|distill|engine|eval|server|cli)/' kernels ops; then
+if grep -rnE '#include "(core|report|checkpoint|text|cache|model|selector|selection|attention|benchmark|distill|engine|eval|grammar|server|cli)/' kernels ops; then
   complain "kernels/ or ops/ includes a header of src/"
 fi
 for f in "${cpp[@]}" $(git ls-files '*.py'); do

@@ -6,6 +6,8 @@ usage: scripts/sbom.py [--table]
 
 import importlib.metadata
 import json
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -24,11 +26,15 @@ PARTS = [
     ("libstdc++", "libstdc++6", "GPL-3.0-or-later WITH GCC-exception-3.1", "linked"),
     ("libgomp", "libgomp1", "GPL-3.0-or-later WITH GCC-exception-3.1", "linked by libtorch"),
     ("wonderwords", "python:wonderwords", "MIT", "its word lists are built in, for RULER's prompts"),
+    ("xgrammar", "lock:cmake/xgrammar.lock", "Apache-2.0", "linked, where its sources are; brings picojson (BSD-2-Clause) and dlpack's header (Apache-2.0)"),
     ("GoogleTest", "libgtest-dev", "BSD-3-Clause", "tests alone"),
 ]  # fmt: skip
 
 
 def version(package: str) -> str:
+    if package.startswith("lock:"):
+        lock = (pathlib.Path(__file__).parent.parent / package.removeprefix("lock:")).read_text()
+        return re.search(r"==(\S+)", lock)[1]
     if package.startswith("python:"):
         try:
             return importlib.metadata.version(package.removeprefix("python:"))

@@ -34,3 +34,17 @@ if [ ! -f "$stamp" ] || [ requirements.txt -nt "$stamp" ] || [ constraints.txt -
   fi
   touch "$stamp"
 fi
+
+# The sources of xgrammar, for JSON-schema output (cmake/XGrammar.cmake). pip asks a source package for its metadata even where it
+# is only to be fetched, in an environment of its own.
+sources=.venv/src/$(sed -n 's/^\(xgrammar\)==\([^ ]*\).*/\1-\2/p' cmake/xgrammar.lock)
+if [ ! -d "$sources" ]; then
+  echo "Fetching the sources of xgrammar"
+  fetched=$(mktemp -d)
+  trap 'rm -rf "$fetched"' EXIT
+  PIP_CONSTRAINT="$PWD/constraints.txt" .venv/bin/python -m pip download -q --no-deps --no-binary xgrammar --require-hashes \
+    -r cmake/xgrammar.lock -d "$fetched"
+  tar -xzf "$fetched"/xgrammar-*.tar.gz -C "$fetched"
+  mkdir -p .venv/src
+  mv "$fetched/$(basename "$sources")" .venv/src/
+fi

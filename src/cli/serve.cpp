@@ -41,7 +41,7 @@ struct Options {
   std::string attention = "auto", name, chat_template, api_key_file, reasoning = "auto", tools = "auto";
   double cache_gib = 0;
   int64_t queue = 256, snapshots = 64, body_mib = 16, buffered_kib = 1024;
-  bool no_prefix_cache = false, eager = false;
+  bool no_prefix_cache = false, eager = false, random = false;
 };
 
 std::string api_key(const Options& options) {
@@ -85,6 +85,12 @@ ServedModel served(const Options& options, const Backbone& backbone, const Selec
   }
   model.reasoning = has_tag(options.reasoning, model.tokenizer, "<think>");
   model.tool_calls = has_tag(options.tools, model.tokenizer, "<tool_call>");
+#ifdef SPOT_GRAMMAR
+  const auto schemas = std::make_shared<SchemaCompiler>(model.tokenizer, model.vocab_size, model.stop_ids);
+  model.compile_schema = [schemas](const server::Json& schema, const AnswerOpening& opening) {
+    return schemas->compile(schema, opening);
+  };
+#endif
   return model;
 }
 
@@ -152,7 +158,9 @@ void run(Options options, const CLI::App& command) {
   if (rule && methods[0].word != "spot") methods.push_back(options.method.parse("spot", rule));
   MethodOptions::check_read(command, methods);
 
-  const Backbone backbone = options.model.load();
+  const Backbone backbone = options.random ? Backbone::random(config, options.model.resolve_device(),
+                                                              options.model.resolve_dtype(config), 1)
+                                           : options.model.load();
   const std::optional<Selector> loaded = options.selector.load(options.model, backbone);
   const Selector* selector = loaded ? &*loaded : nullptr;
   ServedModel model = served(options, backbone, selector, methods);
@@ -280,6 +288,9 @@ void add_serve(CLI::App& app) {
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command.add_flag("--eager", options->eager, "No CUDA graphs");
+  command.add_flag(
+      "--random", options->random,
+      "Random weights of the shapes in MODEL/config.json, beside a tokenizer.json: for measurements");
   command.callback([options, &command] { run(*options, command); });
 }
 

@@ -16,6 +16,7 @@ struct Engine::Answer {
   int64_t request = 0, completion = 0, max_new_tokens = 0;
   std::vector<int64_t> stop_ids;
   std::unique_ptr<TextStream> text;
+  std::unique_ptr<TokenConstraint> constraint;
   std::vector<int64_t> layers;  // of attended
   at::Tensor attended;          // [layers, 3] float64: AttendedTokens
 
@@ -125,6 +126,7 @@ int64_t Engine::add(Request request) {
       answer->stop_ids = request.stop_ids;
       if (options_.tokenizer)
         answer->text = std::make_unique<TextStream>(*options_.tokenizer, request.stop_strings);
+      if (request.constraint) answer->constraint = request.constraint();
       Sequence& sequence = answer->sequence;
       sequence.id = next_sequence_ + i;
       sequence.tokens = request.prompt;
@@ -253,7 +255,8 @@ std::vector<Event> Engine::step() {
   for (const Slice& slice : slices)
     if (slice.logits) ids.push_back(slice.sequence->id);
   if (!ids.empty()) {
-    const std::vector<SampledToken> sampled = sampler_.sample(result.logits, ids);
+    const TokenMask mask = mask_of(ids, result.logits, events);
+    const std::vector<SampledToken> sampled = sampler_.sample(result.logits, ids, mask);
     for (size_t i = 0; i < ids.size(); ++i) {
       Answer& answer = *answers_.at(ids[i]);
       statistics_.decode_tokens += answer.num_new() > 0;
@@ -274,6 +277,42 @@ std::vector<Event> Engine::step() {
   return events;
 }
 
+TokenMask Engine::mask_of(std::vector<int64_t>& ids, at::Tensor& logits, std::vector<Event>& events) {
+  TokenMask mask;
+  std::vector<int64_t> constrained, kept, kept_ids;
+  for (const int64_t id : ids)
+    if (answers_.at(id)->constraint) constrained.push_back(id);
+  if (constrained.empty()) return mask;
+  const int64_t words = (backbone_.config().vocab_size + 31) / 32;
+  mask.bits = at::empty({static_cast<int64_t>(constrained.size()), words},
+                        at::TensorOptions().dtype(at::kInt).pinned_memory(backbone_.device().is_cuda()));
+  auto* bits = mask.bits.mutable_data_ptr<int32_t>();
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const Answer& answer = *answers_.at(ids[i]);
+    if (answer.constraint) {
+      if (!answer.constraint->allowed(bits + static_cast<int64_t>(mask.rows.size()) * words)) {
+        events.push_back({.request = answer.request,
+                          .completion = answer.completion,
+                          .finish = FinishReason::error,
+                          .error = fmt::format("request {}: no token of the vocabulary may follow under the "
+                                               "request's constraint; ask for another form of output",
+                                               answer.request)});
+        remove(ids[i]);
+        continue;
+      }
+      mask.rows.push_back(static_cast<int64_t>(kept.size()));
+    }
+    kept.push_back(static_cast<int64_t>(i));
+    kept_ids.push_back(ids[i]);
+  }
+  mask.bits = mask.bits.narrow(0, 0, static_cast<int64_t>(mask.rows.size()));
+  if (kept.size() < ids.size()) {
+    logits = logits.index_select(0, at::tensor(kept, at::kLong).to(logits.device()));
+    ids = kept_ids;
+  }
+  return mask;
+}
+
 Event Engine::accept(Answer& answer, const SampledToken& sampled) {
   Event event{.request = answer.request, .completion = answer.completion};
   if (!sampled.error.empty()) {
@@ -292,8 +331,9 @@ Event Engine::accept(Answer& answer, const SampledToken& sampled) {
   }
   answer.sequence.tokens.push_back(sampled.token);
   event.token = sampled;
+  if (answer.constraint) answer.constraint->accept(sampled.token);
   if (answer.text) event.text = answer.text->push(sampled.token);
-  if (answer.text && answer.text->stopped())
+  if ((answer.text && answer.text->stopped()) || (answer.constraint && answer.constraint->complete()))
     event.finish = FinishReason::stop;
   else if (answer.num_new() == answer.max_new_tokens)
     event.finish = FinishReason::length;

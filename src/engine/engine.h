@@ -82,6 +82,8 @@ class Engine {
   void settle_accounts();
   std::vector<AttendedTokens> attended_by(const Answer& answer);
   Event accept(Answer& answer, const SampledToken& sampled);
+  // The tokens that answers under a constraint may have next. Ends, in `events`, those that can have none.
+  TokenMask mask_of(std::vector<int64_t>& ids, at::Tensor& logits, std::vector<Event>& events);
   void remove(int64_t sequence);
 
   const Backbone& backbone_;

@@ -9,6 +9,7 @@
 #include "checkpoint/config.h"
 #include "engine/sampler.h"
 #include "engine/sampling.h"
+#include "engine/token_constraint.h"
 
 namespace spot {
 
@@ -23,6 +24,7 @@ struct Request {
   std::vector<int64_t> stop_ids;          // end an answer and are not part of it
   std::vector<std::string> stop_strings;  // likewise; need an engine with a tokenizer
   int64_t method = 0;                     // index into AttentionStack::methods()
+  MakeConstraint constraint;              // empty: any token may follow any other
 };
 
 // Throws Error naming the first thing that no engine could do with this model: an empty prompt, numbers out of range, more
@@ -30,7 +32,7 @@ struct Request {
 void check_request(const Request& request, const ModelConfig& model);
 
 enum class FinishReason {
-  stop,       // a stop id or a stop string
+  stop,       // a stop id, a stop string, or nothing could follow under the constraint
   length,     // max_new_tokens
   cancelled,  // Engine::cancel
   error       // Event::error says which

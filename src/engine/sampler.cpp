@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/error.h"
 
@@ -141,6 +142,19 @@ at::Tensor Sampler::adjusted(const at::Tensor& logits, const std::vector<int64_t
   return changed;
 }
 
+// Minus infinity where the mask's bits are not set.
+at::Tensor Sampler::masked(const at::Tensor& logits, const TokenMask& mask) const {
+  if (mask.rows.empty()) return logits;
+  const auto rows = static_cast<int64_t>(mask.rows.size());
+  const at::Tensor words = mask.bits.to(device_, /*non_blocking=*/true).unsqueeze(2);
+  const at::Tensor bits = words.bitwise_right_shift(at::arange(32, words.options())).bitwise_and(1);
+  const at::Tensor forbidden = bits.view({rows, -1}).narrow(1, 0, vocab_size_) == 0;
+  const at::Tensor index = to_device(mask.rows, at::kLong, device_);
+  return logits.index_copy(
+      0, index,
+      logits.index_select(0, index).masked_fill(forbidden, -std::numeric_limits<float>::infinity()));
+}
+
 // Greedy rows get weights too, which nobody reads.
 Sampler::Candidates Sampler::candidates(const at::Tensor& logits, const std::vector<int64_t>& ids) const {
   std::vector<double> settings;  // [4, rows]: temperature, top_k, top_p, min_p in weights
@@ -187,14 +201,15 @@ at::Tensor Sampler::draw(const Candidates& from, const std::vector<int64_t>& ids
   return from.ids.gather(1, index).squeeze(1);
 }
 
-std::vector<SampledToken> Sampler::sample(const at::Tensor& logits, const std::vector<int64_t>& ids) {
+std::vector<SampledToken> Sampler::sample(const at::Tensor& logits, const std::vector<int64_t>& ids,
+                                          const TokenMask& mask) {
   const c10::InferenceMode inference;
   if (logits.dim() != 2 || logits.size(0) != static_cast<int64_t>(ids.size()) ||
       logits.size(1) != vocab_size_ || logits.scalar_type() != at::kFloat)
     fail("the sampler was given logits of another shape or dtype than [{}, {}] float32", ids.size(),
          vocab_size_);
   if (ids.empty()) return {};
-  const at::Tensor changed = adjusted(logits, ids);
+  const at::Tensor changed = masked(adjusted(logits, ids), mask);
   const auto [greatest, greedy] = changed.max(1);  // the first of equal maxima
   at::Tensor tokens = greedy;
   std::vector<int64_t> drawing;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "engine/sampling.h"
+#include "engine/token_constraint.h"
 
 namespace spot {
 
@@ -41,8 +42,10 @@ class Sampler {
   void remove(int64_t id);
 
   // logits [rows, vocab_size] float32 on the device, unchanged; row i belongs to request ids[i], each at most
-  // once. Greedy rows wait for the device once, for one copy of the results.
-  std::vector<SampledToken> sample(const at::Tensor& logits, const std::vector<int64_t>& ids);
+  // once. Greedy rows wait for the device once, for one copy of the results. `mask` forbids tokens of some rows, after
+  // biases and penalties; it leaves log-probabilities as they are.
+  std::vector<SampledToken> sample(const at::Tensor& logits, const std::vector<int64_t>& ids,
+                                   const TokenMask& mask = {});
 
   // What sample() would draw from: probabilities [rows, vocab_size] float64, one token of a greedy row.
   at::Tensor probabilities(const at::Tensor& logits, const std::vector<int64_t>& ids) const;
@@ -60,6 +63,7 @@ class Sampler {
   };
   const Request& find(int64_t id) const;
   at::Tensor adjusted(const at::Tensor& logits, const std::vector<int64_t>& ids) const;
+  at::Tensor masked(const at::Tensor& logits, const TokenMask& mask) const;
   Candidates candidates(const at::Tensor& logits, const std::vector<int64_t>& ids) const;
   at::Tensor draw(const Candidates& candidates, const std::vector<int64_t>& ids) const;
   void add_logprobs(std::vector<SampledToken>& sampled, const at::Tensor& logits,

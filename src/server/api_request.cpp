@@ -34,9 +34,6 @@ const std::vector<Unsupported>& unsupported() {
                                                   {"truncate_prompt_tokens", Json()},
                                                   {"return_token_ids", false},
                                                   {"return_tokens_as_token_ids", false},
-                                                  {"response_format", {{"type", "text"}}},
-                                                  {"structured_outputs", Json()},
-                                                  {"guided_json", Json()},
                                                   {"guided_regex", Json()},
                                                   {"guided_choice", Json()},
                                                   {"guided_grammar", Json()},
@@ -116,6 +113,53 @@ void parse_max_tokens(const Fields& fields, ApiRequest& request) {
     if (fields.has(name)) request.max_tokens = fields.integer(name, 0, 1, kMostTokens);
 }
 
+// A schema, or the text of one.
+Json schema_of(const Json& given, const std::string& field) {
+  const Json schema = given.is_string() ? parse_value(given.get_ref<const std::string&>()) : given;
+  if (!schema.is_object() && !schema.is_boolean())
+    refuse(field, "{} is {}; a JSON schema was expected", field, shown(given));
+  return schema;
+}
+
+// JSON objects of any kind, or what a schema describes: the OpenAI API's response_format, and vLLM's members.
+void parse_output(const Fields& fields, ApiRequest& request) {
+  const auto set = [&](const std::string& field, Json schema) {
+    if (request.schema)
+      refuse(field, "{} and {} both say what the answer is like; give one", request.schema_field, field);
+    request.schema = std::move(schema);
+    request.schema_field = field;
+  };
+  const Json any_object = {{"type", "object"}};
+  if (const Json* format = fields.find("response_format")) {
+    if (!format->is_object())
+      refuse("response_format", "response_format is {}; an object was expected", shown(*format));
+    const std::string type = Fields(*format, "response_format.").text("type");
+    if (type == "json_object") {
+      set("response_format", any_object);
+    } else if (type == "json_schema") {
+      const auto named = format->find("json_schema");
+      if (named == format->end() || !named->is_object() || !named->contains("schema"))
+        refuse("response_format", "response_format.json_schema must be an object with a schema");
+      set("response_format", schema_of(named->at("schema"), "response_format"));
+    } else if (type != "text") {
+      refuse("response_format",
+             "response_format.type is '{}'; text, json_object and json_schema are possible", type);
+    }
+  }
+  if (const Json* schema = fields.find("guided_json")) set("guided_json", schema_of(*schema, "guided_json"));
+  const Json* outputs = fields.find("structured_outputs");
+  if (!outputs) return;
+  const std::string name = "structured_outputs";
+  if (!outputs->is_object())
+    refuse(name, "structured_outputs is {}; an object was expected", shown(*outputs));
+  const Fields of(*outputs, name + ".");
+  for (const char* other : {"regex", "choice", "grammar", "structural_tag"})
+    if (of.has(other))
+      refuse(name, "structured_outputs.{} is not supported; json and json_object are", other);
+  if (const Json* schema = of.find("json")) set(name, schema_of(*schema, name));
+  if (of.boolean("json_object", false)) set(name, any_object);
+}
+
 // What both kinds of requests have.
 void parse_common(const Json& body, const SamplingOptions& defaults, ApiRequest& request) {
   const Fields fields(body);
@@ -134,6 +178,7 @@ void parse_common(const Json& body, const SamplingOptions& defaults, ApiRequest&
   sampling.frequency_penalty = fields.number("frequency_penalty", defaults.frequency_penalty, -2, 2);
   parse_logit_bias(fields, sampling);
   parse_stops(fields, request);
+  parse_output(fields, request);
   if (fields.has("seed"))
     request.seed = static_cast<uint64_t>(fields.integer("seed", 0, std::numeric_limits<int64_t>::min() / 2,
                                                         std::numeric_limits<int64_t>::max() / 2));

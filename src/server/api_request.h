@@ -35,6 +35,8 @@ struct ApiRequest {
   std::string attention;  // a method (attention/methods.h); empty: the server's
   bool with_tools = false, one_tool_call = false;
   bool include_reasoning = true;
+  std::optional<Json> schema;  // that the answer, or a chat's content, is valid under
+  std::string schema_field;    // which member gave it
 
   bool logprobs() const { return sampling.logprobs >= 0; }
 };

@@ -20,17 +20,35 @@ void Exchange::start(std::string body) {
     if (self->gone_) return;
     Outcome outcome;
     const ServedModel& model = self->server_.model();
-    try {
-      outcome.prepared = prepare(
-          self->chat_ ? parse_chat(body, model.sampling) : parse_completion(body, model.sampling), model);
-    } catch (const ApiError& error) {
-      outcome.error = error;
-    } catch (const std::exception& error) {
-      outcome.error = ApiError(500, "the request could not be read: " + first_line(error));
-    }
-    boost::asio::post(self->server_.context(), [self, outcome = std::move(outcome)]() mutable {
-      self->on_prepared(std::move(outcome));
+    std::optional<ApiRequest> api;
+    self->guarded(outcome, [&] {
+      api = self->chat_ ? parse_chat(body, model.sampling) : parse_completion(body, model.sampling);
+      if (!api->schema) outcome.prepared = prepare(std::move(*api), model);
     });
+    if (outcome.prepared || outcome.error) return self->hand_over(std::move(outcome));
+    boost::asio::post(self->server_.compilation(), [self, api = std::move(*api)]() mutable {
+      if (self->gone_) return;
+      Outcome outcome;
+      self->guarded(outcome, [&] { outcome.prepared = prepare(std::move(api), self->server_.model()); });
+      self->hand_over(std::move(outcome));
+    });
+  });
+}
+
+template <typename Work>
+void Exchange::guarded(Outcome& outcome, const Work& work) {
+  try {
+    work();
+  } catch (const ApiError& error) {
+    outcome.error = error;
+  } catch (const std::exception& error) {
+    outcome.error = ApiError(500, "the request could not be read: " + first_line(error));
+  }
+}
+
+void Exchange::hand_over(Outcome outcome) {
+  boost::asio::post(server_.context(), [self = shared_from_this(), outcome = std::move(outcome)]() mutable {
+    self->on_prepared(std::move(outcome));
   });
 }
 

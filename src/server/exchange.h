@@ -19,7 +19,8 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
  public:
   Exchange(uint64_t id, bool chat, std::shared_ptr<Connection> connection, HttpServer& server);
 
-  // Parses, renders and encodes in the preparation threads, then submits.
+  // Parses, renders and encodes in the preparation threads, or where a schema is to be compiled in the thread for that, then
+  // submits.
   void start(std::string body);
   void on_update(const EngineUpdate& update);
   void client_gone();
@@ -31,6 +32,9 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
 
  private:
   struct Outcome;
+  template <typename Work>
+  void guarded(Outcome& outcome, const Work& work);
+  void hand_over(Outcome outcome);
   void on_prepared(Outcome outcome);
   void fail(const ApiError& error);
   void finish();

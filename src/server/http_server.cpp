@@ -92,8 +92,8 @@ void HttpServer::run() {
       notice("error: a connection failed: {}\n", first_line(error));
     }
   }
-  preparation_.stop();
-  preparation_.join();
+  for (asio::thread_pool* pool : {&preparation_, &compilation_}) pool->stop();
+  for (asio::thread_pool* pool : {&preparation_, &compilation_}) pool->join();
   engine_.stop();
 }
 

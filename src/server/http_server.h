@@ -1,4 +1,4 @@
-// The HTTP side: one thread for all sockets, two that parse and encode, beside the engine's own.
+// The HTTP side: one thread for all sockets, two that parse and encode, one that compiles schemas, beside the engine's own.
 #pragma once
 
 #include <atomic>
@@ -58,6 +58,7 @@ class HttpServer {
   Metrics& metrics() { return metrics_; }
   boost::asio::io_context& context() { return context_; }
   boost::asio::thread_pool& preparation() { return preparation_; }
+  boost::asio::thread_pool& compilation() { return compilation_; }
   // A refusal that needs no body: no such route, no key, no room.
   std::optional<HttpReply> check_header(const HttpRequest& request) const;
   void handle(HttpRequest request, const std::shared_ptr<Connection>& connection);
@@ -89,6 +90,7 @@ class HttpServer {
   Metrics& metrics_;
   boost::asio::io_context context_{1};
   boost::asio::thread_pool preparation_{2};
+  boost::asio::thread_pool compilation_{1};  // of schemas: other requests do not wait for them
   boost::asio::ip::tcp::acceptor acceptor_{context_};
   boost::asio::signal_set signals_;
   boost::asio::steady_timer timer_{context_}, pause_{context_};

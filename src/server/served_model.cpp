@@ -46,6 +46,27 @@ bool ends_in_reasoning(const std::string& prompt) {
   return begin != std::string::npos && (end == std::string::npos || end < begin);
 }
 
+MakeConstraint constraint_of(const ApiRequest& api, const AnswerFormat& format, const ServedModel& model) {
+  if (!api.schema) return {};
+  if (!model.compile_schema)
+    refuse(
+        api.schema_field,
+        "{} cannot be served: this program was built without xgrammar (scripts/setup.sh brings its sources)",
+        api.schema_field);
+  AnswerOpening opening;
+  if (format.reasoning) {
+    opening.reasoning_begin = model.tokenizer.token_id("<think>");
+    opening.reasoning_end = model.tokenizer.token_id("</think>");
+    opening.in_reasoning = format.starts_in_reasoning;
+  }
+  if (format.tools) opening.tool_call = model.tokenizer.token_id("<tool_call>");
+  try {
+    return model.compile_schema(*api.schema, opening);
+  } catch (const Error& error) {
+    refuse(api.schema_field, "{}: {}", api.schema_field, error.what());
+  }
+}
+
 uint64_t fresh_seed() {
   static thread_local std::mt19937_64 random{std::random_device{}()};
   return random();
@@ -86,6 +107,7 @@ PreparedRequest prepare(ApiRequest api, const ServedModel& model) {
   } catch (const Error& error) {
     throw ApiError(400, error.what());
   }
+  request.constraint = constraint_of(api, prepared.format, model);
   request.stop_strings = api.stop;
   request.stop_ids = api.stop_ids;
   if (!api.ignore_eos)

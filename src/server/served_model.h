@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <set>
 #include <string>
@@ -9,6 +10,7 @@
 
 #include "attention/methods.h"
 #include "engine/request.h"
+#include "grammar/grammar.h"
 #include "server/answer_parser.h"
 #include "server/api_request.h"
 #include "text/chat_template.h"
@@ -33,6 +35,8 @@ struct ServedModel {
   const Selector* selector = nullptr;
   std::set<std::string> attention_words;
   bool reasoning = false, tool_calls = false;  // are split off
+  // SchemaCompiler::compile; empty in a build without xgrammar.
+  std::function<MakeConstraint(const Json& schema, const AnswerOpening& opening)> compile_schema;
 };
 
 // A request, ready for the engine.
@@ -46,7 +50,7 @@ struct PreparedRequest {
 };
 
 // Renders, encodes and checks. Takes up to a second for the longest prompts: not for a thread that others wait for.
-// Throws ApiError.
+// With a schema that is new it can take seconds. Throws ApiError.
 PreparedRequest prepare(ApiRequest api, const ServedModel& model);
 
 // The ids of a body of /tokenize.

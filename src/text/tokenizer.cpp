@@ -83,7 +83,7 @@ struct Tokenizer::Tables {
 
   struct Token {
     std::string text;  // bytes in a byte-level vocabulary
-    bool known = false, special = false;
+    bool known = false, special = false, added = false;
   };
   std::string where;
   PreTokenizer pre_tokenizer;
@@ -144,12 +144,12 @@ Tokenizer::Tables::Tables(const json& file, const json& config, const std::strin
     if (static_cast<size_t>(id) >= tokens.size()) tokens.resize(static_cast<size_t>(id) + 1);
     // In a byte-level vocabulary a token with a character that stands for no byte means itself.
     const auto bytes = decoder.is_byte_level() ? bytes_of_characters(text) : std::nullopt;
-    return tokens[static_cast<size_t>(id)] = {bytes.value_or(text), true, false};
+    return tokens[static_cast<size_t>(id)] = {bytes.value_or(text), true, false, false};
   };
   for (const auto& [text, id] : bpe.vocab()) place(id, text);
   for (const AddedToken& token : added) {
-    place(token.id, token.normalized ? normalizer.normalize(token.content) : token.content).special =
-        token.special;
+    Token& placed = place(token.id, token.normalized ? normalizer.normalize(token.content) : token.content);
+    placed.special = token.special, placed.added = true;
     added_ids.emplace(token.content, token.id);
   }
   for (const auto* ids : {&frame.before, &frame.after})
@@ -288,6 +288,10 @@ int64_t Tokenizer::vocab_size() const {
 
 bool Tokenizer::is_special(int32_t id) const {
   return has_token(id) && tables_->tokens[static_cast<size_t>(id)].special;
+}
+
+bool Tokenizer::is_added(int32_t id) const {
+  return has_token(id) && tables_->tokens[static_cast<size_t>(id)].added;
 }
 
 const std::vector<int32_t>& Tokenizer::eos_ids() const {

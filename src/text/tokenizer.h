@@ -49,6 +49,8 @@ class Tokenizer {
 
   // Whether `id` is an added token marked special; an unknown id is not.
   bool is_special(int32_t id) const;
+  // Whether `id` is an added token, special or not.
+  bool is_added(int32_t id) const;
 
   // The ids that end a generation: those of generation_config.json, then the eos_token of
   // tokenizer_config.json (instruct models may name the end of a turn in one and the end of a document in the

@@ -169,6 +169,62 @@ class Unprepared : public AttentionBackend {
   AttentionBackend& inner_;
 };
 
+// Multiples of `step` in ascending order, up to `last`; then nothing.
+class Ascending : public TokenConstraint {
+ public:
+  Ascending(int32_t step, int32_t last) : step_(step), last_(last) {}
+  bool allowed(int32_t* bits) override {
+    std::fill(bits, bits + 4, 0);
+    bool any = false;
+    for (int32_t t = next_; t <= last_; t += step_)
+      bits[t / 32] |= static_cast<int32_t>(uint32_t{1} << (t % 32)), any = true;
+    return any;
+  }
+  void accept(int32_t token) override { next_ = token + step_; }
+  bool complete() const override { return next_ > last_ && last_ > 0; }
+
+ private:
+  int32_t step_, last_, next_ = 0;
+};
+
+TEST(Engine, AnswersUnderAConstraintKeepItAndOthersAreAsAlone) {
+  const uint64_t seed = test::fresh_seed();
+  const Backbone backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, seed);
+  const auto stack = [&] {
+    return AttentionStack(backbone, nullptr, {MethodSpec{}}, {.num_pages = 60, .num_sequences = 6});
+  };
+  Request free = request_of(random_tokens(50, 101), 30), tied = free, stuck = free;
+  tied.completions = 3, tied.sampling.temperature = 5;
+  tied.constraint = [] { return std::make_unique<Ascending>(7, 98); };
+  stuck.constraint = [] { return std::make_unique<Ascending>(3, -1); };
+  AttentionStack of_one = stack(), of_all = stack();
+  Engine one(backbone, of_one, {}), all(backbone, of_all, {.max_sequences = 6});
+  const auto alone = generate(one, {free});
+  std::vector<std::vector<int32_t>> tokens(3);
+  std::vector<int32_t> others;
+  std::string error;
+  all.add(free), all.add(tied), all.add(stuck);
+  while (!all.idle())
+    for (const Event& event : all.step()) {
+      if (event.request == 2) error = event.error;
+      if (event.request == 1 && event.finish) EXPECT_EQ(*event.finish, FinishReason::stop);
+      if (!event.token) continue;
+      (event.request == 0 ? others : tokens[static_cast<size_t>(event.completion)])
+          .push_back(event.token->token);
+    }
+  EXPECT_EQ(others, alone[0][0].tokens);
+  EXPECT_NE(error.find("no token"), std::string::npos);
+  for (const auto& answer : tokens) {
+    ASSERT_FALSE(answer.empty());
+    EXPECT_EQ(answer.back(), 98);
+    for (size_t i = 0; i < answer.size(); ++i) {
+      EXPECT_EQ(answer[i] % 7, 0);
+      if (i) EXPECT_GT(answer[i], answer[i - 1]);
+    }
+  }
+  EXPECT_EQ(of_all.cache().num_free_pages(), of_all.cache().num_pages());
+}
+
 TEST(Stack, PreparedAndJoinedEqualUnprepared) {
   const uint64_t seed = test::fresh_seed();
   for (const ModelConfig& config :

@@ -193,6 +193,45 @@ TEST(Sampler, LogprobsAreTheModelsOwn) {
   }
 }
 
+// A masked row draws as one whose forbidden tokens have no probability; other rows and all log-probabilities are as without.
+TEST(Sampler, MaskedRowsDrawWhatIsAllowed) {
+  std::mt19937_64 random(fresh_seed());
+  for (const int64_t vocab : {31, 32, 33, 1000}) {
+    const int64_t count = 7, words = (vocab + 31) / 32;
+    Sampler masked(vocab, at::kCPU), other(vocab, at::kCPU);
+    std::vector<int64_t> ids;
+    for (int64_t i = 0; i < count; ++i) {
+      SamplingOptions options = random_options(random, vocab);
+      options.logprobs = 2;
+      masked.add(i, options, {}), other.add(i, options, {});
+      ids.push_back(i);
+    }
+    for (int step = 0; step < 5; ++step) {
+      const at::Tensor logits = 3 * at::randn({count, vocab});
+      at::Tensor forbidden = logits.clone();
+      TokenMask mask{.rows = {1, 4, 5}, .bits = at::zeros({3, words}, at::kInt)};
+      for (size_t r = 0; r < mask.rows.size(); ++r) {
+        const auto sure = static_cast<int64_t>(random() % static_cast<uint64_t>(vocab));
+        for (int64_t token = 0; token < vocab; ++token) {
+          if (token == sure || random() % 4 == 0)
+            mask.bits[static_cast<int64_t>(r)].data_ptr<int32_t>()[token / 32] |=
+                static_cast<int32_t>(uint32_t{1} << (token % 32));
+          else
+            forbidden[mask.rows[r]][token] = -std::numeric_limits<float>::infinity();
+        }
+      }
+      const auto sampled = masked.sample(logits, ids, mask), expected = other.sample(forbidden, ids);
+      for (size_t i = 0; i < ids.size(); ++i) {
+        EXPECT_EQ(sampled[i].token, expected[i].token) << "row " << i << " of " << vocab;
+        EXPECT_GT(forbidden[static_cast<int64_t>(i)][sampled[i].token].item<float>(), -1e30);
+        EXPECT_NEAR(sampled[i].logprob,
+                    at::log_softmax(logits[static_cast<int64_t>(i)], 0)[sampled[i].token].item<float>(),
+                    1e-5);
+      }
+    }
+  }
+}
+
 TEST(Sampler, NanIsTheRowsOwnAndSparesTheOthers) {
   fresh_seed();
   at::Tensor logits = at::randn({4, 30});

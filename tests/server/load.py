@@ -1,12 +1,16 @@
-"""Open load with clients that go away: every answer is the one that the request gets alone, and nothing is left behind.
+"""Open load with clients that go away or send nonsense: every answer is the one that the request gets alone, and nothing is left
+behind.
 
 As a script, the long form: python tests/server/load.py --clients 64 --seconds 600
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import random
+import socket
+import struct
 import sys
 import threading
 import time
@@ -98,6 +102,58 @@ def ask(server, body, cancel_after=None):
     return choices
 
 
+def nonsense(rng, book):
+    """What no request should be, as bytes: broken HTTP, broken JSON, or a whole request with some bytes changed."""
+    body = json.dumps(random_request(rng, book)).encode()
+    kind = rng.randrange(6)
+    if kind == 0:
+        return bytes(rng.randrange(256) for _ in range(rng.randrange(1, 300))) + b"\r\n\r\n"
+    if kind == 1:
+        body = body[: rng.randrange(len(body))]
+    if kind == 2:
+        body = body.replace(
+            b'"max_tokens": ',
+            rng.choice([b'"max_tokens": -', b'"max_tokens": "', b'"max_tokens": [[', b'"n": 1e9, "x": ']),
+        )
+    if kind == 3:
+        body = rng.choice(
+            [
+                b"[" * 4000,
+                b"{}",
+                b"null",
+                b'{"prompt": [1e400]}',
+                b'{"prompt": "\xff"}',
+                b'{"prompt": "a", "seed": 1e30}',
+            ]
+        )
+    length = len(body) if kind != 4 else rng.choice([-1, 10**15, len(body) + 50])
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    data = bytearray(head.encode() + body)
+    if kind == 5:
+        for _ in range(rng.randrange(1, 5)):
+            data[rng.randrange(len(head) + 20)] = rng.randrange(256)
+    return bytes(data)
+
+
+def send_nonsense(server, rng, book):
+    """The status of the reply; 0 where there is none, as when the connection is cut by a reset in the middle."""
+    with server.socket() as connection, contextlib.suppress(ConnectionError):
+        connection.settimeout(300)  # what is a request after all waits for its turn
+        connection.sendall(nonsense(rng, book))
+        if rng.randrange(4) == 0:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return 0
+        connection.shutdown(socket.SHUT_WR)
+        data = b""
+        while more := connection.recv(65536):
+            data += more
+        if not data:
+            return 0
+        assert data.startswith((b"HTTP/1.1 ", b"HTTP/1.0 ")), data[:100]
+        return int(data.split()[1])
+    return 0
+
+
 def near_tie(top):
     """Whether rounding may have chosen: the two likeliest are next to each other."""
     values = sorted(top.values(), reverse=True)
@@ -118,9 +174,11 @@ def differs(alone, got, whole):
     return None
 
 
-def run_load(server, book, clients, rng, requests=None, seconds=None, make=random_request):
-    """[(body, cancel_after, choices)] of all clients; each sends `requests`, or goes on for `seconds`."""
+def run_load(server, book, clients, rng, requests=None, seconds=None, make=random_request, vandals=0):
+    """[(body, cancel_after, choices)] of all clients; each sends `requests`, or goes on for `seconds`. So long, `vandals` more
+    send nonsense."""
     results, failures, lock = [], [], threading.Lock()
+    over = threading.Event()
     end = time.monotonic() + (seconds or 1e9)
 
     def client(rng):
@@ -137,10 +195,23 @@ def run_load(server, book, clients, rng, requests=None, seconds=None, make=rando
             with lock:
                 results.append((body, cancel, choices))
 
+    def vandal(rng):
+        while not over.is_set() and not failures:
+            try:
+                status = send_nonsense(server, rng, book)
+                assert status in (0, 200, 400, 404, 405, 408, 411, 413, 415, 429, 431, 501, 503, 505), status
+            except Exception as error:
+                failures.append(f"nonsense: {error!r}")
+            time.sleep(rng.random() / 10)
+
+    others = [threading.Thread(target=vandal, args=(random.Random(rng.random()),)) for _ in range(vandals)]
     threads = [threading.Thread(target=client, args=(random.Random(rng.random()),)) for _ in range(clients)]
-    for thread in threads:
+    for thread in others + threads:
         thread.start()
     for thread in threads:
+        thread.join()
+    over.set()
+    for thread in others:
         thread.join()
     assert not failures, failures[0]
     return results
@@ -156,6 +227,51 @@ def check(results, reference):
             assert wrong is None, f"choice {i} of {body} {wrong}:\n{got}\nalone:\n{expected}"
             compared += len(got["tokens"])
     return compared
+
+
+def kill_in_the_middle(server, book, clients, rng):
+    """SIGKILL while all clients are answered: how many of their streams had begun. None may look finished."""
+    begun, looks_finished, lock = [], [], threading.Lock()
+    streaming = threading.Semaphore(0)
+
+    def client(rng):
+        import http.client
+
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
+        body = {**long_answer(rng, book), "max_tokens": 1000, "stream": rng.randrange(4) > 0}
+        lines, ended = [], "nothing"
+        try:
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            for line in reply:
+                lines.append(line)
+                if len(lines) == 1:
+                    streaming.release()
+            ended = "whole" if not body["stream"] else "closed"
+        except (OSError, http.client.HTTPException):
+            ended = "cut"
+        with lock:
+            begun.append(bool(lines))
+            text = b"".join(lines)
+            if (
+                ended == "whole"
+                or b"[DONE]" in text
+                or any(word in text for word in (b'"finish_reason":"', b'"finish_reason": "'))
+            ):
+                looks_finished.append(text[-300:])
+
+    threads = [threading.Thread(target=client, args=(random.Random(rng.random()),)) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for _ in range(4):
+        streaming.acquire()
+    server.process.kill()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a client still waits for a server that was killed"
+    server.process.wait()
+    assert not looks_finished, looks_finished[0]
+    return sum(begun)
 
 
 def main():
@@ -181,7 +297,8 @@ def main():
 
     results, begin = [], time.monotonic()
     while (left := options.seconds - (time.monotonic() - begin)) > 0:
-        results += run_load(server, book, options.clients, rng, seconds=min(left, options.seconds / 4))
+        part = min(left, options.seconds / 4)
+        results += run_load(server, book, options.clients, rng, seconds=part, vandals=4)
         results += run_load(server, book, options.clients, rng, requests=1, make=long_answer)
         server.wait_until_idle()
         print(f"{time.monotonic() - begin:.0f} s: {len(results)} requests, {resident():.0f} MiB resident", flush=True)
@@ -189,7 +306,26 @@ def main():
     print(
         f"{metrics['vllm:generation_tokens_total']:.0f} tokens written, {metrics['vllm:num_preemptions_total']:.0f} preemptions"
     )
+    refused = {
+        k.split("=")[1].rstrip("}"): v for k, v in metrics.items() if k.startswith("spot:refused_requests_total{")
+    }
+    print(f"refused by status: {refused}; dropped connections: {metrics['spot:dropped_connections_total']:.0f}")
     assert server.stop()[0] == 0
+    begin = time.monotonic()
+    start = lambda: Server(
+        options.build, model, *COMMON, "--cache-gib", "0.02", "--max-sequences", "32", "--max-queue", "256"
+    )
+    killed = start()
+    load_seconds = time.monotonic() - begin
+    begun = kill_in_the_middle(killed, book, options.clients, rng)
+    begin = time.monotonic()
+    again = start()
+    ask(again, {**random_request(rng, book), "max_tokens": 1})
+    print(
+        f"kill -9 with {options.clients} clients, {begun} streams begun: none looks finished; the next server answered after "
+        f"{time.monotonic() - begin:.1f} s, of which the start took {load_seconds:.1f} s before"
+    )
+    assert again.stop()[0] == 0
     reference = Server(options.build, model, *COMMON, "--max-sequences", "1", "--no-prefix-cache")
     chosen = rng.sample(results, min(options.compare, len(results)))
     print(f"{check(chosen, reference)} tokens of {len(chosen)} requests are as alone")

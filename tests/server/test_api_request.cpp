@@ -142,13 +142,43 @@ TEST(ApiRequest, NamesTheMemberThatIsWrong) {
   EXPECT_EQ(refused_field(chat, {{"chat_template_kwargs", {{"messages", 1}}}}), "chat_template_kwargs");
 }
 
+TEST(ApiRequest, ReadsSchemasOfEveryForm) {
+  const Json schema = {{"type", "object"}, {"properties", {{"z", Json::object()}, {"a", true}}}};
+  const auto format = [](Json schema) {
+    return Json{{"type", "json_schema"}, {"json_schema", {{"name", "n"}, {"schema", std::move(schema)}}}};
+  };
+  for (const Json& body :
+       {Json{{"response_format", format(schema)}}, Json{{"guided_json", schema}},
+        Json{{"guided_json", schema.dump()}}, Json{{"structured_outputs", {{"json", schema}}}}}) {
+    const ApiRequest request = chat(body);
+    ASSERT_TRUE(request.schema) << body;
+    EXPECT_EQ(*request.schema, schema);
+    EXPECT_EQ(request.schema->at("properties").front(), Json::object()) << "the order is kept";
+    EXPECT_EQ(request.schema_field, body.items().begin().key());
+  }
+  EXPECT_EQ(*completion({{"response_format", {{"type", "json_object"}}}}).schema, (Json{{"type", "object"}}));
+  EXPECT_FALSE(
+      completion({{"response_format", {{"type", "text"}}}, {"structured_outputs", {{"json_object", false}}}})
+          .schema);
+  EXPECT_EQ(refused_field(chat, {{"guided_json", schema}, {"response_format", format(schema)}}),
+            "guided_json");
+  for (const Json& wrong : {Json(1), Json("{"), Json("[]"), Json::array()}) {
+    EXPECT_EQ(refused_field(chat, {{"guided_json", wrong}}), "guided_json");
+    EXPECT_EQ(refused_field(chat, {{"response_format", format(wrong)}}), "response_format");
+    EXPECT_EQ(refused_field(chat, {{"structured_outputs", {{"json", wrong}}}}), "structured_outputs");
+  }
+  EXPECT_EQ(refused_field(chat, {{"response_format", {{"type", "json_schema"}, {"schema", schema}}}}),
+            "response_format");
+}
+
 TEST(ApiRequest, RefusesByNameWhatItKnowsAndCannotServe) {
   for (const auto& [name, value] :
-       std::vector<std::pair<const char*, Json>>{{"response_format", {{"type", "json_object"}}},
+       std::vector<std::pair<const char*, Json>>{{"guided_regex", "a"},
                                                  {"echo", true},
                                                  {"suffix", "x"},
                                                  {"min_tokens", 3},
-                                                 {"guided_json", {{"type", "object"}}},
+                                                 {"response_format", {{"type", "structural_tag"}}},
+                                                 {"structured_outputs", {{"choice", {"a", "b"}}}},
                                                  {"prompt_logprobs", 1},
                                                  {"use_beam_search", true},
                                                  {"functions", Json::array({1})},

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from load import COMMON, check, long_answer, run_load
+from load import COMMON, check, kill_in_the_middle, long_answer, run_load
 
 
 # Some forty requests, each by two servers, one of them by itself: about half a minute on a core.
@@ -11,7 +11,7 @@ from load import COMMON, check, long_answer, run_load
 def test_answers_are_those_of_requests_alone(start, book, seed):
     # About 98 pages for twelve answers of up to 70 each: some give way to others.
     crowded = start(*COMMON, "--cache-gib", "0.018", "--max-sequences", "12", "--max-step-tokens", "192")
-    results = run_load(crowded, book, 16, random.Random(seed), requests=2)
+    results = run_load(crowded, book, 16, random.Random(seed), requests=2, vandals=2)
     results += run_load(crowded, book, 12, random.Random(seed + 1), requests=1, make=long_answer)
     metrics = crowded.wait_until_idle()
     assert metrics["vllm:num_preemptions_total"] > 0
@@ -22,3 +22,8 @@ def test_answers_are_those_of_requests_alone(start, book, seed):
     assert check(results, reference) > 100
     for server in (crowded, reference):
         assert server.stop()[0] == 0
+
+
+def test_kill_in_the_middle_of_many_answers(start, book, seed):
+    killed = start(*COMMON, "--cache-gib", "0.03", "--max-sequences", "8")
+    assert kill_in_the_middle(killed, book, 12, random.Random(seed)) >= 4

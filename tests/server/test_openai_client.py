@@ -183,9 +183,9 @@ def test_refusals_are_the_clients_errors(client, server):
     refused(openai.BadRequestError, "prompt", prompt=[])
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": "a"}], response_format={"type": "json_object"}
+            model=MODEL, messages=[{"role": "user", "content": "a"}], extra_body={"guided_grammar": "root"}
         )
-    assert caught.value.body["param"] == "response_format"
+    assert caught.value.body["param"] == "guided_grammar"
     assert [m.id for m in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
     server.wait_until_idle()

@@ -1,0 +1,16 @@
+// Which JSON schemas an answer can be held to.
+#pragma once
+
+#include <nlohmann/json.hpp>
+
+namespace spot {
+
+// A schema of the same or fewer values, in the keywords that the grammar keeps exactly: whatever the grammar lets pass is valid
+// under `schema` by JSON Schema 2020-12. Objects hold the members that are described, in that order, and others only where
+// additionalProperties asks for them; annotations and unknown keywords are dropped, as validators pass them over; `format` is
+// kept for the formats that xgrammar knows, and says nothing for others. Throws Error naming the keyword and where it stands
+// (a JSON pointer) for what cannot be kept (not, if, uniqueItems, contains, patternProperties and so on), for what no value can
+// fulfil, a recursion without an end among it, and for what is too large.
+nlohmann::ordered_json exact_schema(const nlohmann::ordered_json& schema);
+
+}  // namespace spot

@@ -1,0 +1,158 @@
+"""Answers drawn at random under random schemas, by Python's jsonschema; schemas that cannot be kept; hostile ones."""
+
+import json
+import os
+import random
+import subprocess
+
+import jsonschema
+import pytest
+from random_schemas import random_schema
+
+
+@pytest.fixture(scope="module")
+def ask(build_folder, tiny_qwen3):
+    """schema, answers, seed -> schema_tool's reply."""
+    tool = build_folder / "tests" / "grammar" / "schema_tool"
+    if not tool.is_file():
+        pytest.skip("built without xgrammar")
+    model = os.environ.get("SPOT_TEST_TOKENIZER", tiny_qwen3)
+    process = subprocess.Popen([tool, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def one(schema, answers=8, seed=1):
+        process.stdin.write(json.dumps({"schema": schema, "answers": answers, "seed": seed}) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        assert line, f"schema_tool ended with {process.wait()} on {json.dumps(schema)}"
+        return json.loads(line)
+
+    yield one
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
+def test_every_answer_is_valid(ask, seed):
+    generator = random.Random(seed)
+    drawn = kept = 0
+    for _ in range(int(os.environ.get("SPOT_SCHEMAS", 150))):
+        schema = random_schema(generator)
+        jsonschema.Draft202012Validator.check_schema(schema)
+        reply = ask(schema, 8, generator.randrange(2**32))
+        if "error" in reply:
+            assert "no token may follow" not in reply["error"], (reply, schema)
+            continue
+        kept += 1
+        for text in reply["answers"]:
+            drawn += 1
+            try:
+                jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
+            except (ValueError, jsonschema.ValidationError) as error:
+                pytest.fail(f"{error}\nanswer: {text}\nschema: {json.dumps(schema)}")
+    assert kept > 50 and drawn > 5 * kept, (kept, drawn)
+
+
+REFUSED = [
+    ({"not": {"type": "null"}}, "not"),
+    ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+    ({"type": "array", "contains": {}}, "contains"),
+    ({"type": "object", "patternProperties": {"^a": {}}}, "patternProperties"),
+    ({"if": {"type": "null"}, "then": {}}, "if"),
+    ({"type": "string", "minLength": 3, "pattern": "a*"}, "pattern"),
+    ({"type": "string", "pattern": "(?=a)b"}, "ookahead"),
+    ({"type": "string", "pattern": "("}, "compiled"),
+    ({"type": "string", "pattern": 'say "no"'}, "quotes"),
+    ({"type": "string", "pattern": "é+"}, "ASCII"),
+    ({"type": "string", "pattern": "a\\n"}, "pattern"),
+    ({"type": "string", "pattern": "a{2,9}{9}b{4}(c{99}){2}"}, "counts"),
+    ({"type": "string", "pattern": 'say \\"no\\"'}, "quotes"),
+    ({"type": "number", "multipleOf": 0.1}, "multipleOf"),
+    ({"type": "integer", "multipleOf": 7, "minimum": 3}, "multipleOf"),
+    ({"type": "strnig"}, "type"),
+    ({"minLength": 3}, "type"),
+    ({"type": "integer", "minimum": 5, "maximum": 4}, "compiled"),
+    ({"type": "object", "properties": {"a": {"type": "string", "enum": ["a", 1]}}}, "/properties/a"),
+    ({"allOf": [{"type": "object"}, {"required": ["a"]}]}, "allOf"),
+    ({"anyOf": [{"type": "string"}], "minLength": 3}, "minLength"),
+    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+    ({"$ref": "https://example.com/schema"}, "$ref"),
+    ({"$ref": "#/$defs/missing"}, "missing"),
+    ({"$ref": "#"}, "deeper"),
+    ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "itself"),
+    ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "itself"),
+    ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "deeper"),
+    ({"type": "object", "properties": {}, "required": ["a"], "additionalProperties": False}, "'a'"),
+    ({"$defs": {"a": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}, "deeper"),
+    (False, "false"),
+    ({"type": "string", "minLength": -1}, "minLength"),
+    ({"type": "array", "items": [{}]}, "items"),
+]
+
+
+@pytest.mark.parametrize("schema, word", REFUSED)
+def test_what_cannot_be_kept_is_named(ask, schema, word):
+    reply = ask(schema)
+    assert word in reply.get("error", ""), reply
+
+
+def test_properties_come_in_the_order_of_the_schema(ask, seed):
+    names = ["zebra", "apple", "m", "last", "a0"]
+    schema = {"type": "object", "properties": {n: {"type": "boolean"} for n in names}, "required": names}
+    for text in ask(schema, 10, seed)["answers"]:
+        assert list(json.loads(text)) == names
+
+
+def test_recursion_that_can_end(ask, seed):
+    node = {"type": "object", "properties": {"value": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}}}
+    schema = {"$defs": {"node": {**node, "required": ["value"]}}, "$ref": "#/$defs/node"}
+    answers = ask(schema, 30, seed)["answers"]
+    for text in answers:
+        jsonschema.validate(json.loads(text), schema)
+    assert any("next" in json.loads(text) for text in answers)
+
+
+def nested(depth):
+    schema = {"type": "integer"}
+    for i in range(depth):
+        schema = {"type": "object", "properties": {f"p{i}": schema}, "required": [f"p{i}"]}
+    return schema
+
+
+WORDS = [f"word {i} of many" for i in range(2000)]
+# Schemas that are made to take time or memory. Each is refused, or compiled within SECONDS; a machine that is ten times as slow
+# as the slowest seen so far passes.
+HOSTILE = {
+    "short values": {"enum": [f"w{i}" for i in range(1500)]},
+    "long pattern": {"type": "string", "pattern": "." * 128},
+    "values": {"enum": WORDS},
+    "more values than allowed": {"enum": [*WORDS, "one"]},
+    "long values": {"enum": ["x" * 2000 + str(i) for i in range(30)]},
+    "properties": {"type": "object", "properties": {f"property {i}": {"type": "string"} for i in range(128)}},
+    "more properties than allowed": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(129)}},
+    "required properties": {
+        "type": "object", "properties": {f"p{i}": {"type": "number"} for i in range(399)}, "required": [f"p{i}" for i in range(399)],
+    },
+    "alternatives": {"anyOf": [{"type": "object", "properties": {f"k{i}": {"type": "string", "minLength": i}}} for i in range(400)]},
+    "deep": nested(60),
+    "repeats": {"type": "string", "minLength": 99_999, "maxLength": 100_000},
+    "too many repeats": {"type": "string", "maxLength": 10**9},
+    "items": {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "maxItems": 90_000}, "minItems": 90_000},
+    "pattern": {"type": "string", "pattern": "((((a{1,99}){1,99}){1,99}){1,99}){1,99}"},
+    "pattern of alternatives": {"type": "string", "pattern": "(a|aa|aaa|b.*c|.{40}){60}"},
+    "pattern of classes": {"type": "string", "pattern": "[^a]{1,5000}[^b]{1,5000}[^c]{1,5000}"},
+    "patterns": {"type": "array", "prefixItems": [{"type": "string", "pattern": f"(.*{c}.{{30}})+"} for c in "abcd"]},
+    "more patterns than allowed": {"type": "array", "prefixItems": [{"type": "string", "pattern": f"{c}.{{31}}"} for c in "abcde"]},
+    "references": {
+        "$defs": {f"d{i}": {"type": "array", "items": {"anyOf": [{"$ref": f"#/$defs/d{j}"} for j in range(15)] + [{"type": "null"}]}}
+                  for i in range(15)},
+        "$ref": "#/$defs/d0",
+    },
+    "ranges": {"type": "array", "prefixItems": [{"type": "integer", "minimum": 10**i + 1, "maximum": 9 * 10**17 + i} for i in range(17)]},
+}  # fmt: skip
+SECONDS = 60
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_schemas_are_refused_or_bounded(ask, name):
+    reply = ask(HOSTILE[name], 1)
+    if "error" not in reply:
+        assert reply["seconds"] < SECONDS and reply["slowest"] < SECONDS, reply
