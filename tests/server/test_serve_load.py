@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import pathlib
 import random
 import statistics
@@ -197,7 +198,9 @@ def test_search_on_the_server(build_folder, tiny_qwen3, tmp_path):
         "60000",
     ]
     command += ["--chunks", "dense=96", "--chunks", "spot:k=640=96,160", "--rate", "200", "--out", out]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert [(r["shape"], r["side"], r["chunk"]) for r in result["rows"]] == [
