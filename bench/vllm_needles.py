@@ -4,7 +4,7 @@
     python bench/vllm_needles.py --out out/gpu/vllm_needles.json [--cases qwen3,hybrid,ranks]
 
 Prompts and the program that asks vLLM are those of tests/vllm; on a GPU everything else is vLLM's default there: bfloat16,
-its compiler, CUDA graphs. Each side is a process; they run side by side, since the models are small. A case fails (and the
+its compiler, CUDA graphs; answers have ten tokens, since what follows a code captures less mass. Each side is a process; they run side by side, since the models are small. A case fails (and the
 script ends with status 1) where more than one prompt that dense attention answers is lost, more than 27% of the tokens are
 read at `spot:k=25%`, the self-check's captured mass is 0.76 or less, a second pass comes from elsewhere than the prefix
 cache, or more than one of its answers, or of those of two ranks, are others: bfloat16 may turn one. `ranks` needs two GPUs and is left out where there is one.
@@ -48,8 +48,8 @@ class Asked:
         engine |= {"max_num_batched_tokens": 1024, "tensor_parallel_size": ranks}
         engine |= {"enforce_eager": True} if device == "cpu" else {"kv_cache_memory_bytes": 2 << 30}
         if sparse:
-            engine["additional_config"] = {"spot": {"selector": "spot", "method": METHOD, "check_every": 4}}
-        request = {"engine": engine, "prompts": prompts, "passes": 2 if sparse else 1, "sampling": {"max_tokens": 24}}
+            engine["additional_config"] = {"spot": {"selector": "spot", "method": METHOD, "check_every": 1}}
+        request = {"engine": engine, "prompts": prompts, "passes": 2 if sparse else 1, "sampling": {"max_tokens": 10}}
         (self.folder / "request.json").write_text(json.dumps(request))
         (self.folder / "site").mkdir()
         build = pathlib.Path(os.environ.get("SPOT_BUILD", ROOT / "build/gpu"))
