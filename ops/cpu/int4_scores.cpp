@@ -105,7 +105,7 @@ SPOT_AVX2 void avx2_block_scores(const Int4Query::Layout& query, const uint8_t* 
       Four score = relu[i][0] * w[0];
       for (int h = 1; h < kHeads; ++h) score += relu[i][h] * w[h];
       const FourInts token = {2 * i, 2 * i + 8, 2 * i + 1, 2 * i + 9};
-      most = (token < tokens) & (score > most) ? score : most;  // a NaN never wins
+      most = ((token < tokens) & (score > most)) ? score : most;  // a NaN never wins
     }
     float lanes[4];
     __builtin_memcpy(lanes, &most, sizeof lanes);

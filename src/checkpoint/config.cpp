@@ -111,8 +111,9 @@ RopeConfig read_rope(const Fields& fields, int64_t head_dim, int64_t max_positio
                        fields.source() + (older ? ": rope_scaling" : ": rope_parameters"));
   RopeConfig rope;
   rope.theta = scaling.positive("rope_theta", fields.positive("rope_theta", theta_default));
-  if (rope.theta <= 1)
-    fail("{}: rope_theta is {}, a number above 1 was expected", fields.source(), rope.theta);
+  if (rope.theta <= 1 || rope.theta >= 1e15) {
+    fail("{}: rope_theta is {}, a number between 1 and 1e15 was expected", fields.source(), rope.theta);
+  }
   const double partial =
       scaling.positive("partial_rotary_factor", fields.positive("partial_rotary_factor", partial_default));
   rope.rotary_dim = static_cast<int64_t>(static_cast<double>(head_dim) * partial);
@@ -352,6 +353,9 @@ ModelConfig ModelConfig::from_json(const json& published, const std::string& sou
          fields.source(), config.hidden_size, config.num_heads);
   }
   config.rms_norm_eps = fields.positive("rms_norm_eps", 1e-6);
+  if (config.rms_norm_eps >= 1) {
+    fail("{}: rms_norm_eps is {}, a number below 1 was expected", fields.source(), config.rms_norm_eps);
+  }
   config.tie_word_embeddings = top.flag("tie_word_embeddings", fields.flag("tie_word_embeddings", smollm3));
   config.attention_output_bias = !mistral && !qwen2 && fields.flag("attention_bias", false);
   config.qkv_bias = qwen2 || config.attention_output_bias;

@@ -114,6 +114,19 @@ TEST(Config, LlamaDefaultsFollowTransformers) {
   EXPECT_FALSE(config.tie_word_embeddings);
 }
 
+TEST(Config, NumbersThatNoModelHasAreNamed) {
+  for (const auto& [name, value] : {std::pair{"rms_norm_eps", 1.0},
+                                    {"rms_norm_eps", 1.8e19},
+                                    {"rms_norm_eps", 0.0},
+                                    {"rope_theta", 1.0},
+                                    {"rope_theta", 1.8e19},
+                                    {"rope_theta", -1e4}}) {
+    json j = kLlama32_1B;
+    j[name] = value;
+    expect_error([&] { ModelConfig::from_json(j, "config.json"); }, {"config.json", name});
+  }
+}
+
 TEST(Config, ReadsEveryQwen3_5) {
   struct Size {
     int layers, hidden, heads, kv_heads, intermediate, value_heads;

@@ -406,8 +406,9 @@ def test_values_of_another_kind_are_named(tmp_path):
     text, floats = gguf.GGUFValueType.STRING, gguf.GGUFValueType.FLOAT32
     others = [("\x00", text, None), (float("nan"), floats, None), ([1.5], gguf.GGUFValueType.ARRAY, floats)]
     others += [(2**64 - 1, gguf.GGUFValueType.UINT64, None), (True, gguf.GGUFValueType.BOOL, None)]
-    for round, key in enumerate(keys):
-        value, kind, part = random.choice(others)
+    cases = [(key, other) for key in keys for other in random.sample(others, 2)]
+    cases += [(f"llama.{key}", others[3]) for key in ("attention.layer_norm_rms_epsilon", "rope.freq_base")]
+    for round, (key, (value, kind, part)) in enumerate(cases):
         if kind == text and key in ("tokenizer.ggml.model", "tokenizer.ggml.pre"):
             value, kind = 3, gguf.GGUFValueType.UINT32
         path = tmp_path / f"{round}.gguf"

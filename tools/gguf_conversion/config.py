@@ -90,7 +90,9 @@ def build_config(metadata, tensors, dtype):
         raise ConversionError(
             f"{metadata.path}: {num_heads} heads of {head_dim} dimensions do not make up the {hidden_size} of a Qwen2 model"
         )
-    rope_theta = metadata.positive("rope.freq_base", metadata.get_own("rope.freq_base", float, 10000.0))
+    rope_theta = metadata.between("rope.freq_base", metadata.get_own("rope.freq_base", float, 10000.0), 1, 1e15)
+    epsilon_key = "attention.layer_norm_rms_epsilon"
+    epsilon = metadata.between(epsilon_key, metadata.need_own(epsilon_key, float), 0, 1)
     if "token_embd.weight" not in tensors:
         raise ConversionError(
             f"{metadata.path}: the tensor token_embd.weight is missing, so the file cannot be converted"
@@ -111,7 +113,7 @@ def build_config(metadata, tensors, dtype):
         "num_key_value_heads": num_kv_heads,
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "max_position_embeddings": positions,
-        "rms_norm_eps": metadata.need_own("attention.layer_norm_rms_epsilon", float),
+        "rms_norm_eps": epsilon,
         "rope_theta": rope_theta,
         "rope_scaling": rope_scaling(metadata, tensors, rope_theta, head_dim),
         "hidden_act": "silu",

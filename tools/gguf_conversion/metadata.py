@@ -73,6 +73,14 @@ class Metadata:
             )
         return value
 
+    def between(self, key, value, low, high):
+        if not low < value < high:
+            raise ConversionError(
+                f"{self.path}: the metadata key {self.architecture}.{key} is {value}, "
+                f"a number between {low:g} and {high:g} was expected"
+            )
+        return value
+
 
 def open_gguf(path):
     """The reader, its Metadata and its tensors by name."""
