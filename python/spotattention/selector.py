@@ -99,7 +99,10 @@ class SelectorConfig:
         return config
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        made = asdict(self)
+        if not self.selection.residual_mass:  # unknown: programs from before it read such a file
+            del made["selection"]["residual_mass"]
+        return made
 
     def validate(self, source: str) -> None:
         """Raises ValueError naming the first impossible value."""

@@ -373,6 +373,11 @@ class Checker {
         properties[text] = others;
       }
     }
+    // A name may come twice where names are free, and counts once.
+    if (open && schema.contains("minProperties") && made.at("minProperties").is_number() &&
+        made.at("minProperties").get<double>() >
+            static_cast<double>(made.value("required", Json::array()).size()))
+      fail("{}: minProperties cannot be kept where members are not named; name and require them", where);
     // What may come next is looked for behind each that may be left out, at each step of an answer.
     const auto optional = static_cast<int64_t>(properties.size()) -
                           static_cast<int64_t>(made.value("required", Json::array()).size());

@@ -199,32 +199,34 @@ SelectorConfig SelectorConfig::from_json(const json& object, const std::string& 
 }
 
 json SelectorConfig::to_json() const {
-  return {{"preset", preset},
-          {"num_heads", num_heads},
-          {"head_dim", head_dim},
-          {"key_heads", key_heads},
-          {"rope_dims", rope_dims},
-          {"key_norm", word_of(kKeyNorms, key_norm)},
-          {"norm_eps", norm_eps},
-          {"per", word_of(kScopes, scope)},
-          {"block_size", block_size},
-          {"cache_format", word_of(kKeyFormats, cache_format)},
-          {"selection",
-           {{"sinks", selection.rule.sinks},
-            {"recency", selection.rule.recency},
-            {"floor", selection.rule.floor},
-            {"cap", selection.rule.cap},
-            {"p", selection.rule.p},
-            {"temperature", selection.temperature},
-            {"residual_mass", selection.residual_mass},
-            {"dense_layers", selection.dense_layers}}},
-          {"distillation",
-           {{"start", word_of(kStarts, distillation.start)},
-            {"loss", word_of(kLosses, distillation.loss)},
-            {"k_train", distillation.k_train},
-            {"teacher", word_of(kTeachers, distillation.teacher)},
-            {"teacher_scope", word_of(kTeacherScopes, distillation.teacher_scope)},
-            {"rest_bucket", distillation.rest_bucket}}}};
+  json object = {{"preset", preset},
+                 {"num_heads", num_heads},
+                 {"head_dim", head_dim},
+                 {"key_heads", key_heads},
+                 {"rope_dims", rope_dims},
+                 {"key_norm", word_of(kKeyNorms, key_norm)},
+                 {"norm_eps", norm_eps},
+                 {"per", word_of(kScopes, scope)},
+                 {"block_size", block_size},
+                 {"cache_format", word_of(kKeyFormats, cache_format)},
+                 {"selection",
+                  {{"sinks", selection.rule.sinks},
+                   {"recency", selection.rule.recency},
+                   {"floor", selection.rule.floor},
+                   {"cap", selection.rule.cap},
+                   {"p", selection.rule.p},
+                   {"temperature", selection.temperature},
+                   {"dense_layers", selection.dense_layers}}},
+                 {"distillation",
+                  {{"start", word_of(kStarts, distillation.start)},
+                   {"loss", word_of(kLosses, distillation.loss)},
+                   {"k_train", distillation.k_train},
+                   {"teacher", word_of(kTeachers, distillation.teacher)},
+                   {"teacher_scope", word_of(kTeacherScopes, distillation.teacher_scope)},
+                   {"rest_bucket", distillation.rest_bucket}}}};
+  // Not where it is unknown: programs from before it read such a file.
+  if (!selection.residual_mass.empty()) object["selection"]["residual_mass"] = selection.residual_mass;
+  return object;
 }
 
 void SelectorConfig::validate(const std::string& source) const {

@@ -69,6 +69,8 @@ REFUSED = [
     ({"type": "integer", "multipleOf": 7, "minimum": 3}, "multipleOf"),
     ({"type": "strnig"}, "type"),
     ({"minLength": 3}, "type"),
+    ({"type": "object", "minProperties": 2}, "minProperties"),
+    ({"type": "object", "required": ["a"], "minProperties": 2}, "minProperties"),
     ({"type": "integer", "minimum": 5, "maximum": 4}, "compiled"),
     ({"type": "object", "properties": {"a": {"type": "string", "enum": ["a", 1]}}}, "/properties/a"),
     ({"allOf": [{"type": "object"}, {"required": ["a"]}]}, "allOf"),

@@ -26,6 +26,8 @@ def test_signatures_are_the_schemas(spotattention):
             assert has_default == argument.has_default_value(), (name, parameter.name)
             if has_default and isinstance(parameter.default, float):
                 assert parameter.default == pytest.approx(argument.default_value, rel=1e-12), (name, parameter.name)
+            elif has_default and isinstance(parameter.default, tuple):
+                assert list(parameter.default) == argument.default_value, (name, parameter.name)
             elif has_default:
                 assert parameter.default == argument.default_value, (name, parameter.name)
         assert getattr(spotattention.ops, name).__doc__
