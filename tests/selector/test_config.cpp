@@ -37,8 +37,10 @@ TEST(SelectorConfig, EveryFieldSurvivesJson) {
   config.norm_eps = 3e-5;
   config.scope = SelectorScope::kv_group;
   config.cache_format = KeyFormat::nvfp4;
-  config.selection = {
-      {.sinks = 96, .recency = 48, .floor = 352, .cap = 4096, .p = 0.75}, {0.5, 1.25, 2.0}, {0, 7}};
+  config.selection = {{.sinks = 96, .recency = 48, .floor = 352, .cap = 4096, .p = 0.75},
+                      {0.5, 1.25, 2.0},
+                      {0.25, 0.5, 1.0},
+                      {0, 7}};
   config.distillation = {Start::backbone,    DistillLoss::dense,     1234,
                          Teacher::block_max, TeacherScope::residual, true};
   const json document = json::parse(config.to_json().dump());
@@ -101,6 +103,8 @@ TEST(SelectorConfig, RefusesTheUnknownAndTheImpossible) {
   expect({{"selection", {{"cap", 100}}}}, "selection.cap is 100");
   expect({{"selection", {{"temperature", {1, 0}}}}}, "selection.temperature is 0");
   expect({{"selection", {{"temperature", {1, "x"}}}}}, "array of numbers");
+  expect({{"selection", {{"residual_mass", {0.5, 0}}}}}, "selection.residual_mass is 0");
+  expect({{"selection", {{"residual_mass", {0.5, 1.5}}}}}, "selection.residual_mass is 1.5");
   expect({{"selection", {{"dense_layers", {1, 1}}}}}, "selection.dense_layers is 1");
   expect({{"selection", {{"dense_layers", {1.5}}}}}, "array of numbers");
   expect({{"distillation", {{"k_train", 0}}}}, "distillation.k_train is 0");

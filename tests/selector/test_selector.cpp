@@ -277,6 +277,13 @@ TEST(Selector, SaveAndLoad) {
   Selector selector(config, model, at::kCPU, at::kFloat, seed);
   shake(selector);
   selector.selection().temperature = {0.5, 1.5, 2.5};
+  selector.selection().residual_mass = {0.25, 0.5};  // of three layers
+  selector.save(folder.path() / "selectors" / "short", "abc", {});
+  EXPECT_NE(error_of([&] {
+              Selector::load("short", folder.path(), model, at::kCPU);
+            }).find("residual_mass has 2 values, but the selector has 3 layers"),
+            std::string::npos);
+  selector.selection().residual_mass = {0.25, 0.5, 1.0};
   selector.save(folder.path() / "selectors" / "mine", "abc", {{"steps", 17}});
 
   const Selector loaded = Selector::load("mine", folder.path(), model, at::kCPU);
