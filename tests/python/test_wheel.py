@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 
 import pytest
 import torch
@@ -53,6 +54,16 @@ def python(built, tmp_path_factory):
 def test_the_sdist_holds_no_weights(built):
     (sdist,) = built.glob("*.tar.gz")
     assert sdist.stat().st_size < 3_000_000
+
+
+def test_the_wheel_holds_the_licences_of_others(built):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name.removeprefix("spotattention/licenses/"): archive.read(name) for name in archive.namelist()}
+    for name in ("libpcre2-dev", "libzstd-dev", "libfmt-dev", "libboost1.81-dev", "wonderwords"):
+        assert len(held[name]) > 500, name
+    if "xgrammar" in held:
+        assert b"Redistribution" in held["picojson"]
 
 
 def test_operators_run(python, tmp_path):
