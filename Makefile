@@ -87,11 +87,13 @@ fuzz: configure-asan
 	@cmake --build build/asan --target fuzzers
 	@tests/fuzz/run.sh $(SECONDS_EACH)
 
-# Left out: what loads our libraries into Python, whose process would have to be sanitized as well.
+# Left out: what loads our libraries into Python, whose process would have to be sanitized as well, and bounds on the address
+# space, in which the sanitizer has no room.
 check: configure-asan
 	@cmake --build build/asan
 	@ctest --test-dir build/asan --output-on-failure -j2
-	@SPOT_BUILD=$(CURDIR)/build/asan $(PYTHON) -m pytest -q tests --ignore tests/python --ignore tests/ops --ignore tests/tools
+	@SPOT_BUILD=$(CURDIR)/build/asan $(PYTHON) -m pytest -q -n 2 --dist loadfile tests --ignore tests/python --ignore tests/ops \
+	  --ignore tests/tools --deselect tests/cli/test_memory.py::test_an_address_space_that_ends --deselect tests/cli/test_memory.py::test_weights_that_do_not_fit
 
 gpu:
 	@bench/run_gpu.sh

@@ -284,8 +284,8 @@ struct Bins {
   // -1 below, kSelectBins above.
   __device__ __forceinline__ int operator()(uint32_t key) const {
     if (!by_key) {
-      const int bin = static_cast<int>((score_of_key(key) - smallest) * factor);  // saturates; NaN gives 0
-      return min(max(bin, 0), kSelectBins - 1);
+      const float bin = (score_of_key(key) - smallest) * factor;
+      return bin >= 1.0f ? static_cast<int>(fminf(bin, kSelectBins - 1)) : 0;  // NaN: 0
     }
     return key < low ? -1 : key > high ? kSelectBins : static_cast<int>((key - low) >> shift);
   }

@@ -31,10 +31,10 @@ inline void device_free(void* p) {
   ::operator delete(p, std::align_val_t(256));
 }
 inline void device_copy(void* to, const void* from, size_t bytes) {
-  std::memcpy(to, from, bytes);
+  if (bytes > 0) std::memcpy(to, from, bytes);
 }
 inline void device_fill(void* p, int value, size_t bytes) {
-  std::memset(p, value, bytes);
+  if (bytes > 0) std::memset(p, value, bytes);
 }
 inline void device_synchronize() {}
 #else
