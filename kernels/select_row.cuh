@@ -252,9 +252,7 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask<kMass>& t
     }
   };
   const float factor = static_cast<float>(kSelectBins - 1) / (score_of_key(largest_key) - bound);
-  const auto bin_of = [&](uint32_t key) {  // the conversion saturates, and makes 0 of NaN
-    return min(max(static_cast<int>((score_of_key(key) - bound) * factor), 0), kSelectBins - 1);
-  };
+  const auto bin_of = [&](uint32_t key) { return nearest_bin((score_of_key(key) - bound) * factor); };
   each_candidate([&](uint32_t key, int) { add_to_bin(task, key, largest_key, bin_of(key), s); });
   __syncthreads();
   const bool found = find_bin(task, target, s);
@@ -284,8 +282,7 @@ struct Bins {
   // -1 below, kSelectBins above.
   __device__ __forceinline__ int operator()(uint32_t key) const {
     if (!by_key) {
-      const float bin = (score_of_key(key) - smallest) * factor;
-      return bin >= 1.0f ? static_cast<int>(fminf(bin, kSelectBins - 1)) : 0;  // NaN: 0
+      return nearest_bin((score_of_key(key) - smallest) * factor);
     }
     return key < low ? -1 : key > high ? kSelectBins : static_cast<int>((key - low) >> shift);
   }

@@ -85,6 +85,11 @@ struct SelectTask {
   }
 };
 
+// Rounded down, within the bins; NaN is in the first.
+__device__ __forceinline__ int nearest_bin(float place) {
+  return place >= 1.0f ? static_cast<int>(fminf(place, kSelectBins - 1)) : 0;
+}
+
 __device__ __forceinline__ uint32_t bits_below(int n) {
   return n >= 32 ? kAllLanes : (1u << n) - 1;
 }
