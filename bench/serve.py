@@ -225,10 +225,12 @@ def main() -> None:
         command.add_argument("--first-id", type=int, default=300, help="least token id of prompts")
         command.add_argument("--end-id", type=int, default=4000, help="one past the largest")
         command.add_argument("--seed", type=int, default=1)
-        command.add_argument("--out", default="/tmp/serve.json" if command is two else "", help="JSON file")
+        command.add_argument("--out", default="out/serve.json" if command is two else "", help="JSON file")
     options = parser.parse_args()
     if options.end_id <= options.first_id or (options.rate is not None and options.rate <= 0):
         parser.error("--end-id must pass --first-id, and --rate be above 0")
+    if options.out:
+        pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     result = search(options) if options.command == "search" else load(options)
     if options.out:
         pathlib.Path(options.out).write_text(json.dumps(result, indent=1) + "\n")

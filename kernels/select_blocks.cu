@@ -31,14 +31,14 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   if (threadIdx.x == 0) p.counts[r] = count;
 }
 
-}  // namespace
-
-static bool valid_thresholds(const SetThresholds& thresholds) {
+bool valid_thresholds(const SetThresholds& thresholds) {
   if (thresholds.count < 0 || thresholds.count > kMostSets) return false;
   for (int32_t set = 0; set < thresholds.count; ++set)
     if (!(thresholds.of[set] > 0.0)) return false;
   return true;
 }
+
+}  // namespace
 
 bool valid_rules(const SelectionRule& rules) {
   return rules.block_size > 0 && rules.sinks >= 0 && rules.recency >= 0 && rules.floor >= 0 &&

@@ -252,7 +252,7 @@ __device__ __forceinline__ int select_from_candidates(const SelectTask<kMass>& t
     }
   };
   const float factor = static_cast<float>(kSelectBins - 1) / (score_of_key(largest_key) - bound);
-  const auto bin_of = [&](uint32_t key) { return nearest_bin((score_of_key(key) - bound) * factor); };
+  const auto bin_of = [&](uint32_t key) { return bin_at((score_of_key(key) - bound) * factor); };
   each_candidate([&](uint32_t key, int) { add_to_bin(task, key, largest_key, bin_of(key), s); });
   __syncthreads();
   const bool found = find_bin(task, target, s);
@@ -281,9 +281,7 @@ struct Bins {
   uint32_t low, high, shift;
   // -1 below, kSelectBins above.
   __device__ __forceinline__ int operator()(uint32_t key) const {
-    if (!by_key) {
-      return nearest_bin((score_of_key(key) - smallest) * factor);
-    }
+    if (!by_key) return bin_at((score_of_key(key) - smallest) * factor);
     return key < low ? -1 : key > high ? kSelectBins : static_cast<int>((key - low) >> shift);
   }
 };

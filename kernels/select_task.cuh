@@ -85,8 +85,8 @@ struct SelectTask {
   }
 };
 
-// Rounded down, within the bins; NaN is in the first.
-__device__ __forceinline__ int nearest_bin(float place) {
+// The bin of a place along all of them, the first or the last beyond their ends; NaN is in the first.
+__device__ __forceinline__ int bin_at(float place) {
   return place >= 1.0f ? static_cast<int>(fminf(place, kSelectBins - 1)) : 0;
 }
 

@@ -186,11 +186,7 @@ DecodeMethod spot_method(const DecodeScene& scene, int64_t key_heads, const Sele
     return ops::score_blocks({s.selector_query, s.selector_weight, s.selector_keys[kind], s.page_table,
                               s.lengths, KeyFormat::int4});
   };
-  auto of_set = [=, &scene](int64_t i) {
-    SelectionRule its = rule;
-    its.temperature *= scene.set(i).temperature;
-    return its;
-  };
+  auto of_set = [=, &scene](int64_t i) { return scene.set(i).fitted(rule); };
   add_block_stages(scene, method, score, static_cast<double>(scene.batch() * scene.length()) * key_bytes,
                    of_set);
   return method;

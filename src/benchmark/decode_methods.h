@@ -38,8 +38,8 @@ DecodeMethod dense_torch(const DecodeScene& scene, const std::string& backend);
 DecodeMethod dense_ours(const DecodeScene& scene);
 
 // Each sparse method takes its rule as select_blocks does.
-// SpotAttention with INT4 selector keys; key_heads 1 (shared) or 4 (the paper's). The rule's temperature is
-// times each set's.
+// SpotAttention with INT4 selector keys; key_heads 1 (shared) or 4 (the paper's). The rule is
+// fitted to each set.
 DecodeMethod spot_method(const DecodeScene& scene, int64_t key_heads, const SelectionRule& rule);
 // Quest, a set a KV head.
 DecodeMethod quest_method(const DecodeScene& scene, const SelectionRule& rule);

@@ -67,7 +67,9 @@ DecodeScene record_decode(const Backbone& backbone, const Selector& selector,
             .view({batch, selector.groups(), selector.config().num_heads});
     set.selector_keys[kind] = keys.pool(event.layer);
     set.new_keys[kind] = selector.project_key(event.layer, inputs.hidden, positions);
-    set.temperature = selector.fitted(event.layer, {}).temperature;
+    set.fitted = [&selector, layer = event.layer](const SelectionRule& rule) {
+      return selector.fitted(layer, rule);
+    };
     set.summarize_keys();
   };
   SparseAttention attention(cache, policy, options);

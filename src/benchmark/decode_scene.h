@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -41,7 +42,8 @@ struct DecodeSet {
   // the other kind.
   at::Tensor selector_keys[2], new_keys[2];
   at::Tensor bounds, codes, ranges;  // Quest's and Twilight's (ops/baselines/baselines.h)
-  double temperature = 1;            // of the selector's scores under top-p
+  // A rule with what the layer's selector was fitted to.
+  std::function<SelectionRule(const SelectionRule&)> fitted = [](const SelectionRule& rule) { return rule; };
 
   // Fills bounds, codes and ranges from the keys, whose pages are all full.
   void summarize_keys();

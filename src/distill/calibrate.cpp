@@ -272,8 +272,6 @@ Calibration calibrate(const Backbone& backbone, const Selector& selector,
   result.threshold = options.threshold;
   result.temperature.assign(result.layers.size(), 1.0);
   const bool few_sets = selector.groups() <= kernels::kMostSets;
-  if (few_sets && measured.empty())
-    result.residual_mass.assign(result.layers.size() * static_cast<size_t>(selector.groups()), 1.0);
   for (size_t l = 0; l < result.layers.size() && !measured.empty(); ++l) {
     const Samples& samples = measured.at(result.layers[l]);
     const at::Tensor scores = at::cat(samples.scores), mass = at::cat(samples.mass),

@@ -31,7 +31,7 @@ struct CalibrationOptions {
 struct Calibration {
   std::vector<int64_t> layers;        // model layers with a selector
   std::vector<double> temperature;    // by layer; 1 where nothing could be measured
-  std::vector<double> residual_mass;  // [layers * groups], as SelectionDefaults has it
+  std::vector<double> residual_mass;  // [layers * groups]; empty where nothing could be measured
   int64_t queries = 0;                // measured in each layer
   std::vector<double> p;
   // [layers][p], means over queries: the nucleus' share of the residual mass at temperature 1 and at the

@@ -31,6 +31,11 @@ struct Recorded {
       Tokenizer::load("models/tiny-qwen3")
           .encode(read_file("docs/method.md") + read_file("docs/results/tiny-qwen3.md"));
   DecodeScene scene = record_decode(backbone, selector, text, kLength, kBatch, 300);
+
+  Recorded() {  // read when a rule is fitted
+    for (size_t layer = 0; layer < selector.layers().size(); ++layer)
+      selector.selection().residual_mass.push_back(0.1 + 0.1 * static_cast<double>(layer));
+  }
 };
 
 const Recorded& recorded() {
@@ -170,6 +175,10 @@ TEST(DecodeRecord, SpotAgreesWithSparseAttentionsOwnCounters) {
   for (const double p : {0.7, 0.9})
     expect_same(run, top_p(p), spot_method(r.scene, key_heads, top_p_rule(p, r.scene.tiers())));
   expect_same(run, top_k(640), spot_method(r.scene, key_heads, top_k_rule(640, r.scene.tiers())));
+  SelectionRule share = top_p_rule(0.9, r.scene.tiers());
+  share.mode = SelectionMode::threshold;
+  share.threshold = 1e-3;
+  expect_same(run, share, spot_method(r.scene, key_heads, share));
 }
 
 TEST(DecodeRecord, QuestAgreesWithSparseAttentionsOwnCounters) {
