@@ -28,14 +28,14 @@ def write_prompts(options) -> None:
     if options.code:
         prompts += texts.code_prompts(options.code, characters, options.count, options.seed)
     if options.prose:
-        prompts += texts.prose_prompts(options.prose, characters, options.count, options.seed)
+        prompts += texts.prose_prompts(texts.read_text(options.prose), characters, options.count, options.seed)
     if options.needles:
         from transformers import AutoTokenizer
 
         if not options.prose:
             raise ValueError("--needles hides its facts in the text of --prose")
         tokenizer = AutoTokenizer.from_pretrained(options.needles)
-        prompts += texts.needle_prompts(options.prose, tokenizer, options.length, options.count, options.seed)
+        prompts += texts.needle_prompts(texts.read_text(options.prose), tokenizer, options.length, options.count, options.seed)
     for path in options.questions:
         prompts += texts.question_prompts(path)
     if not prompts:

@@ -22,7 +22,8 @@ def read_text(path: pathlib.Path) -> str:
 
 def code_prompts(folder: pathlib.Path, characters: int, count: int, seed: int) -> list[dict]:
     """Source files of a folder, package by package in a random order, each under a line with its name."""
-    files = sorted(p for p in folder.rglob("*.py") if not {"site-packages", "idlelib", "test", "tests"} & set(p.parts))
+    left_out = {"site-packages", "idlelib", "test", "tests"}
+    files = sorted(p for p in folder.rglob("*.py") if not left_out & set(p.relative_to(folder).parts))
     packages: dict[pathlib.Path, list[pathlib.Path]] = {}
     for path in files:
         packages.setdefault(path.parent, []).append(path)
@@ -50,9 +51,8 @@ def is_prose(text: str) -> bool:
     return words >= 0.87 * len(text) and len(zlib.compress(text.encode())) >= 0.26 * len(text.encode())
 
 
-def prose_prompts(path: pathlib.Path, characters: int, count: int, seed: int) -> list[dict]:
+def prose_prompts(whole: str, characters: int, count: int, seed: int) -> list[dict]:
     """Stretches of a text, from random paragraphs on, that read like prose throughout."""
-    whole = read_text(path)
     source = random.Random(f"prose {seed}")
     prompts = []
     for _ in range(20000):
@@ -64,7 +64,7 @@ def prose_prompts(path: pathlib.Path, characters: int, count: int, seed: int) ->
             prompts.append({"kind": "prose", "name": f"prose-{seed}-{len(prompts)}", "at": at, "text": text})
         if len(prompts) == count:
             return prompts
-    raise ValueError(f"{path}: {len(prompts)} of {count} stretches of {characters} characters read like prose")
+    raise ValueError(f"the prose: {len(prompts)} of {count} stretches of {characters} characters read like prose")
 
 
 QUESTION_TASKS = ("multikey", "multivalue", "multiquery", "lines", "chain")
@@ -121,7 +121,7 @@ def needle_prompt(task: str, sentences: list[str], source: random.Random, fits) 
     return {"context": context(low), "question": question, "answer_prefix": prefix, "references": references}
 
 
-def needle_prompts(prose: pathlib.Path, tokenizer, length: int, count: int, seed: int, room: int = 128) -> list[dict]:
+def needle_prompts(prose: str, tokenizer, length: int, count: int, seed: int, room: int = 128) -> list[dict]:
     """Questions of every task in turn over running text; `room` tokens stay free for a chat template and the answer."""
     prompts = []
     fits = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= length - room
