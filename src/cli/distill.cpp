@@ -25,7 +25,7 @@ struct Options {
   std::string preset = "spot";
   // Selector fields by their names in selector.json; absent ones take the preset's value.
   std::optional<std::string> loss, teacher, teacher_scope, per, key_norm, cache_format, start;
-  std::optional<int64_t> key_heads, num_heads, rope_dims;
+  std::optional<int64_t> key_heads, num_heads, rope_dims, sinks, recency, floor;
   int64_t k_train = 0;
   bool rest_bucket = false, resume = false, no_calibrate = false, shard_backbone = false;
   std::vector<int64_t> dense_layers;
@@ -51,7 +51,11 @@ SelectorConfig selector_config(const Options& o) {
   // The paper's 8192 is half of its 16384 tokens; the same share holds at other lengths.
   distillation["k_train"] =
       o.k_train > 0 ? o.k_train : std::max<int64_t>(o.train.data.sequence_length / 2, 1);
-  if (!o.dense_layers.empty()) json["selection"]["dense_layers"] = o.dense_layers;
+  auto& selection = json["selection"];
+  set(selection, "sinks", o.sinks);
+  set(selection, "recency", o.recency);
+  set(selection, "floor", o.floor);
+  if (!o.dense_layers.empty()) selection["dense_layers"] = o.dense_layers;
   return SelectorConfig::from_json(json, "command line");
 }
 
@@ -178,6 +182,10 @@ void add_distill(CLI::App& app, const ProcessGroup* group) {
       ->group(shape);
   command.add_option("--cache-format", options->cache_format, "f32, bf16, int8, int4, mxfp4 or nvfp4")
       ->group(shape);
+  command.add_option("--sinks", options->sinks, "Tokens at the start of the context that are always read")
+      ->group(shape);
+  command.add_option("--recency", options->recency, "Tokens at its end that are always read")->group(shape);
+  command.add_option("--floor", options->floor, "Fewest tokens read; shorter contexts are dense")->group(shape);
   command.add_option("--dense-layers", options->dense_layers, "Layers that stay dense and get no selector")
       ->delimiter(',')
       ->group(shape);
