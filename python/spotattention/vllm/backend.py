@@ -77,6 +77,9 @@ class SpotMetadataBuilder(AttentionMetadataBuilder[SpotMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> SpotMetadata:
         m = common_attn_metadata
+        if m.is_prefilling is not None and len(m.is_prefilling) < m.num_reqs:  # rows that fill up a captured graph
+            filled = m.num_reqs - len(m.is_prefilling)
+            m = m.replace(is_prefilling=torch.nn.functional.pad(m.is_prefilling, (0, filled)))
         # A prompt's last chunk may have one token: it is read as the rest of the prompt is.
         rows, _, tokens, _ = split_decodes_and_prefills(m, 1, treat_short_extends_as_decodes=m.is_prefilling is None)
         made = self._step(m, rows)
