@@ -12,6 +12,7 @@ spot=${SPOT:-build/gpu/spot} out=${OUT:-out/gpu} python=${PYTHON:-python3} minut
 model=$out/serve-model sparse=spot:prefill=auto deadline=$((SECONDS + minutes * 60))
 mkdir -p "$out"
 "$python" bench/stand_in_tokenizer.py bench/configs/qwen3-8b "$model"
+SPOT_OPS_LIBRARY=$(dirname "$spot")/libspot_ops.so PYTHONPATH=python "$python" bench/random_selector.py "$model"
 search() {  # NAME, then options of bench/serve.py search
   local name=$1 left=$((deadline - SECONDS))
   shift

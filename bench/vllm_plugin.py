@@ -43,20 +43,6 @@ TINY = {
 }
 
 
-def save_selector(config: dict, folder: pathlib.Path) -> None:
-    from random_selector import random_selector
-
-    facts = {
-        "architecture": config["architectures"][0],
-        "hidden_size": config["hidden_size"],
-        "num_layers": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "num_kv_heads": config["num_key_value_heads"],
-        "head_dim": config["head_dim"],
-    }
-    random_selector(facts).save(folder)
-
-
 def leave_out_prompts_attention() -> None:
     """Steps of more than a block of tokens write keys and values, and attend to nothing."""
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
@@ -206,6 +192,8 @@ def main() -> None:
             after = folder / f"{word}.done"
         found = {}
         try:
+            from random_selector import save_selector
+
             save_selector(config, folder / "selector")
             for word, process in zip(sides, processes, strict=True):
                 if process.wait() != 0:
