@@ -43,7 +43,8 @@ def build(folder, kernels):
     library = folder / f"libgated_delta_{'kernels' if kernels else 'aten'}.so"
     topic = "ops/linear_attention/gated_delta"
     sources = [f"{topic}.cpp", f"{topic}_aten.cpp", f"{topic}_check.cpp"]
-    device_sources = ["kernels/gated_delta_decode.cu", "kernels/gated_delta_prefill.cu"] if kernels else []
+    names = ("device", "gated_delta_decode", "gated_delta_prefill")
+    device_sources = [f"kernels/{name}.cu" for name in names] if kernels else []
     if kernels:
         sources += [f"{topic}_cuda.cpp", "ops/cuda/call.cpp"]
     watched = [
@@ -60,6 +61,7 @@ def build(folder, kernels):
             "-std=c++20",
             "-O3",
             "-gencode=arch=compute_90a,code=sm_90a",
+            '-DSPOT_BUILT_ARCHITECTURES="90a-real"',
             "-Xcompiler",
             "-fPIC",
             f"-I{ROOT}",

@@ -1,8 +1,9 @@
-// Kernel launches with Hopper's attributes (clusters, programmatic dependent launch).
+// Kernel launches with Hopper's attributes (clusters, programmatic dependent launch), where the device has them.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include "kernels/device.h"
 #include "kernels/types.h"
 #if defined(SPOT_EMULATED)
 #include "tests/kernels/emulator/emulator.h"
@@ -27,16 +28,12 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   return cudaSuccess;
 }
 template <typename Kernel>
-cudaError_t allow_shared_bytes(Kernel, size_t) {
-  return cudaSuccess;
-}
-inline cudaError_t multiprocessor_count(int* count) {
-  *count = 3;
+cudaError_t set_shared_bytes(Kernel, size_t) {
   return cudaSuccess;
 }
 #else
 // `attributes` holds two and outlives the result.
-inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t stream,
+inline cudaLaunchConfig_t launch_config(const Device& device, const LaunchShape& shape, cudaStream_t stream,
                                         cudaLaunchAttribute* attributes) {
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
@@ -51,7 +48,7 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t s
     attributes[count].val.clusterDim.z = 1;
     ++count;
   }
-  if (shape.overlap != Overlap::kNone) {
+  if (shape.overlap != Overlap::kNone && device.has_dependent_launch()) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;
@@ -64,32 +61,42 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t s
 template <typename... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                    const Parameters&... arguments) {
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t config = launch_config(shape, stream, attributes);
+  const cudaLaunchConfig_t config = launch_config(device, shape, stream, attributes);
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Dynamic shared memory above 48 KB must be allowed once a kernel.
+template <typename Kernel>
+cudaError_t set_shared_bytes(Kernel kernel, size_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+#endif
+
+// Dynamic shared memory above 48 KB must be allowed once a kernel. cudaErrorLaunchOutOfResources: more than the current
+// device has.
 template <typename Kernel>
 cudaError_t allow_shared_bytes(Kernel kernel, size_t bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  return bytes > device.shared_bytes ? cudaErrorLaunchOutOfResources : set_shared_bytes(kernel, bytes);
 }
 // Multiprocessors of the current device.
 inline cudaError_t multiprocessor_count(int* count) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  Device device;
+  const cudaError_t error = current_device(device);
+  *count = device.multiprocessors;
+  return error;
 }
 // Whether the current device runs code built for sm_90a.
 inline cudaError_t has_warpgroup_products(bool* has) {
-  int device = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  *has = major == 9 && minor == 0;
+  Device device;
+  const cudaError_t error = current_device(device);
+  *has = device.warpgroup_products;
   return error;
 }
-#endif
 
 }  // namespace spot::kernels

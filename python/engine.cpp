@@ -12,6 +12,7 @@
 #include "core/error.h"
 #include "core/progress.h"
 #include "engine/self_check.h"
+#include "ops/device.h"
 
 namespace spot {
 namespace {
@@ -54,11 +55,14 @@ json to_json(const Event& event) {
 
 at::Device device_of(const std::string& name) {
   const bool cuda = at::globalContext().hasCUDA();
-  if (name == "auto") return cuda ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
-  if (name != "cpu" && name.rfind("cuda", 0) != 0)
+  if (name != "auto" && name != "cpu" && name.rfind("cuda", 0) != 0)
     fail("device '{}' is unknown; give auto, cpu, cuda or cuda:N", name);
-  if (name != "cpu" && !cuda) fail("device '{}': this build of torch has no CUDA; use device cpu", name);
-  return at::Device(name == "cuda" ? "cuda:0" : name);
+  if (name == "cpu" || (name == "auto" && !cuda)) return at::Device(at::kCPU);
+  if (!cuda) fail("device '{}': this build of torch has no CUDA; use device cpu", name);
+  const at::Device device(name == "auto" || name == "cuda" ? "cuda:0" : name);
+  if (const std::string refusal = ops::device_refusal(device); !refusal.empty())
+    fail("device '{}': {}", device.str(), refusal);
+  return device;
 }
 
 std::optional<at::ScalarType> dtype_of(const std::string& name) {

@@ -5,7 +5,21 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/device.h"
+
 namespace spot::ops::cuda {
+
+std::string launch_error(cudaError_t error) {
+  int device = 0;
+  if (error == cudaErrorNoKernelImageForDevice && cudaGetDevice(&device) == cudaSuccess)
+    if (const std::string sentence = kernels::device_refusal(device); !sentence.empty()) return sentence;
+  std::string words = cudaGetErrorString(error);
+  if (error == cudaErrorInvalidValue)
+    words += " (a shape, stride or alignment that the kernel does not take)";
+  if (error == cudaErrorLaunchOutOfResources)
+    words += " (the kernel for this shape needs more shared memory than this card gives a thread block)";
+  return words;
+}
 
 // A larger one is added beside a smaller one, which captured graphs may still point to.
 void* zeroed_workspace(const at::Tensor& like, size_t bytes) {

@@ -7,6 +7,8 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <cuda_runtime_api.h>
 
+#include <string>
+
 #include "kernels/types.h"
 
 namespace spot::ops::cuda {
@@ -19,10 +21,11 @@ inline cudaStream_t native_stream(const at::Tensor& tensor) {
   return static_cast<cudaStream_t>(current_stream(tensor).native_handle());
 }
 
+// What a failed launch says.
+std::string launch_error(cudaError_t error);
+
 inline void check(cudaError_t error, const char* op) {
-  TORCH_CHECK(
-      error == cudaSuccess, op, ": ", cudaGetErrorString(error),
-      error == cudaErrorInvalidValue ? " (a shape, stride or alignment that the kernel does not take)" : "");
+  TORCH_CHECK(error == cudaSuccess, op, ": ", launch_error(error));
 }
 
 inline kernels::DataType data_type(const at::Tensor& x) {

@@ -62,6 +62,11 @@ class Divergence(NamedTuple):
     grad_weight: Tensor
 
 
+def device_refusal(device: torch.device | str) -> str:
+    """One sentence where `device` is a CUDA card that this build's kernels do not run on, else nothing."""
+    return torch.ops.spot.device_refusal(torch.device(device))
+
+
 def page_head_bytes(format: KeyFormat) -> int:
     """Bytes of one page and key head of a selector key pool: 16 keys of 128 numbers with their scales."""
     if format not in _PAGE_HEAD_BYTES:

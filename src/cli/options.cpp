@@ -15,6 +15,7 @@
 #include "core/error.h"
 #include "core/notice.h"
 #include "engine/self_check.h"
+#include "ops/device.h"
 
 namespace spot::cli {
 namespace {
@@ -74,7 +75,10 @@ at::Device ModelOptions::resolve_device() const {
     fail(
         "process {} of this machine finds {} GPUs, one each is needed; start fewer processes, or use --device cpu",
         local_rank, static_cast<int>(at::detail::getCUDAHooks().deviceCount()));
-  return at::Device(name == "cuda" ? fmt::format("cuda:{}", local_rank) : name);
+  const at::Device resolved(name == "cuda" ? fmt::format("cuda:{}", local_rank) : name);
+  if (const std::string refusal = ops::device_refusal(resolved); !refusal.empty())
+    fail("device '{}': {}", resolved.str(), refusal);
+  return resolved;
 }
 
 at::ScalarType ModelOptions::resolve_dtype(const ModelConfig& config) const {

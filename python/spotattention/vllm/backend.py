@@ -179,6 +179,9 @@ class SpotImpl(AttentionImpl[SpotMetadata]):
 
     def _check_cuda(self, spot_layer: SelectorLayer, head_size: int) -> None:
         """What the kernels of sparse decode are not built for."""
+        refusal = ops.device_refusal(spot_layer.query_key_weight.device)
+        if refusal:
+            raise ValueError(refusal)
         group = self.num_heads // self.num_kv_heads
         if head_size not in (64, 128, 256) or group > 16:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 #include <ucontext.h>
 
+#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <stdexcept>
@@ -96,6 +97,10 @@ Index block_size() {
 }
 unsigned block_rank() {
   return machine.current->block->rank;
+}
+int architecture() {
+  static const char* const asked = std::getenv("SPOT_EMULATED_ARCHITECTURE");
+  return asked == nullptr ? 90 : std::atoi(asked);
 }
 unsigned cluster_size() {
   return machine.cluster;

@@ -63,6 +63,8 @@ Index grid_size();
 Index block_size();
 unsigned block_rank();
 unsigned cluster_size();
+// SPOT_EMULATED_ARCHITECTURE in the environment, or 90: below it kernels take the forms of older cards.
+int architecture();
 
 void run(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, const std::function<void()>& kernel);
 
