@@ -5,12 +5,14 @@
 // step: a cluster of 4 blocks a (sequence, value head); a block holds 32 value columns of the state in
 // registers. The state is loaded before the wait for `convolve` (programmatic dependent launch), which so
 // costs little more than its launch. Key and query read the old state in one pass:
-// S'^T q = e^g S^T q + (k.q) d. The blocks exchange what the output norm needs, one sum of squares each.
+// S'^T q = e^g S^T q + (k.q) d. The blocks exchange what the output norm needs, one sum of squares each. Where there are
+// no clusters, one block of 16 warps does the work of the four, with the same sums.
 //
 // Floor: the states, read and written, 2 * 64 KiB * H_v a sequence: 1.4 us at H_v = 32 and 3 TB/s. One
 // sequence (128 blocks) is bound by latency, sixteen (22 us) by memory.
 //
-// Grid: convolve ceil(sequences * channels / 1024) blocks of 8 warps; step [4 H_v, sequences] of 4 warps.
+// Grid: convolve ceil(sequences * channels / 1024) blocks of 8 warps; step [4 H_v, sequences] of 4 warps
+// ([H_v, sequences] of 16).
 //
 // Share of the floor: bench/gated_delta.py prints it; docs/performance.md has it, with card and date.
 #include "kernels/gated_delta.cuh"
@@ -27,15 +29,43 @@ struct StepShared {
   float squares[kStepRanks];  // by block of the cluster
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kStepThreads) step_kernel(const GatedDeltaParams p) {
-  StepShared& shared = *reinterpret_cast<StepShared*>(ptx::dynamic_shared());
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int rank = static_cast<int>(ptx::cluster_block_rank());
-  const int head = blockIdx.x / kStepRanks, key_head = head / (p.num_value_heads / p.num_key_heads);
+// What the ranks say to each other: blocks of a cluster, or four parts of one block.
+template <bool kCluster>
+struct Ranks {
+  int rank;
+  __device__ __forceinline__ void arrive() const {
+    if constexpr (kCluster)
+      ptx::cluster_arrive();
+    else
+      __syncthreads();
+  }
+  __device__ __forceinline__ void wait() const {
+    if constexpr (kCluster) ptx::cluster_wait();
+  }
+  // To `own` of this rank's shared memory, in that of `other`.
+  __device__ __forceinline__ void store(StepShared* all, float& own, int other, float value) const {
+    if constexpr (kCluster) {
+      ptx::store_cluster(ptx::shared_address(&own), static_cast<uint32_t>(other), value);
+    } else {
+      const auto offset = reinterpret_cast<uint8_t*>(&own) - reinterpret_cast<uint8_t*>(all + rank);
+      *reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(all + other) + offset) = value;
+    }
+  }
+};
+
+template <typename T, bool kCluster>
+__device__ __forceinline__ void step(const GatedDeltaParams& p) {
+  StepShared* const all = reinterpret_cast<StepShared*>(ptx::dynamic_shared());
+  const int thread = threadIdx.x % kStepThreads, lane = thread % 32, warp = thread / 32;
+  int rank = static_cast<int>(threadIdx.x) / kStepThreads;
+  if constexpr (kCluster) rank = static_cast<int>(ptx::cluster_block_rank());
+  const Ranks<kCluster> ranks = {rank};
+  StepShared& shared = all[kCluster ? 0 : rank];
+  const int head = static_cast<int>(blockIdx.x) / (kCluster ? kStepRanks : 1),
+            key_head = head / (p.num_value_heads / p.num_key_heads);
   const int64_t sequence = blockIdx.y, channels = channels_of(p);
   const int column = rank * kStepColumns + (thread % 8) * 4, row = thread / 8;  // rows row, row + 16, ...
-  ptx::cluster_arrive();
+  ranks.arrive();
 
   float* state = p.recurrent_states + (p.state_slots[sequence] * p.num_value_heads + head) * kDim * kDim;
   float4 s[8];
@@ -92,16 +122,16 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(const GatedDeltaPara
                     shared.reads[3][which][c]);
   };
   float o = 0.0f;
-  ptx::cluster_wait();  // every block of the cluster runs: its shared memory may be written
+  ranks.wait();  // every block of the cluster runs: its shared memory may be written
   if (warp == 0) {
     const float d = gates.beta * (shared.values[lane] - read(0, lane));
     o = read(1, lane) + d * (shared.key_dot_query[0] + shared.key_dot_query[1] + shared.key_dot_query[2] +
                              shared.key_dot_query[3]);
     const float square = warp_sum(o * o);
-    if (lane < kStepRanks) ptx::store_cluster(ptx::shared_address(&shared.squares[rank]), lane, square);
+    if (lane < kStepRanks) ranks.store(all, shared.squares[rank], lane, square);
     __syncwarp();
   }
-  ptx::cluster_arrive();
+  ranks.arrive();
   float d[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -115,7 +145,7 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(const GatedDeltaPara
         make_float4(decay * s[i].x + k * d[0], decay * s[i].y + k * d[1], decay * s[i].z + k * d[2],
                     decay * s[i].w + k * d[3]);
   }
-  ptx::cluster_wait();
+  ranks.wait();
   if (warp == 0) {
     const float mean = (shared.squares[0] + shared.squares[1] + shared.squares[2] + shared.squares[3]) / kDim;
     store1(
@@ -124,18 +154,30 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(const GatedDeltaPara
   }
 }
 
+template <typename T, bool kCluster>
+__global__ void __launch_bounds__(kCluster ? kStepThreads : kStepRanks* kStepThreads)
+    step_kernel(const GatedDeltaParams p) {
+  if constexpr (!kCluster || SPOT_HOPPER_CODE != 0) step<T, kCluster>(p);
+}
+
 template <typename T>
 cudaError_t decode(const GatedDeltaParams& p, cudaStream_t stream) {
   cudaError_t error = convolve<T, false>(p, stream);
   if (error != cudaSuccess) return error;
+  Device device;
+  error = current_device(device);
+  if (error != cudaSuccess) return error;
+  const bool clusters = device.has_clusters();
+  const unsigned blocks = clusters ? kStepRanks : 1, parts = kStepRanks / blocks;
   LaunchShape shape;
   shape.grid =
-      dim3(static_cast<unsigned>(kStepRanks * p.num_value_heads), static_cast<unsigned>(p.num_sequences));
-  shape.block = dim3(kStepThreads);
-  shape.shared_bytes = sizeof(StepShared);
-  shape.cluster_size = kStepRanks;
+      dim3(blocks * static_cast<unsigned>(p.num_value_heads), static_cast<unsigned>(p.num_sequences));
+  shape.block = dim3(parts * kStepThreads);
+  shape.shared_bytes = parts * sizeof(StepShared);
+  shape.cluster_size = blocks;
   shape.overlap = Overlap::kLaunch;
-  return launch(step_kernel<T>, shape, stream, p);
+  return clusters ? launch(step_kernel<T, true>, shape, stream, p)
+                  : launch(step_kernel<T, false>, shape, stream, p);
 }
 
 }  // namespace

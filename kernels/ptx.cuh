@@ -1,5 +1,6 @@
-// The few Hopper instructions our kernels use that CUDA C++ has no word for. One function an instruction;
-// names as in the PTX manual. SPOT_EMULATED swaps them for the emulation that tests without a GPU run on.
+// The few instructions our kernels use that CUDA C++ has no word for. One function an instruction; names as in the PTX
+// manual. Compiled for less than compute capability 9.0 (8.0 at least), Hopper's do nothing where a plain launch needs
+// nothing, or the same in older words. SPOT_EMULATED swaps them for the emulation that tests without a GPU run on.
 #pragma once
 
 #if defined(SPOT_EMULATED)
@@ -10,6 +11,18 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+
+// Whether this pass compiles for a card with Hopper's instructions, and with warpgroup products among them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define SPOT_HOPPER_CODE 1
+#else
+#define SPOT_HOPPER_CODE 0
+#endif
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SPOT_WARPGROUP_CODE 1
+#else
+#define SPOT_WARPGROUP_CODE 0
+#endif
 
 namespace spot::kernels::ptx {
 
@@ -87,12 +100,17 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+}  // namespace spot::kernels::ptx
+#include "kernels/ptx_portable.cuh"
+namespace spot::kernels::ptx {
+
 // Warpgroup matrix products, D[64xN] (+)= A[64x16] B[16xN] by the four warps of a warpgroup, both operands in
 // shared memory as panels of 64 numbers a row (A: a row of D, B: a column): 128 bytes a row, the 16-byte
 // piece i of row r at place i ^ (r & 7), panels aligned to 1024 bytes. Warp w and lane 4 g + t of the group
 // hold rows 16 w + g (d[4 j], d[4 j + 1]) and 16 w + g + 8 (d[4 j + 2], d[4 j + 3]), columns 8 j + 2 t and
 // the next. The products run asynchronously: wgmma_arrive, wgmma_k16..., wgmma_commit, wgmma_wait, before D
-// is read.
+// is read. Without the instruction the warps multiply at once (ptx_portable.cuh).
+#if SPOT_WARPGROUP_CODE
 __device__ __forceinline__ uint64_t wgmma_operand(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 / 16} << 32;
   return kSwizzle128 | kEightRows | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
@@ -110,19 +128,9 @@ __device__ __forceinline__ void wgmma_commit() {
 __device__ __forceinline__ void wgmma_wait_all() {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
-// Keeps the compiler from reading or writing accumulators on the other side of a wait.
-template <int kCount>
-__device__ __forceinline__ void wgmma_hold(float (&d)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
 // Makes this thread's writes to shared memory (cp.async ones after their wait) visible to wgmma.
 __device__ __forceinline__ void fence_for_wgmma() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-// A barrier of `threads` threads of the block; id 1 to 15 (0 is __syncthreads).
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 template <typename T>
 __device__ __forceinline__ void wgmma_k16(float (&d)[32], uint64_t a, uint64_t b, bool accumulate);
@@ -171,6 +179,32 @@ __device__ __forceinline__ void wgmma_k16<__nv_bfloat16>(float (&d)[16], uint64_
       : "memory");
 }
 
+#else
+__device__ __forceinline__ uint64_t wgmma_operand(uint32_t address) {
+  return address;
+}
+__device__ __forceinline__ uint64_t wgmma_advance(uint64_t operand, int steps) {
+  return operand + static_cast<uint64_t>(32 * steps);
+}
+__device__ __forceinline__ void wgmma_arrive() {}
+__device__ __forceinline__ void wgmma_commit() {}
+__device__ __forceinline__ void wgmma_wait_all() {}
+__device__ __forceinline__ void fence_for_wgmma() {}
+template <typename T, int kCount>
+__device__ __forceinline__ void wgmma_k16(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
+  warp_products_k16<T>(d, a, b, accumulate);
+}
+#endif
+// Keeps the compiler from reading or writing accumulators on the other side of a wait.
+template <int kCount>
+__device__ __forceinline__ void wgmma_hold(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+// A barrier of `threads` threads of the block; id 1 to 15 (0 is __syncthreads).
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 // Adds to a counter; what the block wrote before its last barrier is visible to whoever sees the sum, and the
 // other way round.
 __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
@@ -198,19 +232,30 @@ __device__ __forceinline__ void touch(const void* p) {
 
 // Starts moving `bytes` (a multiple of 16) from 16-byte aligned `from` into L2.
 __device__ __forceinline__ void prefetch_l2(const void* from, uint32_t bytes) {
+#if SPOT_HOPPER_CODE
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#else
+#pragma unroll 4
+  for (uint32_t at = 0; at < bytes; at += 128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint8_t*>(from) + at) : "memory");
+#endif
 }
 
 // Programmatic dependent launch: wait for the preceding kernel and its writes; let the next one start. Both
-// do nothing in a kernel launched the ordinary way.
+// do nothing in a kernel launched the ordinary way, which all are where the instructions are not (launch.h).
 __device__ __forceinline__ void griddepcontrol_wait() {
+#if SPOT_HOPPER_CODE
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 __device__ __forceinline__ void griddepcontrol_launch_dependents() {
+#if SPOT_HOPPER_CODE
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
-// Clusters: the split barrier, and stores into the shared memory of another block of the cluster.
+// Clusters: the split barrier, and stores into the shared memory of another block of the cluster. Kernels that use them
+// have a form without, and are empty where there are none.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
@@ -255,9 +300,13 @@ __device__ __forceinline__ float log2_approx(float x) {
 }
 // Two E4M3 numbers (low byte first) to float32, exactly.
 __device__ __forceinline__ float2 e4m3x2_to_float2(uint32_t two) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   uint32_t halves;
   asm("{\n .reg .b16 t;\n cvt.u16.u32 t, %1;\n cvt.rn.f16x2.e4m3x2 %0, t;\n}" : "=r"(halves) : "r"(two));
   return __half22float2(*reinterpret_cast<const __half2*>(&halves));
+#else
+  return e4m3x2_by_bits(two);
+#endif
 }
 
 template <typename T>

@@ -6,7 +6,7 @@
 // with all its copies in flight at once at 4096 tokens, and the last of the 16 blocks folds them
 // (attend_split.cuh). Clusters, tried first, lose: 8 clusters of 16 are not co-resident on every H100, and
 // their barrier's release costs what the fence here does. Floor (bytes): as sparse_decode_attention.cu; the
-// scores are L2 traffic. Work is bounded by the row's own count. Grid: (16, KV heads * head tiles, batch)
+// scores are L2 traffic. A card without the shared memory for it runs the two kernels. Work is bounded by the row's own count. Grid: (16, KV heads * head tiles, batch)
 // blocks of 16 warps; all select, the first 4 attend.
 #include <algorithm>
 
@@ -114,6 +114,15 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   combine<T, kSelectThreads>(a, place, shared.attend, shared.combined);
 }
 
+// Of the fused kernel: also the block's own entries of the list.
+size_t fused_shared_bytes(const SelectAndAttendParams& p) {
+  const size_t own = static_cast<size_t>(std::min(p.max_selected, p.max_blocks)) / kAttentionSplits + 2;
+  const size_t fixed = p.attention.head_dim == 64    ? sizeof(FusedShared<64>)
+                       : p.attention.head_dim == 128 ? sizeof(FusedShared<128>)
+                                                     : sizeof(FusedShared<256>);
+  return fixed + own * sizeof(int32_t);
+}
+
 template <typename T, int kHeadDim>
 cudaError_t launch_fused(const SelectAndAttendParams& p, cudaStream_t stream) {
   const bool mass = p.rules.mode != SelectionMode::top_k || p.covered_share != nullptr;
@@ -122,12 +131,11 @@ cudaError_t launch_fused(const SelectAndAttendParams& p, cudaStream_t stream) {
   LaunchShape shape;
   shape.grid = dim3(kAttentionSplits, a.num_kv_heads * head_tiles(a.num_heads, a.num_kv_heads), a.batch);
   shape.block = dim3(kSelectThreads);
-  const size_t own = static_cast<size_t>(std::min(p.max_selected, p.max_blocks)) / kAttentionSplits + 2;
-  shape.shared_bytes = sizeof(FusedShared<kHeadDim>) + own * sizeof(int32_t);
+  shape.shared_bytes = fused_shared_bytes(p);
   shape.overlap = p.overlap;
   const cudaError_t error = allow_shared_bytes(kernel, shape.shared_bytes);
   if (error != cudaSuccess) return error;
-  return launch(kernel, shape, stream, p, select_constants(p.rules, p.max_selected),
+  return launch(kernel, shape, stream, p, select_constants(p.rules, p.max_selected, kSelectCached),
                 head_tiling(p.attention));
 }
 cudaError_t launch_fused(const SelectAndAttendParams& p, cudaStream_t stream) {
@@ -177,15 +185,15 @@ cudaError_t select_and_attend(const SelectAndAttendParams& p, cudaStream_t strea
   cudaError_t error = check_attention(a);
   if (error != cudaSuccess || a.batch == 0) return error;
   if (p.scores == nullptr || p.selected == nullptr || p.counts == nullptr) return cudaErrorInvalidValue;
-  if (path == SelectAndAttendPath::kChoose) {
-    int multiprocessors = 0;
-    error = multiprocessor_count(&multiprocessors);
-    if (error != cudaSuccess) return error;
-    const int64_t grid =
-        int64_t{kAttentionSplits} * a.batch * a.num_kv_heads * head_tiles(a.num_heads, a.num_kv_heads);
-    path = grid <= multiprocessors ? SelectAndAttendPath::kFused : SelectAndAttendPath::kTwoKernels;
-  }
-  return path == SelectAndAttendPath::kFused ? launch_fused(p, stream) : launch_two(p, stream);
+  if (path == SelectAndAttendPath::kTwoKernels) return launch_two(p, stream);
+  Device device;
+  error = current_device(device);
+  if (error != cudaSuccess) return error;
+  const int64_t grid =
+      int64_t{kAttentionSplits} * a.batch * a.num_kv_heads * head_tiles(a.num_heads, a.num_kv_heads);
+  const bool fused = (path == SelectAndAttendPath::kFused || grid <= device.multiprocessors) &&
+                     fused_shared_bytes(p) <= device.shared_bytes;
+  return fused ? launch_fused(p, stream) : launch_two(p, stream);
 }
 
 }  // namespace spot::kernels

@@ -21,7 +21,7 @@ struct SelectAndAttendParams {
 
 enum class SelectAndAttendPath : int32_t {
   kChoose = 0,      // fused where all its thread blocks run at once, else the two kernels
-  kFused = 1,       // one launch
+  kFused = 1,       // one launch, where the card has the shared memory
   kTwoKernels = 2,  // select_blocks, then sparse_decode_attention
 };
 

@@ -1,6 +1,8 @@
 // Contract: select_blocks.h; the method: select_row.cuh.
 // Floor (bytes): the scores once, 32 KB a row at 128K tokens, from L2; nothing beside the latencies of about
 // ten block barriers and, where masses are summed, two shared-memory atomics a block. Grid: one block of 512 threads a row.
+#include <algorithm>
+
 #include "kernels/launch.h"
 #include "kernels/select_row.cuh"
 
@@ -16,7 +18,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   ptx::griddepcontrol_launch_dependents();
   const int r = blockIdx.x;
   const float* scores = p.scores + r * p.score_stride;
-  if (p.score_stride <= kSelectCached) {
+  if (p.score_stride <= constants.cached) {
     float* cached = reinterpret_cast<float*>(&shared + 1);
     copy_scores(scores, static_cast<int>(p.score_stride), cached);
     scores = cached;
@@ -60,12 +62,16 @@ cudaError_t select_blocks(const SelectBlocksParams& p, cudaStream_t stream) {
   LaunchShape shape;
   shape.grid = dim3(p.rows);
   shape.block = dim3(kSelectThreads);
-  shape.shared_bytes =
-      sizeof(SelectShared) + (p.score_stride <= kSelectCached ? p.score_stride * sizeof(float) : 0);
-  const cudaError_t error = allow_shared_bytes(kernel, shape.shared_bytes);
+  Device device;
+  cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  const int32_t cached = std::min<int32_t>(
+      kSelectCached, static_cast<int32_t>((device.shared_bytes - sizeof(SelectShared)) / 4));
+  shape.shared_bytes = sizeof(SelectShared) + (p.score_stride <= cached ? p.score_stride * sizeof(float) : 0);
+  error = allow_shared_bytes(kernel, shape.shared_bytes);
   if (error != cudaSuccess) return error;
   shape.overlap = p.overlap;
-  return launch(kernel, shape, stream, p, select_constants(p.rules, p.max_selected));
+  return launch(kernel, shape, stream, p, select_constants(p.rules, p.max_selected, cached));
 }
 
 }  // namespace spot::kernels

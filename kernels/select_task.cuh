@@ -13,16 +13,17 @@ struct SelectConstants {
   float scale;           // mass_scale
   uint32_t probability;  // fixed_probability
   int32_t capacity;
+  int32_t cached;  // rows of so many scores are kept in shared memory
 };
-inline SelectConstants select_constants(const SelectionRule& rules, int32_t capacity) {
-  return {rules, mass_scale(rules), fixed_probability(rules), capacity};
+inline SelectConstants select_constants(const SelectionRule& rules, int32_t capacity, int32_t cached) {
+  return {rules, mass_scale(rules), fixed_probability(rules), capacity, cached};
 }
 
 constexpr int kSelectThreads = 512;
 constexpr int kSelectWarps = kSelectThreads / 32;
 constexpr int kSelectItems = 16;  // scores a thread looks at before it visits those that count
 constexpr int kSelectBins = 2 * kSelectThreads;
-constexpr int kSelectCached = 24 * 1024;  // scores of a row that are kept in shared memory
+constexpr int kSelectCached = 24 * 1024;  // most scores of a row that are kept in shared memory
 
 constexpr int kSelectFew = 256;  // members of a bin that are ranked
 constexpr int kMassSplit = 12;   // bins sum the low 12 bits of masses and the rest apart: neither overflows

@@ -107,13 +107,14 @@ cudaError_t launch_tokens(const SparseDecodeAttentionParams& p, cudaStream_t str
 }
 template <typename T, int kHeadDim>
 cudaError_t launch_tokens(const SparseDecodeAttentionParams& p, cudaStream_t stream) {
-  int multiprocessors = 0;
-  const cudaError_t error = multiprocessor_count(&multiprocessors);
+  Device device;
+  const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const int64_t grid =
       int64_t{kAttentionSplits} * p.batch * p.num_kv_heads * head_tiles(p.num_heads, p.num_kv_heads);
-  return grid <= multiprocessors ? launch_tokens<T, kHeadDim, true>(p, stream)
-                                 : launch_tokens<T, kHeadDim, false>(p, stream);
+  const bool deep = grid <= device.multiprocessors &&
+                    sizeof(AttendShared<kHeadDim, kStagesFor<kHeadDim, true>>) <= device.shared_bytes;
+  return deep ? launch_tokens<T, kHeadDim, true>(p, stream) : launch_tokens<T, kHeadDim, false>(p, stream);
 }
 
 }  // namespace

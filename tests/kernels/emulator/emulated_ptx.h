@@ -4,6 +4,8 @@
 #include "kernels/key_format.h"
 #include "tests/kernels/emulator/emulator.h"
 
+#define SPOT_HOPPER_CODE 1
+
 namespace spot::kernels::ptx {
 
 inline uint8_t* dynamic_shared() {
@@ -84,6 +86,10 @@ void cp_async_wait() {
   emulator::wait_copies(kPending);
 }
 
+}  // namespace spot::kernels::ptx
+#include "kernels/ptx_portable.cuh"
+namespace spot::kernels::ptx {
+
 // Operands as the descriptor says: addresses swizzled by their own bits. Products are done at once.
 inline uint64_t wgmma_operand(uint32_t address) {
   return address;
@@ -112,6 +118,7 @@ void wgmma_row(float (&row)[16], uint64_t operand, int index) {
 }
 template <typename T, int kCount>
 void wgmma_k16(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
+  if (emulator::architecture() < 90) return warp_products_k16<T>(d, a, b, accumulate);
   const int lane = static_cast<int>(emulator::lane()), warp = static_cast<int>(threadIdx.x / 32 % 4);
   float rows[2][16], column[16];
   for (int half = 0; half < 2; ++half) wgmma_row<T>(rows[half], a, 16 * warp + lane / 4 + 8 * half);
@@ -170,6 +177,7 @@ inline float log2_approx(float x) {
   return std::log2(x);
 }
 inline float2 e4m3x2_to_float2(uint32_t two) {
+  if (emulator::architecture() < 89) return e4m3x2_by_bits(two);
   const auto number = [](uint32_t code) { return (code & 0x80 ? -1.0f : 1.0f) * e4m3_to_float(code & 0x7f); };
   return make_float2(number(two & 0xff), number(two >> 8 & 0xff));
 }
