@@ -49,6 +49,9 @@ struct GatedDeltaParams {
 // Bytes of workspace that a call needs. Its contents need not outlive the call's kernels.
 size_t gated_delta_decode_workspace(const GatedDeltaParams& params);
 size_t gated_delta_prefill_workspace(const GatedDeltaParams& params);
+// Whether the current device has the shared memory that prefill needs (138 KB a block; cards of 8.6, 8.9 and 12.0 have
+// 99). Where it has not, gated_delta_prefill returns cudaErrorLaunchOutOfResources.
+bool gated_delta_prefill_fits();
 
 // One token a sequence: T = num_sequences.
 cudaError_t gated_delta_decode(const GatedDeltaParams& params, cudaStream_t stream);

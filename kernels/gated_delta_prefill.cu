@@ -21,9 +21,12 @@
 // follow each other: 0.3 ms of memory in the others, then `scan`, which is bound by its products.
 //
 // Grid: convolve ceil(chunks * channels / 1024) blocks of 8 warps; prepare [chunks, H_k], 2 blocks an SM;
-// scan [4 or 8, H_v, sequences], one block an SM; normalize ceil(T * H_v / 8).
+// scan [4 or 8, H_v, sequences], one block an SM (221 KB of shared memory, 138 with one
+// buffer); normalize ceil(T * H_v / 8).
 //
 // Share of the floor: bench/gated_delta.py prints it; docs/performance.md has it, with card and date.
+#include <algorithm>
+
 #include "kernels/gated_delta.cuh"
 #include "kernels/tf32.cuh"
 
@@ -172,20 +175,21 @@ __global__ void __launch_bounds__(256) prepare_kernel(const GatedDeltaParams p) 
 // ---- prefill: from chunk to chunk ----
 
 // q and T are free once used within a chunk and load again at once; the rest alternates between two buffers.
-template <int kColumns>
+// kBuffers: 2, so that the next chunk loads meanwhile, or 1 where a block has less shared memory.
+template <int kColumns, int kBuffers>
 struct ScanShared {
   static constexpr int kStride = kColumns + 8;  // rows 8 (or 24) banks apart: conflict-free as B operands
-  float key[2][kChunk * kRowStride], query[kChunk * kRowStride];
-  float attention[2][kChunk * kSquareStride], inverse[kChunk * kSquareStride];
-  float value[2][kChunk * kColumns];
-  float gates[2][3 * kChunk];
+  float key[kBuffers][kChunk * kRowStride], query[kChunk * kRowStride];
+  float attention[kBuffers][kChunk * kSquareStride], inverse[kChunk * kSquareStride];
+  float value[kBuffers][kChunk * kColumns];
+  float gates[kBuffers][3 * kChunk];
   float state[kDim * kStride];
   float residual[kChunk * kStride], new_value[kChunk * kStride], decayed_value[kChunk * kStride];
 };
 
-template <int kColumns>
+template <int kColumns, int kBuffers>
 __global__ void __launch_bounds__(256) scan_kernel(const GatedDeltaParams p) {
-  using Shared = ScanShared<kColumns>;
+  using Shared = ScanShared<kColumns, kBuffers>;
   constexpr int kStride = Shared::kStride;
   Shared& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared());
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, lane_row = lane / 4,
@@ -251,11 +255,11 @@ __global__ void __launch_bounds__(256) scan_kernel(const GatedDeltaParams p) {
   constexpr int kTiles = kColumns / 16;
   const int rows = warp % 4 * 16, columns = warp / 4 * (kColumns / 2);
   for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
-    const int buffer = (chunk - first_chunk) % 2;
+    const int buffer = (chunk - first_chunk) % kBuffers;
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (chunk + 1 < end_chunk) load_rest(chunk + 1, 1 - buffer);
+    if (kBuffers == 2 && chunk + 1 < end_chunk) load_rest(chunk + 1, 1 - buffer);
     const float *beta = shared.gates[buffer], *decay_in = beta + kChunk, *decay_out = beta + 2 * kChunk;
 
     // K S and Q S; R = beta (V - e^G K S).
@@ -346,6 +350,10 @@ __global__ void __launch_bounds__(256) scan_kernel(const GatedDeltaParams p) {
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         shared.state[(warp * 16 + lane_row + e / 2 * 8) * kStride + n * 8 + lane_pair + e % 2] = state[n][e];
+    if (kBuffers == 1 && chunk + 1 < end_chunk) {
+      __syncthreads();
+      load_rest(chunk + 1, 0);
+    }
   }
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n)
@@ -373,15 +381,15 @@ __global__ void __launch_bounds__(256) normalize_kernel(const GatedDeltaParams p
   store1(to + 3, o.w * scale * weight.w * silu(z.w));
 }
 
-template <int kColumns>
+template <int kColumns, int kBuffers>
 cudaError_t scan(const GatedDeltaParams& p, cudaStream_t stream) {
   LaunchShape shape;
   shape.grid =
       dim3(kDim / kColumns, static_cast<unsigned>(p.num_value_heads), static_cast<unsigned>(p.num_sequences));
   shape.block = dim3(256);
-  shape.shared_bytes = sizeof(ScanShared<kColumns>);
-  const cudaError_t error = allow_shared_bytes(scan_kernel<kColumns>, shape.shared_bytes);
-  return error != cudaSuccess ? error : launch(scan_kernel<kColumns>, shape, stream, p);
+  shape.shared_bytes = sizeof(ScanShared<kColumns, kBuffers>);
+  const cudaError_t error = allow_shared_bytes(scan_kernel<kColumns, kBuffers>, shape.shared_bytes);
+  return error != cudaSuccess ? error : launch(scan_kernel<kColumns, kBuffers>, shape, stream, p);
 }
 
 template <typename T>
@@ -394,14 +402,15 @@ cudaError_t prefill(const GatedDeltaParams& p, cudaStream_t stream) {
   shape.shared_bytes = sizeof(PrepareShared);
   error = allow_shared_bytes(prepare_kernel<T>, shape.shared_bytes);
   if (error == cudaSuccess) error = launch(prepare_kernel<T>, shape, stream, p);
-  int multiprocessors = 0;
-  if (error == cudaSuccess) error = multiprocessor_count(&multiprocessors);
+  Device device;
+  if (error == cudaSuccess) error = current_device(device);
   if (error != cudaSuccess) return error;
   // One block fills an SM; where tiles of 32 columns would leave half of them idle, tiles of 16 take less
   // time.
   const int64_t wide_blocks = int64_t{4} * p.num_value_heads * p.num_sequences;
-  const bool narrow = p.scan_columns == 0 ? wide_blocks * 2 <= multiprocessors : p.scan_columns == 16;
-  error = narrow ? scan<16>(p, stream) : scan<32>(p, stream);
+  const bool narrow = p.scan_columns == 0 ? wide_blocks * 2 <= device.multiprocessors : p.scan_columns == 16;
+  const bool whole = sizeof(ScanShared<32, 2>) <= device.shared_bytes;
+  error = !whole ? scan<16, 1>(p, stream) : narrow ? scan<16, 2>(p, stream) : scan<32, 2>(p, stream);
   if (error != cudaSuccess) return error;
   shape = LaunchShape{};
   shape.grid = dim3(static_cast<unsigned>((p.num_tokens * p.num_value_heads + 7) / 8));
@@ -410,6 +419,12 @@ cudaError_t prefill(const GatedDeltaParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+bool gated_delta_prefill_fits() {
+  Device device;
+  return current_device(device) != cudaSuccess ||
+         std::max(sizeof(PrepareShared), sizeof(ScanShared<16, 1>)) <= device.shared_bytes;
+}
 
 size_t gated_delta_prefill_workspace(const GatedDeltaParams& p) {
   return (static_cast<size_t>(p.num_tokens) * channels_of(p) +

@@ -79,8 +79,8 @@ struct Call {
     workspace = at::empty({static_cast<int64_t>(workspace_bytes)}, output.options().dtype(at::kByte));
     params.workspace = workspace.mutable_data_ptr();
     const cudaError_t error = launch(params, native_stream(output));
-    TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error), " (", params.num_tokens,
-                " tokens, ", params.num_sequences, " sequences, ", params.num_key_heads, " key and ",
+    TORCH_CHECK(error == cudaSuccess, name, ": ", launch_error(error), " (", params.num_tokens, " tokens, ",
+                params.num_sequences, " sequences, ", params.num_key_heads, " key and ",
                 params.num_value_heads, " value heads)");
     return output;
   }
@@ -133,8 +133,8 @@ at::Tensor gated_delta_decode(const GatedDeltaDecode& a) {
 }
 
 at::Tensor gated_delta_prefill(const GatedDeltaPrefill& a) {
-  if (!fits(a.layer)) return aten::gated_delta_prefill(a);
   const c10::DeviceGuard guard(a.layer.mixed_qkv.device());
+  if (!fits(a.layer) || !kernels::gated_delta_prefill_fits()) return aten::gated_delta_prefill(a);
   return by_pieces(a, kFusedPieceTokens, prefill_piece);
 }
 
