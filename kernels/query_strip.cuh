@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kTileRows = 128, kGroupRows = 64, kGroupThreads = 128, kTileThreads = 256;
 constexpr int kPanelDims = 64, kPanelRowBytes = 128;
+constexpr size_t kOwnSharedBytes = 1024;  // room for a kernel's shared memory beside the dynamic one
 
 // Row n of a tile of keys in shared memory holds key key_of_row(n) of the tile: within 32 keys, a thread's
 // eight accumulators of a row then belong to eight neighbouring keys, 8 (lane % 4) and on, which it moves in
@@ -52,9 +53,10 @@ struct ThreadRows {
   int32_t low[2], last[2], token[2];
   bool valid[2];
 };
+template <int kRows = kTileRows>  // of a block
 __device__ __forceinline__ ThreadRows thread_rows(const QueryStrip& strip) {
   ThreadRows rows;
-  const int first = blockIdx.y * kTileRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const int first = blockIdx.y * kRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     rows.row[i] = first + 8 * i;
@@ -71,9 +73,10 @@ __device__ __forceinline__ ThreadRows thread_rows(const QueryStrip& strip) {
 struct SeenKeys {
   int32_t begin, end;
 };
+template <int kRows = kTileRows>
 __device__ __forceinline__ SeenKeys seen_keys(const QueryStrip& strip) {
-  const int first = blockIdx.y * kTileRows;
-  return {strip.low[first], strip.last[min(first + kTileRows, strip.rows) - 1] + 1};
+  const int first = blockIdx.y * kRows;
+  return {strip.low[first], strip.last[min(first + kRows, strip.rows) - 1] + 1};
 }
 
 inline bool is_strip(const QueryStrip& s) {

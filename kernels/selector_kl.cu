@@ -11,7 +11,8 @@
 // the 989 TFLOP/s of the data sheet, twice that as the small operands come out of shared memory. `diverge`
 // reads L^2 / 2 * 4 bytes of teacher and writes twice as many: 1.6 GB, 0.5 ms at 3 TB/s.
 //
-// Grid: [width / 512, rows / 128], one block of 256 threads an SM (161 or 193 KB of shared memory).
+// Grid: [width / 512, rows / 128], one block of 256 threads an SM (161 or 193 KB of shared memory). Cards that have less
+// take 64 queries a block, by one warpgroup (97 KB; keys per head then pass through one buffer), with the same sums.
 #include "kernels/query_strip.cuh"
 #include "kernels/selector_kl.h"
 #include "kernels/top_members.h"
@@ -25,11 +26,13 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr uint32_t kQueryHeadBytes = kGroupRows * kKeyDim * 2;
 constexpr float kMinusInfinity = -INFINITY;
 
-template <int kKeyHeads>
+template <int kKeyHeads, int kGroups>  // kGroups warpgroups
 struct Tile {
-  static constexpr int kKeys = kKeyHeads == 1 ? 64 : 32;
+  static constexpr int kRows = kGroups * kGroupRows, kThreads = kGroups * kGroupThreads;
+  static constexpr int kKeys = kKeyHeads == 1 ? 64 : 32, kBuffers = kKeyHeads == 1 || kGroups == 2 ? 2 : 1;
   static constexpr uint32_t kHeadBytes = kKeys * kKeyDim * 2, kKeyBytes = kKeyHeads * kHeadBytes;
-  static constexpr size_t kSharedBytes = 1024 + 2 * kSelectorHeads * kQueryHeadBytes + 2 * kKeyBytes;
+  static constexpr size_t kSharedBytes =
+      1024 + kGroups * kSelectorHeads * kQueryHeadBytes + kBuffers * kKeyBytes;
 };
 
 // log2 of the row's sum over all chunks. The row's four lanes call it together.
@@ -46,18 +49,18 @@ __device__ __forceinline__ float relu(float x) {
   return x < 0.0f ? 0.0f : x;
 }
 
-template <int kKeyHeads, bool kDiverge>
-__global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const SelectorKlParams p) {
-  using S = Tile<kKeyHeads>;
+template <int kKeyHeads, bool kDiverge, int kGroups>
+__global__ void __launch_bounds__(kGroups* kGroupThreads, 1) selector_kl_kernel(const SelectorKlParams p) {
+  using S = Tile<kKeyHeads, kGroups>;
   const QueryStrip& strip = p.strip;
   const int column0 = static_cast<int>(blockIdx.x) * kKlChunk,
             column_end = min(column0 + kKlChunk, strip.width);
   const int num_chunks = static_cast<int>(gridDim.x);
-  ThreadRows rows = thread_rows(strip);
+  ThreadRows rows = thread_rows<S::kRows>(strip);
   const int quad = static_cast<int>(threadIdx.x) % 4;
 
   // The chunk's tiles that some query of the block sees.
-  const SeenKeys seen = seen_keys(strip);
+  const SeenKeys seen = seen_keys<S::kRows>(strip);
   const int begin = max(seen.begin - strip.first_key, column0),
             end = min(seen.end - strip.first_key, column_end);
   const int first_tile = begin < end ? (begin - column0) / S::kKeys : 0;
@@ -66,12 +69,13 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
   const int warpgroup = static_cast<int>(threadIdx.x) / kGroupThreads;
   const uint32_t queries =
       aligned_shared() + static_cast<uint32_t>(warpgroup) * kSelectorHeads * kQueryHeadBytes;
-  const uint32_t keys = aligned_shared() + 2 * kSelectorHeads * kQueryHeadBytes;
+  const uint32_t keys = aligned_shared() + kGroups * kSelectorHeads * kQueryHeadBytes;
   const auto load_keys = [&](int tile) {
     const int32_t first = strip.first_key + column0 + tile * S::kKeys;
     for (int head = 0; head < kKeyHeads; ++head)
-      copy_panels<S::kKeys, kPanels, kTileThreads>(
-          keys + static_cast<uint32_t>(tile % 2) * S::kKeyBytes + static_cast<uint32_t>(head) * S::kHeadBytes,
+      copy_panels<S::kKeys, kPanels, S::kThreads>(
+          keys + static_cast<uint32_t>(tile % S::kBuffers) * S::kKeyBytes +
+              static_cast<uint32_t>(head) * S::kHeadBytes,
           static_cast<int>(threadIdx.x), [&](int row) {
             return static_cast<const Bf16*>(p.key) + head * p.key_head_stride +
                    min(first + key_of_row(row), strip.num_tokens - 1) * p.key_token_stride;
@@ -79,7 +83,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
     ptx::cp_async_commit();
   };
   if (first_tile < end_tile) {
-    const int first_row = static_cast<int>(blockIdx.y) * kTileRows + warpgroup * kGroupRows;
+    const int first_row = static_cast<int>(blockIdx.y) * S::kRows + warpgroup * kGroupRows;
     for (int head = 0; head < kSelectorHeads; ++head)
       copy_panels<kGroupRows, kPanels, kGroupThreads>(
           queries + static_cast<uint32_t>(head) * kQueryHeadBytes,
@@ -128,7 +132,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
     ptx::fence_for_wgmma();
     __syncthreads();
     // Past the barrier all products on the other buffer have been waited for.
-    if (tile + 1 < end_tile) load_keys(tile + 1);
+    if (S::kBuffers == 2 && tile + 1 < end_tile) load_keys(tile + 1);
     float dots[kSelectorHeads][S::kKeys / 2];
 #pragma unroll
     for (int head = 0; head < kSelectorHeads; ++head) ptx::wgmma_hold(dots[head]);
@@ -140,9 +144,9 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
         const uint32_t panel = static_cast<uint32_t>(step / 4);
         const uint64_t a = ptx::wgmma_operand(queries + static_cast<uint32_t>(head) * kQueryHeadBytes +
                                               panel * kGroupRows * kPanelRowBytes);
-        const uint64_t b = ptx::wgmma_operand(keys + static_cast<uint32_t>(tile % 2) * S::kKeyBytes +
-                                              static_cast<uint32_t>(head % kKeyHeads) * S::kHeadBytes +
-                                              panel * S::kKeys * kPanelRowBytes);
+        const uint64_t b = ptx::wgmma_operand(
+            keys + static_cast<uint32_t>(tile % S::kBuffers) * S::kKeyBytes +
+            static_cast<uint32_t>(head % kKeyHeads) * S::kHeadBytes + panel * S::kKeys * kPanelRowBytes);
         ptx::wgmma_k16<Bf16>(dots[head], ptx::wgmma_advance(a, step % 4), ptx::wgmma_advance(b, step % 4),
                              step > 0);
       }
@@ -171,6 +175,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
     ptx::wgmma_wait_all();
 #pragma unroll
     for (int head = 0; head < kSelectorHeads; ++head) ptx::wgmma_hold(dots[head]);
+    if (S::kBuffers == 1 && tile + 1 < end_tile) {
+      __syncthreads();
+      load_keys(tile + 1);
+    }
 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -267,16 +275,24 @@ __global__ void __launch_bounds__(kTileThreads, 1) selector_kl_kernel(const Sele
   }
 }
 
-template <int kKeyHeads, bool kDiverge>
+template <int kKeyHeads, bool kDiverge, int kGroups>
 cudaError_t start(const SelectorKlParams& p, cudaStream_t stream) {
-  const auto kernel = selector_kl_kernel<kKeyHeads, kDiverge>;
-  constexpr size_t kSharedBytes = Tile<kKeyHeads>::kSharedBytes;
-  const cudaError_t error = allow_shared_bytes(kernel, kSharedBytes);
+  using S = Tile<kKeyHeads, kGroups>;
+  const auto kernel = selector_kl_kernel<kKeyHeads, kDiverge, kGroups>;
+  const cudaError_t error = allow_shared_bytes(kernel, S::kSharedBytes);
   if (error != cudaSuccess) return error;
   return launch(kernel,
-                {dim3(tiles(p.strip.width, kKlChunk), tiles(p.strip.rows, kTileRows)), dim3(kTileThreads),
-                 kSharedBytes},
+                {dim3(tiles(p.strip.width, kKlChunk), tiles(p.strip.rows, S::kRows)), dim3(S::kThreads),
+                 S::kSharedBytes},
                 stream, p);
+}
+template <int kKeyHeads, bool kDiverge>
+cudaError_t start(const SelectorKlParams& p, cudaStream_t stream) {
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  return Tile<kKeyHeads, 2>::kSharedBytes <= device.shared_bytes ? start<kKeyHeads, kDiverge, 2>(p, stream)
+                                                                 : start<kKeyHeads, kDiverge, 1>(p, stream);
 }
 
 template <int kKeyHeads>

@@ -12,7 +12,8 @@
 // (1.1 ms at the 989 TFLOP/s of the data sheet) and 4.3 G (1.2 ms at 1.7 GHz), in different units. Tiles come
 // from L2: 192 KB for 33.5 MFLOP. kernels/NOTES.md has the whole step.
 //
-// Grid: [width / 256, rows / 128], one block of 256 threads an SM (193 KB of shared memory).
+// Grid: [width / 256, rows / 128], one block of 256 threads an SM (193 KB of shared memory). Cards that have less load
+// into one buffer of each kind, between the products (97 KB), with the same sums.
 #include "kernels/query_strip.cuh"
 #include "kernels/teacher_mass.h"
 
@@ -28,7 +29,9 @@ struct Tile {
   static constexpr int kParts = kHeadDim / kQueryDims;
   static constexpr int kChunks = kKeys / kChunkKeys;
   static constexpr uint32_t kKeyBytes = kKeys * kHeadDim * 2, kQueryBytes = kGroupRows * kQueryDims * 2;
-  static constexpr size_t kSharedBytes = 1024 + 2 * kKeyBytes + 2 * 2 * kQueryBytes;
+  static constexpr size_t shared_bytes(int buffers) {
+    return 1024 + static_cast<size_t>(buffers) * (kKeyBytes + 2 * kQueryBytes);
+  }
   // Two sets of accumulators take turns, and with several parts each sums up one chunk's.
   static_assert(kChunks % 2 == 0 && (kParts == 1 || kChunks == 2));
 };
@@ -66,7 +69,7 @@ __device__ __forceinline__ void store_mass(const TeacherMassParams& p, int group
   }
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, int kBuffers>
 __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const TeacherMassParams p) {
   using S = Tile<kHeadDim>;
   const QueryStrip& strip = p.strip;
@@ -86,7 +89,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroupThreads, 0),
             thread = static_cast<int>(threadIdx.x) % kGroupThreads;
   const uint32_t keys = aligned_shared();
-  const uint32_t queries = keys + 2 * S::kKeyBytes + static_cast<uint32_t>(warpgroup) * 2 * S::kQueryBytes;
+  const uint32_t queries =
+      keys + kBuffers * S::kKeyBytes + static_cast<uint32_t>(warpgroup) * kBuffers * S::kQueryBytes;
   __shared__ int32_t tokens[kTileRows];
   if (threadIdx.x < kTileRows) {
     const int row = min(static_cast<int>(blockIdx.y * kTileRows + threadIdx.x), strip.rows - 1);
@@ -96,7 +100,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
   const auto load_keys = [&](int kv_head) {
     const T* head = static_cast<const T*>(p.key) + kv_head * p.key_head_stride;
     copy_panels<S::kKeys, kHeadDim / kPanelDims, kTileThreads>(
-        keys + static_cast<uint32_t>(kv_head % 2) * S::kKeyBytes, static_cast<int>(threadIdx.x),
+        keys + static_cast<uint32_t>(kv_head % kBuffers) * S::kKeyBytes, static_cast<int>(threadIdx.x),
         [&](int row) {
           return head + min(first_token + key_of_row(row), strip.num_tokens - 1) * p.key_token_stride;
         });
@@ -107,12 +111,12 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
     const T* head = static_cast<const T*>(p.query) + stage / S::kParts * p.query_head_stride +
                     stage % S::kParts * S::kQueryDims;
     copy_panels<kGroupRows, S::kQueryDims / kPanelDims, kGroupThreads>(
-        queries + static_cast<uint32_t>(stage % 2) * S::kQueryBytes, thread,
+        queries + static_cast<uint32_t>(stage % kBuffers) * S::kQueryBytes, thread,
         [&](int row) { return head + tokens[warpgroup * kGroupRows + row] * p.query_token_stride; });
   };
   const auto multiply = [&](float(&products)[32], int stage, int part, int kv_head, int chunk) {
-    const uint32_t query = queries + static_cast<uint32_t>(stage % 2) * S::kQueryBytes;
-    const uint32_t key = keys + static_cast<uint32_t>(kv_head % 2) * S::kKeyBytes +
+    const uint32_t query = queries + static_cast<uint32_t>(stage % kBuffers) * S::kQueryBytes;
+    const uint32_t key = keys + static_cast<uint32_t>(kv_head % kBuffers) * S::kKeyBytes +
                          static_cast<uint32_t>(chunk * kChunkKeys * kPanelRowBytes);
     ptx::wgmma_hold(products);
     ptx::wgmma_arrive();
@@ -135,6 +139,22 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
   // Waits for stage `stage`'s operands, the i-th of its KV head, and starts loading those to come: past the
   // barrier every product on the buffers written now has been waited for.
   const auto meet = [&](int stage, int kv_head, int i) {
+    if constexpr (kBuffers == 1) {  // brings them itself, when the products before are done
+      if (i == 0)
+        __syncthreads();
+      else
+        ptx::named_barrier(1 + warpgroup, kGroupThreads);
+      if (i == 0) load_keys(kv_head);
+      load_query(stage);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+      ptx::fence_for_wgmma();
+      if (i == 0)
+        __syncthreads();
+      else
+        ptx::named_barrier(1 + warpgroup, kGroupThreads);
+      return;
+    }
     // The next KV head's keys, on their way since the head's first stage, may still be at its second.
     i == 1 ? ptx::cp_async_wait<1>() : ptx::cp_async_wait<0>();
     ptx::fence_for_wgmma();
@@ -158,9 +178,11 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
     for (int j = 0; j < 32; ++j)
       mass[32 * chunk + j] += ptx::exp2_approx(products[chunk % 2][j] * scale2 - logsumexp2[j / 2 % 2]);
   };
-  load_keys(0);
-  load_query(0);
-  ptx::cp_async_commit();
+  if constexpr (kBuffers == 2) {
+    load_keys(0);
+    load_query(0);
+    ptx::cp_async_commit();
+  }
   int kv_head = 0, head_of_key = 0;
   for (int group = 0; group < p.groups; ++group) {
     // What the first head finds of a head before it: nothing.
@@ -201,12 +223,18 @@ __global__ void __launch_bounds__(kTileThreads, 1) teacher_mass_kernel(const Tea
 template <typename T, int kHeadDim>
 cudaError_t start(const TeacherMassParams& p, cudaStream_t stream) {
   using S = Tile<kHeadDim>;
-  const auto kernel = teacher_mass_kernel<T, kHeadDim>;
-  const cudaError_t error = allow_shared_bytes(kernel, S::kSharedBytes);
+  Device device;
+  cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  const int buffers = S::shared_bytes(2) + kOwnSharedBytes <= device.shared_bytes ? 2 : 1;
+  const size_t shared_bytes = S::shared_bytes(buffers);
+  const auto kernel =
+      buffers == 2 ? teacher_mass_kernel<T, kHeadDim, 2> : teacher_mass_kernel<T, kHeadDim, 1>;
+  error = allow_shared_bytes(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
   return launch(kernel,
                 {dim3(tiles(p.strip.width, S::kKeys), tiles(p.strip.rows, kTileRows)), dim3(kTileThreads),
-                 S::kSharedBytes},
+                 shared_bytes},
                 stream, p);
 }
 

@@ -7,6 +7,8 @@
 // rows an SM at a time.
 //
 // Grid: rows, blocks of 512 threads, up to 192 KB of shared memory.
+#include <algorithm>
+
 #include "kernels/query_strip.cuh"
 #include "kernels/top_members.h"
 #include "kernels/vector.cuh"
@@ -15,7 +17,7 @@ namespace spot::kernels {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kSharedKeys = 48 * 1024;
+constexpr size_t kSharedBytes = 192 * 1024;  // most of a row's scores in shared memory
 constexpr float kLn2 = 0.6931471805599453f;
 
 // Larger floats give larger integers; a number with its sign bit set (a negative NaN apart) less than any
@@ -41,7 +43,7 @@ __device__ __forceinline__ void count_in_block(int (&counts)[kCount], int (*part
     counts[i] = __reduce_add_sync(0xffffffffu, lane < kWarps ? partial[lane][i] : 0);
 }
 
-__global__ void __launch_bounds__(kThreads) top_members_kernel(const TopMembersParams p) {
+__global__ void __launch_bounds__(kThreads) top_members_kernel(const TopMembersParams p, const bool cached) {
   __shared__ int partial_counts[2][kWarps][3];
   __shared__ float partial_sums[5][kWarps];
   const QueryStrip& strip = p.strip;
@@ -51,7 +53,6 @@ __global__ void __launch_bounds__(kThreads) top_members_kernel(const TopMembersP
   const float* scores = p.scores + row * strip.width + begin;
   float* mass = p.mass + row * strip.width + begin;
   uint32_t* const shared = reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
-  const bool cached = strip.width <= kSharedKeys;
 
   float largest = -INFINITY, information = 0.0f, total = 0.0f;
   for (int i = thread; i < count; i += kThreads) {
@@ -135,12 +136,16 @@ cudaError_t top_members(const TopMembersParams& p, cudaStream_t stream) {
   if (!is_strip(p.strip) || p.k < 1 || p.scores == nullptr || p.mass == nullptr || p.logsumexp == nullptr ||
       p.logsumexp_stride < 1 || p.entropy == nullptr)
     return cudaErrorInvalidValue;
-  const size_t bytes =
-      p.strip.width <= kSharedKeys ? static_cast<size_t>(p.strip.width) * sizeof(uint32_t) : 0;
-  const cudaError_t error = allow_shared_bytes(top_members_kernel, bytes);
+  Device device;
+  cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  const size_t row = static_cast<size_t>(p.strip.width) * sizeof(uint32_t);
+  const bool cached = row <= std::min(kSharedBytes, device.shared_bytes - kOwnSharedBytes);
+  const size_t bytes = cached ? row : 0;
+  error = allow_shared_bytes(top_members_kernel, bytes);
   if (error != cudaSuccess) return error;
   return launch(top_members_kernel, {dim3(static_cast<unsigned>(p.strip.rows)), dim3(kThreads), bytes},
-                stream, p);
+                stream, p, cached);
 }
 
 }  // namespace spot::kernels
