@@ -1,28 +1,57 @@
 #!/usr/bin/env bash
 # The whole GPU check: builds the CUDA code, tests kernels, operators, attention and backbones on this GPU, times the
 # kernels beside torch's own, and whole models of real shapes. Results also in ${OUT:-out/gpu}/.
-#   bench/run_gpu.sh [--quick] [--no-models] [--no-build] [--sanitize]
+#   bench/run_gpu.sh [--quick] [--no-models] [--no-build] [--sanitize] [--portable]
 #   --quick      fewer shapes of the kernel benchmarks
 #   --no-models  without bench/real_shapes.sh (which needs 20 to 110 GiB of GPU memory)
-#   --no-build   run what build/gpu already holds
+#   --no-build   run what build/gpu (build/portable) already holds
 #   --sanitize   nothing but the kernels' and operators' tests, at small sizes, under compute-sanitizer: memcheck, initcheck, racecheck
+#   --portable   nothing but the tests, built as PTX for compute capability 8.0 alone (build/portable), the kernels' also with the
+#                shared memory of an A100 and of an RTX 4090; then decode_kernels' times beside this card's own build of them
 # PYTHON names an interpreter with a CUDA build of torch (default: python3).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-out/gpu}
 python=${PYTHON:-python3}
-models=yes build=yes sanitize=no quick=()
+models=yes build=yes sanitize=no portable=no quick=()
 for word in "$@"; do
   case $word in
     --quick) quick=(--quick) ;;
     --no-models) models=no ;;
     --no-build) build=no ;;
     --sanitize) sanitize=yes ;;
+    --portable) portable=yes ;;
     *) echo "error: $word is not an option of bench/run_gpu.sh" >&2; exit 2 ;;
   esac
 done
 mkdir -p "$out"
 tests=(test_kernels_gpu test_layer_ops_gpu test_operators_gpu test_wide_linear test_layer_loss test_distill_operators_gpu test_attention_gpu test_backbone_gpu test_runner_gpu)
+if [ $portable = yes ]; then
+  if [ $build = yes ]; then
+    for folder in portable gpu; do
+      architectures=() targets=(decode_kernels)
+      [ $folder = gpu ] || architectures=(-DSPOT_CUDA_ARCHITECTURES=80-virtual) targets=(decode_kernels "${tests[@]}")
+      cmake --preset cuda -B build/$folder -DPython3_EXECUTABLE="$(command -v "$python")" "${architectures[@]}" >"$out/configure.log" ||
+        { cat "$out/configure.log"; exit 1; }
+      ninja -C build/$folder "${targets[@]}" >"$out/build.log" || { tail -50 "$out/build.log"; exit 1; }
+    done
+  fi
+  failed=0
+  run() {  # NAME SHARED_BYTES FILTER: with a block's shared memory as on another card
+    echo "== $1${2:+, $2 bytes of shared memory}"
+    env ${2:+SPOT_SHARED_BYTES=$2} "$(find build/portable -type f -name "$1")" --gtest_brief=1 --gtest_filter="$3" || failed=1
+  }
+  for test in "${tests[@]}"; do run "$test" "" '*'; done
+  run test_kernels_gpu 166912 '*'
+  # Prefill of linear attention is ATen's there.
+  run test_kernels_gpu 101376 '-GatedDeltaKernels.*'
+  run test_distill_operators_gpu 101376 '*'
+  for folder in gpu portable; do
+    build/$folder/kernels/decode_kernels --json "$out/decode_kernels_$folder.json" "${quick[@]}" >"$out/decode_kernels_$folder.txt"
+  done
+  "$python" bench/kernel_ratio.py "$out/decode_kernels_gpu.json" "$out/decode_kernels_portable.json" | tee "$out/portable.txt" || failed=1
+  exit $failed
+fi
 if [ $build = yes ]; then
   cmake --preset cuda -B build/gpu -DPython3_EXECUTABLE="$(command -v "$python")" >"$out/configure.log" ||
     { cat "$out/configure.log"; exit 1; }

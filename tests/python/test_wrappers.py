@@ -33,6 +33,10 @@ def test_signatures_are_the_schemas(spotattention):
         assert getattr(spotattention.ops, name).__doc__
 
 
+def test_the_cpu_is_never_refused(spotattention):
+    assert spotattention.ops.device_refusal("cpu") == ""
+
+
 def test_page_head_bytes_are_what_a_pool_needs(spotattention):
     ops = spotattention.ops
     for word in ("f32", "bf16", "int8", "int4", "mxfp4", "nvfp4"):

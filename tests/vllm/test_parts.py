@@ -268,3 +268,13 @@ def test_what_was_not_tested_is_refused_in_one_sentence(plugin, changes, sentenc
     with pytest.raises((ValueError, FileNotFoundError), match=sentence) as error:
         plugin.settings.load(configuration(**changes))
     assert "\n" not in str(error.value)
+
+
+def test_a_card_without_code_is_refused(plugin, monkeypatch):
+    from spotattention import ops
+    from spotattention.vllm import backend
+
+    monkeypatch.setattr(ops, "device_refusal", lambda device: f"nothing was built for {device}")
+    layer = types.SimpleNamespace(query_key_weight=torch.zeros(1))
+    with pytest.raises(ValueError, match="nothing was built for cpu"):
+        backend.SpotImpl._check_cuda(types.SimpleNamespace(num_heads=8, num_kv_heads=8), layer, 128)
