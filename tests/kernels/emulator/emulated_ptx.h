@@ -175,6 +175,19 @@ inline float2 e4m3x2_to_float2(uint32_t two) {
 }
 
 template <typename T>
+uint32_t multiply2(uint32_t a, uint32_t b) {
+  T pair[2];
+  for (int i = 0; i < 2; ++i)
+    pair[i] = static_cast<T>(half_bits_to_float<T>(a >> 16 * i & 0xffff) *
+                             half_bits_to_float<T>(b >> 16 * i & 0xffff));
+  uint32_t word;
+  std::memcpy(&word, pair, 4);
+  return word;
+}
+inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
+  return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
+}
+template <typename T>
 uint32_t pack2(float low, float high) {
   const T pair[2] = {static_cast<T>(low), static_cast<T>(high)};
   uint32_t word;
