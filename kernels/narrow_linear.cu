@@ -21,7 +21,7 @@ namespace {
 template <typename T, bool kCodes, int kColumns>
 __global__ void __launch_bounds__(kLinearWarps * 32, kColumns > 2 ? 1 : 2)
     narrow_linear_portable(const NarrowLinearParams p) {
-  constexpr int kStages = kColumns > 2 ? 3 : 4, kPieceBytes = 16, kHalfBytes = kStepBytes / 2;
+  constexpr int kStages = kColumns > (kCodes ? 1 : 2) ? 3 : 4, kPieceBytes = 16, kHalfBytes = kStepBytes / 2;
   struct Stage {
     Pieces w;
     float scale;
