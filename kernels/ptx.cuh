@@ -260,27 +260,6 @@ __device__ __forceinline__ float2 e4m3x2_to_float2(uint32_t two) {
   return __half22float2(*reinterpret_cast<const __half2*>(&halves));
 }
 
-// Products of two T each, and the larger of two 16-bit numbers each.
-template <typename T>
-__device__ __forceinline__ uint32_t multiply2(uint32_t a, uint32_t b);
-template <>
-__device__ __forceinline__ uint32_t multiply2<__half>(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-template <>
-__device__ __forceinline__ uint32_t multiply2<__nv_bfloat16>(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-__device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-
 template <typename T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 template <>

@@ -50,7 +50,7 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// ---- copies
+// ---- tensor copies
 
 // A box of a tensor of four dims from global memory to `to`; its bytes count at `barrier`.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, uint32_t barrier, int x, int y,
@@ -59,13 +59,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, ui
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
       "%6}], [%2];" ::"r"(to),
       "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
-      : "memory");
-}
-// `bytes` (a multiple of 16) from global memory to `to`, both 16-byte aligned; they count at `barrier`.
-__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {

@@ -102,8 +102,10 @@ void expect_matches_float64(Random& random, const Case& c) {
         const double product = double{x.values[row * x_stride + k]} * w.values[column * c.width + k];
         sum += product, size += std::abs(product);
       }
+      // Half a place of y, relative and where its numbers are subnormal, and the sums in float32.
       const double half_place = c.type == DataType::kBf16 ? 0x1p-8 : 0x1p-11;
-      ASSERT_NEAR(out[at], sum, half_place * std::abs(sum) + 3e-6 * size + 1e-30)
+      const double smallest = c.type == DataType::kBf16 ? 0x1p-134 : 0x1p-25;
+      ASSERT_NEAR(out[at], sum, half_place * std::abs(sum) + smallest + 3e-6 * size)
           << what << " at " << row << ", " << column;
     }
   }

@@ -170,23 +170,13 @@ inline float log2_approx(float x) {
   return std::log2(x);
 }
 inline float2 e4m3x2_to_float2(uint32_t two) {
-  const auto number = [](uint32_t code) { return (code & 0x80 ? -1.0f : 1.0f) * e4m3_to_float(code & 0x7f); };
+  const auto number = [](uint32_t code) {
+    const float size = (code & 0x7f) == 0x7f ? NAN : e4m3_to_float(code & 0x7f);
+    return code & 0x80 ? -size : size;
+  };
   return make_float2(number(two & 0xff), number(two >> 8 & 0xff));
 }
 
-template <typename T>
-uint32_t multiply2(uint32_t a, uint32_t b) {
-  T pair[2];
-  for (int i = 0; i < 2; ++i)
-    pair[i] = static_cast<T>(half_bits_to_float<T>(a >> 16 * i & 0xffff) *
-                             half_bits_to_float<T>(b >> 16 * i & 0xffff));
-  uint32_t word;
-  std::memcpy(&word, pair, 4);
-  return word;
-}
-inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
-  return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
-}
 template <typename T>
 uint32_t pack2(float low, float high) {
   const T pair[2] = {static_cast<T>(low), static_cast<T>(high)};
