@@ -451,11 +451,24 @@ TEST(Calibrate, FittedTemperatureMeansCapturedMass) {
     EXPECT_GT(mass, 0.3);
     EXPECT_LT(mass, 0.99);
   }
-  for (size_t l = 0; l < 3; ++l)
-    for (size_t i = 1; i < c.threshold.size(); ++i) {
-      EXPECT_LE(c.threshold_tokens[l][i], c.threshold_tokens[l][i - 1]);  // a higher threshold takes no more
-      EXPECT_LE(c.threshold_total[l][i], c.threshold_total[l][i - 1] + 1e-6);
-    }
+  // 2^-6 to 2^-16 in half octaves; the lowest takes every block, in which all attention lies.
+  ASSERT_EQ(c.mass_table.size(), 21u);
+  for (int i = 0; i <= 20; ++i)
+    EXPECT_NEAR(c.mass_table[static_cast<size_t>(i)].threshold, std::pow(2.0, -6 - 0.5 * i), 1e-12);
+  EXPECT_NEAR(c.mass_table.back().mass, 1.0, 1e-5);
+  EXPECT_NEAR(c.mass_table.back().tokens, 1.0, 1e-9);
+  EXPECT_LT(c.mass_table.front().mass, 1.0);
+  EXPECT_EQ(c.contexts, 2);
+  EXPECT_EQ(c.length, static_cast<int64_t>(std::max(sequences[0].tokens.size(), sequences[1].tokens.size())));
+  // With the temperatures that the selector has, and those are its.
+  Selector tempered = selector;
+  tempered.selection().temperature = c.temperature;
+  const Calibration again = calibrate(setup.backbone, tempered, sequences, {.fit_temperature = false}, false);
+  EXPECT_EQ(again.temperature, c.temperature);
+  EXPECT_EQ(again.mass_table, c.mass_table);
+  tempered.selection().temperature = {4.0, 4.0, 4.0};
+  EXPECT_NE(calibrate(setup.backbone, tempered, sequences, {.fit_temperature = false}, false).mass_table,
+            c.mass_table);
   // Sequences too short to hold a residual measure nothing and change nothing.
   sequences.resize(1);
   sequences[0].tokens.resize(100);
@@ -463,6 +476,8 @@ TEST(Calibrate, FittedTemperatureMeansCapturedMass) {
   EXPECT_EQ(none.queries, 0);
   EXPECT_EQ(none.temperature, (std::vector<double>{1.0, 1.0, 1.0}));
   EXPECT_TRUE(none.residual_mass.empty());
+  EXPECT_TRUE(none.mass_table.empty());
+  EXPECT_EQ(none.contexts, 0);
 }
 
 TEST(Trainer, WritesFittedTemperatures) {
@@ -479,6 +494,9 @@ TEST(Trainer, WritesFittedTemperatures) {
   EXPECT_TRUE(loaded.notes().at("calibration").contains("captured_after"));
   EXPECT_EQ(loaded.config().selection.residual_mass, selector.config().selection.residual_mass);
   ASSERT_EQ(loaded.config().selection.residual_mass.size(), 3u * static_cast<size_t>(loaded.groups()));
+  EXPECT_EQ(loaded.config().selection.mass_table, selector.config().selection.mass_table);
+  EXPECT_EQ(loaded.config().selection.mass_table.size(), 21u);
+  EXPECT_EQ(loaded.notes().at("mass_calibration").at("length"), 400);
   SelectionRule rule;
   rule.mode = SelectionMode::threshold;
   rule.threshold = 1e-3;
