@@ -189,7 +189,7 @@ nlohmann::json Calibration::to_json() const {
 nlohmann::json Calibration::mass_notes(const std::vector<std::filesystem::path>& data_paths) const {
   nlohmann::json paths = nlohmann::json::array();
   for (const std::filesystem::path& path : data_paths) paths.push_back(path.string());
-  return {{"contexts", contexts}, {"length", length}, {"queries", queries}, {"data_paths", paths}};
+  return {{"contexts", contexts}, {"length", length}, {"queries", late_queries}, {"data_paths", paths}};
 }
 
 namespace {
@@ -324,16 +324,25 @@ Calibration calibrate(const Backbone& backbone, const Selector& selector,
     result.selected_tokens.push_back(tokens);
 
     if (!few_sets) continue;
+    // Decode stands at the end of a context: queries near its start see little more than what is always read.
+    const at::Tensor late = at::nonzero(lengths.to(at::kLong).mul(4).gt(3 * result.length)).flatten();
+    const at::Tensor late_scores = scores.index_select(0, late), late_mass = mass.index_select(0, late),
+                     late_lengths = lengths.index_select(0, late);
+    result.late_queries = late.size(0);
     rule.mode = SelectionMode::threshold;
     // Never 0: it divides.
-    const at::Tensor own_mass = nucleus.residual_mass().clamp_min(1e-6).contiguous().cpu();
+    const at::Tensor own_mass = Nucleus(late_scores, late_mass, late_lengths, own)
+                                    .residual_mass()
+                                    .clamp_min(1e-6)
+                                    .contiguous()
+                                    .cpu();
     result.residual_mass.insert(result.residual_mass.end(), own_mass.data_ptr<double>(),
                                 own_mass.data_ptr<double>() + selector.groups());
     for (MassRow& row : result.mass_table) {
       rule.thresholds.count = 0;
       for (int64_t set = 0; set < selector.groups(); ++set)
         rule.thresholds.of[rule.thresholds.count++] = row.threshold / own_mass[set].item<double>();
-      const Captured captured = capture(scores, mass, lengths, rule);
+      const Captured captured = capture(late_scores, late_mass, late_lengths, rule);
       row.mass += captured.total / num_layers, row.tokens += captured.tokens / num_layers;
     }
   }

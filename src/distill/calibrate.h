@@ -11,7 +11,8 @@
 // is left out of the fit (it only adds blocks).
 // residual_mass, of each layer and set, is the mean of that residual attention mass, which the selector does not
 // estimate: a block of share s of the residual has about s * residual_mass of all attention.
-// mass_table is what thresholds on all attention then capture and read, reserved blocks and floor included.
+// mass_table is what thresholds on all attention then capture and read, reserved blocks and floor included. Both are
+// means over the queries of the last quarter of the longest contexts, where decode stands.
 #pragma once
 
 #include <cstdint>
@@ -41,6 +42,7 @@ struct Calibration {
   std::vector<double> residual_mass;  // [layers * groups]; empty where nothing could be measured
   std::vector<MassRow> mass_table;    // likewise; masses and shares of the tokens are running maxima
   int64_t queries = 0;                // measured in each layer
+  int64_t late_queries = 0;           // of them in the last quarter of the longest context
   int64_t contexts = 0, length = 0;   // contexts that were long enough, and the tokens of the longest
   std::vector<double> p;
   // [layers][p], means over queries: the nucleus' share of the residual mass at temperature 1 and at the

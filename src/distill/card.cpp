@@ -136,7 +136,7 @@ std::string mass_section(const json& selector) {
   if (!chosen.contains("mass_table") || !notes.contains("mass_calibration")) return "";
   const json& from = notes.at("mass_calibration");
   std::string table = fmt::format(
-      "{}\n`--mass M` takes the threshold T that captured the share M of all attention on {} held-out contexts of {} tokens; "
+      "{}\n`--mass M` takes the threshold T that captured the share M of all attention in the last quarter of {} held-out contexts of {} tokens; "
       "`--threshold T` takes the blocks that hold at least T of it, by the selector's estimate and the mean residual mass of each "
       "layer and set. Mean over layers:\n\n| T | captured mass | share of the tokens |\n| --- | --- | --- |\n",
       kMassHeading, from.at("contexts").get<int64_t>(), grouped(from.at("length")));

@@ -44,7 +44,7 @@ def calibrate(spot, selector, text, *more):
 
 def captured(spot, selector, text, methods, out):
     """Captured mass by method, mean over layers, of queries in contexts as long as the fit's: measured by `spot eval text` on decode's own path: stored 4-bit keys, one query at a time."""
-    words = ["--length", LENGTH, "--sequences", 6, "--skip", 304, "--measured-queries", 8, "--methods", methods]
+    words = ["--length", LENGTH, "--sequences", 6, "--skip", LENGTH * 3 // 4, "--measured-queries", 8, "--methods", methods]
     done = spot("eval", "text", "--model", SHIPPED, "--selector", selector, "--text", text, "--out", out, *words)
     assert done.returncode == 0, done
     report = json.loads((out / "report.json").read_text())
@@ -64,7 +64,9 @@ def test_a_mass_is_captured_on_fresh_text(spot, bare, texts, tmp_path):
     assert (selector / "selector.safetensors").read_bytes() == (bare / "selector.safetensors").read_bytes()
     assert len(fitted["residual_mass"]) == 8 and len(fitted["mass_table"]) == 21
     notes = after["notes"].pop("mass_calibration")
-    assert (notes["contexts"], notes["length"], notes["queries"]) == (8, LENGTH, 8 * 256)
+    firsts = [304 + run * (LENGTH - 16 - 304) // 15 for run in range(16)]  # of runs of 16 queries
+    late = sum(query + 1 > LENGTH * 3 // 4 for first in firsts for query in range(first, first + 16))
+    assert (notes["contexts"], notes["length"], notes["queries"]) == (8, LENGTH, 8 * late) and 40 < late < 100
     assert after.pop("checksum") and not leftovers(selector)
     for name in ("residual_mass", "mass_table"):
         del fitted[name]

@@ -152,29 +152,35 @@ def calibrate(
         "error_after": [],
     }
     table = [[threshold, 0.0, 0.0] for threshold in THRESHOLDS]
+    long_enough = [len(s) for s in sequences if _first_queries(config, len(s))]
+    longest_measured = max(long_enough)
     for layer in layers:
         scores, mass, lengths = (torch.cat(parts) for parts in zip(*measured[layer], strict=True))
         nucleus = Nucleus(scores, mass, lengths, config)
         temperature = fit_temperature(nucleus)
+        # Decode stands at the end of a context: queries near its start see little more than what is always read.
+        late = lengths * 4 > 3 * longest_measured
+        late_scores, late_mass, late_lengths = scores[late], mass[late], lengths[late]
+        residual_mass = Nucleus(late_scores, late_mass, late_lengths, config).residual_mass
+        late_queries = len(late_lengths)
         fitted["queries"] = len(scores)
         fitted["temperature"].append(temperature)
-        fitted["residual_mass"].append(max(nucleus.residual_mass, 1e-6))
+        fitted["residual_mass"].append(max(residual_mass, 1e-6))
         for when, t in (("before", 1.0), ("after", temperature)):
             fitted[f"captured_{when}"].append(nucleus.shares(t))
             fitted[f"error_{when}"].append(nucleus.error(t))
         for row in table:
             rule = replace(config.rule(), mode="threshold", threshold=row[0])
             rule = rule.fitted(temperature, fitted["residual_mass"][-1:])
-            for column, value in enumerate(captured(scores, mass, lengths, rule), 1):
+            for column, value in enumerate(captured(late_scores, late_mass, late_lengths, rule), 1):
                 row[column] += value / len(layers)
     # A lower threshold takes the same blocks and others; sums of float32 may say otherwise in their last bits.
     for index, row in enumerate(table):
         row[1:] = [min(max(new, old), 1.0) for new, old in zip(row[1:], table[max(index - 1, 0)][1:], strict=True)]
-    long_enough = [len(s) for s in sequences if _first_queries(config, len(s))]
     fitted["mass_table"] = table
     fitted["mass_calibration"] = {
         "contexts": len(long_enough),
-        "length": max(long_enough),
-        "queries": fitted["queries"],
+        "length": longest_measured,
+        "queries": late_queries,
     }
     return fitted

@@ -306,8 +306,8 @@ def _mass_section(table: list[list[float]], source: dict[str, Any]) -> list[str]
     return [
         "## What a captured mass reads",
         "",
-        f"`m=M` takes the threshold T that captured the share M of all attention on {source['contexts']} held-out contexts of "
-        f"{source['length']:,} tokens; `t=T` takes the blocks that hold at least T of it, by the selector's estimate and the mean "
+        f"`m=M` takes the threshold T that captured the share M of all attention in the last quarter of {source['contexts']} "
+        f"held-out contexts of {source['length']:,} tokens; `t=T` takes the blocks that hold at least T of it, by the selector's estimate and the mean "
         "residual mass of each layer and set. Mean over layers:",
         "",
         "| T | captured mass | share of the tokens |",
