@@ -102,3 +102,13 @@ def test_what_cannot_be_done_is_said(spot, bare, texts, tmp_path):
         done = calibrate(spot, selector, texts / "fit.txt", *more)
         assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("error:") == 1, done
     assert (bare / "selector.json").read_bytes() == document and not leftovers(bare)
+
+
+def test_reserves_of_a_new_selector(spot, place, basics, tmp_path):
+    words = ["--sinks", 32, "--recency", 48, "--floor", 128]
+    done = spot("distill", *basics(place / "model")["distill"], *words)
+    assert done.returncode == 0, done
+    chosen = json.loads((tmp_path / "out" / "selector.json").read_text())["config"]["selection"]
+    assert (chosen["sinks"], chosen["recency"], chosen["floor"]) == (32, 48, 128)
+    done = spot("distill", *basics(place / "model")["distill"], "--sinks", -1)
+    assert done.returncode == 1 and "selection.sinks is -1" in done.stderr, done
