@@ -331,11 +331,8 @@ Calibration calibrate(const Backbone& backbone, const Selector& selector,
     result.late_queries = late.size(0);
     rule.mode = SelectionMode::threshold;
     // Never 0: it divides.
-    const at::Tensor own_mass = Nucleus(late_scores, late_mass, late_lengths, own)
-                                    .residual_mass()
-                                    .clamp_min(1e-6)
-                                    .contiguous()
-                                    .cpu();
+    const at::Tensor own_mass =
+        Nucleus(late_scores, late_mass, late_lengths, own).residual_mass().clamp_min(1e-6).contiguous().cpu();
     result.residual_mass.insert(result.residual_mass.end(), own_mass.data_ptr<double>(),
                                 own_mass.data_ptr<double>() + selector.groups());
     for (MassRow& row : result.mass_table) {

@@ -44,7 +44,18 @@ def calibrate(spot, selector, text, *more):
 
 def captured(spot, selector, text, methods, out):
     """Captured mass by method, mean over layers, of queries in contexts as long as the fit's: measured by `spot eval text` on decode's own path: stored 4-bit keys, one query at a time."""
-    words = ["--length", LENGTH, "--sequences", 6, "--skip", LENGTH * 3 // 4, "--measured-queries", 8, "--methods", methods]
+    words = [
+        "--length",
+        LENGTH,
+        "--sequences",
+        6,
+        "--skip",
+        LENGTH * 3 // 4,
+        "--measured-queries",
+        8,
+        "--methods",
+        methods,
+    ]
     done = spot("eval", "text", "--model", SHIPPED, "--selector", selector, "--text", text, "--out", out, *words)
     assert done.returncode == 0, done
     report = json.loads((out / "report.json").read_text())

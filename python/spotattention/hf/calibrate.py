@@ -178,9 +178,5 @@ def calibrate(
     for index, row in enumerate(table):
         row[1:] = [min(max(new, old), 1.0) for new, old in zip(row[1:], table[max(index - 1, 0)][1:], strict=True)]
     fitted["mass_table"] = table
-    fitted["mass_calibration"] = {
-        "contexts": len(long_enough),
-        "length": longest_measured,
-        "queries": late_queries,
-    }
+    fitted["mass_calibration"] = {"contexts": len(long_enough), "length": longest_measured, "queries": late_queries}
     return fitted
