@@ -211,7 +211,7 @@ HOSTILE = {
     "objects that begin alike": any_of({"type": "object", "additionalProperties": {}} for _ in range(190)),
     "counts within counts": {"type": "array", "items": nested_lists(40), "minItems": 90_000},
 }  # fmt: skip
-SECONDS = 5 * SLOWER
+SECONDS = 10 * SLOWER  # twice what a busy core took
 
 
 @pytest.mark.parametrize("name", HOSTILE)
