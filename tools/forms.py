@@ -35,7 +35,9 @@ def write_prompts(options) -> None:
         if not options.prose:
             raise ValueError("--needles hides its facts in the text of --prose")
         tokenizer = AutoTokenizer.from_pretrained(options.needles)
-        prompts += texts.needle_prompts(texts.read_text(options.prose), tokenizer, options.length, options.count, options.seed)
+        prompts += texts.needle_prompts(
+            texts.read_text(options.prose), tokenizer, options.length, options.count, options.seed
+        )
     for path in options.questions:
         prompts += texts.question_prompts(path)
     if not prompts:

@@ -185,7 +185,8 @@ void add_distill(CLI::App& app, const ProcessGroup* group) {
   command.add_option("--sinks", options->sinks, "Tokens at the start of the context that are always read")
       ->group(shape);
   command.add_option("--recency", options->recency, "Tokens at its end that are always read")->group(shape);
-  command.add_option("--floor", options->floor, "Fewest tokens read; shorter contexts are dense")->group(shape);
+  command.add_option("--floor", options->floor, "Fewest tokens read; shorter contexts are dense")
+      ->group(shape);
   command.add_option("--dense-layers", options->dense_layers, "Layers that stay dense and get no selector")
       ->delimiter(',')
       ->group(shape);
