@@ -92,7 +92,7 @@ fuzz: configure-asan
 check: configure-asan
 	@cmake --build build/asan
 	@ctest --test-dir build/asan --output-on-failure -j2
-	@SPOT_BUILD=$(CURDIR)/build/asan $(PYTHON) -m pytest -q -n 2 --dist loadfile tests --ignore tests/python --ignore tests/ops \
+	@SPOT_SLOWER=10 SPOT_BUILD=$(CURDIR)/build/asan $(PYTHON) -m pytest -q -n 2 --dist loadfile tests --ignore tests/python --ignore tests/ops \
 	  --ignore tests/tools --deselect tests/cli/test_memory.py::test_an_address_space_that_ends --deselect tests/cli/test_memory.py::test_weights_that_do_not_fit
 
 gpu:

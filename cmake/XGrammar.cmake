@@ -15,10 +15,39 @@ if(NOT EXISTS ${SPOT_XGRAMMAR}/cpp/grammar_compiler.cc)
                       "folder of its source package, or nothing")
 endif()
 file(GLOB xgrammar_sources ${SPOT_XGRAMMAR}/cpp/*.cc ${SPOT_XGRAMMAR}/cpp/support/*.cc ${SPOT_XGRAMMAR}/cpp/converter_ext/*.cc)
+
+# A short schema can take minutes to compile, and xgrammar knows no limit. Copies of three of its files therefore call
+# xgrammar::CountWork (src/grammar/work.h) where they work: for each state of the parser, for the tokens that are tried at each
+# of the grammar, and for what each parser begins with.
+function(count_work file)
+  file(READ ${SPOT_XGRAMMAR}/cpp/${file} text)
+  list(LENGTH ARGN left)
+  while(left GREATER 0)
+    list(POP_FRONT ARGN line work)
+    string(FIND "${text}" "${line}" found)
+    if(found EQUAL -1)
+      message(FATAL_ERROR "SPOT_XGRAMMAR=${SPOT_XGRAMMAR}: cpp/${file} holds no '${line}'; give the sources of the release that "
+                          "cmake/xgrammar.lock names")
+    endif()
+    string(REPLACE "${line}" "(CountWork(${work}), ${line})" text "${text}")
+    list(LENGTH ARGN left)
+  endwhile()
+  string(REPLACE "\nnamespace xgrammar {\n" "\nnamespace xgrammar {\nvoid CountWork(int64_t steps);\n" text "${text}")
+  set(copy ${CMAKE_BINARY_DIR}/xgrammar/${file})
+  file(WRITE ${copy}.new "${text}")
+  configure_file(${copy}.new ${copy} COPYONLY)
+  list(REMOVE_ITEM xgrammar_sources ${SPOT_XGRAMMAR}/cpp/${file})
+  set(xgrammar_sources ${xgrammar_sources} ${copy} PARENT_SCOPE)
+endfunction()
+count_work(earley_parser.cc "tmp_process_state_queue_.pop()" 16 "Scan(state, ch)" 16 "ref_id != state.rule_id" 1
+           "grammar_->allow_empty_rule_ids" "4 * grammar_->NumRules()" "flags_cache.resize(fsm.NumStates())" "fsm.NumStates() / 16")
+count_work(grammar_compiler.cc "grammar_matcher.GetAdaptiveTokenMask(is_root_rule)" "tokenizer_info_.GetVocabSize() / 4"
+           "tmp_accepted_indices_.reserve(possible_token_num)" "8 * possible_token_num")
+count_work(grammar_matcher.cc "PushOneStateToCheck(state)" "sorted_decoded_vocab.size() / 64")
 add_library(xgrammar STATIC ${xgrammar_sources})
 set_target_properties(xgrammar PROPERTIES CXX_STANDARD 17)
 target_include_directories(xgrammar SYSTEM PUBLIC ${SPOT_XGRAMMAR}/include ${SPOT_XGRAMMAR}/3rdparty/dlpack/include
-                                           PRIVATE ${SPOT_XGRAMMAR}/3rdparty/picojson)
+                                           PRIVATE ${SPOT_XGRAMMAR}/cpp ${SPOT_XGRAMMAR}/3rdparty/picojson)
 # Its messages come to us: what it only warns of would be a schema that is kept in part (src/grammar).
 target_compile_definitions(xgrammar PRIVATE XGRAMMAR_LOG_CUSTOMIZE=1 XGRAMMAR_ENABLE_CPPTRACE=0 XGRAMMAR_ENABLE_INTERNAL_CHECK=0)
 target_compile_options(xgrammar PRIVATE -w)

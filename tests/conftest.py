@@ -8,8 +8,15 @@ import subprocess
 import sys
 
 import pytest
+from patience import SLOWER
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOWER != 1 and (limit := item.get_closest_marker("timeout")):
+            item.add_marker(pytest.mark.timeout(limit.args[0] * SLOWER), append=False)
 
 
 @pytest.fixture(scope="session")

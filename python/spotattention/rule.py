@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 Mode = Literal["top_p", "top_k", "threshold"]
 Prefill = Literal["dense", "sparse", "auto"]
+MassTable = Sequence[Sequence[float]]  # SelectorConfig.selection.mass_table
 
 WORDS = ("dense", "spot", "streaming", "oracle", "quest", "twilight")
 GRAMMAR = (
-    "p=SHARE, t=THRESHOLD, k=TOKENS, k=PERCENT%, sinks=, recency=, floor=, cap=TOKENS, temperature=NUMBER, dense=LAYERS, "
-    "cache=FORMAT, prefill=sparse, dense or auto, tile=QUERIES"
+    "p=SHARE, t=THRESHOLD, m=MASS, k=TOKENS, k=PERCENT%, sinks=, recency=, floor=, cap=TOKENS, temperature=NUMBER, "
+    "dense=LAYERS, cache=FORMAT, prefill=sparse, dense or auto, tile=QUERIES"
 )
 KEY_FORMATS = ("f32", "bf16", "int8", "int4", "mxfp4", "nvfp4")
 
@@ -109,6 +110,7 @@ def _number(text: str) -> float | None:
 _OPTIONS = {
     "p": ("p", False),
     "t": ("threshold", False),
+    "m": ("mass", False),
     "k": ("budget", True),
     "sinks": ("sinks", True),
     "recency": ("recency", True),
@@ -123,7 +125,7 @@ _RULE = {"p", "t", "k", "k%", "sinks", "recency", "floor", "cap", "temperature",
 # The keys that each word's method reads; "k%" is a share of the context.
 _READ = {
     "dense": set(),
-    "spot": _RULE | {"cache"},
+    "spot": _RULE | {"m", "cache"},
     "streaming": {"k", "sinks", "dense", "prefill", "tile"},
     "oracle": _RULE,
     "quest": _RULE,
@@ -153,10 +155,37 @@ def _set_option(settings: dict[str, Any], key: str, value: str) -> bool:
     return True
 
 
-def parse_method(text: str, defaults: SelectionRule | None = None) -> Method:
+def threshold_for(mass: float, mass_table: MassTable) -> float:
+    """The largest threshold (a share of all attention) that captured the mass on the text of the table's fit, log threshold
+    taken as linear in mass between rows.
+
+    mass_table: selection.mass_table of a selector.json: rows of threshold, captured mass and share of the tokens, thresholds
+    falling. Raises ValueError where it is empty or the mass lies outside it.
+    """
+    if not mass_table:
+        raise ValueError(
+            f"a captured mass of {shown(mass)} was asked for, but the selector does not say which threshold gives it; fit "
+            "that with `spot calibrate`, or give a threshold"
+        )
+    least, most = mass_table[0][1], mass_table[-1][1]
+    if not least <= mass <= most:
+        raise ValueError(
+            f"a captured mass of {shown(mass)} is outside what was fitted for the selector, {least:.4f} to {most:.4f}; ask for "
+            "one in that range, give a threshold, or fit it on other text with `spot calibrate`"
+        )
+    above = next(i for i, row in enumerate(mass_table) if row[1] >= mass)
+    high, high_mass = mass_table[above][:2]
+    if above == 0:
+        return high
+    low, low_mass = mass_table[above - 1][:2]  # of less mass than asked for, so that nothing is divided by 0
+    return low * (high / low) ** ((mass - low_mass) / (high_mass - low_mass))
+
+
+def parse_method(text: str, defaults: SelectionRule | None = None, mass_table: MassTable = ()) -> Method:
     """A method as users write it: WORD or WORD:KEY=VALUE,KEY=VALUE...
 
-    What it does not say is as in `defaults`, a selector's rule. Raises ValueError naming the part that is wrong.
+    What it does not say is as in `defaults`, a selector's rule; m= needs its mass_table, too (SelectorConfig.method gives
+    both). Raises ValueError naming the part that is wrong.
     """
     word, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
@@ -169,7 +198,7 @@ def parse_method(text: str, defaults: SelectionRule | None = None) -> Method:
         given.add("k%" if key == "k" and value.endswith("%") else key)
     if word not in WORDS:
         raise ValueError(f"attention '{word}' is unknown; choose {one_of(WORDS)}")
-    method = make_method(word, settings, defaults, name=text)
+    method = make_method(word, settings, defaults, text, mass_table)
     for key in sorted(given):
         if key not in _READ[word]:
             why = f"attention '{word}' does not read it"
@@ -184,9 +213,13 @@ def parse_method(text: str, defaults: SelectionRule | None = None) -> Method:
 
 
 def make_method(
-    word: str, settings: dict[str, Any], defaults: SelectionRule | None = None, name: str | None = None
+    word: str,
+    settings: dict[str, Any],
+    defaults: SelectionRule | None = None,
+    name: str | None = None,
+    mass_table: MassTable = (),
 ) -> Method:
-    """A method of settings by their names: fields of SelectionRule, dense_layers, prefill, tile, cache_format.
+    """A method of settings by their names: fields of SelectionRule, mass, dense_layers, prefill, tile, cache_format.
 
     Raises ValueError when settings are out of range or do not go together.
     """
@@ -208,6 +241,12 @@ def make_method(
         raise ValueError(
             f"attention '{word}' prunes what a fixed budget proposes; leave out the threshold ({shown(threshold)})"
         )
+    # It is fitted for the selector's scores: what a method with others does not read.
+    mass = given("mass") if "m" in _READ[word] else None
+    if mass is not None and (threshold is not None or p is not None or fixed):
+        raise ValueError(
+            f"attention '{word}' takes a captured mass ({shown(mass)}) or another rule, not both; give one of them"
+        )
     if budget is not None and budget < 1:
         raise ValueError(f"the budget is {budget} tokens; it must be at least 1")
     if share is not None and not 0 < share <= 1:
@@ -228,6 +267,8 @@ def make_method(
         fields["mode"] = "top_p"
     if threshold is not None:
         fields["mode"] = "threshold"
+    if mass is not None:
+        fields |= {"mode": "threshold", "threshold": threshold_for(mass, mass_table)}
     if fixed:
         fields["mode"] = "top_k"
     if twilight:  # its paper's: Quest proposes a quarter of the context, and 95% of its weight is kept

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spotattention.rule import KEY_FORMATS, SelectionRule
+from spotattention.rule import KEY_FORMATS, Method, SelectionRule, parse_method, shown
 
 FORMAT = "spotattention-selector"
 VERSION = 2  # 1 knows no int8 rows; what has none is still written as 1
@@ -57,6 +57,9 @@ class Selection:
     p: float = 0.9
     temperature: list[float] = field(default_factory=list)  # one a selector layer; empty: 1
     residual_mass: list[float] = field(default_factory=list)  # one a layer and set; empty: 1
+    # Rows of a threshold, the mass that it captured on held-out text and the share of the tokens that it read there, means over
+    # layers; thresholds falling. Empty: unknown.
+    mass_table: list[list[float]] = field(default_factory=list, metadata={"row": 3})
     dense_layers: list[int] = field(default_factory=list)  # model layers without a selector
 
 
@@ -100,8 +103,9 @@ class SelectorConfig:
 
     def to_json(self) -> dict[str, Any]:
         made = asdict(self)
-        if not self.selection.residual_mass:  # unknown: programs from before it read such a file
-            del made["selection"]["residual_mass"]
+        for name in ("residual_mass", "mass_table"):
+            if not made["selection"][name]:  # unknown: programs from before it read such a file
+                del made["selection"][name]
         return made
 
     def validate(self, source: str) -> None:
@@ -143,6 +147,7 @@ class SelectorConfig:
             require(0 < temperature < math.inf, "selection.temperature", temperature, "positive for every layer")
         for mass in chosen.residual_mass:
             require(0 < mass <= 1, "selection.residual_mass", mass, "above 0 and at most 1 for every set")
+        self._check_mass_table(source)
         for index, layer in enumerate(chosen.dense_layers):
             require(layer >= 0, "selection.dense_layers", layer, "a list of layer indices from 0")
             require(layer not in chosen.dense_layers[:index], "selection.dense_layers", layer, "listed once")
@@ -151,6 +156,29 @@ class SelectorConfig:
         one_of("distillation.teacher", learned.teacher, "token", "block_max")
         one_of("distillation.teacher_scope", learned.teacher_scope, "all", "residual")
         require(learned.k_train >= 1, "distillation.k_train", learned.k_train, "1 or more tokens")
+
+    def _check_mass_table(self, source: str) -> None:
+        table = self.selection.mass_table
+        if not table:
+            return
+        if len(table) < 2:
+            raise ValueError(f"{source}: selection.mass_table has one row; it must have at least two")
+        if not self.selection.residual_mass:
+            raise ValueError(
+                f"{source}: selection.mass_table stands without selection.residual_mass, with which it was fitted"
+            )
+        for index, (threshold, mass, tokens) in enumerate(table):
+            before = table[index - 1] if index else [math.inf, 0, 0]
+            ordered = threshold < before[0] and mass >= before[1] and tokens >= before[2]
+            if not ordered or not all(0 < x <= 1 for x in (threshold, mass, tokens)):
+                raise ValueError(
+                    f"{source}: selection.mass_table has the row {shown(threshold)}, {shown(mass)}, {shown(tokens)}; thresholds "
+                    "must fall from row to row, masses and shares of the tokens must not, and all lie above 0 and at most at 1"
+                )
+
+    def method(self, text: str) -> Method:
+        """The method that a text asks for with this selector: parse_method with its rule and its mass table."""
+        return parse_method(text, self.rule(), self.selection.mass_table)
 
     def rule(self) -> SelectionRule:
         """Top-p, as the selector wants to be used."""
@@ -162,14 +190,22 @@ def _fill(target: Any, document: Any, source: str) -> None:
     """Sets the fields of a dataclass from a JSON object; unknown fields and wrong types are refused."""
     if not isinstance(document, dict):
         raise ValueError(f"{source} must be a JSON object, not {json.dumps(document)}")
+
+    def is_number(v: Any) -> bool:
+        return isinstance(v, (int, float)) and not isinstance(v, bool)
+
     wanted = {
         bool: (lambda v: isinstance(v, bool), "true or false"),
         int: (lambda v: isinstance(v, int) and not isinstance(v, bool), "an integer"),
-        float: (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool), "a number"),
+        float: (is_number, "a number"),
         str: (lambda v: isinstance(v, str), "a string"),
-        list: (
-            lambda v: isinstance(v, list) and all(isinstance(i, (int, float)) and not isinstance(i, bool) for i in v),
-            "an array of numbers",
+        list: (lambda v: isinstance(v, list) and all(map(is_number, v)), "an array of numbers"),
+        "row": (
+            lambda v: (
+                isinstance(v, list)
+                and all(isinstance(row, list) and len(row) == 3 and all(map(is_number, row)) for row in v)
+            ),
+            "rows of three numbers: threshold, captured mass, share of the tokens",
         ),
     }
     for name, value in document.items():
@@ -179,7 +215,7 @@ def _fill(target: Any, document: Any, source: str) -> None:
         if hasattr(current, "__dataclass_fields__"):
             _fill(current, value, f"{source}.{name}")
             continue
-        fits, words = wanted[type(current)]
+        fits, words = wanted["row" if "row" in target.__dataclass_fields__[name].metadata else type(current)]
         if not fits(value):
             raise ValueError(f"{source}.{name} must be {words}, not {json.dumps(value)}")
         setattr(target, name, type(current)(value))

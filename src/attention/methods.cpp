@@ -36,6 +36,7 @@ bool set_option(MethodSettings& settings, const std::string& key, const std::str
   };
   if (key == "p") return settings.p = *number, true;
   if (key == "t") return settings.threshold = *number, true;
+  if (key == "m") return settings.mass = *number, true;
   if (key == "temperature") return settings.temperature = *number, true;
   if (key == "k" && percent) return settings.share = *number, true;
   if (key == "k") return set_whole(settings.budget);
@@ -55,6 +56,7 @@ std::set<std::string> given_keys(const MethodSettings& settings) {
     if (given) keys.insert(key);
   };
   add("p", settings.p.has_value()), add("t", settings.threshold.has_value());
+  add("m", settings.mass.has_value());
   add("k", settings.budget.has_value()), add("k%", settings.share.has_value());
   add("sinks", settings.sinks.has_value()), add("recency", settings.recency.has_value());
   add("floor", settings.floor.has_value()), add("cap", settings.cap.has_value());
@@ -72,6 +74,11 @@ std::string unread(const MethodSpec& spec, const std::string& key) {
     return "a fixed budget does not read it";
   if (key == "tile" && !spec.has_sparse_prefill()) return "prompts are read densely";
   return "";
+}
+
+// The keys of which a method takes one: what its rule is.
+bool is_rule_key(const std::string& key) {
+  return key == "p" || key == "t" || key == "m" || key == "k" || key == "k%";
 }
 
 }  // namespace
@@ -145,7 +152,7 @@ bool MethodSpec::reads_as(const MethodSpec& other) const {
 MethodSpec make_spec(const std::string& word, const MethodSettings& settings,
                      const SelectorConfig* selector) {
   const AttentionMethod& method = attention_method(word);
-  const auto& [p, threshold, share, temperature, budget, sinks, recency, floor, cap, cache_format,
+  const auto& [p, threshold, given_mass, share, temperature, budget, sinks, recency, floor, cap, cache_format,
                dense_layers, prefill, tile] = settings;
   if (budget && share)
     fail("a fixed budget is given in tokens ({}) and as a share ({}); give one of them", *budget, *share);
@@ -157,6 +164,11 @@ MethodSpec make_spec(const std::string& word, const MethodSettings& settings,
   if (threshold && method.adapt)
     fail("attention '{}' prunes what a fixed budget proposes; leave out the threshold ({})", word,
          *threshold);
+  // It is fitted for the selector's scores: what a method with others does not read.
+  const std::optional<double> mass = method.settings.contains("m") ? given_mass : std::nullopt;
+  if (mass && (threshold || p || budget || share))
+    fail("attention '{}' takes a captured mass ({}) or another rule, not both; give one of them", word,
+         *mass);
   if (budget && *budget < 1) fail("the budget is {} tokens; it must be at least 1", *budget);
   if (share && !(*share > 0 && *share <= 1))
     fail("the budget's share of the context is {}; it must be above 0 and at most 1", *share);
@@ -167,6 +179,10 @@ MethodSpec make_spec(const std::string& word, const MethodSettings& settings,
   if (selector) rule = selector->selection.rule;
   if (p) rule.mode = SelectionMode::top_p, rule.p = *p;
   if (threshold) rule.mode = SelectionMode::threshold, rule.threshold = *threshold;
+  if (mass) {
+    check_selector(method, selector != nullptr);
+    rule.mode = SelectionMode::threshold, rule.threshold = selector->selection.threshold_for(*mass);
+  }
   if (budget) rule.mode = SelectionMode::top_k, rule.budget = *budget;
   if (share) rule.mode = SelectionMode::top_k, rule.budget_fraction = *share;
   if (sinks) rule.sinks = *sinks;
@@ -197,9 +213,9 @@ MethodSpec parse_method(const std::string& text, const MethodSettings& base, con
     rest.erase(0, option.size() + 1);
     const size_t equals = option.find('=');
     const std::string key = option.substr(0, equals);
-    if ((key == "p" || key == "t" || key == "k") && !own_rule)
-      settings.p.reset(), settings.threshold.reset(), settings.budget.reset(), settings.share.reset(),
-          own_rule = true;
+    if (is_rule_key(key) && !own_rule)
+      settings.p.reset(), settings.threshold.reset(), settings.mass.reset(), settings.budget.reset(),
+          settings.share.reset(), own_rule = true;
     if (equals == std::string::npos || equals + 1 == option.size() ||
         !set_option(settings, key, option.substr(equals + 1)))
       fail("method '{}': '{}' is not one of {}", text, option, method_grammar());
@@ -211,7 +227,7 @@ MethodSpec parse_method(const std::string& text, const MethodSettings& base, con
     if (const std::string why = unread(spec, key); !why.empty())
       fail("method '{}': {}= has no effect, {}; leave it out", text, key == "k%" ? "k" : key, why);
   for (const std::string& key : given_keys(base)) {
-    const bool replaced = own.contains(key) || (own_rule && (key == "p" || key == "t" || key[0] == 'k'));
+    const bool replaced = own.contains(key) || (own_rule && is_rule_key(key));
     if (!replaced && unread(spec, key).empty()) spec.from_base.insert(key);
   }
   return spec;
@@ -230,7 +246,7 @@ std::vector<std::string> join_methods(const std::vector<std::string>& parts) {
 }
 
 std::string method_grammar() {
-  return "p=SHARE, t=THRESHOLD, k=TOKENS, k=PERCENT%, sinks=, recency=, floor=, cap=TOKENS, temperature=NUMBER, dense=LAYERS, "
+  return "p=SHARE, t=THRESHOLD, m=MASS, k=TOKENS, k=PERCENT%, sinks=, recency=, floor=, cap=TOKENS, temperature=NUMBER, dense=LAYERS, "
          "cache=FORMAT, prefill=sparse, dense or auto, tile=QUERIES";
 }
 

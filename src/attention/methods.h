@@ -92,12 +92,12 @@ std::string attention_words();
 
 // What a user said about a method; what is unset is as in the selector (or the defaults of SelectionRule).
 struct MethodSettings {
-  std::optional<double> p, threshold, share, temperature;     // p=, t=, k=...%, temperature=
-  std::optional<int32_t> budget, sinks, recency, floor, cap;  // k=, sinks=, recency=, floor=, cap=
-  std::optional<std::string> cache_format;                    // cache=
-  int64_t dense_layers = 0;                                   // dense=
-  std::optional<PrefillMode> prefill;                         // prefill=
-  std::optional<int64_t> tile;                                // tile=
+  std::optional<double> p, threshold, mass, share, temperature;  // p=, t=, m=, k=...%, temperature=
+  std::optional<int32_t> budget, sinks, recency, floor, cap;     // k=, sinks=, recency=, floor=, cap=
+  std::optional<std::string> cache_format;                       // cache=
+  int64_t dense_layers = 0;                                      // dense=
+  std::optional<PrefillMode> prefill;                            // prefill=
+  std::optional<int64_t> tile;                                   // tile=
 };
 
 // `selector`: the config of the one in use, whose rule is the default; null without one. Settings that the method does
@@ -105,7 +105,7 @@ struct MethodSettings {
 MethodSpec make_spec(const std::string& word, const MethodSettings& settings, const SelectorConfig* selector);
 
 // WORD or WORD:KEY=VALUE,KEY=VALUE...: "spot:p=0.9,k=10%,dense=2,prefill=sparse". What it does not say is as in
-// `base`, but a method with p=, t= or k= has that rule alone. Throws Error naming the part that is wrong, or that the
+// `base`, but a method with p=, t=, m= or k= has that rule alone. Throws Error naming the part that is wrong, or that the
 // method does not read (MethodSpec::from_base says what it read of `base`).
 MethodSpec parse_method(const std::string& text, const MethodSettings& base, const SelectorConfig* selector);
 // Commas separate methods and the settings of one: of the parts of "spot:p=0.9,dense=2,quest:k=10%", those without the

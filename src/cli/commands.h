@@ -15,6 +15,7 @@ void add_bench_distill(CLI::App& parent);  // below bench
 void add_bench_prefill(CLI::App& parent);  // below bench
 void add_eval(CLI::App& app);
 void add_eval_ruler(CLI::App& parent);  // below eval
+void add_calibrate(CLI::App& app);
 void add_convert(CLI::App& app);
 void add_inspect(CLI::App& app);
 void add_quantize(CLI::App& app);

@@ -19,7 +19,7 @@ CLI::Option* EvalOptions::add(CLI::App& command) {
           "--methods", methods,
           "Comma-separated attentions (" + attention_words() +
               "), each with settings of its own if wanted (" + method_grammar() +
-              "): spot:p=0.9, spot:t=0.001, spot:k=1024,cache=mxfp4, streaming:k=1024, quest:k=10%,dense=2, twilight:p=0.95,k=25% "
+              "): spot:p=0.9, spot:m=0.9, spot:t=0.001, spot:k=1024,cache=mxfp4, streaming:k=1024, quest:k=10%,dense=2, twilight:p=0.95,k=25% "
               "(Quest proposes k, p is kept of it); spot:k=10%,prefill=sparse reads the context sparsely too, one block "
               "set for each tile of queries. Default: spot as its selector says, streaming and oracle at 1024 tokens")
       ->delimiter(',');

@@ -124,6 +124,9 @@ void MethodOptions::add(CLI::App& app) {
       "--threshold", threshold,
       "Every block that holds this share of all attention, by the selector's estimate, in (0, 1] (other methods: of their own scores' "
       "residual mass)");
+  app.add_option(
+      "--mass", mass,
+      "The threshold that captured this share of all attention on the text that the selector was calibrated on");
   app.add_option("--top-k-tokens", budget,
                  "Fixed budget: tokens attended by each query; twilight: tokens that it prunes");
   app.add_option("--top-k-share", share,
@@ -131,7 +134,7 @@ void MethodOptions::add(CLI::App& app) {
   app.add_option("--sinks", sinks, "Reserved tokens at the start of the context");
   app.add_option("--recency", recency, "Reserved tokens at its end");
   app.add_option("--floor", floor, "Fewest tokens attended; shorter contexts are dense");
-  app.add_option("--cap", cap, "Most tokens attended under --top-p or --threshold (0: no cap)");
+  app.add_option("--cap", cap, "Most tokens attended under --top-p, --threshold or --mass (0: no cap)");
   app.add_option("--selection-temperature", temperature,
                  "Divides block scores before the nucleus, times the fitted one");
   app.add_option("--cache-format", cache_format, "Selector keys: f32, bf16, int8, int4, mxfp4 or nvfp4");
@@ -161,6 +164,7 @@ void MethodOptions::check_read(const CLI::App& command, const std::vector<Method
                                const std::set<std::string>& read_by_command) {
   static constexpr std::pair<const char*, const char*> kFlags[] = {{"p", "--top-p"},
                                                                    {"t", "--threshold"},
+                                                                   {"m", "--mass"},
                                                                    {"k", "--top-k-tokens"},
                                                                    {"k%", "--top-k-share"},
                                                                    {"sinks", "--sinks"},

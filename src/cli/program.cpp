@@ -62,6 +62,7 @@ int run_program(int argc, const char* const* argv, const ProcessGroup* group) {
   add_serve(app);
   add_eval(app);
   add_bench(app);
+  add_calibrate(app);
   add_convert(app);
   add_quantize(app);
   add_inspect(app);

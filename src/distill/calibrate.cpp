@@ -155,6 +155,12 @@ std::vector<double> errors(const std::vector<std::vector<double>>& captured, con
 
 }  // namespace
 
+std::vector<double> half_octaves(int first, int last) {
+  std::vector<double> grid;
+  for (int half = 2 * first; half <= 2 * last; ++half) grid.push_back(std::exp2(-0.5 * half));
+  return grid;
+}
+
 std::vector<double> Calibration::error_before() const {
   return errors(captured_before, p);
 }
@@ -176,14 +182,28 @@ nlohmann::json Calibration::to_json() const {
       {"selected_residual", selected_residual},
       {"selected_total", selected_total},
       {"selected_tokens", selected_tokens},
-      {"threshold", threshold},
-      {"threshold_total", threshold_total},
-      {"threshold_tokens", threshold_tokens},
       {"error_before", error_before()},
       {"error_after", error_after()}};
 }
 
+nlohmann::json Calibration::mass_notes(const std::vector<std::filesystem::path>& data_paths) const {
+  nlohmann::json paths = nlohmann::json::array();
+  for (const std::filesystem::path& path : data_paths) paths.push_back(path.string());
+  return {{"contexts", contexts}, {"length", length}, {"queries", late_queries}, {"data_paths", paths}};
+}
+
 namespace {
+
+// Tokens before the first query with enough residual blocks.
+int64_t least_context(const SelectionRule& rule) {
+  return (rule.sinks + kBlockSize - 1) / kBlockSize * kBlockSize + rule.recency +
+         kResidualBlocks * kBlockSize;
+}
+
+// First queries that a run in so many tokens can have; 0 or less: none.
+int64_t possible_starts(size_t tokens, const SelectionRule& rule) {
+  return static_cast<int64_t>(tokens) - kRun - least_context(rule) + 1;
+}
 
 // The layers' samples from dense forward passes; empty when all sequences are too short.
 std::map<int64_t, Samples> measure(const Backbone& backbone, const Selector& selector,
@@ -195,9 +215,7 @@ std::map<int64_t, Samples> measure(const Backbone& backbone, const Selector& sel
          kRun);
   for (const double p : options.p)
     if (!(p > 0.0 && p < 1.0)) fail("calibration: p of {} is not between 0 and 1", p);
-  // The first query with enough residual blocks.
-  const int64_t least =
-      (rule.sinks + kBlockSize - 1) / kBlockSize * kBlockSize + rule.recency + kResidualBlocks * kBlockSize;
+  const int64_t least = least_context(rule);
   int64_t longest = 0;
   for (const TokenSequence& s : sequences) longest = std::max(longest, static_cast<int64_t>(s.tokens.size()));
 
@@ -206,8 +224,7 @@ std::map<int64_t, Samples> measure(const Backbone& backbone, const Selector& sel
   if (show_progress)
     progress = std::make_unique<Progress>("Calibrating", static_cast<int64_t>(sequences.size()));
   for (size_t i = 0; i < sequences.size(); ++i) {
-    const int64_t starts =
-        static_cast<int64_t>(sequences[i].tokens.size()) - kRun - least + 1;  // possible first queries
+    const int64_t starts = possible_starts(sequences[i].tokens.size(), rule);
     if (starts <= 0) continue;
     const int64_t runs = std::min(options.queries_per_sequence / kRun, (starts + kRun - 1) / kRun);
     std::vector<int64_t> firsts;
@@ -269,16 +286,27 @@ Calibration calibrate(const Backbone& backbone, const Selector& selector,
   Calibration result;
   result.layers = selector.layers();
   result.p = options.p;
-  result.threshold = options.threshold;
-  result.temperature.assign(result.layers.size(), 1.0);
+  const std::vector<double>& known = selector.config().selection.temperature;
+  if (options.fit_temperature || known.empty())
+    result.temperature.assign(result.layers.size(), 1.0);
+  else
+    result.temperature = known;
+  for (const TokenSequence& s : sequences) {
+    if (possible_starts(s.tokens.size(), own) <= 0) continue;
+    result.contexts += 1;
+    result.length = std::max(result.length, static_cast<int64_t>(s.tokens.size()));
+  }
   const bool few_sets = selector.groups() <= kernels::kMostSets;
+  if (few_sets && !measured.empty())
+    for (const double threshold : options.threshold) result.mass_table.push_back({threshold, 0, 0});
+  const auto num_layers = static_cast<double>(result.layers.size());
   for (size_t l = 0; l < result.layers.size() && !measured.empty(); ++l) {
     const Samples& samples = measured.at(result.layers[l]);
     const at::Tensor scores = at::cat(samples.scores), mass = at::cat(samples.mass),
                      lengths = at::cat(samples.lengths);
     result.queries = scores.size(0);
     const Nucleus nucleus(scores, mass, lengths, own);
-    result.temperature[l] = fit_temperature(nucleus, options.p);
+    if (options.fit_temperature) result.temperature[l] = fit_temperature(nucleus, options.p);
     result.captured_before.push_back(nucleus.captured(options.p, 1.0));
     result.captured_after.push_back(nucleus.captured(options.p, result.temperature[l]));
 
@@ -296,21 +324,30 @@ Calibration calibrate(const Backbone& backbone, const Selector& selector,
     result.selected_tokens.push_back(tokens);
 
     if (!few_sets) continue;
+    // Decode stands at the end of a context: queries near its start see little more than what is always read.
+    const at::Tensor late = at::nonzero(lengths.to(at::kLong).mul(4).gt(3 * result.length)).flatten();
+    const at::Tensor late_scores = scores.index_select(0, late), late_mass = mass.index_select(0, late),
+                     late_lengths = lengths.index_select(0, late);
+    result.late_queries = late.size(0);
     rule.mode = SelectionMode::threshold;
     // Never 0: it divides.
-    const at::Tensor own_mass = nucleus.residual_mass().clamp_min(1e-6).contiguous().cpu();
+    const at::Tensor own_mass =
+        Nucleus(late_scores, late_mass, late_lengths, own).residual_mass().clamp_min(1e-6).contiguous().cpu();
     result.residual_mass.insert(result.residual_mass.end(), own_mass.data_ptr<double>(),
                                 own_mass.data_ptr<double>() + selector.groups());
-    std::vector<double> threshold_total, threshold_tokens;
-    for (const double threshold : options.threshold) {
+    for (MassRow& row : result.mass_table) {
       rule.thresholds.count = 0;
       for (int64_t set = 0; set < selector.groups(); ++set)
-        rule.thresholds.of[rule.thresholds.count++] = threshold / own_mass[set].item<double>();
-      const Captured captured = capture(scores, mass, lengths, rule);
-      threshold_total.push_back(captured.total), threshold_tokens.push_back(captured.tokens);
+        rule.thresholds.of[rule.thresholds.count++] = row.threshold / own_mass[set].item<double>();
+      const Captured captured = capture(late_scores, late_mass, late_lengths, rule);
+      row.mass += captured.total / num_layers, row.tokens += captured.tokens / num_layers;
     }
-    result.threshold_total.push_back(threshold_total);
-    result.threshold_tokens.push_back(threshold_tokens);
+  }
+  // A lower threshold takes the same blocks and others; sums of float32 may say otherwise in their last bits.
+  double most_mass = 0, most_tokens = 0;
+  for (MassRow& row : result.mass_table) {
+    row.mass = most_mass = std::min(std::max(most_mass, row.mass), 1.0);
+    row.tokens = most_tokens = std::min(std::max(most_tokens, row.tokens), 1.0);
   }
   return result;
 }

@@ -4,7 +4,6 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <numeric>
 
 namespace spot {
 namespace {
@@ -125,20 +124,26 @@ std::string calibration(const json& notes) {
     table += fmt::format("| {} | {:.3f} | {:.3f} ({:.3f} to {:.3f}) |\n", p[place],
                          median(column(before, place)), median(values), *lowest, *highest);
   }
-  if (!fitted.contains("threshold_total") || fitted.at("threshold_total").empty()) return table;
-  const auto total = fitted.at("threshold_total").get<std::vector<std::vector<double>>>();
-  const auto tokens = fitted.at("threshold_tokens").get<std::vector<std::vector<double>>>();
-  const auto threshold = fitted.at("threshold").get<std::vector<double>>();
-  table +=
-      "\n`--threshold T` takes the blocks that hold at least T of all attention, by the selector's estimate and the mean residual mass of "
-      "each layer and set. On the same contexts, mean over layers:\n\n| T | captured mass | share of the tokens |\n| --- | --- | --- |\n";
-  const auto mean = [&](const std::vector<std::vector<double>>& rows, size_t place) {
-    const std::vector<double> values = column(rows, place);
-    return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
-  };
-  for (size_t place = 0; place < threshold.size(); ++place)
-    table += fmt::format("| {:g} | {:.3f} | {:.1f}% |\n", threshold[place], mean(total, place),
-                         100 * mean(tokens, place));
+  return table;
+}
+
+constexpr const char* kMassHeading = "\n## What a captured mass reads\n";
+
+// Empty where the selector has no mass table. Every second row of it.
+std::string mass_section(const json& selector) {
+  const json& chosen = selector.at("config").at("selection");
+  const json& notes = selector.at("notes");
+  if (!chosen.contains("mass_table") || !notes.contains("mass_calibration")) return "";
+  const json& from = notes.at("mass_calibration");
+  std::string table = fmt::format(
+      "{}\n`--mass M` takes the threshold T that captured the share M of all attention in the last quarter of {} held-out contexts of {} tokens; "
+      "`--threshold T` takes the blocks that hold at least T of it, by the selector's estimate and the mean residual mass of each "
+      "layer and set. Mean over layers:\n\n| T | captured mass | share of the tokens |\n| --- | --- | --- |\n",
+      kMassHeading, from.at("contexts").get<int64_t>(), grouped(from.at("length")));
+  const auto rows = chosen.at("mass_table").get<std::vector<std::vector<double>>>();
+  for (size_t row = 0; row < rows.size(); row += 2)
+    table += fmt::format("| {:.2g} | {:.3f} | {:.1f}% |\n", rows[row].at(0), rows[row].at(1),
+                         100 * rows[row].at(2));
   return table;
 }
 
@@ -147,9 +152,18 @@ std::string calibration(const json& notes) {
 std::string selector_card(const std::string& name, const json& selector, const std::vector<json>& metrics) {
   const json& notes = selector.at("notes");
   return fmt::format(
-      "# Selector `{}`\n\n{}\n```sh\nspot generate --model MODEL --selector {} --prompt-file question.txt\n```\n\n## Training\n\n{}{}{}",
+      "# Selector `{}`\n\n{}\n```sh\nspot generate --model MODEL --selector {} --prompt-file question.txt\n```\n\n## Training\n\n{}{}{}{}",
       name, what_it_is(selector), name, how_it_was_trained(selector),
-      held_out(metrics, notes.at("training").at("budgets").get<std::vector<double>>()), calibration(notes));
+      held_out(metrics, notes.at("training").at("budgets").get<std::vector<double>>()), calibration(notes),
+      mass_section(selector));
+}
+
+std::string with_mass_section(const std::string& card, const json& selector) {
+  const std::string section = mass_section(selector);
+  const size_t start = card.find(kMassHeading);
+  if (start == std::string::npos) return card + (card.empty() || card.back() == '\n' ? "" : "\n") + section;
+  const size_t end = card.find("\n## ", start + 1);
+  return card.substr(0, start) + section + (end == std::string::npos ? "" : card.substr(end));
 }
 
 }  // namespace spot

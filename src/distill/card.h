@@ -13,5 +13,7 @@ namespace spot {
 // metrics; what either lacks (held-out losses, a calibration) the card leaves out. `name` is the folder's.
 std::string selector_card(const std::string& name, const nlohmann::json& selector,
                           const std::vector<nlohmann::json>& metrics);
+// A card with its section on captured mass as selector.json has it now: replaced, or added at the end.
+std::string with_mass_section(const std::string& card, const nlohmann::json& selector);
 
 }  // namespace spot

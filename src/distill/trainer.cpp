@@ -411,6 +411,7 @@ class Run {
     if (last_.is_object() && last_.contains("held_out_loss"))
       notes["held_out_loss"] = last_.at("held_out_loss");
     if (!calibration_.is_null()) notes["calibration"] = calibration_;
+    if (!mass_calibration_.is_null()) notes["mass_calibration"] = mass_calibration_;
     return notes;
   }
 
@@ -422,7 +423,9 @@ class Run {
                     {}, hooks_.show_progress && is_writer());
       selector_.selection().temperature = fitted.temperature;
       selector_.selection().residual_mass = fitted.residual_mass;
+      selector_.selection().mass_table = fitted.mass_table;
       calibration_ = fitted.to_json();
+      if (!fitted.mass_table.empty()) mass_calibration_ = fitted.mass_notes(config_.data.paths);
     }
     if (!is_writer()) return;
     selector_.save(config_.output, fingerprint_, notes(), weight_format_from_string(config_.store));
@@ -445,7 +448,7 @@ class Run {
   std::optional<MetricsLog> log_;
   bool warned_of_little_text_ = false;
   int64_t step_ = 0;
-  nlohmann::json last_, calibration_;
+  nlohmann::json last_, calibration_, mass_calibration_;
 };
 
 }  // namespace

@@ -291,12 +291,11 @@ TokenMask Engine::mask_of(std::vector<int64_t>& ids, at::Tensor& logits, std::ve
     const Answer& answer = *answers_.at(ids[i]);
     if (answer.constraint) {
       if (!answer.constraint->allowed(bits + static_cast<int64_t>(mask.rows.size()) * words)) {
-        events.push_back({.request = answer.request,
-                          .completion = answer.completion,
-                          .finish = FinishReason::error,
-                          .error = fmt::format("request {}: no token of the vocabulary may follow under the "
-                                               "request's constraint; ask for another form of output",
-                                               answer.request)});
+        events.push_back(
+            {.request = answer.request,
+             .completion = answer.completion,
+             .finish = FinishReason::error,
+             .error = fmt::format("request {}: {}", answer.request, answer.constraint->problem())});
         remove(ids[i]);
         continue;
       }

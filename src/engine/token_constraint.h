@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace spot {
@@ -17,6 +18,10 @@ class TokenConstraint {
   // The tokens that may come next: bit t % 32 of bits[t / 32] for token t. `bits` has ceil(vocab_size / 32) words, all
   // overwritten. False when there are none: the answer can neither go on nor end.
   virtual bool allowed(int32_t* bits) = 0;
+  // Why there were none, and what to do.
+  virtual std::string problem() const {
+    return "no token of the vocabulary may follow under the request's constraint; ask for another form of output";
+  }
   // One of them came.
   virtual void accept(int32_t token) = 0;
   // Nothing can follow but the end.

@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "grammar/schema.h"
+#include "grammar/work.h"
 #include "text/decoder.h"
 
 // xgrammar's messages come here. What it only warns of is something that it does not keep.
@@ -24,6 +25,9 @@ void LogMessageImpl(const std::string&, int, int, const std::string& message) {
 namespace spot {
 namespace {
 
+// Of the grammar as text, of which each byte takes some 300 ns before work is counted.
+constexpr size_t kMostRuleBytes = size_t{2} << 20;
+constexpr int64_t kMostStepWork = 20'000'000;  // some 0.1 s at most
 constexpr int kMostWhitespace = 8;  // characters in a row: an answer cannot go on with blanks for ever
 
 // Control characters may not stand in JSON's strings, where xgrammar lets them pass if the strings' lengths are given: tokens
@@ -74,9 +78,13 @@ struct SchemaCompiler::Tables {
   xgrammar::GrammarCompiler compiler;
 };
 
+// Refusals are kept as well: to find that something is too much takes as long as what is not.
 struct SchemaCompiler::Grammar {
   std::shared_ptr<const Tables> tables;
-  xgrammar::CompiledGrammar compiled;
+  std::optional<xgrammar::CompiledGrammar> compiled;
+  std::string refusal;
+
+  size_t bytes() const { return compiled ? compiled->MemorySizeBytes() : 0; }
 };
 
 namespace {
@@ -94,14 +102,18 @@ class SchemaConstraint : public TokenConstraint {
   SchemaConstraint(std::shared_ptr<const Grammar> grammar, const AnswerOpening& opening)
       : grammar_(std::move(grammar)),
         opening_(opening),
-        matcher_(grammar_->compiled),
+        matcher_(*grammar_->compiled),
         next_(static_cast<size_t>(grammar_->tables->num_words)),
         stage_(opening.in_reasoning ? Stage::reasoning : Stage::opening) {
-    look_ahead();
+    step([&] { look_ahead(); });
   }
 
   bool allowed(int32_t* bits) override {
     const auto& tables = *grammar_->tables;
+    if (overloaded_) {
+      std::fill(bits, bits + tables.num_words, 0);
+      return false;
+    }
     if (stage_ == Stage::reasoning || stage_ == Stage::free) {
       std::fill(bits, bits + tables.num_words, -1);
       clear_tail(bits);
@@ -134,8 +146,15 @@ class SchemaConstraint : public TokenConstraint {
       return;
     }
     stage_ = Stage::json;
-    if (!matcher_.AcceptToken(token)) fail("token {} came, which the grammar does not allow here", token);
-    look_ahead();
+    step([&] {
+      if (!matcher_.AcceptToken(token)) fail("token {} came, which the grammar does not allow here", token);
+      look_ahead();
+    });
+  }
+
+  std::string problem() const override {
+    if (!overloaded_) return TokenConstraint::problem();
+    return "the schema has too many alternatives that begin alike; give fewer, or tell them apart by an earlier member";
   }
 
   bool complete() const override { return complete_; }
@@ -147,6 +166,17 @@ class SchemaConstraint : public TokenConstraint {
   void clear_tail(int32_t* bits) const {
     const auto& tables = *grammar_->tables;
     for (int64_t id = tables.vocab_size; id < 32 * tables.num_words; ++id) set(bits, id, false);
+  }
+
+  // All answers wait for each step of each.
+  template <typename Work>
+  void step(const Work& work) {
+    const WorkLimit limit(kMostStepWork);
+    try {
+      work();
+    } catch (const TooMuchWork&) {
+      overloaded_ = true;
+    }
   }
 
   void look_ahead() {
@@ -173,14 +203,14 @@ class SchemaConstraint : public TokenConstraint {
   xgrammar::GrammarMatcher matcher_;
   std::vector<int32_t> next_;
   Stage stage_;
-  bool complete_ = false;
+  bool complete_ = false, overloaded_ = false;
 };
 
 }  // namespace
 
 SchemaCompiler::SchemaCompiler(const Tokenizer& tokenizer, int64_t vocab_size,
-                               const std::vector<int64_t>& stop_ids)
-    : tables_(std::make_shared<Tables>(tokenizer, vocab_size, stop_ids)) {}
+                               const std::vector<int64_t>& stop_ids, int64_t most_work)
+    : tables_(std::make_shared<Tables>(tokenizer, vocab_size, stop_ids)), most_work_(most_work) {}
 
 SchemaCompiler::~SchemaCompiler() = default;
 
@@ -194,6 +224,48 @@ std::shared_ptr<const SchemaCompiler::Grammar> SchemaCompiler::find(const std::s
   return nullptr;
 }
 
+SchemaCompiler::Grammar SchemaCompiler::make(const std::string& text) {
+  Grammar made{.tables = tables_};
+  std::string warned;
+  warning = &warned;
+  try {
+    const WorkLimit limit(most_work_);
+    const auto grammar =
+        xgrammar::Grammar::FromJSONSchema(text, /*any_whitespace=*/true, std::nullopt, std::nullopt,
+                                          /*strict_mode=*/true, kMostWhitespace);
+    if (grammar.ToString().size() > kMostRuleBytes) throw TooMuchWork();
+    made.compiled = tables_->compiler.CompileGrammar(grammar);
+    work_ = limit.done();
+  } catch (const TooMuchWork&) {
+    made.refusal =
+        "the schema takes too much work to compile; give fewer and shorter lengths, patterns, formats and lists of values, or "
+        "fewer schemas";
+  } catch (const std::bad_alloc&) {  // no property of the schema
+    warning = nullptr;
+    throw;
+  } catch (const std::exception& error) {
+    made.refusal = "the schema cannot be compiled: " + shortened(error.what());
+  }
+  warning = nullptr;
+  if (!warned.empty() && made.compiled) made.refusal = "the schema cannot be kept: " + shortened(warned);
+  if (made.compiled && made.bytes() > kMostGrammarBytes)
+    made.refusal = fmt::format("the schema's grammar takes {} MiB, more than {}; make the schema smaller",
+                               made.bytes() >> 20, kMostGrammarBytes >> 20);
+  if (!made.refusal.empty()) made.compiled.reset();
+  return made;
+}
+
+void SchemaCompiler::keep(const std::string& text, std::shared_ptr<const Grammar> grammar) {
+  const std::lock_guard lock(cache_mutex_);
+  cache_.emplace_front(text, std::move(grammar));
+  size_t total = 0;
+  for (const auto& [key, cached] : cache_) total += cached->bytes() + key.size();
+  while (total > kMostCachedBytes && cache_.size() > 1) {
+    total -= cache_.back().second->bytes() + cache_.back().first.size();
+    cache_.pop_back();
+  }
+}
+
 MakeConstraint SchemaCompiler::compile(const nlohmann::ordered_json& schema, const AnswerOpening& opening) {
   if (opening.in_reasoning && !opening.reasoning_end)
     fail(
@@ -204,34 +276,9 @@ MakeConstraint SchemaCompiler::compile(const nlohmann::ordered_json& schema, con
   if (!grammar) {
     const std::lock_guard lock(compiling_);
     grammar = find(text);
-    if (!grammar) {
-      std::string warned;
-      warning = &warned;
-      try {
-        grammar = std::make_shared<Grammar>(Grammar{
-            tables_,
-            tables_->compiler.CompileJSONSchema(text, /*any_whitespace=*/true, std::nullopt, std::nullopt,
-                                                /*strict_mode=*/true, kMostWhitespace)});
-        warning = nullptr;
-      } catch (const std::exception& error) {
-        warning = nullptr;
-        fail("the schema cannot be compiled: {}", shortened(error.what()));
-      }
-      if (!warned.empty()) fail("the schema cannot be kept: {}", shortened(warned));
-      const size_t bytes = grammar->compiled.MemorySizeBytes();
-      if (bytes > kMostGrammarBytes)
-        fail("the schema's grammar takes {} MiB, more than {}; make the schema smaller", bytes >> 20,
-             kMostGrammarBytes >> 20);
-      const std::lock_guard cache_lock(cache_mutex_);
-      cache_.emplace_front(text, grammar);
-      size_t total = 0;
-      for (const auto& [key, cached] : cache_) total += cached->compiled.MemorySizeBytes() + key.size();
-      while (total > kMostCachedBytes && cache_.size() > 1) {
-        total -= cache_.back().second->compiled.MemorySizeBytes() + cache_.back().first.size();
-        cache_.pop_back();
-      }
-    }
+    if (!grammar) keep(text, grammar = std::make_shared<Grammar>(make(text)));
   }
+  if (!grammar->compiled) fail("{}", grammar->refusal);
   return [grammar, opening] { return std::make_unique<SchemaConstraint<Grammar>>(grammar, opening); };
 }
 

@@ -19,6 +19,7 @@ using Json = nlohmann::ordered_json;
 constexpr int64_t kMostSchemas = 400, kMostOptional = 128, kMostValues = 2000, kMostValueBytes = 16 << 10,
                   kMostPatternBytes = 256;
 constexpr int64_t kMostRepeats = 100'000;
+constexpr size_t kMostGivenBytes = 256 << 10, kMostPlaceBytes = 4096;
 // Each counted character is a state, for which every token of the vocabulary is tried; xgrammar counts no further than this one
 // by one.
 constexpr int64_t kCountedOneByOne = 128, kMostCounted = 512;
@@ -100,9 +101,16 @@ class Checker {
   }
 
  private:
-  Json check(const Json& schema, const std::string& where) {
+  void count_schema() {
     if (++schemas_ > kMostSchemas)
       fail("the schema holds more than {} schemas; make it smaller", kMostSchemas);
+  }
+
+  Json check(const Json& schema, const std::string& where) {
+    count_schema();
+    if (where.size() > kMostPlaceBytes)
+      fail("{}...: the names on the way to a schema are longer than {} bytes; shorten them",
+           where.substr(0, 80), kMostPlaceBytes);
     places_.insert(where);
     if (schema.is_boolean()) {
       if (!schema.get<bool>()) fail("{}: the schema false lets nothing pass", where);
@@ -212,7 +220,8 @@ class Checker {
       if (!one.is_string() || !kTypes.count(one.get<std::string>()))
         fail("{}: type must be one of null, boolean, object, array, number, string, integer, or a list",
              where);
-      types.push_back(one.get<std::string>());
+      if (std::find(types.begin(), types.end(), one.get<std::string>()) == types.end())
+        types.push_back(one.get<std::string>());
     }
     if (types.empty()) fail("{}: the list of types is empty", where);
     return types;
@@ -370,6 +379,7 @@ class Checker {
         if (properties.contains(text)) continue;
         if (schema.contains("additionalProperties") && !open)
           fail("{}: '{}' is required and not among the properties; add it", where, text);
+        count_schema();
         properties[text] = others;
       }
     }
@@ -536,6 +546,8 @@ class Checker {
 }  // namespace
 
 Json exact_schema(const Json& schema) {
+  if (schema.dump(-1, ' ', false, Json::error_handler_t::replace).size() > kMostGivenBytes)
+    fail("the schema takes more than {} KiB; make it smaller", kMostGivenBytes >> 10);
   return Checker(schema).run();
 }
 

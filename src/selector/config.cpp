@@ -1,5 +1,6 @@
 #include "selector/config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <set>
@@ -105,6 +106,19 @@ class Fields {
       value.push_back(item.get<Number>());
     }
   }
+  void read(const char* name, std::vector<MassRow>& value) {
+    const json* field = find(name);
+    if (!field) return;
+    constexpr const char* kWanted = "rows of three numbers: threshold, captured mass, share of the tokens";
+    if (!field->is_array()) wrong(name, *field, kWanted);
+    value.clear();
+    for (const json& row : *field) {
+      if (!row.is_array() || row.size() != 3 ||
+          !std::all_of(row.begin(), row.end(), [](const json& number) { return number.is_number(); }))
+        wrong(name, row, kWanted);
+      value.push_back({row[0].get<double>(), row[1].get<double>(), row[2].get<double>()});
+    }
+  }
   const json* find(const char* name) {
     known_.insert(name);
     auto found = object_.find(name);
@@ -125,7 +139,45 @@ class Fields {
   std::set<std::string> known_;
 };
 
+void check_mass_table(const SelectionDefaults& selection, const std::string& source) {
+  const std::vector<MassRow>& table = selection.mass_table;
+  if (table.empty()) return;
+  if (table.size() < 2) fail("{}: selection.mass_table has one row; it must have at least two", source);
+  if (selection.residual_mass.empty())
+    fail("{}: selection.mass_table stands without selection.residual_mass, with which it was fitted", source);
+  const auto share = [](double x) { return x > 0 && x <= 1; };
+  for (size_t i = 0; i < table.size(); ++i) {
+    const auto& [threshold, mass, tokens] = table[i];
+    const bool ordered = i == 0 || (threshold < table[i - 1].threshold && mass >= table[i - 1].mass &&
+                                    tokens >= table[i - 1].tokens);
+    if (!share(threshold) || !share(mass) || !share(tokens) || !ordered)
+      fail(
+          "{}: selection.mass_table has the row {}, {}, {}; thresholds must fall from row to row, masses and shares of the tokens "
+          "must not, and all lie above 0 and at most at 1",
+          source, threshold, mass, tokens);
+  }
+}
+
 }  // namespace
+
+double SelectionDefaults::threshold_for(double mass) const {
+  if (mass_table.empty())
+    fail(
+        "a captured mass of {} was asked for, but the selector does not say which threshold gives it; fit that with `spot "
+        "calibrate`, or give a threshold",
+        mass);
+  if (!(mass >= mass_table.front().mass && mass <= mass_table.back().mass))
+    fail(
+        "a captured mass of {} is outside what was fitted for the selector, {:.4f} to {:.4f}; ask for one in that range, give a "
+        "threshold, or fit it on other text with `spot calibrate`",
+        mass, mass_table.front().mass, mass_table.back().mass);
+  const auto above = std::find_if(mass_table.begin(), mass_table.end(),
+                                  [&](const MassRow& row) { return row.mass >= mass; });
+  if (above == mass_table.begin()) return above->threshold;
+  const MassRow& below = *(above - 1);  // of less mass than asked for, so that nothing is divided by 0
+  const double share = (mass - below.mass) / (above->mass - below.mass);
+  return below.threshold * std::pow(above->threshold / below.threshold, share);
+}
 
 std::string to_string(WeightFormat format) {
   return word_of(kWeightFormats, format);
@@ -180,6 +232,7 @@ SelectorConfig SelectorConfig::from_json(const json& object, const std::string& 
     selection.read("p", config.selection.rule.p);
     selection.read("temperature", config.selection.temperature);
     selection.read("residual_mass", config.selection.residual_mass);
+    selection.read("mass_table", config.selection.mass_table);
     selection.read("dense_layers", config.selection.dense_layers);
     selection.refuse_others();
   }
@@ -224,8 +277,10 @@ json SelectorConfig::to_json() const {
                    {"teacher", word_of(kTeachers, distillation.teacher)},
                    {"teacher_scope", word_of(kTeacherScopes, distillation.teacher_scope)},
                    {"rest_bucket", distillation.rest_bucket}}}};
-  // Not where it is unknown: programs from before it read such a file.
+  // Not where they are unknown: programs from before them read such a file.
   if (!selection.residual_mass.empty()) object["selection"]["residual_mass"] = selection.residual_mass;
+  for (const auto& [threshold, mass, tokens] : selection.mass_table)
+    object["selection"]["mass_table"].push_back({threshold, mass, tokens});
   return object;
 }
 
@@ -254,6 +309,7 @@ void SelectorConfig::validate(const std::string& source) const {
             "positive for every layer");
   for (double mass : selection.residual_mass)
     require(mass > 0 && mass <= 1, "selection.residual_mass", mass, "above 0 and at most 1 for every set");
+  check_mass_table(selection, source);
   std::set<int64_t> dense;
   for (int64_t layer : selection.dense_layers) {
     require(layer >= 0, "selection.dense_layers", layer, "a list of layer indices from 0");

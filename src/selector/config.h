@@ -36,6 +36,15 @@ std::string to_string(KeyFormat format);
 // Throws Error naming the accepted words.
 KeyFormat key_format_from_string(const std::string& word);
 
+// One row of SelectionDefaults::mass_table: what a threshold gave on held-out text.
+struct MassRow {
+  double threshold;  // share of all attention
+  double mass;       // captured: mean over layers, queries and sets
+  double tokens;     // share of the visible tokens that was read, likewise
+
+  bool operator==(const MassRow&) const = default;
+};
+
 // What a selection uses unless the caller asks for something else.
 struct SelectionDefaults {
   SelectionRule rule = {};  // top_p; its temperature stays 1
@@ -44,7 +53,14 @@ struct SelectionDefaults {
   // [layers * groups()], a layer's sets beside each other: the mean share of attention outside sinks and recency on
   // held-out text, by which a threshold on all attention becomes one on a set's residual; empty: 1 everywhere.
   std::vector<double> residual_mass;
+  // Thresholds falling, masses and shares of the tokens not falling; measured under `rule`, the temperatures and
+  // residual masses above, on contexts of one length. Empty: unknown.
+  std::vector<MassRow> mass_table;
   std::vector<int64_t> dense_layers;  // model layers that attend densely and hold no selector
+
+  // The largest threshold that captured the mass on that text, log threshold taken as linear in mass between rows.
+  // Throws Error where there is no table or the mass lies outside it.
+  double threshold_for(double mass) const;
 
   bool operator==(const SelectionDefaults&) const = default;
 };

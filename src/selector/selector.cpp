@@ -138,7 +138,8 @@ SelectionRule Selector::fitted(int64_t layer, SelectionRule rule) const {
   auto found = std::find(layers_.begin(), layers_.end(), layer);
   if (found == layers_.end()) fail("layer {} has no selector, hence no rule", layer);
   const auto place = static_cast<size_t>(found - layers_.begin());
-  const auto& [own, temperature, residual_mass, dense] = config_.selection;
+  const std::vector<double>&temperature = config_.selection.temperature,
+        &residual_mass = config_.selection.residual_mass;
   if (!temperature.empty()) rule.temperature *= temperature.at(place);
   if (residual_mass.empty() || rule.mode != SelectionMode::threshold) return rule;
   rule.thresholds.count = static_cast<int32_t>(groups_);

@@ -62,6 +62,9 @@ class Selector {
   void save(const std::filesystem::path& folder, const std::string& fingerprint,
             const nlohmann::json& notes = nlohmann::json::object(),
             WeightFormat format = WeightFormat::float32) const;
+  // Writes the config and `notes` into the selector.json of the folder that this selector was loaded from, atomically;
+  // everything else in the folder stays as it is. Throws Error when the file is damaged by now.
+  void save_config(const std::filesystem::path& folder, const nlohmann::json& notes) const;
 
   const SelectorConfig& config() const { return config_; }
   // Temperatures may be fitted after training; save() keeps what is set here.

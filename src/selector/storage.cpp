@@ -126,6 +126,16 @@ void Selector::save(const fs::path& folder, const std::string& fingerprint, cons
   write_file_atomically(folder / "selector.json", document.dump(2) + "\n");
 }
 
+void Selector::save_config(const fs::path& folder, const json& notes) const {
+  const fs::path path = folder / "selector.json";
+  json document = read_json(path);
+  check_seal(document, path.string());
+  document["config"] = config_.to_json();
+  document["notes"] = notes;
+  seal(document);
+  write_file_atomically(path, document.dump(2) + "\n");
+}
+
 bool Selector::made_for(const std::string& fingerprint) const {
   return fingerprint_.empty() || fingerprint.empty() || fingerprint_ == fingerprint;
 }

@@ -4,6 +4,7 @@ import random
 import subprocess
 
 import torch
+from patience import SLOWER
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +17,7 @@ DTYPES = [
 def copy(build_folder, source, target):
     tool = build_folder / "tests" / "checkpoint" / "safetensors_copy"
     assert tool.is_file(), f"{tool} is not built"
-    return subprocess.run([tool, source, target], capture_output=True, text=True, timeout=60)
+    return subprocess.run([tool, source, target], capture_output=True, text=True, timeout=60 * SLOWER)
 
 
 def random_tensor(rng, dtype):

@@ -13,10 +13,11 @@ import subprocess
 
 import torch
 import transformers
+from patience import SLOWER
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SHIPPED = ROOT / "models" / "tiny-qwen3"
-PATIENCE = 300  # seconds until a process counts as hanging, on a busy machine too
+PATIENCE = 300 * SLOWER  # seconds until a process counts as hanging, on a busy machine too
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 

@@ -7,7 +7,7 @@ import pytest
 from program import Watch
 
 # By command: words of the run, and which options have no effect in it. A value stands behind the option where it takes one.
-METHOD = [["--top-p", "0.5"], ["--threshold", "0.01"], ["--top-k-tokens", "64"], ["--top-k-share", "0.2"], ["--sinks", "16"],
+METHOD = [["--top-p", "0.5"], ["--threshold", "0.01"], ["--mass", "0.8"], ["--top-k-tokens", "64"], ["--top-k-share", "0.2"], ["--sinks", "16"],
           ["--recency", "32"], ["--floor", "64"], ["--cap", "9999"], ["--selection-temperature", "2"], ["--cache-format", "int8"],
           ["--dense-layers", "1"]]  # fmt: skip
 
@@ -23,9 +23,9 @@ SILENT = {
         (["--attention", "dense", "--selector", "spot"], [[]]),
         (["--attention", "streaming"], [words for words in METHOD if words[0] not in ("--top-k-tokens", "--sinks", "--dense-layers")]),
         (["--attention", "quest", "--top-k-tokens", "512"], flags("--cap", "--selection-temperature", "--cache-format")),
-        (["--attention", "oracle"], flags("--cache-format")),
-        (["--attention", "twilight"], flags("--threshold", "--cap", "--selection-temperature", "--cache-format")),
-        (["--selector", "spot", "--attention", "spot:k=512"], flags("--top-p", "--top-k-share", "--threshold", "--cap")),
+        (["--attention", "oracle"], flags("--cache-format", "--mass")),
+        (["--attention", "twilight"], flags("--threshold", "--mass", "--cap", "--selection-temperature", "--cache-format")),
+        (["--selector", "spot", "--attention", "spot:k=512"], flags("--top-p", "--top-k-share", "--threshold", "--mass", "--cap")),
     ],
     "distill": [
         (["--loss", "dense"], [["--k-train", "64"], ["--rest-bucket"]]),

@@ -9,6 +9,7 @@ import urllib.request
 
 import pytest
 import torch
+from patience import SLOWER
 from program import ROOT, SHIPPED
 from safetensors.torch import load_file, save_file
 
@@ -83,10 +84,10 @@ def test_a_server_warns_once(spot, text, tmp_path, seed):
             address + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         for _ in range(2):
-            assert urllib.request.urlopen(request, timeout=300).status == 200
+            assert urllib.request.urlopen(request, timeout=300 * SLOWER).status == 200
     finally:
         server.terminate()
-        said = server.communicate(timeout=300)[1]
+        said = server.communicate(timeout=300 * SLOWER)[1]
     assert said.count(WARNED) == 1 and said.count("captured 0.") == 1, said
 
 

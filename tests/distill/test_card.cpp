@@ -97,5 +97,25 @@ TEST(Card, TellsWhatPMeans) {
   EXPECT_TRUE(has(card, "contexts of 32,768 tokens")) << card;
 }
 
+TEST(Card, TellsWhatACapturedMassReads) {
+  json fitted = selector();
+  EXPECT_EQ(with_mass_section("text\n", fitted), "text\n");
+  fitted["config"]["selection"]["mass_table"] =
+      json::parse("[[0.0156, 0.5, 0.0625], [0.011, 0.6, 0.1], [0.0078, 0.75, 0.25]]");
+  fitted["notes"]["mass_calibration"] = {
+      {"contexts", 4}, {"length", 16384}, {"queries", 1024}, {"data_paths", {"a.txt"}}};
+  const std::string card = selector_card("mine", fitted, {});
+  EXPECT_TRUE(has(card, "on 4 held-out contexts of 16,384 tokens")) << card;
+  const std::string rows = "| 0.016 | 0.500 | 6.2% |\n| 0.0078 | 0.750 | 25.0% |\n";
+  EXPECT_TRUE(has(card, rows)) << card;
+  // The section alone is made anew, wherever it stands; the rest of the card is someone's own.
+  fitted["config"]["selection"]["mass_table"][2][1] = 0.875;
+  const std::string anew = with_mass_section(card + "\n## Mine\n\nKept.\n", fitted);
+  EXPECT_TRUE(has(anew, "| 0.0078 | 0.875 | 25.0% |\n\n## Mine\n\nKept.\n")) << anew;
+  EXPECT_FALSE(has(anew, "0.750")) << anew;
+  EXPECT_EQ(with_mass_section(anew, fitted), anew);
+  EXPECT_TRUE(has(with_mass_section("# Old\n", fitted), "# Old\n\n## What a captured mass reads\n"));
+}
+
 }  // namespace
 }  // namespace spot

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <csignal>
 #include <fstream>
+#include <numeric>
 #include <random>
 #include <set>
 #include <thread>
@@ -431,7 +432,10 @@ TEST(Calibrate, FittedTemperatureMeansCapturedMass) {
     for (int i = 0; i < 600 + static_cast<int>(engine() % 100); ++i)
       s.tokens.push_back(static_cast<int32_t>(engine() % 257));
   }
-  const Calibration c = calibrate(setup.backbone, selector, sequences, {}, false);
+  CalibrationOptions options;
+  options.threshold = {0.9, 0.03, 0.02, 1e-9};
+  const Calibration c = calibrate(setup.backbone, selector, sequences, options, false);
+  options.fit_temperature = false;
   ASSERT_EQ(c.temperature.size(), 3u);
   EXPECT_GT(c.queries, 200);
   for (size_t l = 0; l < 3; ++l) {
@@ -451,11 +455,26 @@ TEST(Calibrate, FittedTemperatureMeansCapturedMass) {
     EXPECT_GT(mass, 0.3);
     EXPECT_LT(mass, 0.99);
   }
-  for (size_t l = 0; l < 3; ++l)
-    for (size_t i = 1; i < c.threshold.size(); ++i) {
-      EXPECT_LE(c.threshold_tokens[l][i], c.threshold_tokens[l][i - 1]);  // a higher threshold takes no more
-      EXPECT_LE(c.threshold_total[l][i], c.threshold_total[l][i - 1] + 1e-6);
-    }
+  // No block holds 0.9 of anything here, so that the reserved ones alone are read: what is not residual mass.
+  ASSERT_EQ(c.mass_table.size(), 4u);
+  const double residual = std::accumulate(c.residual_mass.begin(), c.residual_mass.end(), 0.0) /
+                          static_cast<double>(c.residual_mass.size());
+  EXPECT_NEAR(c.mass_table[0].mass, 1 - residual, 1e-5);
+  EXPECT_LT(c.mass_table[0].tokens, 0.2);
+  EXPECT_LE(c.mass_table[0].mass, c.mass_table[1].mass);
+  EXPECT_LE(c.mass_table[1].tokens, c.mass_table[2].tokens);
+  EXPECT_NEAR(c.mass_table[3].mass, 1, 1e-5);  // every block
+  EXPECT_NEAR(c.mass_table[3].tokens, 1, 1e-9);
+  EXPECT_EQ(c.contexts, 2);
+  EXPECT_EQ(c.length, static_cast<int64_t>(std::max(sequences[0].tokens.size(), sequences[1].tokens.size())));
+  // With the temperatures that the selector has, and those are its.
+  Selector tempered = selector;
+  tempered.selection().temperature = c.temperature;
+  const Calibration again = calibrate(setup.backbone, tempered, sequences, options, false);
+  EXPECT_EQ(again.temperature, c.temperature);
+  EXPECT_EQ(again.mass_table, c.mass_table);
+  tempered.selection().temperature = {0.05, 0.05, 0.05};
+  EXPECT_NE(calibrate(setup.backbone, tempered, sequences, options, false).mass_table, c.mass_table);
   // Sequences too short to hold a residual measure nothing and change nothing.
   sequences.resize(1);
   sequences[0].tokens.resize(100);
@@ -463,6 +482,8 @@ TEST(Calibrate, FittedTemperatureMeansCapturedMass) {
   EXPECT_EQ(none.queries, 0);
   EXPECT_EQ(none.temperature, (std::vector<double>{1.0, 1.0, 1.0}));
   EXPECT_TRUE(none.residual_mass.empty());
+  EXPECT_TRUE(none.mass_table.empty());
+  EXPECT_EQ(none.contexts, 0);
 }
 
 TEST(Trainer, WritesFittedTemperatures) {
@@ -479,6 +500,12 @@ TEST(Trainer, WritesFittedTemperatures) {
   EXPECT_TRUE(loaded.notes().at("calibration").contains("captured_after"));
   EXPECT_EQ(loaded.config().selection.residual_mass, selector.config().selection.residual_mass);
   ASSERT_EQ(loaded.config().selection.residual_mass.size(), 3u * static_cast<size_t>(loaded.groups()));
+  EXPECT_EQ(loaded.config().selection.mass_table, selector.config().selection.mass_table);
+  const std::vector<MassRow>& table = loaded.config().selection.mass_table;
+  ASSERT_EQ(table.size(), 21u);  // 2^-6 to 2^-16 in half octaves
+  for (int i = 0; i <= 20; ++i)
+    EXPECT_NEAR(std::log2(table[static_cast<size_t>(i)].threshold), -6 - 0.5 * i, 1e-9);
+  EXPECT_EQ(loaded.notes().at("mass_calibration").at("length"), 400);
   SelectionRule rule;
   rule.mode = SelectionMode::threshold;
   rule.threshold = 1e-3;

@@ -407,6 +407,50 @@ TEST(Methods, GrammarReadsAllAndNamesWhatIsWrong) {
         << bad;
 }
 
+TEST(Methods, AMassBecomesTheThresholdThatTheSelectorNames) {
+  SelectorConfig fitted;
+  fitted.selection.residual_mass = {0.5};
+  fitted.selection.mass_table = {{0.01, 0.6, 0.1}, {0.0001, 0.8, 0.2}, {0.00001, 0.9, 0.4}};
+  const MethodSpec spec = parse_method("spot:m=0.7,floor=64", {}, &fitted);
+  EXPECT_EQ(spec.rule.mode, SelectionMode::threshold);
+  EXPECT_NEAR(spec.rule.threshold, 0.001, 1e-12);  // half of the way in mass, halfway in log threshold
+  EXPECT_EQ(spec.rule.floor, 64);
+  EXPECT_TRUE(parse_method("spot:t=0.01", {}, &fitted).reads_as(parse_method("spot:m=0.6", {}, &fitted)));
+  MethodSettings base;
+  base.mass = 0.8;
+  EXPECT_NEAR(parse_method("spot", base, &fitted).rule.threshold, 1e-4, 1e-12);
+  EXPECT_EQ(parse_method("spot", base, &fitted).from_base, (std::set<std::string>{"m"}));
+  EXPECT_EQ(parse_method("spot:p=0.5", base, &fitted).rule.mode, SelectionMode::top_p);
+  EXPECT_EQ(parse_method("spot:p=0.5", base, &fitted).from_base, std::set<std::string>{});
+  // It is fitted for the selector's scores: other methods go on without it.
+  EXPECT_EQ(parse_method("quest", base, &fitted).rule.mode, SelectionMode::top_p);
+  EXPECT_EQ(parse_method("quest", base, &fitted).from_base, std::set<std::string>{});
+  base = {.p = 0.5};
+  EXPECT_NEAR(parse_method("spot:m=0.9", base, &fitted).rule.threshold, 1e-5, 1e-12);
+  const auto error = [&](const char* text, const SelectorConfig* selector) -> std::string {
+    try {
+      parse_method(text, {}, selector);
+      return "";
+    } catch (const Error& e) {
+      return e.what();
+    }
+  };
+  const SelectorConfig plain;
+  for (const auto& [text, selector, part] :
+       std::vector<std::tuple<const char*, const SelectorConfig*, const char*>>{
+           {"spot:m=0.95", &fitted, "0.6000 to 0.9000"},
+           {"spot:m=0.8", &plain, "spot calibrate"},
+           {"spot:m=0.8", nullptr, "needs a selector"},
+           {"spot:m=0.8,p=0.9", &fitted, "give one of them"},
+           {"spot:m=0.8,t=0.01", &fitted, "give one of them"},
+           {"spot:m=0.8,k=10%", &fitted, "give one of them"},
+           {"spot:m=80%", &fitted, "'m=80%' is not one of"},
+           {"oracle:m=0.8", &fitted, "m= has no effect"},
+           {"quest:m=0.8", &fitted, "m= has no effect"},
+           {"twilight:m=0.8", &fitted, "m= has no effect"}})
+    EXPECT_NE(error(text, selector).find(part), std::string::npos) << text << ": " << error(text, selector);
+}
+
 TEST(Stack, SpotNeedsASelector) {
   const Backbone backbone = Backbone::random(small_config(), at::kCPU, at::kFloat, 14);
   EXPECT_THROW(AttentionStack(backbone, nullptr, {make_spec("spot", {}, nullptr)}, {.num_pages = 4}), Error);

@@ -1,4 +1,6 @@
 // narrow_linear and decode_blocks against float64 on the host, on the GPU or emulated.
+#include <limits>
+
 #include "kernels/decode_blocks.h"
 #include "kernels/narrow_linear.h"
 #include "tests/kernels/device.h"
@@ -100,8 +102,10 @@ void expect_matches_float64(Random& random, const Case& c) {
         const double product = double{x.values[row * x_stride + k]} * w.values[column * c.width + k];
         sum += product, size += std::abs(product);
       }
+      // Half a place of y, relative and where its numbers are subnormal, and the sums in float32.
       const double half_place = c.type == DataType::kBf16 ? 0x1p-8 : 0x1p-11;
-      ASSERT_NEAR(out[at], sum, half_place * std::abs(sum) + 3e-6 * size + 1e-30)
+      const double smallest = c.type == DataType::kBf16 ? 0x1p-134 : 0x1p-25;
+      ASSERT_NEAR(out[at], sum, half_place * std::abs(sum) + smallest + 3e-6 * size)
           << what << " at " << row << ", " << column;
     }
   }
@@ -142,6 +146,86 @@ TEST(NarrowLinear, MatchesFloat64AtModelSizes) {
     expect_matches_float64(random,
                            {DataType::kBf16, e4m3, false, false, 4, testing::kEmulated ? 300 : 24576, 4096});
   }
+}
+
+TEST(NarrowLinear, TakesEveryNumberOfRows) {
+  Random random(testing::fresh_seed());
+  for (int32_t rows = 1; rows <= kNarrowRows; ++rows)
+    for (bool e4m3 : {false, true}) {
+      const DataType type = random() % 2 == 0 ? DataType::kBf16 : DataType::kF16;
+      const int32_t out = 1 + static_cast<int32_t>(random() % (testing::kEmulated ? 80 : 3000)),
+                    width = (e4m3 ? 16 : 8) * (1 + static_cast<int32_t>(random() % 160));
+      expect_matches_float64(random, {type, e4m3, random() % 2 == 0, random() % 2 == 0, rows, out, width});
+    }
+}
+
+// y of x of one row, as float32.
+std::vector<double> multiply(DataType type, const std::vector<float>& x, const std::vector<uint8_t>& weight,
+                             const std::vector<float>& scales, int32_t out) {
+  const Typed typed(type, x);
+  const Buffer<uint8_t> device_x(typed.bytes), device_weight(weight), bias(16);
+  const Buffer<float> device_scales(scales.empty() ? std::vector<float>(1) : scales);
+  Buffer<uint8_t> y(std::vector<uint8_t>(out * 2, 0xff));
+  const auto width = static_cast<int32_t>(x.size());
+  const std::vector<uint8_t> bytes = run({type, !scales.empty(), false, false, 1, out, width}, device_x,
+                                         width, device_weight, device_scales, bias, y, out, Overlap::kNone);
+  std::vector<uint16_t> bits(out);
+  std::memcpy(bits.data(), bytes.data(), bytes.size());
+  return testing::to_double(type, bits);
+}
+
+TEST(NarrowLinear, EveryCodeIsItsNumber) {
+  Random random(testing::fresh_seed());
+  for (DataType type : {DataType::kBf16, DataType::kF16})
+    for (int32_t width : {16, 80, 1232}) {
+      std::vector<uint8_t> codes;  // row r: code r everywhere
+      for (int32_t row = 0; row < 256; ++row) codes.insert(codes.end(), width, static_cast<uint8_t>(row));
+      const std::vector<float> scales(2 * ((width + kScaleBlock - 1) / kScaleBlock), 0.25f);
+      std::vector<float> x(width);
+      x[random() % width] = -2.0f;
+      const std::vector<double> y = multiply(type, x, codes, scales, 256);
+      for (int32_t row = 0; row < 256; ++row) {
+        if ((row & 0x7f) == 0x7f)
+          EXPECT_TRUE(std::isnan(y[row])) << row;
+        else
+          EXPECT_EQ(y[row], -0.5 * static_cast<double>(e4m3_number(static_cast<uint8_t>(row)))) << row;
+      }
+    }
+}
+
+TEST(NarrowLinear, KeepsWhatIsNotFinite) {
+  Random random(testing::fresh_seed());
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr int32_t kOut = 40;
+  for (DataType type : {DataType::kBf16, DataType::kF16})
+    for (int32_t width : {16, 528, 1104}) {
+      const auto scales = static_cast<size_t>((width + kScaleBlock - 1) / kScaleBlock);
+      std::vector<uint8_t> ones(kOut * width, 0x38);  // 1 each
+      const auto nan_row = static_cast<int32_t>(random() % kOut);
+      ones[nan_row * width + random() % width] = random() % 2 == 0 ? 0x7f : 0xff;
+      const std::vector<float> x(width, 0.5f);
+      std::vector<float> infinite = x, both = x;
+      const auto place = static_cast<int32_t>(random() % width);
+      infinite[place] = -kInfinity;
+      both[place] = kInfinity, both[(place + 5) % width] = -kInfinity;
+      const std::vector<double> of_x = multiply(type, x, ones, std::vector<float>(scales, 1.0f), kOut),
+                                of_infinite =
+                                    multiply(type, infinite, ones, std::vector<float>(scales, 1.0f), kOut),
+                                of_both = multiply(type, both, ones, std::vector<float>(scales, 1.0f), kOut);
+      std::vector<float> wide(kOut * width, 1.0f);
+      wide[nan_row * width + place] = kInfinity;
+      const std::vector<double> of_wide = multiply(type, x, Typed(type, wide).bytes, {}, kOut);
+      for (int32_t row = 0; row < kOut; ++row) {
+        EXPECT_EQ(of_wide[row], row == nan_row ? kInfinity : 0.5f * width);
+        EXPECT_TRUE(std::isnan(of_both[row]));
+        if (row == nan_row) {
+          EXPECT_TRUE(std::isnan(of_x[row]) && std::isnan(of_infinite[row]));
+        } else {
+          EXPECT_EQ(of_x[row], 0.5f * width);
+          EXPECT_EQ(of_infinite[row], -kInfinity);
+        }
+      }
+    }
 }
 
 TEST(NarrowLinear, RefusesWhatItDoesNotTake) {

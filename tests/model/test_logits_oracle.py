@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 import torch
+from patience import SLOWER
 from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
@@ -169,7 +170,7 @@ def run_tool(build_folder, folder, tmp_path, rng, sequences, dtype="float32", mo
         [tool, folder, tmp_path / "input.json", output, dtype],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=600 * SLOWER,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},  # more threads than cores left make tiny models crawl
     )
     assert done.returncode == 0, done.stderr

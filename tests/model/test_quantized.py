@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import torch
+from patience import SLOWER
 from safetensors.torch import load_file, save_file
 from test_logits_oracle import check, others, qwen3, random_sequences, randomise, run_tool
 
@@ -149,7 +150,7 @@ def test_other_forms_are_refused(changes, build_folder, tmp_path):
     (tmp_path / "input.json").write_text(json.dumps({"sequences": [[1]], "chunks": [1], "prompts": [1]}))
     tool = build_folder / "tests" / "model" / "logits_tool"
     command = [tool, folder, tmp_path / "input.json", tmp_path / "out.safetensors", "float32"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60 * SLOWER)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "out.safetensors").exists()
 
@@ -164,10 +165,10 @@ def test_a_missing_or_misshapen_part_is_named(quantised, build_folder, tmp_path)
     tool = build_folder / "tests" / "model" / "logits_tool"
     command = [tool, folder, tmp_path / "input.json", tmp_path / "out.safetensors", "float32"]
     save_file(broken, folder / "model.safetensors", metadata={"format": "pt"})
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60 * SLOWER)
     assert done.returncode == 1 and first in done.stderr, done.stderr
     if not first.endswith("weight_scale_inv"):
         del broken[first]
         save_file(broken, folder / "model.safetensors", metadata={"format": "pt"})
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * SLOWER)
         assert done.returncode == 1 and first in done.stderr, done.stderr

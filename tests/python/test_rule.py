@@ -22,6 +22,14 @@ WRONG = [
     "spot:k=101%",
     "spot:t=0.1,k=512",
     "twilight:t=0.1",
+    "spot:m=0.9999999",
+    "spot:m=0",
+    "spot:m=nan",
+    "spot:m=80%",
+    "spot:m=0.8,p=0.9",
+    "spot:m=0.8,t=0.1",
+    "spot:m=0.8,k=5%",
+    "oracle:m=0.8",
     "spot:sinks=-1",
     "spot:cap=100",
     "spot:dense=-1",
@@ -50,9 +58,9 @@ def test_wrong_methods_are_refused_in_the_programs_words(spotattention, build_fo
     command = [build_folder / "spot", "generate", "--model", tiny_qwen3, "--selector", "spot", "--prompt", "a"]
     done = subprocess.run([*map(str, command), "--attention", text], capture_output=True, text=True)
     assert done.returncode == 1
-    defaults = spotattention.Selector.load("spot", tiny_qwen3).config.rule()
+    config = spotattention.Selector.load("spot", tiny_qwen3).config
     with pytest.raises(ValueError) as caught:
-        spotattention.parse_method(text, defaults)
+        config.method(text)
     assert f"error: {caught.value}" == done.stderr.strip().splitlines()[-1]
 
 
@@ -71,6 +79,28 @@ def test_methods_say_what_was_written(spotattention):
     assert parse("spot:t=1e-3").rule.describe() == "threshold 0.001"
     defaults = rule(p=0.7, recency=64)
     assert parse("spot:sinks=16", defaults).rule == rule(p=0.7, recency=64, sinks=16)
+
+
+def test_a_mass_becomes_a_threshold(spotattention, seed):
+    """Against numpy.interp; of equal masses the largest threshold counts."""
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    thresholds = np.sort(random.uniform(1e-5, 1e-1, 12))[::-1]
+    masses, tokens = np.sort(random.uniform(0.3, 0.99, (2, 12)))
+    table = np.stack([thresholds, masses, tokens], 1).tolist()
+    parse = spotattention.parse_method
+    for mass in [*masses, *random.uniform(masses[0], masses[-1], 50)]:
+        rule = parse(f"spot:m={float(mass)!r},floor=64", None, table).rule
+        assert (rule.mode, rule.floor) == ("threshold", 64)
+        assert rule.threshold == pytest.approx(np.exp(np.interp(mass, masses, np.log(thresholds))), rel=1e-9)
+    flat = [[0.1, 0.5, 0.1], [0.01, 0.5, 0.1], [0.001, 0.75, 0.2], [0.0001, 0.75, 0.3]]
+    assert parse("spot:m=0.5", None, flat).rule.threshold == 0.1
+    assert parse("spot:m=0.75", None, flat).rule.threshold == 0.001
+    with pytest.raises(ValueError, match="is outside what was fitted for the selector, 0.5000 to 0.7500;"):
+        parse("spot:m=0.76", None, flat)
+    with pytest.raises(ValueError, match="fit that with `spot calibrate`"):
+        parse("spot:m=0.76")
 
 
 def test_rules_are_arguments_of_the_operators(spotattention):

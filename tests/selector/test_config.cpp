@@ -1,4 +1,7 @@
+#include <fmt/format.h>
 #include <gtest/gtest.h>
+
+#include <cmath>
 
 #include "selector/config.h"
 #include "tests/selector/support.h"
@@ -40,6 +43,7 @@ TEST(SelectorConfig, EveryFieldSurvivesJson) {
   config.selection = {{.sinks = 96, .recency = 48, .floor = 352, .cap = 4096, .p = 0.75},
                       {0.5, 1.25, 2.0},
                       {0.25, 0.5, 1.0},
+                      {{0.01, 0.5, 0.125}, {0.001, 0.75, 0.25}, {1e-4, 0.75, 0.5}},
                       {0, 7}};
   config.distillation = {Start::backbone,    DistillLoss::dense,     1234,
                          Teacher::block_max, TeacherScope::residual, true};
@@ -105,6 +109,25 @@ TEST(SelectorConfig, RefusesTheUnknownAndTheImpossible) {
   expect({{"selection", {{"temperature", {1, "x"}}}}}, "array of numbers");
   expect({{"selection", {{"residual_mass", {0.5, 0}}}}}, "selection.residual_mass is 0");
   expect({{"selection", {{"residual_mass", {0.5, 1.5}}}}}, "selection.residual_mass is 1.5");
+  const auto table = [](json rows) {
+    return json{{"selection", {{"residual_mass", {0.5}}, {"mass_table", std::move(rows)}}}};
+  };
+  // Equal masses are no disorder.
+  EXPECT_NO_THROW(SelectorConfig::from_json(table({{0.01, 0.5, 0.1}, {0.001, 0.5, 0.1}}), "here"));
+  expect(table(3), "selection.mass_table must be rows of three numbers");
+  expect(table({0.01, 0.5, 0.1}), "selection.mass_table must be rows of three numbers");
+  expect(table({{0.01, 0.5}}), "selection.mass_table must be rows of three numbers");
+  expect(table({{0.01, "x", 0.1}}), "selection.mass_table must be rows of three numbers");
+  expect(table({{0.01, 0.5, 0.1}}), "selection.mass_table has one row");
+  const char* order = "thresholds must fall from row to row";
+  expect(table({{0.01, 0.5, 0.1}, {0.01, 0.6, 0.2}}), order);
+  expect(table({{0.01, 0.5, 0.1}, {0.001, 0.4, 0.2}}), order);
+  expect(table({{0.01, 0.5, 0.2}, {0.001, 0.6, 0.1}}), order);
+  expect(table({{1.5, 0.5, 0.1}, {0.001, 0.6, 0.2}}), "has the row 1.5, 0.5, 0.1;");
+  expect(table({{0.01, 0.5, 0.1}, {0.001, 1.25, 0.2}}), order);
+  expect(table({{0.01, 0, 0.1}, {0.001, 0.6, 0.2}}), order);
+  expect({{"selection", {{"mass_table", {{0.01, 0.5, 0.1}, {0.001, 0.6, 0.2}}}}}},
+         "selection.mass_table stands without selection.residual_mass");
   expect({{"selection", {{"dense_layers", {1, 1}}}}}, "selection.dense_layers is 1");
   expect({{"selection", {{"dense_layers", {1.5}}}}}, "array of numbers");
   expect({{"distillation", {{"k_train", 0}}}}, "distillation.k_train is 0");
@@ -112,4 +135,50 @@ TEST(SelectorConfig, RefusesTheUnknownAndTheImpossible) {
   expect({{"preset", "huge"}}, "preset \"huge\"");
   expect(json::array(), "must be a JSON object");
   expect({{"selection", 3}}, "must be a JSON object");
+}
+
+// Against the mass that the table says of a threshold, read off its rows: the inverse, found by bisection.
+TEST(SelectorConfig, AMassBecomesTheLargestThresholdThatCapturesIt) {
+  spot::test::fresh_seed();
+  const auto uniform = [](double low, double high) {
+    return low + (high - low) * static_cast<double>(spot::test::random_int(0, 1 << 30)) / (1 << 30);
+  };
+  for (int round = 0; round < 50; ++round) {
+    SelectionDefaults selection;
+    MassRow row{uniform(0.01, 0.1), uniform(0.3, 0.6), 0.1};
+    const int64_t rows = spot::test::random_int(2, 20);
+    for (int64_t i = 0; i < rows; ++i) {
+      selection.mass_table.push_back(row);
+      row.threshold *= uniform(0.3, 0.9);
+      if (spot::test::random_int(0, 2) > 0) row.mass += uniform(0, 0.02);
+    }
+    const std::vector<MassRow>& table = selection.mass_table;
+    const auto captured = [&](double threshold) {
+      for (size_t i = 1; i < table.size(); ++i)
+        if (threshold >= table[i].threshold) {
+          const double share = (std::log2(table[i - 1].threshold) - std::log2(threshold)) /
+                               (std::log2(table[i - 1].threshold) - std::log2(table[i].threshold));
+          return table[i - 1].mass + share * (table[i].mass - table[i - 1].mass);
+        }
+      return table.back().mass;
+    };
+    for (int i = 0; i < 20; ++i) {
+      const double mass = i == 0   ? table.front().mass
+                          : i == 1 ? table.back().mass
+                                   : uniform(table.front().mass, table.back().mass);
+      double low = std::log2(table.back().threshold), high = std::log2(table.front().threshold);
+      for (int step = 0; step < 100; ++step) {
+        const double middle = (low + high) / 2;
+        (captured(std::exp2(middle)) >= mass - 1e-12 ? low : high) = middle;
+      }
+      EXPECT_NEAR(std::log2(selection.threshold_for(mass)), low, 1e-6) << mass;
+    }
+    for (const double mass : {table.front().mass - 1e-9, table.back().mass + 1e-9, -1.0, 2.0, std::nan("")})
+      EXPECT_NE(error_of([&] { selection.threshold_for(mass); })
+                    .find(fmt::format("is outside what was fitted for the selector, {:.4f} to {:.4f};",
+                                      table.front().mass, table.back().mass)),
+                std::string::npos);
+  }
+  EXPECT_NE(error_of([] { SelectionDefaults{}.threshold_for(0.9); }).find("`spot calibrate`"),
+            std::string::npos);
 }

@@ -283,7 +283,7 @@ def main():
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     options = parser.parse_args()
     sys.path.insert(0, str(pathlib.Path(__file__).parent))
-    from conftest import ROOT, Server
+    from served import ROOT, Server
 
     print(f"seed {options.seed}")
     rng = random.Random(options.seed)

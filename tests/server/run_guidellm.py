@@ -15,7 +15,7 @@ import sys
 import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from conftest import CHAT_TEMPLATE, ROOT, Server  # noqa: E402
+from served import CHAT_TEMPLATE, ROOT, Server  # noqa: E402
 
 MODEL = ROOT / "models" / "tiny-qwen3"
 PROFILES = ["kind=poisson,rate=2", "kind=concurrent,streams=4", "kind=synchronous"]

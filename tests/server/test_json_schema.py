@@ -4,15 +4,17 @@ import concurrent.futures
 import json
 import random
 import sys
+import time
 
 import jsonschema
 import openai
 import pytest
-from conftest import ROOT
 from load import COMMON, check, run_load
+from served import ROOT, Server
 
 sys.path.insert(0, str(ROOT / "tests" / "grammar"))
 from random_schemas import random_schema  # noqa: E402
+from wide_vocabulary import write_tokenizer  # noqa: E402
 
 MODEL = "tiny-qwen3"
 PERSON = {
@@ -161,3 +163,74 @@ def test_what_cannot_be_kept_is_a_400_with_the_reason(client, body, field, word)
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model=MODEL, prompt="a", extra_body=body)
     assert caught.value.body["param"] == field and word in caught.value.body["message"], caught.value.body
+
+
+@pytest.fixture(scope="module")
+def wide(build_folder, tmp_path_factory, chat_template):
+    """A server whose vocabulary is that of a large model, where schemas take long."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("wide")
+    config = transformers.Qwen3Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, intermediate_size=64,
+        vocab_size=150_016, max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    write_tokenizer(folder)
+    server = Server(build_folder, folder, "--cache-gib", "0.1", "--chat-template", chat_template, "--max-queue", "64")
+    yield server
+    server.wait_until_idle()
+    assert server.stop()[0] == 0
+
+
+def largest_gap(server, until):
+    """Seconds between an answer's tokens at most, while `until` is not done; answers follow each other."""
+    client, gaps = server.client(), [0.0]
+    while not until():
+        last = time.monotonic()
+        stream = client.completions.create(
+            model=server.model, prompt="a", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+        )
+        for _ in stream:
+            gaps.append(time.monotonic() - last)
+            last += gaps[-1]
+    return max(gaps)
+
+
+def test_a_schema_that_takes_long_holds_nobody_up(wide):
+    wide.model = wide.client().models.list().data[0].id
+
+    def ask(schema):
+        begin = time.monotonic()
+        try:
+            wide.client(timeout=600).completions.create(
+                model=wide.model, prompt="a", max_tokens=3, extra_body={"guided_json": schema}
+            )
+            return "", time.monotonic() - begin
+        except openai.BadRequestError as error:
+            assert error.body["param"] == "guided_json"
+            return error.body["message"], time.monotonic() - begin
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        pool.submit(ask, {"type": "null"}).result()
+        long = pool.submit(ask, {"type": "string", "pattern": "(.*){60}"})
+        short = pool.submit(ask, {"type": "boolean"})  # behind it
+        gap = largest_gap(wide, lambda: long.done() and short.done())
+    message, seconds = long.result()
+    assert "too much work" in message and "\n" not in message
+    assert short.result()[0] == ""
+    # An engine that waited for the compilation would have been silent for all of it.
+    assert gap < seconds / 2, (gap, seconds)
+    assert ask({"type": "string", "pattern": "(.*){60}"})[1] < seconds / 2
+
+
+def test_alternatives_that_begin_alike_end_their_own_answer(wide):
+    wide.model = wide.client().models.list().data[0].id
+    schema = {"anyOf": [{"type": "array", "items": {"type": "string", "minLength": 1}} for _ in range(190)]}
+    with pytest.raises(openai.InternalServerError, match="alike"):
+        wide.client().completions.create(
+            model=wide.model, prompt="a", max_tokens=200, extra_body={"guided_json": schema}
+        )
+    assert json.loads(wide.get("/health"))["status"] == "ok"

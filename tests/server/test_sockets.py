@@ -14,6 +14,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from patience import SLOWER
 
 MODEL = "tiny-qwen3"
 
@@ -354,7 +355,7 @@ def test_kill_marks_nothing_finished(start, book):
 def test_a_taken_port_and_bad_options_are_told(server, build_folder, tiny_qwen3, tmp_path):
     def said(*options):
         command = [build_folder / "spot", "serve", tiny_qwen3, "--max-tokens", "64", *options]
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120 * SLOWER)
         lines = [
             line for line in done.stderr.splitlines() if not line.startswith("Loading ")
         ]  # shown where it takes long

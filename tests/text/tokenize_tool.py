@@ -3,6 +3,7 @@
 import subprocess
 
 import pytest
+from patience import SLOWER
 
 
 class Ours:
@@ -13,7 +14,7 @@ class Ours:
     def run(self, mode, data, *flags):
         (self.folder / "in").write_bytes(data)
         command = [self.program, mode, self.file, self.folder / "in", self.folder / "out", *flags]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWER)
         assert result.returncode == 0, result.stderr
         return (self.folder / "out").read_bytes()
 

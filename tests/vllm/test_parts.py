@@ -170,6 +170,43 @@ def test_a_low_mass_is_warned_about_once_a_minute(plugin, seed, caplog):
     assert "below check_bound 1" in warned[0].getMessage()
 
 
+@pytest.mark.parametrize(
+    ("lengths", "prefilling", "decodes"),
+    [
+        ([1, 1, 1, 0], [False] * 3, 4),  # rows that fill a batch up to a captured graph's size decode nothing
+        ([1, 1, 1, 0], [False, False, True], 2),  # a prompt's last chunk of one token
+        ([1, 1, 1], [False] * 3, 3),
+        ([1, 5, 0, 0], [False, True], 1),
+        ([1, 1, 0], None, 3),
+    ],
+)
+def test_rows_that_fill_up_a_graph_need_no_word_on_prefilling(plugin, lengths, prefilling, decodes):
+    from spotattention.vllm.backend import SpotMetadataBuilder
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    starts, rows = torch.tensor([0, *lengths]).cumsum(0).int(), len(lengths)
+    step = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor([9 if length else 0 for length in lengths]).int(),
+        num_reqs=rows,
+        num_actual_tokens=sum(lengths),
+        max_query_len=max(lengths),
+        max_seq_len=9,
+        block_table_tensor=torch.arange(rows).int()[:, None],
+        slot_mapping=torch.arange(sum(lengths)),
+        is_prefilling=None if prefilling is None else torch.tensor(prefilling),
+    )
+    builder = SpotMetadataBuilder.__new__(SpotMetadataBuilder)
+    pages = types.SimpleNamespace(identity=True, per_block=1)
+    pools = types.SimpleNamespace(pools=lambda cache: (None, None, pages))
+    builder.layers, builder.check = [types.SimpleNamespace(impl=pools, kv_cache=None)], None
+    builder.dense = types.SimpleNamespace(prefill=lambda m, first, tokens: (first, tokens, m.num_reqs))
+    made = builder.build(0, step)
+    assert made.num_decodes == decodes and made.page_table.shape == (rows, 1)
+    assert made.prefill == (None if decodes == rows else (decodes, sum(lengths[:decodes]), rows))
+
+
 @pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0.0", "nightly"])
 def test_other_versions_of_vllm_are_named_in_one_sentence(plugin, version):
     sentence = plugin.module.unsupported(version)

@@ -22,7 +22,7 @@ from spotattention.hf.cache import PagedLayer, Rows
 from spotattention.hf.graph import DecodeGraphs, StaticStep
 from spotattention.projection import LayerProjection, Rotation
 from spotattention.rope import RopeConfig, RopeTable
-from spotattention.rule import Method, parse_method
+from spotattention.rule import Method
 from spotattention.selector import Selector, check_backbone
 from spotattention.self_check import FOREIGN_EVERY, SelfCheck
 
@@ -348,7 +348,8 @@ def attach(
     model: a decoder-only model with standard softmax attention over the whole context in the layers that the selector
     covers (Llama, Qwen2, Qwen3, Mistral, Qwen3.5 and others of AttentionInterface); other layers stay as they are.
     selector: a folder that `spot distill` or `spotattention.distill` wrote, a bare name under the model's own folder
-    selectors/, or a Selector. policy: "spot" with settings, such as "spot:p=0.9" or "spot:k=10%,dense=2", or "dense".
+    selectors/, or a Selector. policy: "spot" with settings, such as "spot:p=0.9", "spot:m=0.9" or "spot:k=10%,dense=2", or
+    "dense".
 
     Greedy, sampled and beam search, left-padded batches, and assisted decoding where the model's cache can be cropped
     all work; behind a cache that was cropped, up to max_decode_queries tokens in one call are drafts to verify, each of
@@ -372,7 +373,7 @@ def attach(
     if not isinstance(selector, Selector):
         folder = pathlib.Path(getattr(model.config, "_name_or_path", "") or ".")
         selector = Selector.load(selector, folder if folder.is_dir() else "")
-    method = policy if isinstance(policy, Method) else parse_method(policy, selector.config.rule())
+    method = policy if isinstance(policy, Method) else selector.config.method(policy)
     if method.word not in ("spot", "dense"):
         raise ValueError(
             f"policy '{method.name}': attached models run spot and dense; the engine (spotattention.Engine, `spot`) has the "

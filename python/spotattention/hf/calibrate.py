@@ -1,5 +1,7 @@
-"""Temperatures that make p mean captured mass, and the residual mass of each layer; the fit of `spot distill` (src/distill/calibrate.h)."""
+"""Temperatures that make p mean captured mass, the residual mass of each layer, and which threshold captures which mass; the
+fit of `spot distill` (src/distill/calibrate.h)."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,11 +9,13 @@ from torch import Tensor, nn
 
 from spotattention.hf.loss import LayerParameters
 from spotattention.hf.observe import Seen, observing, run
-from spotattention.ops import PAGE_TOKENS
+from spotattention.ops import PAGE_TOKENS, select_blocks
 from spotattention.progress import Progress
+from spotattention.rule import SelectionRule
 from spotattention.selector import SelectorConfig
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+THRESHOLDS = tuple(2 ** (-half / 2) for half in range(12, 33))  # of the mass table: 2^-6 to 2^-16
 _RUN = 16  # consecutive queries measured together
 _RESIDUAL_BLOCKS = 16  # fewer are too few to tell temperatures apart
 _QUERIES = 256  # of a sequence
@@ -90,6 +94,20 @@ def fit_temperature(nucleus: Nucleus) -> float:
     return 2 ** min(tried, key=lambda x: (tried[x], abs(x)))
 
 
+def captured(scores: Tensor, mass: Tensor, lengths: Tensor, rule: SelectionRule) -> tuple[float, float]:
+    """The mass that a rule captures and the share of the visible tokens that it reads, means over queries.
+
+    scores [queries, blocks] float32 and mass of the same shape: a query's block scores and attention; lengths [queries]: its
+    visible tokens.
+    """
+    chosen = select_blocks(scores[:, None].float().contiguous(), lengths.int(), **rule.arguments())
+    index = chosen.indices[:, 0].long()
+    index = torch.where(index < 0, mass.shape[1], index)  # a column more takes what is not there
+    total = nn.functional.pad(mass, (0, 1)).gather(1, index).sum(1)
+    tokens = (chosen.counts[:, 0] * PAGE_TOKENS).minimum(lengths) / lengths
+    return float(total.double().mean()), float(tokens.double().mean())
+
+
 def calibrate(
     model: nn.Module,
     modules: dict[int, nn.Module],
@@ -97,7 +115,9 @@ def calibrate(
     sequences: list[Tensor],
     progress: bool,
 ) -> dict[str, Any] | None:
-    """What selector.json keeps of the fit, with "temperature" and "residual_mass" by layer; None where all sequences are too short."""
+    """What selector.json keeps of the fit, with "temperature" and "residual_mass" by layer, "mass_table" (rows of threshold,
+    captured mass, share of the tokens) and of what that was made, "mass_calibration"; None where all sequences are too short.
+    """
     config = next(iter(layers.values())).config
     longest = max((len(s) for s in sequences), default=0)
     blocks = -(-longest // PAGE_TOKENS)
@@ -131,14 +151,32 @@ def calibrate(
         "error_before": [],
         "error_after": [],
     }
+    table = [[threshold, 0.0, 0.0] for threshold in THRESHOLDS]
+    long_enough = [len(s) for s in sequences if _first_queries(config, len(s))]
+    longest_measured = max(long_enough)
     for layer in layers:
         scores, mass, lengths = (torch.cat(parts) for parts in zip(*measured[layer], strict=True))
         nucleus = Nucleus(scores, mass, lengths, config)
         temperature = fit_temperature(nucleus)
+        # Decode stands at the end of a context: queries near its start see little more than what is always read.
+        late = lengths * 4 > 3 * longest_measured
+        late_scores, late_mass, late_lengths = scores[late], mass[late], lengths[late]
+        residual_mass = Nucleus(late_scores, late_mass, late_lengths, config).residual_mass
+        late_queries = len(late_lengths)
         fitted["queries"] = len(scores)
         fitted["temperature"].append(temperature)
-        fitted["residual_mass"].append(max(nucleus.residual_mass, 1e-6))
+        fitted["residual_mass"].append(max(residual_mass, 1e-6))
         for when, t in (("before", 1.0), ("after", temperature)):
             fitted[f"captured_{when}"].append(nucleus.shares(t))
             fitted[f"error_{when}"].append(nucleus.error(t))
+        for row in table:
+            rule = replace(config.rule(), mode="threshold", threshold=row[0])
+            rule = rule.fitted(temperature, fitted["residual_mass"][-1:])
+            for column, value in enumerate(captured(late_scores, late_mass, late_lengths, rule), 1):
+                row[column] += value / len(layers)
+    # A lower threshold takes the same blocks and others; sums of float32 may say otherwise in their last bits.
+    for index, row in enumerate(table):
+        row[1:] = [min(max(new, old), 1.0) for new, old in zip(row[1:], table[max(index - 1, 0)][1:], strict=True)]
+    fitted["mass_table"] = table
+    fitted["mass_calibration"] = {"contexts": len(long_enough), "length": longest_measured, "queries": late_queries}
     return fitted

@@ -59,8 +59,9 @@ def distill(
 
     The recipe is that of `spot distill` (docs/method.md): steps of sequences_per_step sequences of sequence_length
     tokens; AdamW (0.9, 0.95), the rate rising over warmup_steps (at most a fifth of the steps) to peak_lr, constant, then
-    a cosine to final_lr; the loss on query_rows freshly drawn queries of each sequence (0: all). Temperatures are fitted
-    on held-out documents at the end. `out` also gets metrics.jsonl, an object a step, which on_step is given too.
+    a cosine to final_lr; the loss on query_rows freshly drawn queries of each sequence (0: all). Temperatures,
+    residual masses and the mass table are fitted on held-out documents at the end. `out` also gets metrics.jsonl, an object
+    a step, which on_step is given too.
 
     Returns the selector; `attach` takes it or its folder, `spot` and the engine take the folder where they know the
     family. Raises ValueError in one sentence when the model's attention is of another kind, when settings are
@@ -143,7 +144,9 @@ class _Run:
         self.modules = {i: m for i, m in backbone.full_attention(model).items() if i not in left_out}
         if not self.modules:
             raise ValueError("selection.dense_layers leaves no full-attention layer for a selector")
-        self.config = replace(config, selection=replace(config.selection, temperature=[], residual_mass=[]))
+        self.config = replace(
+            config, selection=replace(config.selection, temperature=[], residual_mass=[], mass_table=[])
+        )
         rope = (
             RopeTable(RopeConfig.of_model(backbone.text_config(model)), config.rope_dims) if config.rope_dims else None
         )
@@ -238,9 +241,10 @@ class _Run:
         if "held_out_loss" in self.last:
             notes["held_out_loss"] = self.last["held_out_loss"]
         if fitted is not None:
-            notes["calibration"] = fitted
             chosen = self.config.selection
             chosen.temperature, chosen.residual_mass = fitted["temperature"], fitted["residual_mass"]
+            chosen.mass_table, notes["mass_calibration"] = fitted.pop("mass_table"), fitted.pop("mass_calibration")
+            notes["calibration"] = fitted
         weights = {i: layer.weights() for i, layer in self.layers.items()}
         return Selector(self.config, self.facts, list(self.layers), weights, notes)
 
@@ -292,4 +296,22 @@ def _card(selector: Selector, name: str) -> str:
     ]
     if "calibration" not in notes:
         lines += ["Its temperatures are not fitted: p is the selector's own estimate, not captured mass.", ""]
+    if config.selection.mass_table:
+        lines += _mass_section(config.selection.mass_table, notes["mass_calibration"])
     return "\n".join(lines)
+
+
+def _mass_section(table: list[list[float]], source: dict[str, Any]) -> list[str]:
+    """Lines of a card, as src/distill/card.cpp writes them: every second row."""
+    return [
+        "## What a captured mass reads",
+        "",
+        f"`m=M` takes the threshold T that captured the share M of all attention in the last quarter of {source['contexts']} "
+        f"held-out contexts of {source['length']:,} tokens; `t=T` takes the blocks that hold at least T of it, by the selector's estimate and the mean "
+        "residual mass of each layer and set. Mean over layers:",
+        "",
+        "| T | captured mass | share of the tokens |",
+        "| --- | --- | --- |",
+        *(f"| {threshold:.2g} | {mass:.3f} | {100 * tokens:.1f}% |" for threshold, mass, tokens in table[::2]),
+        "",
+    ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spotattention.fingerprint import folder_fingerprint
-from spotattention.rule import Method, parse_method
+from spotattention.rule import Method
 from spotattention.selector import Selector, check_backbone
 
 logger = logging.getLogger("vllm.spotattention")
@@ -121,7 +121,7 @@ def load(config: Any) -> Settings | None:
     if foreign:
         logger.warning("spot: %s", foreign)
         options = replace(options, check_every=min(options.check_every, FOREIGN_EVERY))
-    method = parse_method(options.method, selector.config.rule())
+    method = selector.config.method(options.method)
     if method.word != "spot":
         raise ValueError(f"method '{options.method}': vLLM has the method spot only; for dense leave out the selector")
     if method.prefill != "dense":

@@ -104,7 +104,7 @@ AttentionMethod spot_method() {
     return a.cache_format.value_or(own) == b.cache_format.value_or(own);
   };
   method.settings = rule_settings();
-  method.settings.insert("cache");
+  method.settings.insert({"m", "cache"});
   return method;
 }
 

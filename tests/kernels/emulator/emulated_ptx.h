@@ -170,7 +170,10 @@ inline float log2_approx(float x) {
   return std::log2(x);
 }
 inline float2 e4m3x2_to_float2(uint32_t two) {
-  const auto number = [](uint32_t code) { return (code & 0x80 ? -1.0f : 1.0f) * e4m3_to_float(code & 0x7f); };
+  const auto number = [](uint32_t code) {
+    const float size = (code & 0x7f) == 0x7f ? NAN : e4m3_to_float(code & 0x7f);
+    return code & 0x80 ? -size : size;
+  };
   return make_float2(number(two & 0xff), number(two >> 8 & 0xff));
 }
 

@@ -117,7 +117,8 @@ def test_a_family_that_spot_does_not_know(spotattention, small, tmp_path, config
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert model.config._attn_implementation == "sdpa" and "_spot_seen" not in vars(model.model.layers[0].self_attn)
     assert len(made.config.selection.temperature) == 2 and "calibration" in made.notes
-    assert f"{type(model).__name__} with 2 layers" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{type(model).__name__} with 2 layers" in card and "## What a captured mass reads" in card
     with pytest.raises(ValueError, match="already holds a selector"):
         spotattention.distill(model, data, tmp_path / "out", config=config, **RUN)
 
@@ -140,6 +141,20 @@ def test_a_known_family_moves_to_the_program(spotattention, build_folder, transf
     out = tmp_path / "selector"
     options = RUN | {"steps": 1, "sequence_length": 1024, "sequences_per_step": 1, "held_out_sequences": 1}
     spotattention.distill(model, texts, out, tokenizer=tokenizer, **options)
+    # The program fits the same to the same contexts, by its own forward pass, scores and rule.
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    ours = spotattention.Selector.load(out).config.selection
+    command = ["calibrate", "--model", tiny_qwen3, "--selector", out, "--data", tmp_path / "texts.jsonl"]
+    command += ["--held-out-every", RUN["held_out_every"], "--length", 1024, "--contexts", 1]
+    done = subprocess.run([str(c) for c in [build_folder / "spot", *command]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs = spotattention.Selector.load(out).config.selection
+    assert theirs.residual_mass == pytest.approx(ours.residual_mass, rel=1e-3)
+    assert len(ours.mass_table) == 21 and ours.temperature == theirs.temperature
+    for one, other in zip(ours.mass_table, theirs.mass_table, strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
+    assert ours.mass_table[0][1] < ours.mass_table[-1][1] - 0.05
+
     text = prose[70000:74000]
     method = "spot:p=0.6"
     command = ["generate", "--model", tiny_qwen3, "--selector", out, "--attention", method, "--prompt", text]
