@@ -9,6 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from patience import SLOWER
 from safetensors.torch import load_file, save_file
 from test_logits_oracle import check, llama, others, qwen3, qwen3_5, random_sequences, randomise, run_tool
 
@@ -29,7 +30,9 @@ FAMILIES = {
 
 def quantize(build_folder, *words, status=0):
     run = [build_folder / "spot", "quantize", *words]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        run, capture_output=True, text=True, timeout=300 * SLOWER, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == status, done
     return done
 
