@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "core/error.h"
 
@@ -179,6 +180,8 @@ at::Tensor Quantization::dequantize(const Part& part, const std::string& where) 
   return method == Method::fp8 ? dequantize_fp8(*this, part, where) : dequantize_int4(*this, part, where);
 }
 
+// The formula of DeepSeek-V3 (act_quant in inference/kernel.py), in float32. transformers' Fp8Quantize multiplies by
+// 448 / max |w| instead, which differs in the last bit. 448 is E4M3's largest number, so that nothing saturates.
 Fp8Blocks quantize_fp8(const at::Tensor& matrix) {
   constexpr int64_t kBlock = 128;
   constexpr double kLargest = 448;
@@ -192,7 +195,9 @@ Fp8Blocks quantize_fp8(const at::Tensor& matrix) {
     const at::Tensor blocks =
         at::constant_pad_nd(wide, {0, across * kBlock - columns}).view({count, across, kBlock});
     const at::Tensor largest = blocks.abs().amax({0, 2});
-    const at::Tensor scale = at::where(largest > 0, largest / kLargest, 1.0);
+    // Of a block of the smallest numbers the quotient would lose its bits, or be 0.
+    const at::Tensor scale =
+        at::where(largest > 0, (largest / kLargest).clamp_min(std::numeric_limits<float>::min()), 1.0);
     made.scales.select(0, i).copy_(scale);
     made.codes.narrow(0, i * kBlock, count)
         .copy_(blocks.div(scale.unsqueeze(1)).view({count, across * kBlock}).narrow(1, 0, columns));

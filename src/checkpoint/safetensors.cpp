@@ -248,7 +248,8 @@ at::Tensor SafetensorsFile::tensor(const std::string& name) const {
 
 void write_safetensors(const std::filesystem::path& path,
                        std::vector<std::pair<std::string, at::Tensor>> tensors,
-                       const std::map<std::string, std::string>& metadata) {
+                       const std::map<std::string, std::string>& metadata,
+                       const std::function<void(uint64_t bytes)>& before) {
   std::sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) {
     const auto a_size = c10::elementSize(a.second.scalar_type()),
                b_size = c10::elementSize(b.second.scalar_type());
@@ -286,6 +287,7 @@ void write_safetensors(const std::filesystem::path& path,
     out.write(reinterpret_cast<const char*>(&header_bytes), 8);
     out.write(text.data(), static_cast<std::streamsize>(text.size()));
     for (const auto& [name, tensor] : tensors) {
+      if (before) before(tensor.nbytes());
       const at::Tensor bytes = tensor.detach().cpu().contiguous();
       out.write(static_cast<const char*>(bytes.const_data_ptr()),
                 static_cast<std::streamsize>(bytes.nbytes()));

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -52,9 +53,11 @@ class SafetensorsFile {
 // Writes tensors (any device and strides) atomically. The same tensors and metadata give the same bytes,
 // whatever their order: larger element types first, so that each tensor is aligned to its element, then by
 // name. Throws Error on a name given twice, on an element type that the format lacks, and when the file
-// cannot be written.
+// cannot be written. `before` is told of each tensor's bytes before they are written; what it throws ends the writing,
+// and nothing is left of the file.
 void write_safetensors(const std::filesystem::path& path,
                        std::vector<std::pair<std::string, at::Tensor>> tensors,
-                       const std::map<std::string, std::string>& metadata = {});
+                       const std::map<std::string, std::string>& metadata = {},
+                       const std::function<void(uint64_t bytes)>& before = {});
 
 }  // namespace spot

@@ -18,6 +18,7 @@ void add_eval_ruler(CLI::App& parent);  // below eval
 void add_calibrate(CLI::App& app);
 void add_convert(CLI::App& app);
 void add_inspect(CLI::App& app);
+void add_quantize(CLI::App& app);
 void add_serve(CLI::App& app);
 
 }  // namespace spot::cli

@@ -64,6 +64,7 @@ int run_program(int argc, const char* const* argv, const ProcessGroup* group) {
   add_bench(app);
   add_calibrate(app);
   add_convert(app);
+  add_quantize(app);
   add_inspect(app);
   refuse_nan(app);
   int status = 1;

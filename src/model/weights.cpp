@@ -225,67 +225,12 @@ std::string some_of(const std::vector<std::string>& names) {
   return fmt::format("{}{}", fmt::join(shown, ", "), more);
 }
 
-// Compares the checkpoint's tensors with the expected ones; what belongs to parts this project does not run
-// is noted on standard error, anything else that does not fit is an error.
-void check_names_and_shapes(const Checkpoint& checkpoint, const ModelConfig& config,
-                            const std::vector<TensorSpec>& specs, const std::string& prefix) {
-  std::vector<std::string> missing, unexpected;
-  std::set<std::string> expected;
-  for (const TensorSpec& spec : specs) {
-    const std::string name = spec.name == kHead ? spec.name : prefix + spec.name;
-    expected.insert(name);
-    if (!checkpoint.has(name)) {
-      missing.push_back(name);
-    } else if (checkpoint.shape(name) != spec.shape) {
-      fail("{}: tensor {} has shape [{}], config.json asks for [{}]", checkpoint.where(name), name,
-           fmt::join(checkpoint.shape(name), ", "), fmt::join(spec.shape, ", "));
-    }
-  }
-  if (missing.size() == specs.size()) {
-    fail("{}: holds none of the {} tensors of a {}, but others: {}", checkpoint.path().string(), specs.size(),
-         config.architecture, some_of(checkpoint.names()));
-  }
-  if (!missing.empty()) {
-    fail("{}: {} of {} tensors are missing: {}", checkpoint.path().string(), missing.size(), specs.size(),
-         some_of(missing));
-  }
-  const bool qwen3_5 = config.zero_centred_norm;
-  int64_t vision = 0, multi_token = 0;
-  for (const std::string& name : checkpoint.names()) {
-    if (expected.contains(name)) continue;
-    if (qwen3_5 && name.starts_with("model.visual.")) {
-      ++vision;
-    } else if (qwen3_5 && name.starts_with("mtp.")) {
-      ++multi_token;
-    } else if (config.quantization.method == Quantization::Method::gptq && name.ends_with(".bias") &&
-               checkpoint.tensor(name).count_nonzero().item<int64_t>() == 0) {
-      // Some writers give every quantised layer a bias of zeros.
-    } else if (!(name == kHead && config.tie_word_embeddings) && !name.ends_with(".rotary_emb.inv_freq")) {
-      unexpected.push_back(name);
-    }
-  }
-  if (!unexpected.empty()) {
-    fail("{}: {} tensors are not part of a {} with this config.json: {}", checkpoint.path().string(),
-         unexpected.size(), config.architecture, some_of(unexpected));
-  }
-  if (vision + multi_token > 0 && !is_silent()) {
-    notice("{}: the text model is used; {} vision and {} multi-token-prediction tensors are skipped\n",
-           checkpoint.path().string(), vision, multi_token);
-  }
-}
-
 // What stands before the names of tensor_specs in this checkpoint.
 std::string prefix_of(const Checkpoint& checkpoint) {
   for (const std::string prefix : {"model.language_model.", ""}) {
     if (checkpoint.has(prefix + "embed_tokens.weight")) return prefix;
   }
   return "model.";
-}
-
-bool all_finite(const at::Tensor& tensor) {
-  // NaN and infinities survive both extremes; unlike isfinite this takes no memory of the tensor's size.
-  const auto [least, greatest] = at::aminmax(tensor);
-  return std::isfinite(least.item<double>()) && std::isfinite(greatest.item<double>());
 }
 
 at::ScalarType parse_dtype(const std::string& name) {
@@ -346,12 +291,70 @@ std::vector<TensorSpec> tensor_specs(const ModelConfig& c) {
   return specs;
 }
 
+bool all_finite(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  // NaN and infinities survive both extremes; unlike isfinite this takes no memory of the tensor's size.
+  const auto [least, greatest] = at::aminmax(tensor);
+  return std::isfinite(least.item<double>()) && std::isfinite(greatest.item<double>());
+}
+
+std::string CheckedTensors::full_name(const std::string& short_name) const {
+  return short_name == kHead ? short_name : prefix + short_name;
+}
+
+CheckedTensors check_tensors(const Checkpoint& checkpoint, const ModelConfig& config) {
+  const std::vector<TensorSpec> specs = tensor_specs(config);
+  CheckedTensors found{.prefix = prefix_of(checkpoint)};
+  std::vector<std::string> missing, unexpected;
+  std::set<std::string> expected;
+  for (const TensorSpec& spec : specs) {
+    const std::string name = found.full_name(spec.name);
+    expected.insert(name);
+    if (!checkpoint.has(name)) {
+      missing.push_back(name);
+    } else if (checkpoint.shape(name) != spec.shape) {
+      fail("{}: tensor {} has shape [{}], config.json asks for [{}]", checkpoint.where(name), name,
+           fmt::join(checkpoint.shape(name), ", "), fmt::join(spec.shape, ", "));
+    }
+  }
+  if (missing.size() == specs.size()) {
+    fail("{}: holds none of the {} tensors of a {}, but others: {}", checkpoint.path().string(), specs.size(),
+         config.architecture, some_of(checkpoint.names()));
+  }
+  if (!missing.empty()) {
+    fail("{}: {} of {} tensors are missing: {}", checkpoint.path().string(), missing.size(), specs.size(),
+         some_of(missing));
+  }
+  const bool qwen3_5 = config.zero_centred_norm;
+  for (const std::string& name : checkpoint.names()) {
+    if (expected.contains(name)) continue;
+    if (qwen3_5 && name.starts_with("model.visual.")) {
+      ++found.vision;
+    } else if (qwen3_5 && name.starts_with("mtp.")) {
+      ++found.multi_token;
+    } else if (config.quantization.method == Quantization::Method::gptq && name.ends_with(".bias") &&
+               checkpoint.tensor(name).count_nonzero().item<int64_t>() == 0) {
+      // Some writers give every quantised layer a bias of zeros.
+    } else if (!(name == kHead && config.tie_word_embeddings) && !name.ends_with(".rotary_emb.inv_freq")) {
+      unexpected.push_back(name);
+    }
+  }
+  if (!unexpected.empty()) {
+    fail("{}: {} tensors are not part of a {} with this config.json: {}", checkpoint.path().string(),
+         unexpected.size(), config.architecture, some_of(unexpected));
+  }
+  return found;
+}
+
 ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig& config, at::Device device,
                           std::optional<at::ScalarType> dtype, const Shards& shards) {
   const Checkpoint checkpoint(folder, config.quantization);
   const auto specs = tensor_specs(config);
-  const std::string prefix = prefix_of(checkpoint);
-  check_names_and_shapes(checkpoint, config, specs, prefix);
+  const CheckedTensors found = check_tensors(checkpoint, config);
+  if (found.vision + found.multi_token > 0 && !is_silent()) {
+    notice("{}: the text model is used; {} vision and {} multi-token-prediction tensors are skipped\n",
+           checkpoint.path().string(), found.vision, found.multi_token);
+  }
   if (config.sliding_window > 0 && !is_silent()) {
     notice(
         "{}: the model attends in a sliding window; it runs up to that window's {} tokens, where "
@@ -361,7 +364,7 @@ ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig
 
   if (!dtype) {
     const at::ScalarType stored = config.torch_dtype.empty()
-                                      ? checkpoint.dtype(prefix + "embed_tokens.weight")
+                                      ? checkpoint.dtype(found.full_name("embed_tokens.weight"))
                                       : parse_dtype(config.torch_dtype);
     dtype = device.is_cpu() ? at::kFloat : stored;
   }
@@ -373,7 +376,7 @@ ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig
   Progress progress(fmt::format("Loading {}", folder.string()), static_cast<int64_t>(specs.size()));
   int64_t done = 0;
   const Read read = [&](const std::string& short_name, at::ScalarType target) {
-    const std::string name = short_name == kHead ? short_name : prefix + short_name;
+    const std::string name = found.full_name(short_name);
     const at::Tensor stored = checkpoint.tensor(name);
     if (!at::isFloatingType(stored.scalar_type()) || stored.element_size() == 1) {
       fail("{}: tensor {} is of {}, floating point of 16 bits or more was expected", checkpoint.where(name),
@@ -389,9 +392,8 @@ ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig
     progress.update(++done);
     return loaded;
   };
-  const auto full_name = [&](const std::string& short_name) { return prefix + short_name; };
   const auto codes = [&](const std::string& short_name) {
-    const std::string name = full_name(short_name);
+    const std::string name = found.full_name(short_name);
     const at::Tensor decoded = checkpoint.tensor(name);
     fingerprint.add(short_name, decoded);
     if (!all_finite(decoded))
@@ -402,8 +404,8 @@ ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig
     };
     return Fp8Blocks{copy("weight", at::kFloat8_e4m3fn), copy("weight_scale_inv", at::kFloat)};
   };
-  const Source source{read, [&](const auto& name) { return checkpoint.has_fp8_blocks(full_name(name)); },
-                      codes};
+  const Source source{
+      read, [&](const auto& name) { return checkpoint.has_fp8_blocks(found.full_name(name)); }, codes};
   ModelWeights weights;
   within_memory(
       {.what = fmt::format("{} in {}", folder.string(), c10::toString(*dtype)),

@@ -15,6 +15,8 @@
 
 namespace spot {
 
+class Checkpoint;
+
 struct LinearWeights {
   at::Tensor weight;  // [out, in], of the model's dtype or FP8 codes
   at::Tensor bias;    // [out], or undefined
@@ -67,6 +69,20 @@ struct TensorSpec {
 // saved), "model.language_model." (Qwen3.5 with its vision tower) or nothing (as a model without its head is,
 // such as Qwen3-Embedding); "lm_head.weight" always stands without prefix.
 std::vector<TensorSpec> tensor_specs(const ModelConfig& config);
+
+// How a checkpoint names the text model's tensors, and what else it holds.
+struct CheckedTensors {
+  std::string prefix;
+  int64_t vision = 0, multi_token = 0;  // tensors of these parts, which this project does not run
+
+  std::string full_name(const std::string& short_name) const;
+};
+
+// Compares a checkpoint's tensors with those of tensor_specs. Throws Error naming the first that has another shape, a few
+// of those that are missing, or of those that belong to nothing.
+CheckedTensors check_tensors(const Checkpoint& checkpoint, const ModelConfig& config);
+
+bool all_finite(const at::Tensor& tensor);
 
 // See Backbone::load and Backbone::random.
 ModelWeights load_weights(const std::filesystem::path& folder, const ModelConfig& config, at::Device device,

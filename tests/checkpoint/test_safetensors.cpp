@@ -177,6 +177,22 @@ void read_everything(const std::filesystem::path& path) {
   }
 }
 
+TEST(Safetensors, WritingThatIsEndedLeavesNothing) {
+  TemporaryFolder folder;
+  const Named tensors = sample_tensors(fresh_seed());
+  uint64_t told = 0, all = 0;
+  for (const auto& [name, tensor] : tensors) all += tensor.nbytes();
+  write_safetensors(folder / "whole", tensors, {}, [&](uint64_t bytes) { told += bytes; });
+  EXPECT_EQ(told, all);
+  EXPECT_THROW(write_safetensors(folder / "ended", tensors, {}, [](uint64_t) { fail("stop"); }), Error);
+  size_t files = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(folder.path())) {
+    EXPECT_EQ(entry.path().filename(), "whole");
+    ++files;
+  }
+  EXPECT_EQ(files, 1);
+}
+
 TEST(Safetensors, EveryTruncationIsRefused) {
   TemporaryFolder folder;
   write_safetensors(folder / "a", sample_tensors(fresh_seed()), {{"k", "v"}});

@@ -57,6 +57,7 @@ def basics(place, tmp_path):
             "bench prefill": ["--model", model, "--lengths", 128, "--chunk", 64, "--rounds", 1],
             "bench distill": ["--model", model, "--length", 448, "--steps", 1],
             "inspect": [model],
+            "quantize": [model, "--out", tmp_path / "fp8"],
         }  # fmt: skip
 
     return words
