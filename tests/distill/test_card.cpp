@@ -105,7 +105,7 @@ TEST(Card, TellsWhatACapturedMassReads) {
   fitted["notes"]["mass_calibration"] = {
       {"contexts", 4}, {"length", 16384}, {"queries", 1024}, {"data_paths", {"a.txt"}}};
   const std::string card = selector_card("mine", fitted, {});
-  EXPECT_TRUE(has(card, "on 4 held-out contexts of 16,384 tokens")) << card;
+  EXPECT_TRUE(has(card, "in the last quarter of 4 held-out contexts of 16,384 tokens")) << card;
   const std::string rows = "| 0.016 | 0.500 | 6.2% |\n| 0.0078 | 0.750 | 25.0% |\n";
   EXPECT_TRUE(has(card, rows)) << card;
   // The section alone is made anew, wherever it stands; the rest of the card is someone's own.
