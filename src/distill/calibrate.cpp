@@ -87,14 +87,14 @@ class Nucleus {
     const auto [sorted, order] = at::sort(scores.to(at::kDouble).masked_fill(reserved, -kInfinity),
                                           /*stable=*/true, /*dim=*/-1, /*descending=*/true);
     sorted_ = sorted - sorted.narrow(-1, 0, 1);
-    residual_mass_ = total.squeeze(-1).mean(0);
+    residual_mass_ = total.squeeze(-1);
     captured_ = at::cumsum((residual_mass / total.clamp_min(1e-300)).gather(-1, order), -1);
   }
 
   // Queries with residual mass, over groups.
   double counted() const { return counted_.sum().item<double>(); }
 
-  // [groups], mean over queries.
+  // [queries, groups].
   const at::Tensor& residual_mass() const { return residual_mass_; }
 
   // Mean captured share at each p.
@@ -332,7 +332,7 @@ Calibration calibrate(const Backbone& backbone, const Selector& selector,
     rule.mode = SelectionMode::threshold;
     // Never 0: it divides.
     const at::Tensor own_mass =
-        Nucleus(late_scores, late_mass, late_lengths, own).residual_mass().clamp_min(1e-6).contiguous().cpu();
+        nucleus.residual_mass().index_select(0, late).mean(0).clamp_min(1e-6).contiguous().cpu();
     result.residual_mass.insert(result.residual_mass.end(), own_mass.data_ptr<double>(),
                                 own_mass.data_ptr<double>() + selector.groups());
     for (MassRow& row : result.mass_table) {

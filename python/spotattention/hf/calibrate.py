@@ -61,7 +61,7 @@ class Nucleus:
         reserved = (block < -(-config.selection.sinks // PAGE_TOKENS)) | (block >= recent)
         residual = mass.double().masked_fill(reserved, 0)
         total = residual.sum(-1, keepdim=True)
-        self.residual_mass = float(total.mean())
+        self.residual_mass = total[:, 0]  # [queries]
         self.counted = (total[:, 0] > 0).double()
         hidden = scores.double().masked_fill(reserved, -torch.inf)
         ordered, order = torch.sort(hidden, dim=-1, descending=True, stable=True)
@@ -161,7 +161,7 @@ def calibrate(
         # Decode stands at the end of a context: queries near its start see little more than what is always read.
         late = lengths * 4 > 3 * longest_measured
         late_scores, late_mass, late_lengths = scores[late], mass[late], lengths[late]
-        residual_mass = Nucleus(late_scores, late_mass, late_lengths, config).residual_mass
+        residual_mass = float(nucleus.residual_mass[late].mean())
         late_queries = len(late_lengths)
         fitted["queries"] = len(scores)
         fitted["temperature"].append(temperature)
