@@ -45,7 +45,7 @@ count_work(grammar_compiler.cc "grammar_matcher.GetAdaptiveTokenMask(is_root_rul
            "tmp_accepted_indices_.reserve(possible_token_num)" "8 * possible_token_num")
 count_work(grammar_matcher.cc "PushOneStateToCheck(state)" "sorted_decoded_vocab.size() / 64")
 add_library(xgrammar STATIC ${xgrammar_sources})
-set_target_properties(xgrammar PROPERTIES CXX_STANDARD 17)
+set_target_properties(xgrammar PROPERTIES CXX_STANDARD 17 UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 8)
 target_include_directories(xgrammar SYSTEM PUBLIC ${SPOT_XGRAMMAR}/include ${SPOT_XGRAMMAR}/3rdparty/dlpack/include
                                            PRIVATE ${SPOT_XGRAMMAR}/cpp ${SPOT_XGRAMMAR}/3rdparty/picojson)
 # Its messages come to us: what it only warns of would be a schema that is kept in part (src/grammar).
