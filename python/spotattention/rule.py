@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 Mode = Literal["top_p", "top_k", "threshold"]
 Prefill = Literal["dense", "sparse", "auto"]
+Scope = Literal["layer", "kv_group"]
 MassTable = Sequence[Sequence[float]]  # SelectorConfig.selection.mass_table
 
 WORDS = ("dense", "spot", "streaming", "oracle", "quest", "twilight")
 GRAMMAR = (
     "p=SHARE, t=THRESHOLD, m=MASS, k=TOKENS, k=PERCENT%, sinks=, recency=, floor=, cap=TOKENS, temperature=NUMBER, "
-    "dense=LAYERS, cache=FORMAT, prefill=sparse, dense or auto, tile=QUERIES"
+    "dense=LAYERS, cache=FORMAT, prefill=sparse, dense or auto, tile=QUERIES, per=layer or kv_group"
 )
 KEY_FORMATS = ("f32", "bf16", "int8", "int4", "mxfp4", "nvfp4")
 
@@ -95,6 +96,7 @@ class Method:
     prefill: Prefill = "dense"  # how prompts are read; auto: sparsely where they are long
     tile: int | None = None  # queries that share a set there; None: as suits the device
     cache_format: str | None = None  # of the selector's keys; None: the selector's own
+    scope: Scope | None = None  # of the oracle's block sets; None: as the selector's
 
 
 def _number(text: str) -> float | None:
@@ -127,7 +129,7 @@ _READ = {
     "dense": set(),
     "spot": _RULE | {"m", "cache"},
     "streaming": {"k", "sinks", "dense", "prefill", "tile"},
-    "oracle": _RULE,
+    "oracle": _RULE | {"per"},
     "quest": _RULE,
     "twilight": {"p", "k", "k%", "sinks", "recency", "floor", "dense", "prefill", "tile"},
 }
@@ -142,6 +144,9 @@ def _set_option(settings: dict[str, Any], key: str, value: str) -> bool:
     if key == "prefill":
         settings["prefill"] = value
         return value in ("sparse", "dense", "auto")
+    if key == "per":
+        settings["scope"] = value
+        return value in ("layer", "kv_group")
     number = _number(value)
     if number is None or key not in _OPTIONS:
         return False
@@ -219,7 +224,7 @@ def make_method(
     name: str | None = None,
     mass_table: MassTable = (),
 ) -> Method:
-    """A method of settings by their names: fields of SelectionRule, mass, dense_layers, prefill, tile, cache_format.
+    """A method of settings by their names: fields of SelectionRule, mass, dense_layers, prefill, tile, cache_format, scope.
 
     Raises ValueError when settings are out of range or do not go together.
     """
@@ -284,4 +289,5 @@ def make_method(
         prefill=given("prefill", "dense"),
         tile=tile,
         cache_format=cache_format,
+        scope=given("scope"),
     )

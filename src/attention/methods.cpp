@@ -25,6 +25,7 @@ std::optional<double> parse_number(std::string text) {
 // Sets one KEY=VALUE; false when it is not one of ours.
 bool set_option(MethodSettings& settings, const std::string& key, const std::string& value) {
   if (key == "cache") return settings.cache_format = value, true;
+  if (key == "per") return settings.scope = selector_scope(value), settings.scope.has_value();
   if (key == "prefill") return settings.prefill = prefill_mode(value), settings.prefill.has_value();
   const std::optional<double> number = parse_number(value);
   if (!number) return false;
@@ -62,7 +63,7 @@ std::set<std::string> given_keys(const MethodSettings& settings) {
   add("floor", settings.floor.has_value()), add("cap", settings.cap.has_value());
   add("temperature", settings.temperature.has_value()), add("cache", settings.cache_format.has_value());
   add("dense", settings.dense_layers != 0), add("prefill", settings.prefill.has_value());
-  add("tile", settings.tile.has_value());
+  add("tile", settings.tile.has_value()), add("per", settings.scope.has_value());
   return keys;
 }
 
@@ -146,14 +147,14 @@ bool MethodSpec::reads_as(const MethodSpec& other) const {
   if (is_dense()) return true;
   return rule == other.rule && dense_layers == other.dense_layers && prefill == other.prefill &&
          (prefill == PrefillMode::dense || query_tile == other.query_tile) &&
-         cache_format == other.cache_format;
+         cache_format == other.cache_format && scope == other.scope;
 }
 
 MethodSpec make_spec(const std::string& word, const MethodSettings& settings,
                      const SelectorConfig* selector) {
   const AttentionMethod& method = attention_method(word);
   const auto& [p, threshold, given_mass, share, temperature, budget, sinks, recency, floor, cap, cache_format,
-               dense_layers, prefill, tile] = settings;
+               dense_layers, prefill, tile, scope] = settings;
   if (budget && share)
     fail("a fixed budget is given in tokens ({}) and as a share ({}); give one of them", *budget, *share);
   if (!method.adapt && p && (budget || share))
@@ -176,7 +177,7 @@ MethodSpec make_spec(const std::string& word, const MethodSettings& settings,
     fail("{} dense layers were asked for; give 0 to {}", dense_layers, kMostLayers);
   MethodSpec spec{.name = word, .word = word};
   SelectionRule& rule = spec.rule;
-  if (selector) rule = selector->selection.rule;
+  if (selector) rule = selector->selection.rule, spec.scope = selector->scope;
   if (p) rule.mode = SelectionMode::top_p, rule.p = *p;
   if (threshold) rule.mode = SelectionMode::threshold, rule.threshold = *threshold;
   if (mass) {
@@ -198,6 +199,7 @@ MethodSpec make_spec(const std::string& word, const MethodSettings& settings,
     fail("tiles of {} queries were asked for; give 16, 32 or 64", *tile);
   if (prefill) spec.prefill = *prefill;
   if (tile) spec.query_tile = *tile;
+  if (scope) spec.scope = *scope;
   return spec;
 }
 
@@ -247,7 +249,7 @@ std::vector<std::string> join_methods(const std::vector<std::string>& parts) {
 
 std::string method_grammar() {
   return "p=SHARE, t=THRESHOLD, m=MASS, k=TOKENS, k=PERCENT%, sinks=, recency=, floor=, cap=TOKENS, temperature=NUMBER, dense=LAYERS, "
-         "cache=FORMAT, prefill=sparse, dense or auto, tile=QUERIES";
+         "cache=FORMAT, prefill=sparse, dense or auto, tile=QUERIES, per=layer or kv_group";
 }
 
 }  // namespace spot

@@ -35,6 +35,7 @@ struct MethodSpec {
   PrefillMode prefill = PrefillMode::dense;
   int64_t query_tile = 0;
   std::optional<KeyFormat> cache_format;  // of the selector's keys; without it the selector's own
+  SelectorScope scope = SelectorScope::layer;  // of the oracle's block sets: as the selector's where there is one
   // Keys of the settings that parse_method took from its `base` and the method reads ("k%": a share).
   std::set<std::string> from_base;
 
@@ -98,6 +99,7 @@ struct MethodSettings {
   int64_t dense_layers = 0;                                      // dense=
   std::optional<PrefillMode> prefill;                            // prefill=
   std::optional<int64_t> tile;                                   // tile=
+  std::optional<SelectorScope> scope;                            // per=
 };
 
 // `selector`: the config of the one in use, whose rule is the default; null without one. Settings that the method does

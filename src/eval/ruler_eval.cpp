@@ -208,6 +208,7 @@ nlohmann::json method_settings(const MethodSpec& method, at::Device device) {
     if (method.prefill == PrefillMode::automatic) json["sparse_prefill"]["from"] = kSparsePrefillFrom;
   }
   if (method.cache_format) json["cache_format"] = to_string(*method.cache_format);
+  if (method.word == "oracle" && method.scope == SelectorScope::kv_group) json["per"] = "kv_group";
   return json;
 }
 

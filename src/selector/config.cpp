@@ -187,6 +187,12 @@ WeightFormat weight_format_from_string(const std::string& word) {
   return value_of(kWeightFormats, word, "weight format");
 }
 
+std::optional<SelectorScope> selector_scope(const std::string& word) {
+  for (const auto& [scope, name] : kScopes)
+    if (word == name) return scope;
+  return std::nullopt;
+}
+
 std::string to_string(KeyFormat format) {
   return word_of(kKeyFormats, format);
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,8 @@ using kernels::SelectionRule;
 inline constexpr int64_t kBlockSize = kernels::kPageTokens;
 
 enum class SelectorScope { layer, kv_group };  // one block set per layer, or one per KV head
+// "layer" or "kv_group"; empty for another word.
+std::optional<SelectorScope> selector_scope(const std::string& word);
 enum class DistillLoss { dense, sparse };      // KL over all keys, or over the student's top k_train
 enum class Teacher { token, block_max };       // teacher distribution over tokens or over blocks
 enum class TeacherScope { all, residual };     // residual: without sink and recency tokens

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include "attention/methods.h"
 #include "attention/policies/oracle.h"
 #include "attention/policies/quest.h"
 #include "attention/policies/spot.h"
@@ -205,6 +206,16 @@ TEST(OraclePolicy, CapturesTheMostMass) {
   const at::Tensor other = captured_mass(mass, quest.select_chunk(inputs, chunk), rule).total;
   EXPECT_TRUE((best >= other - 1e-5).all().item<bool>());
   EXPECT_GT((best - other).mean().item<double>(), 0.0);
+  // A set a KV head, as a method of the grammar, captures no less of that head's mass.
+  const MethodSpec spec = parse_method("oracle:k=128,sinks=16,recency=32,floor=0,per=kv_group", {}, nullptr);
+  const Policy made = attention_method("oracle").make(spec, model, nullptr, history.pools());
+  ASSERT_EQ(made.policy->groups(), 2);
+  EXPECT_FALSE(spec.reads_as(parse_method("oracle:k=128,sinks=16,recency=32,floor=0,per=layer", {}, nullptr)));
+  const at::Tensor grouped = attention_mass(pass.query.slice(0, 300), history.keys(0).transpose(0, 1),
+                                            history.scale(), 300, /*groups=*/2);
+  made.policy->set_rule(rule), oracle.set_rule(rule);
+  const Selection own = made.policy->select_chunk(inputs, chunk);
+  EXPECT_GT(captured_mass(grouped, own, rule).total.mean().item<double>(), best.mean().item<double>());
   // p of the oracle is the captured residual mass itself.
   rule.mode = SelectionMode::top_p;
   rule.floor = 0;

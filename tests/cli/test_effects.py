@@ -98,7 +98,7 @@ MATTERS = {
                  ["--temperature", "0.7", "--seed", "5", "--sampling-top-p", "0.5"], ["--attention", "oracle:t=0.01,temperature=2"],
                  ["--attention", "quest:k=512,tile=64", "--prefill", "sparse"], ["--attention", "streaming", "--prefill", "auto"]],
     "eval text": [["--methods", "streaming:k=512,oracle", "--top-p", "0.7"], ["--methods", "oracle:k=64,tile=32", "--prefill", "sparse"]],
-    "eval needle": [["--methods", "quest:k=512", "--prefill", "sparse"]],
+    "eval needle": [["--methods", "quest:k=512", "--prefill", "sparse"], ["--methods", "oracle:k=64,per=kv_group,oracle:k=64"]],
     "bench": [["--attention", "dense,spot", "--top-k-tokens", "64", "--preset", "paper"], ["--eager", "--random"],
               ["--attention", "dense", "--prefill", "dense"], ["--attention", "dense,spot", "--prefill", "sparse"]],
 }  # fmt: skip

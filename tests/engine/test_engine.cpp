@@ -389,6 +389,8 @@ TEST(Methods, GrammarReadsAllAndNamesWhatIsWrong) {
                           "spot:prefill=sparse,tile=1.5",
                           "quest:tile=16",
                           "spot:prefill=dense,tile=32",
+                          "oracle:per=head",
+                          "spot:per=layer",
                           "quest:sinks=5%",
                           "streaming:k=100",
                           "streaming:p=0.3",

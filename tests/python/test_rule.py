@@ -50,6 +50,8 @@ WRONG = [
     "quest:prefill=auto,tile=1.5",
     "dense:tile=32",
     "spot:temperature=inf",
+    "spot:per=kv_group",
+    "oracle:per=head",
 ]
 
 
@@ -77,6 +79,7 @@ def test_methods_say_what_was_written(spotattention):
     assert parse("twilight").rule == rule(mode="top_k", budget_fraction=0.25, p=0.95)
     assert parse("twilight:k=512,p=0.9").rule == rule(mode="top_k", budget=512, p=0.9)
     assert parse("spot:t=1e-3").rule.describe() == "threshold 0.001"
+    assert parse("oracle:k=5%,per=kv_group").scope == "kv_group" and parse("oracle").scope is None
     defaults = rule(p=0.7, recency=64)
     assert parse("spot:sinks=16", defaults).rule == rule(p=0.7, recency=64, sinks=16)
 

@@ -14,10 +14,12 @@ at::Tensor OraclePolicy::score_chunk(const AttentionInputs& inputs, const QueryC
 
 AttentionMethod oracle_method() {
   AttentionMethod method{.word = "oracle", .summary = "the true attention under the same rule"};
-  method.make = [](const MethodSpec& spec, const ModelConfig&, const Selector*, PagePools& pools) {
-    return Policy{nullptr, std::make_unique<OraclePolicy>(pools, spec.rule)};
+  method.make = [](const MethodSpec& spec, const ModelConfig& model, const Selector*, PagePools& pools) {
+    const int64_t groups = spec.scope == SelectorScope::kv_group ? model.num_kv_heads : 1;
+    return Policy{nullptr, std::make_unique<OraclePolicy>(pools, spec.rule, groups)};
   };
   method.settings = rule_settings();
+  method.settings.insert("per");
   return method;
 }
 
