@@ -16,12 +16,14 @@
 namespace spot {
 namespace {
 
-bool is_decoded(const LinearWeights& weights) {
-  return !weights.scales.defined();
+// Whether the library's product is the one to take. Ours knows codes, and reads the weights of a single row on a GPU faster,
+// beginning before its predecessor ends; with more rows a step is slower by it (kernels/NOTES.md).
+bool by_library(const at::Tensor& x, const LinearWeights& weights) {
+  return !weights.scales.defined() && !(x.is_cuda() && x.scalar_type() != at::kFloat && x.size(0) == 1);
 }
 
 at::Tensor linear(const at::Tensor& x, const LinearWeights& weights) {
-  if (is_decoded(weights))
+  if (by_library(x, weights))
     return at::linear(x, weights.weight,
                       weights.bias.defined() ? std::optional<at::Tensor>(weights.bias) : std::nullopt);
   const at::Tensor y = at::empty({x.size(0), weights.weight.size(0)}, x.options());
@@ -46,7 +48,7 @@ std::pair<at::Tensor, at::Tensor> project_both(const at::Tensor& x, const Linear
 
 // hidden += linear(x), rounded once.
 void add_linear(at::Tensor& hidden, const at::Tensor& x, const LinearWeights& weights) {
-  if (!is_decoded(weights))
+  if (!by_library(x, weights))
     return ops::linear({x, weights.weight, hidden, weights.scales, weights.bias, /*accumulate=*/true});
   if (weights.bias.defined()) hidden.add_(weights.bias);
   hidden.addmm_(x, weights.weight.t());

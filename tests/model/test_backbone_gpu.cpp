@@ -137,6 +137,7 @@ TEST_P(GpuBackbones, DecodeStepReplaysAsAGraph) {
     return list;
   };
   Batch held = build_batch(cache, entries(one_each()), shape);
+  c10::cuda::getCurrentCUDAStream().synchronize();  // the side stream waits for nothing of this one
   at::cuda::CUDAGraph graph;
   at::Tensor logits;
   {
