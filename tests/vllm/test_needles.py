@@ -1,11 +1,15 @@
 """Needles through vLLM's own engine: what dense attention answers, the selector answers from a quarter of the tokens."""
 
+import json
+import random
 import re
+import shutil
 import subprocess
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.model.packed_weights import awq
 
 METHOD = "spot:k=25%"
 # Blocks are whole, and the reserved ones stay.
@@ -124,3 +128,40 @@ def test_a_hybrid_answers_as_its_dense_self(ask, needles):
     assert all(a["cached"] > 0 for a in answer["passes"][1])
     again = [re.findall(r"\d+", t)[:1] for t in texts(answer["passes"][1])]
     assert again == [re.findall(r"\d+", t)[:1] for t in texts(answer["passes"][0])]
+
+
+def quantised(form, folder, build_folder):
+    """tiny-qwen3 in one of the forms that checkpoints are published in."""
+    if form == "fp8":
+        subprocess.run([build_folder / "spot", "quantize", TINY, "--out", folder], check=True)
+        return folder
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(TINY, folder)
+    stored = load_file(TINY / "model.safetensors")
+    for key in [key for key in stored if key.endswith("proj.weight")]:
+        parts, _ = awq(key.removesuffix(".weight"), stored.pop(key).float(), 32, random.Random(1), {})
+        stored.update(parts)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 32,
+        "version": "gemm",
+        "zero_point": True,
+        "modules_to_not_convert": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["fp8", "awq"])
+def test_a_selector_serves_quantised_weights(form, ask, needles, build_folder, tmp_path):
+    """Told that they are not its own, since it was distilled on the bfloat16 ones."""
+    model = quantised(form, tmp_path / form, build_folder)
+    dense = ask(model, needles.prompts, dtype="bfloat16")["passes"][0]
+    answer = ask(model, needles.prompts, {"method": METHOD, "check_every": 1}, dtype="bfloat16")
+    assert "the weights are quantised" in answer["log"]
+    assert_answers(needles, dense, answer["passes"][0], form)
+    assert_budget_and_mass(answer)

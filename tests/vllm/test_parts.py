@@ -291,7 +291,7 @@ def test_other_weights_are_warned_of_and_checked_more_often(plugin, tmp_path, ca
         ({"cache_config__cache_dtype": "fp8"}, "not tested with a KV cache of fp8"),
         ({"speculative_config": object()}, "not tested with speculative decoding"),
         ({"lora_config": object()}, "not tested with LoRA"),
-        ({"quant_config": object()}, "not tested with quantised weights"),
+        ({"quant_config": types.SimpleNamespace(get_name=lambda: "modelopt")}, "weights quantised as modelopt"),
         ({"parallel_config__pipeline_parallel_size": 2}, "not tested with pipeline parallelism"),
         ({"parallel_config__decode_context_parallel_size": 2}, "not tested with context parallelism"),
         ({"model_config__hf_text_config__num_hidden_layers": 6}, "its num_layers is 8, this model's is 6"),

@@ -12,6 +12,9 @@ from spotattention.selector import Selector, check_backbone
 
 logger = logging.getLogger("vllm.spotattention")
 
+# Of vLLM's names for forms of quantised weights. A selector reads hidden states, so that no form concerns it but as other weights
+# than it was distilled on.
+QUANTISATIONS = ("fp8", "awq", "auto_awq")
 FOREIGN_EVERY = 32  # decode steps between two self-checks where the selector was distilled on other weights
 
 
@@ -62,6 +65,7 @@ def refusal(config: Any) -> str:
     parallel, cache = config.parallel_config, config.cache_config
     text = config.model_config.hf_text_config
     speculative = getattr(config, "speculative_config", None)
+    quantisation = config.quant_config.get_name() if config.quant_config is not None else None
     context = getattr(parallel, "prefill_context_parallel_size", 1) * parallel.decode_context_parallel_size
     reasons = {
         "a KV connector (kv_transfer_config), which would leave selector keys behind": config.kv_transfer_config
@@ -70,7 +74,7 @@ def refusal(config: Any) -> str:
         not in ("auto", str(config.model_config.dtype).removeprefix("torch.")),
         "speculative decoding": speculative is not None,
         "LoRA adapters, which change what a selector was distilled on": config.lora_config is not None,
-        "quantised weights": config.quant_config is not None,
+        f"weights quantised as {quantisation}, only as FP8 (block scales) or AWQ": quantisation not in (None, *QUANTISATIONS),
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": context > 1,
         "dual batch overlap": bool(getattr(parallel, "enable_dbo", False)),
@@ -118,6 +122,11 @@ def load(config: Any) -> Settings | None:
             "fingerprint": folder_fingerprint(model.model),
         },
     )
+    if not foreign and config.quant_config is not None:  # of which no fingerprint is taken
+        foreign = (
+            f"the weights are quantised ({config.quant_config.get_name()}), others than the selector was distilled on; it can "
+            "serve close ones, so its captured mass is measured on sampled steps"
+        )
     if foreign:
         logger.warning("spot: %s", foreign)
         options = replace(options, check_every=min(options.check_every, FOREIGN_EVERY))
