@@ -12,7 +12,7 @@ import struct
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,11 @@ from torch import Tensor
 from spotattention.rule import KEY_FORMATS, Method, SelectionRule, parse_method, shown
 
 FORMAT = "spotattention-selector"
-VERSION = 2  # 1 knows no int8 rows; what has none is still written as 1
-WEIGHT_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+VERSION = 3  # the newest
+WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
+# With the first version that knows each, so that older programs ask for an upgrade only where they need it.
+WEIGHT_FORMATS = {"float32": 1, "bfloat16": 1, "int8": 2, "int4": 3}
+INT4_GROUP = 32  # numbers of a row that share a scale
 BACKBONE_FACTS = ("architecture", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
@@ -296,18 +299,17 @@ class Selector:
                 f"{source}: selection.residual_mass has {masses} values, but the selector has {len(layers)} layers of "
                 f"{made.groups} sets"
             )
-        int8_rows = document.get("weight_format") == "int8"
-        made.weights = _read_weights(folder, made, document.get("weights_id"), int8_rows)
+        made.weights = _read_weights(folder, made, document)
         return made
 
-    def save(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
-        """Writes the folder, each file whole or not at all, weights first; W_q and W_k in `dtype`: float32, bfloat16,
-        or int8, which is rows of codes with a float32 scale each (docs/distillation.md).
+    def save(self, folder: str | os.PathLike, dtype: torch.dtype | WeightFormat = torch.float32) -> None:
+        """Writes the folder, each file whole or not at all, weights first; W_q and W_k in `dtype`, a word or torch's type:
+        float32, bfloat16, int8, which is rows of codes with a float32 scale each, or int4, groups of 32 codes of a row
+        with a bfloat16 scale each (docs/distillation.md).
         """
         from safetensors.torch import save
 
-        if dtype not in WEIGHT_FORMATS:
-            raise ValueError(f"selectors are stored in float32, bfloat16 or int8, not {dtype}")
+        form = weight_format(dtype, self.backbone["hidden_size"], str(folder))
         self.config.validate("selector config")
         target = pathlib.Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -315,19 +317,19 @@ class Selector:
         for name, tensor in self.named_tensors():
             stored = tensor.float().contiguous()
             values[name] = stored
-            if _is_matrix(name) and dtype == torch.int8:
-                stored, scales = quantize_rows(stored)
-                tensors[_scale_name(name)], values[name] = scales, stored.float() * scales[:, None]
+            if _is_matrix(name) and form in ("int8", "int4"):
+                stored, scales = quantize_rows(stored, form)
+                tensors[_scale_name(name)], values[name] = scales, row_values(stored, scales)
             elif _is_matrix(name):
-                stored = stored.to(dtype)
+                stored = stored.to(getattr(torch, form))
                 values[name] = stored.float()
             tensors[name] = stored
         mark = weights_id(values)
         metadata = {"format": FORMAT, "weights_id": mark, "preset": self.config.preset}
         document = {
             "format": FORMAT,
-            "version": VERSION if dtype == torch.int8 else 1,
-            "weight_format": WEIGHT_FORMATS[dtype],
+            "version": WEIGHT_FORMATS[form],
+            "weight_format": form,
             "config": self.config.to_json(),
             "backbone": self.backbone,
             "layers": self.layers,
@@ -397,13 +399,53 @@ def check_backbone(selector: Selector, facts: Mapping[str, Any]) -> str:
     )
 
 
-def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 [rows, columns] and scales float32 [rows] of a float32 matrix, which is about codes * scales[:, None]:
-    symmetric, the largest magnitude of a row becomes 127. A row of zeros has the scale 0.
+def weight_format(dtype: torch.dtype | str, hidden: int, where: str) -> str:
+    """The word of a type of stored weights. Raises ValueError unless rows of `hidden` numbers can be stored so."""
+    word = str(dtype).removeprefix("torch.")
+    if word not in WEIGHT_FORMATS:
+        raise ValueError(f"selectors are stored in float32, bfloat16, int8 or int4, not {dtype}")
+    if word == "int4" and hidden % INT4_GROUP:
+        raise ValueError(
+            f"{where}: hidden_size is {hidden}; int4 stores a selector's rows in groups of {INT4_GROUP} numbers and needs a "
+            "multiple of that; store it as int8"
+        )
+    return word
+
+
+def quantize_rows(matrix: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """What a file holds of a float32 matrix [rows, columns]: codes, symmetric, and scales; 0 for a group of zeros.
+
+    int8: codes int8 [rows, columns], scales float32 [rows], by which the largest magnitude of a row becomes 127. int4: codes
+    uint8 [rows, columns / 2], code + 8 of the even column in the low four bits, and scales bfloat16 [rows, columns / 32]: of
+    seven, from the one by which the largest magnitude becomes 7 down to 0.7 of it, that of the least squared error.
     """
-    scales = matrix.abs().amax(1) / 127
-    steps = torch.where(scales > 0, scales, 1.0)[:, None]
-    return (matrix / steps).round().clamp(-127, 127).to(torch.int8), scales
+    int4 = form == "int4"
+    bottom, top = (-8, 7) if int4 else (-127, 127)
+    numbers = matrix.view(len(matrix), -1, INT4_GROUP if int4 else matrix.shape[1])
+    largest = numbers.abs().amax(2, True)
+    codes, scales = torch.zeros_like(numbers), torch.zeros_like(largest)
+    least = torch.full_like(largest, math.inf, dtype=torch.float64)
+    for share in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7) if int4 else (1.0,):
+        scale = largest * share / top
+        if int4:
+            scale = scale.bfloat16().float()
+        code = (numbers / torch.where(scale > 0, scale, 1.0)).round().clamp(bottom, top)
+        error = (code.double() * scale - numbers).square().sum(2, True)
+        keep = error >= least  # not for NaN, which loading refuses
+        codes, scales = torch.where(keep, codes, code), torch.where(keep, scales, scale)
+        least = torch.where(keep, least, error)
+    if not int4:
+        return codes.flatten(1).to(torch.int8), scales.flatten()
+    pairs = (codes + 8).to(torch.uint8).view(len(matrix), -1, 2)
+    return pairs[..., 0] | pairs[..., 1] << 4, scales.flatten(1).bfloat16()
+
+
+def row_values(codes: Tensor, scales: Tensor) -> Tensor:
+    """What quantize_rows stored, float32 [rows, columns]: code * scale."""
+    numbers = codes.float()
+    if codes.dtype == torch.uint8:
+        numbers = torch.stack([codes & 15, codes >> 4], 2).float() - 8
+    return (numbers.view(len(codes), scales[0].numel(), -1) * scales.float().view(len(codes), -1, 1)).flatten(1)
 
 
 def _is_matrix(name: str) -> bool:
@@ -432,10 +474,10 @@ def weights_id(tensors: Mapping[str, Tensor]) -> str:
     return f"{state:016x}"
 
 
-def _read_weights(folder: pathlib.Path, selector: Selector, mark: Any, int8_rows: bool) -> dict[int, LayerWeights]:
+def _read_weights(folder: pathlib.Path, selector: Selector, document: Mapping[str, Any]) -> dict[int, LayerWeights]:
     from safetensors import SafetensorError, safe_open
 
-    path = folder / "selector.safetensors"
+    path, mark = folder / "selector.safetensors", document.get("weights_id")
     config, hidden = selector.config, selector.backbone["hidden_size"]
     expected: dict[str, list[int]] = {}
     for layer in selector.layers:
@@ -447,8 +489,19 @@ def _read_weights(folder: pathlib.Path, selector: Selector, mark: Any, int8_rows
             expected[prefix + "key_norm.weight"] = [config.head_dim]
         if config.key_norm == "layernorm":
             expected[prefix + "key_norm.bias"] = [config.head_dim]
-    if int8_rows:
-        expected |= {_scale_name(name): shape[:1] for name, shape in expected.items() if _is_matrix(name)}
+    types: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(expected, (torch.float32, torch.bfloat16))
+    form = document.get("weight_format")
+    matrices = [name for name in expected if _is_matrix(name)] if form in ("int8", "int4") else []
+    if form == "int4":
+        weight_format(form, hidden, str(folder / "selector.json"))
+    for name in matrices:
+        rows, columns = expected[name]
+        if form == "int8":
+            expected[_scale_name(name)], types[_scale_name(name)] = [rows], types[name]
+            types[name] = (torch.int8,)
+        else:
+            expected[name], types[name] = [rows, columns // 2], (torch.uint8,)
+            expected[_scale_name(name)], types[_scale_name(name)] = [rows, columns // INT4_GROUP], (torch.bfloat16,)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; the folder is no whole selector")
     try:
@@ -468,17 +521,16 @@ def _read_weights(folder: pathlib.Path, selector: Selector, mark: Any, int8_rows
         tensor = read[name]
         if list(tensor.shape) != shape:
             raise ValueError(f"{path}: tensor {name} is {list(tensor.shape)}; config and backbone make it {shape}")
-        wanted = (torch.int8,) if int8_rows and _is_matrix(name) else (torch.float32, torch.bfloat16)
-        if tensor.dtype not in wanted:
-            words = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
+        if tensor.dtype not in types[name]:
+            words = " or ".join(str(dtype).removeprefix("torch.") for dtype in types[name])
             raise ValueError(f"{path}: tensor {name} is of {tensor.dtype}; selector.json makes it {words}")
-        read[name] = tensor.float()
-        if not bool(read[name].isfinite().all()):
+        if not bool(tensor.isfinite().all()):
             raise ValueError(f"{path}: tensor {name} holds values that are not finite; train the selector again")
     if names != set(expected):
         raise ValueError(f"{path} holds {len(names)} tensors, the config makes {len(expected)}")
-    for name in filter(_is_matrix, list(read) if int8_rows else []):
-        read[name] = read[name] * read.pop(_scale_name(name))[:, None]
+    for name in matrices:
+        read[name] = row_values(read[name], read.pop(_scale_name(name)))
+    read = {name: tensor.float() for name, tensor in read.items()}
     if weights_id(read) != mark:
         raise ValueError(f"{path}: the weights are not those that were saved; restore the file or train again")
     weights = {}

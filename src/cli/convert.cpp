@@ -58,17 +58,19 @@ void run(const Options& options) {
 
 void add_convert(CLI::App& app) {
   auto options = std::make_shared<Options>();
-  CLI::App& command = *app.add_subcommand(
-      "convert", "Store a selector in another type, such as 8-bit rows, a quarter of the size");
+  CLI::App& command =
+      *app.add_subcommand("convert", "Store a selector in another type, such as rows of 8 or 4 bits");
   command.add_option("--model", options->model, kModelHelp)->required()->transform(checkpoint_folder());
   command
       .add_option("--selector", options->selector,
                   "Folder of the selector, or the NAME of one in MODEL/selectors")
       ->required();
   command
-      .add_option("--store", options->store,
-                  "Type of the projections: float32, bfloat16 or int8 (rows with a scale each)")
-      ->check(CLI::IsMember({"float32", "bfloat16", "int8"}))
+      .add_option(
+          "--store", options->store,
+          "Type of the projections: float32, bfloat16, int8 (rows with a scale each) or int4 (groups of 32 "
+          "with a scale each)")
+      ->check(CLI::IsMember({"float32", "bfloat16", "int8", "int4"}))
       ->capture_default_str();
   command.add_option("--out", options->out, "Folder of the new selector")->required();
   command.callback([options, &command] {

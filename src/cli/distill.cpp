@@ -163,7 +163,8 @@ void add_distill(CLI::App& app, const ProcessGroup* group) {
   command
       .add_option(
           "--store", train.store,
-          "Type of the finished selector's projections on disk: float32, bfloat16 or int8 (rows with a scale each)")
+          "Type of the finished selector's projections on disk: float32, bfloat16, int8 (rows with a scale each) or "
+          "int4 (groups of 32 with a scale each)")
       ->capture_default_str();
   command.add_flag("--resume", options->resume, "Continue the newest checkpoint in --out");
   command.add_flag(

@@ -123,8 +123,8 @@ void TrainConfig::validate() const {
   require(checkpoint_interval >= 1, "checkpoint_interval", checkpoint_interval, "at least 1");
   require(calibration_length >= 0, "calibration_length", calibration_length,
           "0 (the sequence length) or more");
-  require(store == "float32" || store == "bfloat16" || store == "int8", "store", store,
-          "float32, bfloat16 or int8");
+  require(store == "float32" || store == "bfloat16" || store == "int8" || store == "int4", "store", store,
+          "float32, bfloat16, int8 or int4");
   for (const double budget : budgets)
     require(budget > 0.0 && std::isfinite(budget), "a budget", budget, "positive");
 }

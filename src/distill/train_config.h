@@ -42,7 +42,7 @@ struct TrainConfig {
   // temperature that fits at
   // the training length lets p drift beyond it; fitted over longer contexts it is between.
   int64_t calibration_length = 0;
-  // Type of the finished selector's projections on disk, float32, bfloat16 or int8; checkpoints are float32.
+  // Type of the finished selector's projections on disk, float32, bfloat16, int8 or int4; checkpoints are float32.
   std::string store = "float32";
 
   // Throws Error naming the first impossible value.

@@ -463,6 +463,7 @@ TrainResult distill(const Backbone& backbone, Selector& selector, const Encode& 
 void check_distillation(const TrainConfig& config, bool resume, const ModelConfig& backbone,
                         const SelectorConfig& selector, const Replicas& replicas, bool sharded) {
   config.validate();
+  check_width(weight_format_from_string(config.store), backbone.hidden_size, "distillation");
   const int64_t positions = backbone.max_position_embeddings;
   if (config.data.sequence_length > positions)
     fail("distillation: sequence_length is {}, the backbone reaches {} positions; ask for less",

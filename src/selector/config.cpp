@@ -30,8 +30,10 @@ const Words<Teacher> kTeachers = {{Teacher::token, "token"}, {Teacher::block_max
 const Words<TeacherScope> kTeacherScopes = {{TeacherScope::all, "all"}, {TeacherScope::residual, "residual"}};
 const Words<Start> kStarts = {{Start::random, "random"}, {Start::backbone, "backbone"}};
 const Words<KeyFormat> kKeyFormats = words_of<KeyFormat>();
-const Words<WeightFormat> kWeightFormats = {
-    {WeightFormat::float32, "float32"}, {WeightFormat::bfloat16, "bfloat16"}, {WeightFormat::int8, "int8"}};
+const Words<WeightFormat> kWeightFormats = {{WeightFormat::float32, "float32"},
+                                            {WeightFormat::bfloat16, "bfloat16"},
+                                            {WeightFormat::int8, "int8"},
+                                            {WeightFormat::int4, "int4"}};
 
 template <typename Enum>
 std::string word_of(const Words<Enum>& words, Enum value) {
@@ -177,6 +179,14 @@ double SelectionDefaults::threshold_for(double mass) const {
   const MassRow& below = *(above - 1);  // of less mass than asked for, so that nothing is divided by 0
   const double share = (mass - below.mass) / (above->mass - below.mass);
   return below.threshold * std::pow(above->threshold / below.threshold, share);
+}
+
+void check_width(WeightFormat format, int64_t hidden_size, const std::string& where) {
+  if (format == WeightFormat::int4 && hidden_size % kInt4Group != 0)
+    fail(
+        "{}: hidden_size is {}; int4 stores a selector's rows in groups of {} numbers and needs a multiple of that; "
+        "store it as int8",
+        where, hidden_size, kInt4Group);
 }
 
 std::string to_string(WeightFormat format) {

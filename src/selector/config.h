@@ -25,12 +25,16 @@ inline constexpr int64_t kBlockSize = kernels::kPageTokens;
 enum class SelectorScope { layer, kv_group };  // one block set per layer, or one per KV head
 // "layer" or "kv_group"; empty for another word.
 std::optional<SelectorScope> selector_scope(const std::string& word);
-enum class DistillLoss { dense, sparse };      // KL over all keys, or over the student's top k_train
-enum class Teacher { token, block_max };       // teacher distribution over tokens or over blocks
-enum class TeacherScope { all, residual };     // residual: without sink and recency tokens
-enum class Start { random, backbone };         // weights before the first step, see distill/initialize.h
-// How W_q and W_k lie in selector.safetensors. int8: rows of codes with a float32 scale each.
-enum class WeightFormat { float32, bfloat16, int8 };
+enum class DistillLoss { dense, sparse };   // KL over all keys, or over the student's top k_train
+enum class Teacher { token, block_max };    // teacher distribution over tokens or over blocks
+enum class TeacherScope { all, residual };  // residual: without sink and recency tokens
+enum class Start { random, backbone };      // weights before the first step, see distill/initialize.h
+// How W_q and W_k lie in selector.safetensors. int8: rows of codes with a float32 scale each; int4: groups of 32 codes
+// of a row with a bfloat16 scale each.
+enum class WeightFormat { float32, bfloat16, int8, int4 };
+inline constexpr int64_t kInt4Group = 32;
+// Throws Error, which begins with `where`, unless rows of hidden_size numbers can be stored so.
+void check_width(WeightFormat format, int64_t hidden_size, const std::string& where);
 
 std::string to_string(WeightFormat format);
 // Throws Error naming the accepted words.

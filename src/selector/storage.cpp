@@ -1,8 +1,10 @@
 // Selector checkpoints: selector.safetensors holds the weights, selector.json says what they are.
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <bit>
 #include <fstream>
+#include <limits>
 
 #include "checkpoint/safetensors.h"
 #include "core/checksum.h"
@@ -17,7 +19,20 @@ using nlohmann::json;
 namespace fs = std::filesystem;
 
 constexpr const char* kFormat = "spotattention-selector";
-constexpr int64_t kVersion = 2;  // 1 knows no int8 rows; what has none is still written as 1
+constexpr int64_t kVersion = 3;  // the newest
+const std::vector<at::ScalarType> kFloats = {at::kFloat, at::kBFloat16};
+
+// The first that knows the format, so that older programs ask for an upgrade only where they need it.
+int64_t version_of(WeightFormat format) {
+  return format == WeightFormat::int4 ? 3 : format == WeightFormat::int8 ? 2 : 1;
+}
+
+std::string word_of(at::ScalarType type) {
+  return type == at::kFloat      ? "float32"
+         : type == at::kBFloat16 ? "bfloat16"
+         : type == at::kChar     ? "int8"
+                                 : "uint8";
+}
 
 // Ties the two files together: a hash over the names, shapes and a sample of the values.
 std::string weights_id(const std::vector<std::pair<std::string, at::Tensor>>& tensors) {
@@ -38,22 +53,55 @@ bool is_matrix(const std::string& name) {
   return name.ends_with("query.weight") || name.ends_with("key.weight");
 }
 
+bool is_quantised(WeightFormat format) {
+  return format == WeightFormat::int8 || format == WeightFormat::int4;
+}
+
 // "layers.3.query.scale" of "layers.3.query.weight".
 std::string scale_name(const std::string& name) {
   return name.substr(0, name.size() - std::string("weight").size()) + "scale";
 }
 
+// What the file holds of a matrix [rows, columns].
 struct Rows {
-  at::Tensor codes;   // int8 [rows, columns], -127 .. 127
-  at::Tensor scales;  // float32 [rows]
-  at::Tensor values() const { return codes.to(at::kFloat) * scales.unsqueeze(1); }
+  // int8: int8 [rows, columns], -127 .. 127. int4: uint8 [rows, columns / 2], code + 8 of the even column in the low four
+  // bits, of the odd one in the high.
+  at::Tensor codes;
+  at::Tensor scales;  // int8: float32 [rows]. int4: bfloat16 [rows, columns / 32]
+
+  at::Tensor values() const {
+    const at::Tensor numbers =
+        codes.scalar_type() == at::kByte
+            ? at::stack({codes.bitwise_and(15), codes.bitwise_right_shift(4)}, 2).to(at::kFloat) - 8
+            : codes.to(at::kFloat);
+    const int64_t rows = codes.size(0), groups = scales.numel() / rows;
+    return (numbers.view({rows, groups, -1}) * scales.to(at::kFloat).view({rows, groups, 1})).flatten(1);
+  }
 };
 
-// Symmetric, the largest magnitude of a row becomes 127; ties round to even. A row of zeros has the scale 0.
-Rows quantize_rows(const at::Tensor& matrix) {
-  const at::Tensor scales = matrix.abs().amax(1) / 127;
-  const at::Tensor steps = at::where(scales > 0, scales, at::ones_like(scales)).unsqueeze(1);
-  return {(matrix / steps).round().clamp(-127, 127).to(at::kChar), scales};
+// Symmetric; ties round to even, a group of zeros has the scale 0. int8: the largest magnitude of a row becomes 127. int4: of
+// seven scales, from the one by which the largest magnitude becomes 7 down to 0.7 of it, that of the least squared error.
+Rows quantize_rows(const at::Tensor& matrix, WeightFormat format) {
+  const bool int4 = format == WeightFormat::int4;
+  const int64_t rows = matrix.size(0), top = int4 ? 7 : 127, bottom = int4 ? -8 : -127;
+  const at::Tensor numbers = matrix.view({rows, -1, int4 ? kInt4Group : matrix.size(1)});
+  const at::Tensor largest = numbers.abs().amax(2, true);
+  at::Tensor codes = at::zeros_like(numbers), scales = at::zeros_like(largest),
+             least = at::full_like(largest, std::numeric_limits<double>::infinity(), at::kDouble);
+  for (const double share : int4 ? std::vector{1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7} : std::vector{1.0}) {
+    at::Tensor scale = largest * share / top;
+    if (int4) scale = scale.to(at::kBFloat16).to(at::kFloat);
+    const at::Tensor step = at::where(scale > 0, scale, at::ones_like(scale));
+    const at::Tensor code = (numbers / step).round().clamp(bottom, top);
+    const at::Tensor error = (code.to(at::kDouble) * scale - numbers).square().sum(2, true);
+    const at::Tensor keep = error >= least;  // not for NaN, which loading refuses
+    codes = at::where(keep, codes, code), scales = at::where(keep, scales, scale);
+    least = at::where(keep, least, error);
+  }
+  if (!int4) return {codes.view({rows, -1}).to(at::kChar), scales.view({rows})};
+  const at::Tensor pairs = (codes + 8).to(at::kByte).view({rows, -1, 2});
+  return {pairs.select(2, 0).bitwise_or(pairs.select(2, 1).bitwise_left_shift(4)),
+          scales.view({rows, -1}).to(at::kBFloat16)};
 }
 
 json backbone_facts(const ModelConfig& backbone) {
@@ -94,12 +142,13 @@ fs::path Selector::resolve(const std::string& selector, const fs::path& model_fo
 
 void Selector::save(const fs::path& folder, const std::string& fingerprint, const json& notes,
                     WeightFormat format) const {
+  check_width(format, backbone_.hidden_size, folder.string());
   make_folder(folder);
   std::vector<std::pair<std::string, at::Tensor>> tensors, values;
   for (const auto& [name, parameter] : named_parameters()) {
     const at::Tensor tensor = parameter.detach().to(at::kCPU, at::kFloat).contiguous();
-    if (format == WeightFormat::int8 && is_matrix(name)) {
-      const Rows rows = quantize_rows(tensor);
+    if (is_quantised(format) && is_matrix(name)) {
+      const Rows rows = quantize_rows(tensor, format);
       tensors.emplace_back(name, rows.codes), tensors.emplace_back(scale_name(name), rows.scales);
       values.emplace_back(name, rows.values());
       continue;
@@ -114,7 +163,7 @@ void Selector::save(const fs::path& folder, const std::string& fingerprint, cons
   json backbone = backbone_facts(backbone_);
   backbone["fingerprint"] = fingerprint;
   json document = {{"format", kFormat},
-                   {"version", format == WeightFormat::int8 ? kVersion : 1},
+                   {"version", version_of(format)},
                    {"weight_format", to_string(format)},
                    {"config", config_.to_json()},
                    {"backbone", std::move(backbone)},
@@ -146,7 +195,8 @@ std::pair<Selector, json> Selector::read_document(const fs::path& folder, const 
   const json document = read_json(folder / "selector.json");
   if (!document.is_object() || document.value("format", json()) != kFormat)
     fail("{} is not a selector: its field \"format\" must be \"{}\"", source, kFormat);
-  if (const json version = document.value("version", json()); version != 1 && version != kVersion)
+  if (const json version = document.value("version", json());
+      !version.is_number_integer() || version < 1 || version > kVersion)
     fail("{} has version {}, this program reads versions 1 to {}; upgrade it", source, version.dump(),
          kVersion);
   check_seal(document, source);
@@ -188,17 +238,20 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
   const SelectorConfig& config = selector.config_;
   std::vector<std::pair<std::string, at::Tensor>> read;  // in the order of save()
   size_t scales = 0;
-  const bool int8_rows = document.value("weight_format", json()) == to_string(WeightFormat::int8);
-  const auto checked = [&](const std::string& tensor_name, std::vector<int64_t> shape, bool codes) {
+  const json format = document.value("weight_format", json());
+  const bool int8 = format == to_string(WeightFormat::int8), int4 = format == to_string(WeightFormat::int4);
+  if (int4) check_width(WeightFormat::int4, backbone.hidden_size, source);
+  const auto checked = [&](const std::string& tensor_name, std::vector<int64_t> shape,
+                           const std::vector<at::ScalarType>& types) {
     const at::Tensor tensor = file.tensor(tensor_name);
     const at::ScalarType type = tensor.scalar_type();
     if (tensor.sizes() != at::IntArrayRef(shape))
       fail("{}: tensor {} is {}; config and backbone make it {}", file.path().string(), tensor_name,
            fmt::join(tensor.sizes(), "x"), fmt::join(shape, "x"));
-    if (codes ? type != at::kChar : type != at::kFloat && type != at::kBFloat16)
+    if (std::find(types.begin(), types.end(), type) == types.end())
       fail("{}: tensor {} is of {}; selector.json makes it {}", file.path().string(), tensor_name,
-           c10::toString(type), codes ? "int8" : "float32 or bfloat16");
-    if (!codes && !at::isfinite(tensor).all().item<bool>())
+           c10::toString(type), word_of(types[0]) + (types.size() > 1 ? " or " + word_of(types[1]) : ""));
+    if (!at::isfinite(tensor).all().item<bool>())
       fail("{}: tensor {} holds values that are not finite; train the selector again", file.path().string(),
            tensor_name);
     return tensor;
@@ -206,12 +259,18 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
   for (int64_t layer : selector.layers_) {
     auto take = [&](const char* part, std::vector<int64_t> shape, at::ScalarType target) {
       const std::string tensor_name = fmt::format("layers.{}.{}", layer, part);
-      const bool codes = int8_rows && is_matrix(tensor_name);
-      at::Tensor tensor = checked(tensor_name, shape, codes).to(codes ? at::kChar : at::kFloat);
-      if (codes) {
-        const at::Tensor row_scales = checked(scale_name(tensor_name), {shape[0]}, false);
-        tensor = Rows{tensor, row_scales.to(at::kFloat)}.values();
+      at::Tensor tensor;
+      if (is_matrix(tensor_name) && (int8 || int4)) {
+        const int64_t rows = shape[0], columns = shape[1];
+        const std::string scale = scale_name(tensor_name);
+        tensor =
+            int4 ? Rows{checked(tensor_name, {rows, columns / 2}, {at::kByte}),
+                        checked(scale, {rows, columns / kInt4Group}, {at::kBFloat16})}
+                       .values()
+                 : Rows{checked(tensor_name, shape, {at::kChar}), checked(scale, {rows}, kFloats)}.values();
         ++scales;
+      } else {
+        tensor = checked(tensor_name, shape, kFloats).to(at::kFloat);
       }
       read.emplace_back(tensor_name, tensor);
       return tensor.to(at::TensorOptions(device).dtype(target), /*non_blocking=*/false, /*copy=*/true);

@@ -1,4 +1,4 @@
-"""spot convert: 8-bit rows hold what numpy makes of the weights, all readers take them, and nothing is overwritten."""
+"""spot convert: rows hold what numpy makes of the weights, all readers take them, and nothing is overwritten."""
 
 import json
 
@@ -40,6 +40,31 @@ def test_rows_are_numpys(spot, tmp_path, name):
     assert "## Stored as int8" in (tmp_path / "rows" / "README.md").read_text()
 
 
+def test_rows_of_four_bits_run_and_convert_to_all_others(spot, tmp_path):
+    done = convert(spot, SHIPPED, "spot", tmp_path / "int4", "--store", "int4")
+    assert done.returncode == 0 and "moved by at most" in done.stdout, done
+    assert "## Stored as int4" in (tmp_path / "int4" / "README.md").read_text()
+    sizes = [(f / "selector.safetensors").stat().st_size for f in (tmp_path / "int4", SHIPPED / "selectors" / "spot")]
+    assert sizes[0] < 0.32 * sizes[1]  # which is of bfloat16
+    run = ["--prompt", "Once upon a time", "--max-new-tokens", 4, "--selector", tmp_path / "int4"]
+    assert spot("generate", "--model", SHIPPED, *run).returncode == 0
+    rows, stored = load_file(tmp_path / "int4" / "selector.safetensors"), {}
+    for form in ("float32", "bfloat16", "int8", "int4"):
+        done = convert(spot, SHIPPED, tmp_path / "int4", tmp_path / form / "again", "--store", form)
+        assert done.returncode == 0, done
+        stored[form] = load_file(tmp_path / form / "again" / "selector.safetensors")
+    for key, scales in rows.items():
+        if not key.endswith("scale"):
+            continue
+        key = key.removesuffix("scale") + "weight"
+        codes = np.stack([rows[key].numpy() & 15, rows[key].numpy() >> 4], 2).reshape(len(scales), -1, 32) - np.float32(
+            8
+        )
+        want = (codes * scales.float().numpy()[:, :, None]).reshape(len(scales), -1)
+        assert np.array_equal(stored["float32"][key].numpy(), want)
+        np.testing.assert_allclose(stored["bfloat16"][key].float().numpy(), want, rtol=2**-8)
+
+
 def test_the_rows_run_and_convert_back(spot, tmp_path):
     convert(spot, SHIPPED, "spot", tmp_path / "rows")
     run = ["--prompt", "Once upon a time", "--max-new-tokens", 4, "--selector", tmp_path / "rows"]
@@ -61,7 +86,7 @@ def test_what_cannot_be_done_is_said(spot, tmp_path):
         (SHIPPED, "nope", tmp_path / "a", [], 'no selector "nope"'),
         (SHIPPED, "spot", SHIPPED / "selectors" / "spot", [], "holds a selector already; name another folder"),
         (ROOT / "models" / MODELS[1], SHIPPED / "selectors" / "spot", tmp_path / "a", [], "another backbone: its arch"),
-        (SHIPPED, "spot", tmp_path / "a", ["--store", "int4"], "int4"),
+        (SHIPPED, "spot", tmp_path / "a", ["--store", "int3"], "int3"),
     ]
     for model, selector, out, more, sentence in refused:
         done = convert(spot, model, selector, out, *more)

@@ -188,6 +188,15 @@ TEST(Trainer, ResumedRunEqualsAStraightOneBitForBit) {
   EXPECT_NE(weights_of(setup.config.output), weights_of(other.config.output));
 }
 
+TEST(Trainer, RefusesInt4ForAWidthThatItDoesNotFit) {
+  SmallRun setup(fresh_seed());
+  setup.config.store = "int4";
+  Selector selector = setup.selector();
+  EXPECT_NE(message_of([&] { setup.run(selector); }).find("distillation: hidden_size is 48; int4 stores"),
+            std::string::npos);
+  EXPECT_FALSE(fs::exists(setup.config.output / "metrics.jsonl"));
+}
+
 TEST(Trainer, InterruptSavesAndResumes) {
   SmallRun setup(fresh_seed());
   setup.hooks.on_step = [](const nlohmann::json& metrics) {

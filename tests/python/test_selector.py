@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -73,6 +74,112 @@ def test_int8_rows_are_numpys(spotattention, folder, tmp_path):
         spotattention.Selector.load(tmp_path / "rows")
 
 
+def test_int4_rows_are_numpys(spotattention, folder, tmp_path):
+    """Of seven scales a group the best by numpy in float64, its codes, and what is read."""
+    import numpy as np
+    from safetensors.torch import load_file
+
+    selector = spotattention.Selector.load(folder)
+    for w in selector.weights.values():
+        w.query_key.normal_()
+    selector.weights[3].query_key[17] = 0  # a row of zeros
+    selector.save(tmp_path / "rows", "int4")
+    document = json.loads((tmp_path / "rows" / "selector.json").read_text())
+    assert (document["version"], document["weight_format"]) == (3, "int4")
+    stored = load_file(tmp_path / "rows" / "selector.safetensors")
+    again = spotattention.Selector.load(tmp_path / "rows")
+    shares = np.array([1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7], np.float32)
+    for layer in selector.layers:
+        before, after = selector.weights[layer], again.weights[layer]
+        for part, rows in (("query", slice(0, 512)), ("key", slice(512, None))):
+            x = before.query_key[rows].reshape(-1, 32).numpy()
+            made = torch.from_numpy(np.abs(x).max(1, keepdims=True) * shares / np.float32(7)).bfloat16().float().numpy()
+            step = np.where(made > 0, made, np.float32(1))[:, :, None]
+            wanted = np.clip(np.rint(x[:, None] / step), -8, 7)  # [groups, 7, 32]
+            errors = ((wanted.astype(np.float64) * made[:, :, None] - x[:, None]) ** 2).sum(2)
+            best = errors.argmin(1)[:, None]
+            scale = np.take_along_axis(made, best, 1)
+            code = np.take_along_axis(wanted, best[:, :, None], 1)[:, 0]
+            scales, codes = stored[f"layers.{layer}.{part}.scale"], stored[f"layers.{layer}.{part}.weight"]
+            assert scales.dtype == torch.bfloat16 and codes.dtype == torch.uint8
+            assert list(scales.shape) == [len(x) * 32 // 256, 8] and list(codes.shape) == [len(x) * 32 // 256, 128]
+            assert np.array_equal(scales.float().reshape(-1, 1).numpy(), scale)
+            pairs = (code + 8).astype(np.uint8).reshape(len(x), 16, 2)
+            assert np.array_equal(codes.reshape(-1, 16).numpy(), pairs[:, :, 0] + 16 * pairs[:, :, 1])
+            read = after.query_key[rows].reshape(-1, 32).numpy()
+            assert np.array_equal(read, code * scale)
+            inside = (x >= -8.5 * scale) & (x <= 7.5 * scale)
+            assert np.all((np.abs(read - x) <= 0.5001 * scale) | ~inside) and not inside.all()
+        change = (after.query_key - before.query_key).norm(dim=1)
+        assert torch.all(change <= 0.2 * before.query_key.norm(dim=1))
+        for name in ("mix", "norm_weight", "norm_bias"):
+            assert torch.equal(getattr(before, name), getattr(after, name))
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-qwen3.5"])
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
+def test_both_languages_write_the_same_tensors(spotattention, build_folder, tiny_qwen3, tmp_path, name, form):
+    """And each reads the other's files."""
+    from safetensors.torch import load_file
+
+    model = tiny_qwen3.parent / name
+
+    def convert(selector, out, store):
+        command = [build_folder / "spot", "convert", "--model", model, "--selector", selector, "--out", out]
+        done = subprocess.run([*command, "--store", store], capture_output=True, text=True)
+        assert done.returncode == 0, done
+        return load_file(out / "selector.safetensors")
+
+    theirs = convert("spot", tmp_path / "theirs", form)
+    spotattention.Selector.load("spot", model).save(tmp_path / "ours", form)
+    ours = load_file(tmp_path / "ours" / "selector.safetensors")
+    assert theirs.keys() == ours.keys()
+    for key, tensor in ours.items():
+        assert tensor.dtype == theirs[key].dtype and torch.equal(tensor, theirs[key]), key
+    documents = [json.loads((tmp_path / who / "selector.json").read_text()) for who in ("ours", "theirs")]
+    for each in ("version", "weight_format", "weights_id"):
+        assert documents[0][each] == documents[1][each]
+    read = dict(spotattention.Selector.load(tmp_path / "theirs").named_tensors())
+    wide = convert(tmp_path / "ours", tmp_path / "wide", "float32")
+    assert all(torch.equal(wide[key], tensor) for key, tensor in read.items())
+
+
+def test_int4_rows_that_do_not_fit_are_refused(spotattention, folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    selector = spotattention.Selector.load(folder)
+    with pytest.raises(ValueError, match="in float32, bfloat16, int8 or int4, not torch.float16"):
+        selector.save(tmp_path / "rows", torch.float16)
+    selector.backbone["hidden_size"] = 240
+    with pytest.raises(ValueError, match="rows: hidden_size is 240; int4 stores a selector's rows in groups of 32"):
+        selector.save(tmp_path / "rows", "int4")
+    assert not (tmp_path / "rows").exists()
+    selector.backbone["hidden_size"] = 256
+    selector.save(tmp_path / "rows", "int4")
+    path = tmp_path / "rows" / "selector.safetensors"
+    whole = load_file(path)
+    mark = json.loads((tmp_path / "rows" / "selector.json").read_text())["weights_id"]
+    codes, scales = "layers.2.key.weight", "layers.2.key.scale"
+    for key, changed, sentence in [
+        (scales, whole[scales][:, :4].contiguous(), r"key.scale is \[128, 4\]; config and backbone make it \[128, 8\]"),
+        (scales, whole[scales].float(), "key.scale is of torch.float32; selector.json makes it bfloat16"),
+        (scales, whole[scales] / 0, "key.scale holds values that are not finite"),
+        (codes, whole[codes].to(torch.int8), "key.weight is of torch.int8; selector.json makes it uint8"),
+        (
+            codes,
+            whole[codes][:, :64].contiguous(),
+            r"key.weight is \[128, 64\]; config and backbone make it \[128, 128\]",
+        ),
+        (codes, whole[codes] ^ 1, "are not those that were saved"),
+    ]:
+        save_file(whole | {key: changed}, path, {"weights_id": mark})
+        with pytest.raises(ValueError, match=sentence):
+            spotattention.Selector.load(tmp_path / "rows")
+    change(tmp_path / "rows", backbone__hidden_size=240)
+    with pytest.raises(ValueError, match="selector.json: hidden_size is 240; int4 stores"):
+        spotattention.Selector.load(tmp_path / "rows")
+
+
 def test_presets_are_the_programs(spotattention):
     from spotattention.selector import SelectorConfig
 
@@ -87,7 +194,8 @@ def test_presets_are_the_programs(spotattention):
     "fields, sentence",
     [
         ({"format": "other"}, 'is not a selector: its field "format" must be'),
-        ({"version": 3}, "has version 3, this package reads versions 1 to 2"),
+        ({"version": 4}, "has version 4, this package reads versions 1 to 3"),
+        ({"weight_format": "int4"}, r"query.weight is \[512, 256\]; config and backbone make it \[512, 128\]"),
         ({"weight_format": "int8"}, "query.weight is of torch.bfloat16; selector.json makes it int8"),
         ({"backbone": 5}, "the field backbone is missing"),
         ({"layers": []}, "layers must list"),

@@ -35,16 +35,19 @@ void flip(std::string& bytes, int64_t bit) {
       static_cast<char>(static_cast<unsigned char>(bytes[static_cast<size_t>(bit / 8)]) ^ (1u << (bit % 8)));
 }
 
-// The shipped selectors as they are, and stored in 8-bit rows.
+// The shipped selectors as they are (bfloat16), and stored in rows of 8 and 4 bits.
 TEST(SelectorFiles, EveryFlippedBitOfWhatIsShippedIsNoticedOrHarmless) {
   fresh_seed();
-  for (const auto& [name, int8_rows] : std::vector<std::pair<std::string, bool>>{
-           {"tiny-qwen3", false}, {"tiny-qwen3.5", false}, {"tiny-qwen3", true}, {"tiny-qwen3.5", true}}) {
+  std::vector<std::pair<std::string, WeightFormat>> cases;
+  for (const char* name : {"tiny-qwen3", "tiny-qwen3.5"})
+    for (const WeightFormat format : {WeightFormat::bfloat16, WeightFormat::int8, WeightFormat::int4})
+      cases.emplace_back(name, format);
+  for (const auto& [name, format] : cases) {
     const ModelConfig model = ModelConfig::load(fs::path("models") / name);
     const TemporaryFolder folder, rows;
     fs::path shipped = fs::path("models") / name / "selectors" / "spot";
-    if (int8_rows) {
-      Selector::load(shipped.string(), "", model, at::kCPU).save(rows.path(), "", {}, WeightFormat::int8);
+    if (format != WeightFormat::bfloat16) {
+      Selector::load(shipped.string(), "", model, at::kCPU).save(rows.path(), "", {}, format);
       shipped = rows.path();
     }
     const Loaded whole = load(shipped, model);
@@ -139,10 +142,10 @@ TEST(SelectorFiles, NumbersBeyondFloat64AreErrorsWhereverTheyStand) {
 
 TEST(SelectorFiles, NothingButErrorsComesOfOtherDocuments) {
   fresh_seed();
-  const ModelConfig model = test::small_model(24, 2, 4, 2, 16);
+  const ModelConfig model = test::small_model(32, 2, 4, 2, 16);
   const TemporaryFolder folder;
   Selector(SelectorConfig{}, model, at::kCPU)
-      .save(folder.path(), "abc", {}, random_int(0, 1) ? WeightFormat::int8 : WeightFormat::float32);
+      .save(folder.path(), "abc", {}, static_cast<WeightFormat>(random_int(0, 3)));
   json whole = read_json(folder.path() / "selector.json");
   whole.erase("checksum"), whole.erase("tensors_checksum");
   for (int i = 0; i < 400; ++i) {

@@ -366,6 +366,119 @@ TEST(Selector, Int8RowsAreWithinHalfAStep) {
   }
 }
 
+float bfloat16(float x) {
+  return static_cast<float>(c10::BFloat16(x));
+}
+
+// What int4 rows hold, number by number in float64: of seven scales the best, two codes a byte.
+TEST(Selector, Int4RowsHaveTheBestOfSevenScales) {
+  const uint64_t seed = fresh_seed();
+  const TemporaryFolder folder;
+  const ModelConfig model = small_model(32 * random_int(1, 5), 2, 4, 2, 16);
+  const Selector selector(SelectorConfig::from_preset(seed % 2 ? "paper" : "spot"), model, at::kCPU);
+  for (at::Tensor& weight : selector.parameters()) weight.normal_();
+  selector.parameters(1)[0][5].zero_();
+  const std::string path = (folder.path() / "rows").string(), wide = (folder.path() / "wide").string();
+  selector.save(path, "abc", {}, WeightFormat::int4);
+  const json document = read_json(folder.path() / "rows" / "selector.json");
+  EXPECT_EQ(document.at("version"), 3);
+  EXPECT_EQ(document.at("weight_format"), "int4");
+  const SafetensorsFile file(folder.path() / "rows" / "selector.safetensors");
+  const Selector loaded = Selector::load(path, "", model, at::kCPU);
+  loaded.save(wide, "abc");
+  const Selector widened = Selector::load(wide, "", model, at::kCPU);
+  const auto saved = selector.named_parameters(), read = loaded.named_parameters();
+  int clipped = 0;
+  for (size_t i = 0; i < saved.size(); ++i) {
+    const auto& [name, before] = saved[i];
+    EXPECT_TRUE(at::equal(widened.parameters()[i], read[i].second)) << name;
+    if (!name.ends_with("query.weight") && !name.ends_with("key.weight")) {
+      EXPECT_TRUE(at::equal(before, read[i].second)) << name;
+      continue;
+    }
+    const at::Tensor change = (read[i].second - before).norm(2, 1), length = before.norm(2, 1);
+    EXPECT_TRUE((change <= 0.2 * length).all().item<bool>()) << name;
+    const at::Tensor codes = file.tensor(name),
+                     scales = file.tensor(name.substr(0, name.size() - 6) + "scale").to(at::kFloat);
+    ASSERT_EQ(codes.sizes(), at::IntArrayRef({before.size(0), before.size(1) / 2})) << name;
+    ASSERT_EQ(scales.sizes(), at::IntArrayRef({before.size(0), before.size(1) / 32})) << name;
+    const float* x = before.const_data_ptr<float>();
+    const float* y = read[i].second.const_data_ptr<float>();
+    const uint8_t* bytes = codes.const_data_ptr<uint8_t>();
+    for (int64_t group = 0; group < scales.numel(); ++group, x += 32, y += 32, bytes += 16) {
+      float largest = 0;
+      for (int n = 0; n < 32; ++n) largest = std::max(largest, std::abs(x[n]));
+      const auto code = [&](int n, float scale) {
+        return scale > 0 ? std::clamp(std::nearbyint(x[n] / scale), -8.0f, 7.0f) : 0.0f;
+      };
+      double least = std::numeric_limits<double>::infinity();
+      float best = 0;
+      for (const float share : {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f}) {
+        const float scale = bfloat16(largest * share / 7);
+        double error = 0;
+        for (int n = 0; n < 32; ++n) error += std::pow(double{code(n, scale)} * scale - x[n], 2);
+        if (error < least) least = error, best = scale;
+      }
+      ASSERT_EQ(scales.const_data_ptr<float>()[group], best) << name << " group " << group;
+      for (int n = 0; n < 32; ++n) {
+        const int stored = (n % 2 ? bytes[n / 2] >> 4 : bytes[n / 2] & 15) - 8;
+        ASSERT_EQ(stored, code(n, best)) << name << " group " << group << " number " << n;
+        ASSERT_EQ(y[n], static_cast<float>(stored) * best);
+        if (x[n] >= -8.5f * best && x[n] <= 7.5f * best)
+          ASSERT_LE(std::abs(y[n] - x[n]), 0.5001 * best);
+        else
+          ++clipped;
+      }
+    }
+  }
+  EXPECT_GT(clipped, 0);
+}
+
+TEST(Selector, Int4RowsThatDoNotFitAreRefused) {
+  const uint64_t seed = fresh_seed();
+  const TemporaryFolder folder;
+  const std::filesystem::path path = folder.path() / "s";
+  EXPECT_NE(error_of([&] {
+              Selector(SelectorConfig{}, small_model(48, 2, 4, 2, 16), at::kCPU)
+                  .save(path, "abc", {}, WeightFormat::int4);
+            }).find("s: hidden_size is 48; int4 stores a selector's rows in groups of 32 numbers"),
+            std::string::npos);
+  EXPECT_FALSE(std::filesystem::exists(path));
+  const ModelConfig model = small_model(64, 2, 4, 2, 16);
+  const auto expect = [&](const char* name, const std::function<at::Tensor(const at::Tensor&)>& change,
+                          const char* part) {
+    Selector(SelectorConfig{}, model, at::kCPU, at::kFloat, seed).save(path, "abc", {}, WeightFormat::int4);
+    json document = read_json(path / "selector.json");
+    document.erase("checksum"), document.erase("tensors_checksum");  // which would find every change first
+    write_file_atomically(path / "selector.json", document.dump());
+    const SafetensorsFile file(path / "selector.safetensors");
+    std::vector<std::pair<std::string, at::Tensor>> tensors;
+    for (const std::string& each : file.names()) {
+      const at::Tensor tensor = file.tensor(each).clone(), other = each == name ? change(tensor) : tensor;
+      if (other.defined()) tensors.emplace_back(each, other);
+    }
+    write_safetensors(path / "selector.safetensors", tensors, file.metadata());
+    const std::string text = error_of([&] { Selector::load(path.string(), "", model, at::kCPU); });
+    EXPECT_NE(text.find(part), std::string::npos) << text;
+  };
+  const char *codes = "layers.1.query.weight", *scales = "layers.1.query.scale";
+  expect(
+      scales, [](const at::Tensor& x) { return x.slice(1, 0, 1).contiguous(); },
+      "layers.1.query.scale is 512x1; config and backbone make it 512x2");
+  expect(
+      scales, [](const at::Tensor& x) { return x.to(at::kFloat); },
+      "layers.1.query.scale is of Float; selector.json makes it bfloat16");
+  expect(scales, [](const at::Tensor& x) { return x / 0; }, "layers.1.query.scale holds values that are not");
+  expect(scales, [](const at::Tensor&) { return at::Tensor(); }, "layers.1.query.scale");
+  expect(
+      codes, [](const at::Tensor& x) { return x.to(at::kChar); },
+      "layers.1.query.weight is of Char; selector.json makes it uint8");
+  expect(
+      codes, [](const at::Tensor& x) { return at::cat({x, x}, 1); },
+      "layers.1.query.weight is 512x64; config and backbone make it 512x32");
+  expect(codes, [](const at::Tensor& x) { return x.bitwise_xor(1); }, "are not those that were saved");
+}
+
 TEST(Selector, LoadRefusesWhatDoesNotFit) {
   const uint64_t seed = fresh_seed();
   const TemporaryFolder folder;
@@ -399,8 +512,12 @@ TEST(Selector, LoadRefusesWhatDoesNotFit) {
   expect(small_model(24, 3, 4, 2, 16), "num_layers");
   edit([](json& d) { d["format"] = "other"; });
   expect(model, "is not a selector");
-  edit([](json& d) { d["version"] = 3; });
-  expect(model, "has version 3, this program reads versions 1 to 2");
+  for (const json& version : {json(0), json(4), json("3")}) {
+    edit([&](json& d) { d["version"] = version; });
+    expect(model, ("has version " + version.dump() + ", this program reads versions 1 to 3").c_str());
+  }
+  edit([](json& d) { d["weight_format"] = "int4"; });
+  expect(model, "selector.json: hidden_size is 24; int4 stores");
   edit([](json& d) { d["weight_format"] = "int8"; });
   expect(model, "query.weight is of Float; selector.json makes it int8");
   edit([](json& d) { d["config"]["key_heads"] = 4; });

@@ -20,7 +20,7 @@ from spotattention.hf.loss import LayerParameters, layer_loss
 from spotattention.hf.observe import Seen, observing, run
 from spotattention.progress import Progress
 from spotattention.rope import RopeConfig, RopeTable
-from spotattention.selector import Selector, SelectorConfig
+from spotattention.selector import Selector, SelectorConfig, WeightFormat, weight_format
 
 
 def distill(
@@ -45,7 +45,7 @@ def distill(
     held_out_sequences: int = 4,
     calibrate: bool = True,
     seed: int = 42,
-    store: torch.dtype = torch.float32,
+    store: torch.dtype | WeightFormat = torch.float32,
     progress: bool = True,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> Selector:
@@ -61,12 +61,13 @@ def distill(
     tokens; AdamW (0.9, 0.95), the rate rising over warmup_steps (at most a fifth of the steps) to peak_lr, constant, then
     a cosine to final_lr; the loss on query_rows freshly drawn queries of each sequence (0: all). Temperatures,
     residual masses and the mass table are fitted on held-out documents at the end. `out` also gets metrics.jsonl, an object
-    a step, which on_step is given too.
+    a step, which on_step is given too. The folder's W_q and W_k are stored as `store` says (Selector.save).
 
     Returns the selector; `attach` takes it or its folder, `spot` and the engine take the folder where they know the
     family. Raises ValueError in one sentence when the model's attention is of another kind, when settings are
     impossible, or when a loss is not finite.
     """
+    weight_format(store, backbone.text_config(model).hidden_size, "distillation")
     run_ = _Run(
         model,
         config or SelectorConfig.from_preset(preset),

@@ -188,6 +188,8 @@ def test_what_cannot_be_distilled_is_refused(spotattention, small, tmp_path, con
         ({"sequence_length": 9000}, "must be 2 to the model's 4096 positions"),
         ({"steps": 0}, "steps is 0"),
         ({"query_rows": 600}, "query_rows is 600"),
+        ({"store": "int4"}, "distillation: hidden_size is 72; int4 stores"),
+        ({"store": torch.float16}, "in float32, bfloat16, int8 or int4, not torch.float16"),
     ):
         with pytest.raises(ValueError, match=sentence):
             spotattention.distill(model, data, out, **(RUN | change))
