@@ -35,7 +35,8 @@ struct MethodSpec {
   PrefillMode prefill = PrefillMode::dense;
   int64_t query_tile = 0;
   std::optional<KeyFormat> cache_format;  // of the selector's keys; without it the selector's own
-  SelectorScope scope = SelectorScope::layer;  // of the oracle's block sets: as the selector's where there is one
+  SelectorScope scope =
+      SelectorScope::layer;  // of the oracle's block sets: as the selector's where there is one
   // Keys of the settings that parse_method took from its `base` and the method reads ("k%": a share).
   std::set<std::string> from_base;
 

@@ -210,7 +210,8 @@ TEST(OraclePolicy, CapturesTheMostMass) {
   const MethodSpec spec = parse_method("oracle:k=128,sinks=16,recency=32,floor=0,per=kv_group", {}, nullptr);
   const Policy made = attention_method("oracle").make(spec, model, nullptr, history.pools());
   ASSERT_EQ(made.policy->groups(), 2);
-  EXPECT_FALSE(spec.reads_as(parse_method("oracle:k=128,sinks=16,recency=32,floor=0,per=layer", {}, nullptr)));
+  EXPECT_FALSE(
+      spec.reads_as(parse_method("oracle:k=128,sinks=16,recency=32,floor=0,per=layer", {}, nullptr)));
   const at::Tensor grouped = attention_mass(pass.query.slice(0, 300), history.keys(0).transpose(0, 1),
                                             history.scale(), 300, /*groups=*/2);
   made.policy->set_rule(rule), oracle.set_rule(rule);

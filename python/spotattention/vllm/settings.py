@@ -74,7 +74,8 @@ def refusal(config: Any) -> str:
         not in ("auto", str(config.model_config.dtype).removeprefix("torch.")),
         "speculative decoding": speculative is not None,
         "LoRA adapters, which change what a selector was distilled on": config.lora_config is not None,
-        f"weights quantised as {quantisation}, only as FP8 (block scales) or AWQ": quantisation not in (None, *QUANTISATIONS),
+        f"weights quantised as {quantisation}, only as FP8 (block scales) or AWQ": quantisation
+        not in (None, *QUANTISATIONS),
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": context > 1,
         "dual batch overlap": bool(getattr(parallel, "enable_dbo", False)),
