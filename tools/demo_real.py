@@ -6,8 +6,8 @@ sparsely; nothing is distilled.
 2. reads a prompt of Python's own library files with three constants strewn in, once, into the engine's prefix cache;
 3. asks for each constant and for a summary: the same questions densely, and with each sparse method at a tenth of the tokens.
 
-Sparse methods: the selector that --selector names, or one under models/qwen2.5-coder-0.5b-instruct/selectors; Quest and the
-oracle (exact attention chooses) need none. As long as no selector for this model is shipped, they stand alone and the demo says so.
+Sparse methods: the shipped selector (models/qwen2.5-coder-0.5b-instruct/selectors/spot) or the one that --selector names; Quest
+and the oracle (exact attention chooses) need none.
 
 Everything lands in out/demo-real; the model is taken once.
 """
@@ -73,7 +73,7 @@ def take_model(folder: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--selector", type=pathlib.Path, help="a folder of `spot distill`")
+    parser.add_argument("--selector", type=pathlib.Path, default=SHIPPED, help="a folder of `spot distill`")
     parser.add_argument("--model", type=pathlib.Path, help="a folder of this model that is there already")
     parser.add_argument("--length", type=int, default=8192, help="tokens of the prompt")
     parser.add_argument("--share", type=int, default=10, help="percent of the tokens that sparse methods read")
@@ -94,17 +94,11 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "python"))
     import spotattention
 
-    selector = options.selector or (SHIPPED if SHIPPED.exists() else None)
-    rules = (["spot"] if selector else []) + ["quest", "oracle"]
-    methods = ["dense"] + [f"{rule}:k={options.share}%" for rule in rules]
-    if selector is None:
-        print(
-            f"There is no selector for {NAME} yet (give one with --selector): Quest and the oracle choose, which need none."
-        )
+    methods = ["dense"] + [f"{rule}:k={options.share}%" for rule in ("spot", "quest", "oracle")]
     begin = time.perf_counter()
     try:
         engine = spotattention.Engine(
-            model, selector, methods, device="cpu", dtype="float32", cache_tokens=options.length + 2048, self_check=16
+            model, options.selector, methods, device="cpu", dtype="float32", cache_tokens=options.length + 2048, self_check=16
         )
     except RuntimeError as error:
         sys.exit(f"error: {error}")
