@@ -98,7 +98,13 @@ def main() -> None:
     begin = time.perf_counter()
     try:
         engine = spotattention.Engine(
-            model, options.selector, methods, device="cpu", dtype="float32", cache_tokens=options.length + 2048, self_check=16
+            model,
+            options.selector,
+            methods,
+            device="cpu",
+            dtype="float32",
+            cache_tokens=options.length + 2048,
+            self_check=16,
         )
     except RuntimeError as error:
         sys.exit(f"error: {error}")

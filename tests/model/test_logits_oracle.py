@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import statistics
 import subprocess
 
 import pytest
@@ -229,22 +230,26 @@ def test_logits_equal_transformers(name, build_folder, tmp_path, seed):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-tied", "qwen3.5-tied", "qwen2", "smollm3-biases"])
 def test_bfloat16_stays_close(name, build_folder, tmp_path, seed):
-    """In bfloat16 no further from float32 than transformers' own bfloat16 is."""
+    """In bfloat16 no further from float32 than transformers' own bfloat16 is, at the median: of a random hybrid some sequence in
+    forty is off by several times of it, in either."""
     rng = random.Random(seed)
     config = CONFIGS[name]()
     config._attn_implementation = "eager"
     model = randomise(transformers.AutoModelForCausalLM.from_config(config).eval(), seed).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
-    sequences = random_sequences(rng, [rng.randrange(100, 160), 5])
+    sequences = random_sequences(rng, [rng.randrange(100, 160), 5] + [rng.randrange(2, 60) for _ in range(7)])
     outputs, _ = run_tool(build_folder, tmp_path / "model", tmp_path, rng, sequences, "bfloat16")
     rounded = [logits_of(model, sequence).float() for sequence in sequences]
     model = model.float()
-    for i, sequence in enumerate(sequences):
-        exact = logits_of(model, sequence)
-        own = (rounded[i] - exact).norm() / exact.norm()
-        for mode in ("prefill", "chunked", "decode", "batch"):
-            error = (outputs[f"{mode}.{i}"] - exact).norm() / exact.norm()
-            assert error <= 2 * own + 0.005, f"{mode}: {error:.4f}, transformers {own:.4f}"
+    exact = [logits_of(model, sequence) for sequence in sequences]
+
+    def error(values) -> float:
+        return statistics.median(((a - b).norm() / b.norm()).item() for a, b in zip(values, exact, strict=True))
+
+    # Measured 0.65 to 1.02 times transformers' over 20 seeds.
+    for mode in ("prefill", "chunked", "decode", "batch"):
+        ours = error([outputs[f"{mode}.{i}"] for i in range(len(sequences))])
+        assert ours <= 1.5 * error(rounded) + 0.005, f"{mode}: {ours:.4f}, transformers {error(rounded):.4f}"
 
 
 def test_vision_language_checkpoint(build_folder, tmp_path, seed):
