@@ -44,6 +44,33 @@ count_work(earley_parser.cc "tmp_process_state_queue_.pop()" 16 "Scan(state, ch)
 count_work(grammar_compiler.cc "grammar_matcher.GetAdaptiveTokenMask(is_root_rule)" "tokenizer_info_.GetVocabSize() / 4"
            "tmp_accepted_indices_.reserve(possible_token_num)" "8 * possible_token_num")
 count_work(grammar_matcher.cc "PushOneStateToCheck(state)" "sorted_decoded_vocab.size() / 64")
+
+# Its strings hold \uD800 and the like alone, which is no character and which strict parsers of JSON refuse: of surrogates, pairs
+# alone are let pass.
+file(READ ${SPOT_XGRAMMAR}/cpp/json_schema_converter.cc converter)
+string(REGEX REPLACE "int32_t unicode_escape = Sequence\\([^;]*;"
+[[const auto unicode = [&](const char* begin, std::vector<int32_t> digits) {
+    digits.insert(digits.begin(), ByteString(begin));
+    return Sequence(digits);
+  };
+  const int32_t any = hexadecimal_character;
+  const int32_t d = builder_.AddCharacterClass({{'D', 'D'}, {'d', 'd'}});
+  const int32_t not_d = builder_.AddCharacterClass({{'A', 'C'}, {'E', 'F'}, {'a', 'c'}, {'e', 'f'}, {'0', '9'}});
+  const int32_t below = builder_.AddCharacterClass({{'0', '7'}});
+  const int32_t high = builder_.AddCharacterClass({{'8', '9'}, {'A', 'B'}, {'a', 'b'}});
+  const int32_t low = builder_.AddCharacterClass({{'C', 'F'}, {'c', 'f'}});
+  const int32_t pair = Sequence({unicode("u", {d, high, any, any}), unicode("\\\\u", {d, low, any, any})});
+  const int32_t unicode_escape = Choice({unicode("u", {not_d, any, any, any}), unicode("u", {d, below, any, any}), pair});]]
+       changed "${converter}")
+if(changed STREQUAL converter)
+  message(FATAL_ERROR "SPOT_XGRAMMAR=${SPOT_XGRAMMAR}: cpp/json_schema_converter.cc holds no 'unicode_escape'; give the sources of the "
+                      "release that cmake/xgrammar.lock names")
+endif()
+set(converter ${CMAKE_BINARY_DIR}/xgrammar/json_schema_converter.cc)
+file(WRITE ${converter}.new "${changed}")
+configure_file(${converter}.new ${converter} COPYONLY)
+list(REMOVE_ITEM xgrammar_sources ${SPOT_XGRAMMAR}/cpp/json_schema_converter.cc)
+list(APPEND xgrammar_sources ${converter})
 add_library(xgrammar STATIC ${xgrammar_sources})
 set_target_properties(xgrammar PROPERTIES CXX_STANDARD 17 UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 8)
 target_include_directories(xgrammar SYSTEM PUBLIC ${SPOT_XGRAMMAR}/include ${SPOT_XGRAMMAR}/3rdparty/dlpack/include

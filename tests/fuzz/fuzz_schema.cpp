@@ -1,6 +1,7 @@
 // Schemas of requests: the first byte says what may stand before the JSON, the text up to a null byte is the schema, and what follows
 // draws an answer under its grammar. Something may always follow, but where a step takes too much, and what has ended is JSON.
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <string>
 
@@ -114,7 +115,8 @@ void draw(TokenConstraint& constraint, const Served& model, std::string_view cho
     try {
       [[maybe_unused]] const Json value = Json::parse(model.tokenizer.decode(ids));
     } catch (const Json::out_of_range&) {  // 1e777 is JSON
-    } catch (const Json::exception&) {
+    } catch (const Json::exception& error) {
+      std::fprintf(stderr, "%s: %s\n", error.what(), model.tokenizer.decode(ids).c_str());
       std::abort();
     }
   };

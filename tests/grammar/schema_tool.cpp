@@ -1,7 +1,8 @@
 // usage: schema_tool TOKENIZER
 // Reads lines {"schema": ..., "answers": N, "seed": S} and writes for each {"answers": [texts], "unfinished": count, "seconds": of
 // the compilation, "work", "slowest": step's seconds}, processor time both, or {"error": ..., "seconds"}. Answers are drawn from random logits under the constraint,
-// a vocabulary padded as models pad theirs; closing characters are made likelier, and more so as the answer grows.
+// a vocabulary padded as models pad theirs; closing characters are made likelier, and more so as the answer grows. With "texts"
+// also {"may_be": of each, whether it may be the answer}.
 #include <time.h>
 
 #include <iostream>
@@ -66,6 +67,18 @@ Drawn draw(TokenConstraint& constraint, const Tokenizer& tokenizer, int64_t voca
   return {tokenizer.decode(ids), false};
 }
 
+bool may_be(TokenConstraint& constraint, const Tokenizer& tokenizer, int64_t vocab, const std::string& text) {
+  std::vector<int32_t> bits(static_cast<size_t>((vocab + 31) / 32)), ids = tokenizer.encode(text, false);
+  ids.push_back(tokenizer.eos_ids().front());
+  for (const int32_t id : ids) {
+    if (!constraint.allowed(bits.data()) ||
+        !(static_cast<uint32_t>(bits[static_cast<size_t>(id / 32)]) >> (id % 32) & 1))
+      return false;
+    if (id != ids.back()) constraint.accept(id);
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -93,6 +106,8 @@ int main(int argc, char** argv) {
         else
           ++unfinished;
       }
+      for (const auto& text : asked.value("texts", Json::array()))
+        reply["may_be"].push_back(may_be(*make(), tokenizer, vocab, text.get<std::string>()));
       reply["unfinished"] = unfinished, reply["slowest"] = slowest;
     } catch (const std::exception& error) {
       reply = {{"error", error.what()}, {"seconds", processor_seconds() - begin}};

@@ -21,8 +21,9 @@ class Tool:
             pytest.skip("built without xgrammar")
         self.process = subprocess.Popen([path, tokenizer], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __call__(self, schema, answers=8, seed=1):
-        self.process.stdin.write(json.dumps({"schema": schema, "answers": answers, "seed": seed}) + "\n")
+    def __call__(self, schema, answers=8, seed=1, texts=()):
+        asked = {"schema": schema, "answers": answers, "seed": seed, "texts": texts}
+        self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         assert line, f"schema_tool ended with {self.process.wait()} on {json.dumps(schema)}"
@@ -113,6 +114,16 @@ REFUSED = [
 def test_what_cannot_be_kept_is_named(ask, schema, word):
     reply = ask(schema)
     assert word in reply.get("error", ""), reply
+
+
+@pytest.mark.parametrize("schema", [True, {"type": "string"}, {"additionalProperties": True}])
+def test_surrogates_come_in_pairs(ask, schema):
+    """Alone they are no character, and strict parsers refuse them."""
+    right = [r"\ud83d\ude00", r"\uD7FF", r"\ue000x", r"\u00e9\n", "\U0001f600", r"a\uDBFF\uDFFFb", "plain"]
+    wrong = [r"\ud83d", r"\ude00", r"\uD83Dx", r"\ud83d\u0041", r"\ud83d\ud83d", r"\uDfff\uD800", r"\ud83d\n"]
+    shape = '{{"{}": 1}}' if isinstance(schema, dict) and "type" not in schema else '"{}"'
+    reply = ask(schema, 0, texts=[shape.format(text) for text in right + wrong])
+    assert reply["may_be"] == [True] * len(right) + [False] * len(wrong), reply
 
 
 def test_properties_come_in_the_order_of_the_schema(ask, seed):
