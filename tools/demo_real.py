@@ -80,8 +80,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of constants and their places")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "out" / "demo-real")
     options = parser.parse_args()
-    if options.length < 2048 or not 1 <= options.share <= 100:
-        parser.error("--length is 2048 or more, --share from 1 to 100")
+    if not 4096 <= options.length <= 30000 or not 1 <= options.share <= 100:
+        parser.error("--length is from 4096 to 30000 tokens, --share from 1 to 100")
     model = options.model or options.out / "model"
     if options.model is None:
         take_model(model)
@@ -92,7 +92,10 @@ def main() -> None:
     os.environ.setdefault("SPOT_OPS_LIBRARY", str(build / "libspot_ops.so"))
     os.environ.setdefault("SPOT_ENGINE_LIBRARY", str(build / "libspot_engine.so"))
     sys.path.insert(0, str(ROOT / "python"))
-    import spotattention
+    try:
+        import spotattention
+    except ImportError as error:
+        sys.exit(f"error: {error}; `make demo-real` builds it")
 
     methods = ["dense"] + [f"{rule}:k={options.share}%" for rule in ("spot", "quest", "oracle")]
     begin = time.perf_counter()

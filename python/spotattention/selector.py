@@ -195,11 +195,11 @@ def _fill(target: Any, document: Any, source: str) -> None:
         raise ValueError(f"{source} must be a JSON object, not {json.dumps(document)}")
 
     def is_number(v: Any) -> bool:
-        return isinstance(v, (int, float)) and not isinstance(v, bool)
+        return isinstance(v, float) or (isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**63)
 
     wanted = {
         bool: (lambda v: isinstance(v, bool), "true or false"),
-        int: (lambda v: isinstance(v, int) and not isinstance(v, bool), "an integer"),
+        int: (lambda v: isinstance(v, int) and is_number(v), "an integer"),
         float: (is_number, "a number"),
         str: (lambda v: isinstance(v, str), "a string"),
         list: (lambda v: isinstance(v, list) and all(map(is_number, v)), "an array of numbers"),
@@ -272,8 +272,11 @@ class Selector:
             document = json.loads((folder / "selector.json").read_text())
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{source} does not exist; name the folder of a selector") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{source} is no JSON: {error}") from error
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # UnicodeDecodeError and numbers of too many digits are of the first
+            raise ValueError(f"{source} is no JSON that can be read: {error}") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f'{source} is not a selector: its field "format" must be "{FORMAT}"')
         if document.get("version") not in range(1, VERSION + 1):
@@ -283,6 +286,11 @@ class Selector:
         backbone = document.get("backbone")
         if not isinstance(backbone, dict) or any(name not in backbone for name in BACKBONE_FACTS):
             raise ValueError(f"{source}: the field backbone is missing or incomplete; the selector must be saved again")
+        for name in BACKBONE_FACTS[1:]:
+            if type(backbone[name]) is not int or backbone[name] < 1:
+                raise ValueError(
+                    f"{source}: backbone.{name} is {json.dumps(backbone[name])}; it must be a positive whole number"
+                )
         config = SelectorConfig.from_json(document.get("config"), f"{source}: config")
         layers = document.get("layers")
         if not isinstance(layers, list) or not layers or any(type(i) is not int for i in layers):
@@ -311,6 +319,9 @@ class Selector:
 
         form = weight_format(dtype, self.backbone["hidden_size"], str(folder))
         self.config.validate("selector config")
+        for name, tensor in self.named_tensors():
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{folder}: not saved, the weight {name} holds values that are not finite")
         target = pathlib.Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         tensors, values = {}, {}
@@ -530,6 +541,8 @@ def _read_weights(folder: pathlib.Path, selector: Selector, document: Mapping[st
         raise ValueError(f"{path} holds {len(names)} tensors, the config makes {len(expected)}")
     for name in matrices:
         read[name] = row_values(read[name], read.pop(_scale_name(name)))
+        if not bool(read[name].isfinite().all()):  # a code times its scale may be beyond float32
+            raise ValueError(f"{path}: tensor {name} holds values that are not finite; train the selector again")
     read = {name: tensor.float() for name, tensor in read.items()}
     if weights_id(read) != mark:
         raise ValueError(f"{path}: the weights are not those that were saved; restore the file or train again")

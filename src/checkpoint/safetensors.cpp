@@ -85,7 +85,8 @@ struct SafetensorsFile::Mapping {
            std::filesystem::is_symlink(path, code) ? "is a link to a file that is not there; fetch it again"
                                                    : "no such file");
     }
-    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int file =
+        ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused, not waited for
     if (file < 0) fail("{}: cannot be opened: {}", path.string(), std::strerror(errno));
     struct stat info{};
     if (::fstat(file, &info) != 0 || !S_ISREG(info.st_mode)) {

@@ -9,6 +9,7 @@
 #include "cli/usage.h"
 #include "core/error.h"
 #include "core/files.h"
+#include "core/new_folder.h"
 #include "selector/selector.h"
 
 namespace spot::cli {
@@ -34,11 +35,11 @@ double largest_row_change(const Selector& before, const Selector& after) {
 
 void run(const Options& options) {
   const ModelConfig model = ModelConfig::load(options.model);
-  const fs::path from = Selector::resolve(options.selector, options.model), to = options.out;
-  if (fs::exists(to / "selector.json") || fs::exists(to / "selector.safetensors"))
-    fail("{} holds a selector already; name another folder", to.string());
+  const fs::path from = Selector::resolve(options.selector, options.model), out = free_folder(options.out);
   const Selector selector = Selector::load(from.string(), "", model, at::kCPU);
   const WeightFormat format = weight_format_from_string(options.store);
+  NewFolder folder(out, "spot convert");
+  const fs::path& to = folder.path();
   selector.save(to, selector.fingerprint(), selector.notes(), format);
   const double change = largest_row_change(selector, Selector::load(to.string(), "", model, at::kCPU));
   const auto bytes = [](const fs::path& folder) { return fs::file_size(folder / "selector.safetensors"); };
@@ -51,7 +52,8 @@ void run(const Options& options) {
             fmt::format("\n## Stored as {}\n\nMade by `spot convert --store {}` of a selector "
                         "that is otherwise the same: {}.\n",
                         options.store, options.store, words));
-  fmt::print("{}: {} bytes, before {}; {}\n", to.string(), bytes(to), bytes(from), words);
+  folder.finish();
+  fmt::print("{}: {} bytes, before {}; {}\n", options.out, bytes(out), bytes(from), words);
 }
 
 }  // namespace

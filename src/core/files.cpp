@@ -38,6 +38,7 @@ std::string read_file(const fs::path& path) {
 }
 
 nlohmann::json read_json(const fs::path& path) {
+  if (std::error_code code; fs::is_fifo(path, code)) fail("{}: is not a regular file", path.string());
   const std::string bytes = read_file(path);
   refuse_pointer(bytes, path.string());
   check_json_nesting(bytes, path.string());

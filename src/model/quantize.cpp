@@ -12,7 +12,7 @@
 #include "checkpoint/checkpoint.h"
 #include "core/error.h"
 #include "core/files.h"
-#include "core/folder_lock.h"
+#include "core/new_folder.h"
 #include "core/progress.h"
 #include "model/weights.h"
 
@@ -176,71 +176,6 @@ void copy_file(const fs::path& from, const fs::path& to, const std::string& adde
   });
 }
 
-// A new folder under another name, which becomes `out` when all is there.
-class NewFolder {
- public:
-  explicit NewFolder(const fs::path& out) : out_(out), path_(out.string() + ".unfinished") {
-    for (fs::path above = out_.parent_path(); !fs::exists(above); above = above.parent_path())
-      made_.push_back(above);
-    try {
-      make_folder(path_);
-      lock_ = FolderLock(path_, "spot quantize");
-      check_free(out_);
-    } catch (...) {
-      discard(false);
-      throw;
-    }
-    // What a run that was killed left.
-    std::vector<fs::path> old;
-    std::error_code code;
-    for (fs::directory_iterator entry(path_, code), end; !code && entry != end; entry.increment(code))
-      if (entry->path().filename() != ".lock") old.push_back(entry->path());
-    for (const fs::path& entry : old) remove_folder(entry);
-  }
-  ~NewFolder() {
-    if (!path_.empty()) discard(true);
-  }
-  NewFolder(const NewFolder&) = delete;
-  NewFolder& operator=(const NewFolder&) = delete;
-
-  const fs::path& path() const { return path_; }
-  void finish() {
-    std::error_code code;
-    fs::rename(path_, out_, code);
-    if (code)
-      fail("{}: cannot be made of {}: {}; name another folder", out_.string(), path_.string(),
-           code.message());
-    path_.clear();
-    fs::remove(out_ / ".lock", code);
-    sync_folder(out_.parent_path());
-  }
-
-  // Throws Error unless nothing is there, or an empty folder.
-  static void check_free(const fs::path& out) {
-    std::error_code code;
-    if (!fs::exists(out, code) && !fs::is_symlink(out, code)) return;
-    if (!fs::is_directory(out, code)) fail("{}: is a file already; name another folder", out.string());
-    if (!fs::is_empty(out, code)) fail("{}: holds files already; name another folder", out.string());
-  }
-
- private:
-  // Of a folder whose lock another process holds nothing may go.
-  void discard(bool whole) {
-    std::error_code ignored;
-    if (whole) {
-      remove_folder(path_);
-    } else {
-      lock_ = {};
-      fs::remove(path_, ignored);
-    }
-    for (const fs::path& above : made_) fs::remove(above, ignored);
-  }
-
-  fs::path out_, path_;
-  std::vector<fs::path> made_;  // parents, the deepest first
-  FolderLock lock_;
-};
-
 void check_space(const fs::path& folder, uint64_t bytes, const fs::path& out) {
   std::error_code code;
   const fs::space_info space = fs::space(folder, code);
@@ -338,10 +273,7 @@ std::optional<QuantizeReport> quantize_checkpoint(const fs::path& model, const f
     fail("{}: is quantised already; give the checkpoint in bfloat16, float16 or float32 that it was made of",
          model.string());
   std::error_code code;
-  fs::path out = fs::weakly_canonical(fs::absolute(given), code);
-  if (!out.has_filename()) out = out.parent_path();
-  if (out.empty() || !out.has_filename()) fail("{}: cannot be the folder of a checkpoint", given.string());
-  NewFolder::check_free(out);
+  const fs::path out = free_folder(given);
   const fs::path source = fs::canonical(model, code);
   if (std::mismatch(source.begin(), source.end(), out.begin(), out.end()).first == source.end())
     fail("{}: lies within the checkpoint {}; name a folder elsewhere", given.string(), model.string());
@@ -354,7 +286,7 @@ std::optional<QuantizeReport> quantize_checkpoint(const fs::path& model, const f
   for (const Item& item : items) bytes += item.bytes;
   for (const Copy& copy : copies) bytes += fs::file_size(copy.from, code);
 
-  NewFolder folder(out);
+  NewFolder folder(out, "spot quantize");
   check_space(folder.path(), bytes, given);
   try {
     Quantizer quantizer(checkpoint, items, fmt::format("Quantising {}", model.string()), stop);

@@ -143,6 +143,9 @@ fs::path Selector::resolve(const std::string& selector, const fs::path& model_fo
 void Selector::save(const fs::path& folder, const std::string& fingerprint, const json& notes,
                     WeightFormat format) const {
   check_width(format, backbone_.hidden_size, folder.string());
+  for (const auto& [name, parameter] : named_parameters())
+    if (!at::isfinite(parameter).all().item<bool>())
+      fail("{}: not saved, the weight {} holds values that are not finite", folder.string(), name);
   make_folder(folder);
   std::vector<std::pair<std::string, at::Tensor>> tensors, values;
   for (const auto& [name, parameter] : named_parameters()) {
@@ -241,6 +244,11 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
   const json format = document.value("weight_format", json());
   const bool int8 = format == to_string(WeightFormat::int8), int4 = format == to_string(WeightFormat::int4);
   if (int4) check_width(WeightFormat::int4, backbone.hidden_size, source);
+  const auto check_finite = [&](const at::Tensor& tensor, const std::string& tensor_name) {
+    if (!at::isfinite(tensor).all().item<bool>())
+      fail("{}: tensor {} holds values that are not finite; train the selector again", file.path().string(),
+           tensor_name);
+  };
   const auto checked = [&](const std::string& tensor_name, std::vector<int64_t> shape,
                            const std::vector<at::ScalarType>& types) {
     const at::Tensor tensor = file.tensor(tensor_name);
@@ -251,9 +259,7 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
     if (std::find(types.begin(), types.end(), type) == types.end())
       fail("{}: tensor {} is of {}; selector.json makes it {}", file.path().string(), tensor_name,
            c10::toString(type), word_of(types[0]) + (types.size() > 1 ? " or " + word_of(types[1]) : ""));
-    if (!at::isfinite(tensor).all().item<bool>())
-      fail("{}: tensor {} holds values that are not finite; train the selector again", file.path().string(),
-           tensor_name);
+    check_finite(tensor, tensor_name);
     return tensor;
   };
   for (int64_t layer : selector.layers_) {
@@ -268,6 +274,7 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
                         checked(scale, {rows, columns / kInt4Group}, {at::kBFloat16})}
                        .values()
                  : Rows{checked(tensor_name, shape, {at::kChar}), checked(scale, {rows}, kFloats)}.values();
+        check_finite(tensor, tensor_name);  // a code times its scale may be beyond float32
         ++scales;
       } else {
         tensor = checked(tensor_name, shape, kFloats).to(at::kFloat);

@@ -1,6 +1,9 @@
 """spot convert: rows hold what numpy makes of the weights, all readers take them, and nothing is overwritten."""
 
+import fcntl
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -84,7 +87,9 @@ def test_the_rows_run_and_convert_back(spot, tmp_path):
 def test_what_cannot_be_done_is_said(spot, tmp_path):
     refused = [
         (SHIPPED, "nope", tmp_path / "a", [], 'no selector "nope"'),
-        (SHIPPED, "spot", SHIPPED / "selectors" / "spot", [], "holds a selector already; name another folder"),
+        (SHIPPED, "spot", SHIPPED / "selectors" / "spot", [], "holds files already; name another folder"),
+        (SHIPPED, "spot", SHIPPED, [], "holds files already; name another folder"),
+        (SHIPPED, "spot", "", [], "name"),
         (ROOT / "models" / MODELS[1], SHIPPED / "selectors" / "spot", tmp_path / "a", [], "another backbone: its arch"),
         (SHIPPED, "spot", tmp_path / "a", ["--store", "int3"], "int3"),
     ]
@@ -92,3 +97,56 @@ def test_what_cannot_be_done_is_said(spot, tmp_path):
         done = convert(spot, model, selector, out, *more)
         assert done.returncode in (1, 2) and sentence in done.stderr, done
         assert done.stderr.count("\n") == 1 and not (tmp_path / "a").exists()
+
+
+def overflowing(spot, folder):
+    """A selector in int4 of which one scale times its codes is beyond float32, with no checksum to tell."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    assert convert(spot, SHIPPED, "spot", folder, "--store", "int4").returncode == 0
+    path = folder / "selector.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["layers.0.query.scale"][0] = 3e38
+    save_file(tensors, path, metadata)
+    document = json.loads((folder / "selector.json").read_text())
+    for name in ("checksum", "tensors_checksum"):
+        document.pop(name)
+    (folder / "selector.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_weights_beyond_float32_are_refused_before_anything_is_written(spot, tmp_path):
+    damaged = overflowing(spot, tmp_path / "damaged")
+    done = convert(spot, SHIPPED, damaged, tmp_path / "out", "--store", "float32")
+    assert done.returncode == 1 and "damaged/selector.safetensors: tensor layers.0.query.weight" in done.stderr, done
+    assert "not finite" in done.stderr and sorted(p.name for p in tmp_path.iterdir()) == ["damaged"]
+
+
+def test_one_process_makes_a_folder_and_the_next_clears_what_was_killed(spot, tmp_path):
+    unfinished = tmp_path / "out.unfinished"
+    unfinished.mkdir()
+    (unfinished / "selector.safetensors.tmp1").write_bytes(b"half")
+    with open(unfinished / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = convert(spot, SHIPPED, "spot", tmp_path / "out")
+        assert done.returncode == 1 and not (tmp_path / "out").exists(), done
+        assert (unfinished / "selector.safetensors.tmp1").exists()
+    assert convert(spot, SHIPPED, "spot", tmp_path / "out").returncode == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "selector.json",
+        "selector.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("name", ["selector.json", "selector.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(spot, tmp_path, name):
+    shutil.copytree(SHIPPED / "selectors" / "spot", tmp_path / "pipe")
+    (tmp_path / "pipe" / name).unlink()
+    os.mkfifo(tmp_path / "pipe" / name)
+    done = convert(spot, SHIPPED, tmp_path / "pipe", tmp_path / "out")
+    assert done.returncode == 1 and f"{name}: is not a regular file" in done.stderr, done

@@ -274,3 +274,36 @@ def test_rotary_tables_are_transformers(spotattention):
         assert own_scale == pytest.approx(scale)
         cos, _ = RopeTable(ours, 64).at_least(5000, torch.device("cpu"))
         torch.testing.assert_close(cos[4321], (4321 * want).cos() * scale, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_are_not_finite_are_not_saved(spotattention, folder, tmp_path):
+    selector = spotattention.Selector.load(folder)
+    selector.weights[2].query_key[5, 7] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.2\.query\.weight holds values that are not finite"):
+        selector.save(tmp_path / "out", "int4")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hidden_size", "256"), ("hidden_size", None), ("num_kv_heads", None), ("num_layers", 0), ("head_dim", [64])],
+)
+def test_a_backbone_without_sizes_is_named(spotattention, folder, name, value):
+    document = json.loads((folder / "selector.json").read_text())
+    document["backbone"][name] = value
+    (folder / "selector.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=f"backbone.{name} is "):
+        spotattention.Selector.load(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": ' + "9" * 6000 + "}"])
+def test_json_that_python_cannot_read_is_named(spotattention, folder, text):
+    (folder / "selector.json").write_text(text)
+    with pytest.raises(ValueError, match=r"selector\.json is no JSON that can be read"):
+        spotattention.Selector.load(folder)
+
+
+def test_numbers_beyond_float64_are_named(spotattention, folder):
+    change(folder, config__norm_eps=10**400)
+    with pytest.raises(ValueError, match=r"config\.norm_eps must be a number"):
+        spotattention.Selector.load(folder)
