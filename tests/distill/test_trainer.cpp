@@ -197,6 +197,20 @@ TEST(Trainer, RefusesInt4ForAWidthThatItDoesNotFit) {
   EXPECT_FALSE(fs::exists(setup.config.output / "metrics.jsonl"));
 }
 
+TEST(Trainer, FilesOfOthersAreNotReplaced) {
+  SmallRun setup(fresh_seed());
+  Selector selector = setup.selector();
+  make_folder(setup.config.output);
+  for (const char* name : {"README.md", "selector.json", "selector.safetensors"}) {
+    const fs::path file = setup.config.output / name;
+    write_file_atomically(file, std::string("another's"));
+    EXPECT_NE(message_of([&] { setup.run(selector); }).find(fmt::format("{} that is of no run", name)),
+              std::string::npos);
+    EXPECT_EQ(read_file(file), "another's");
+    fs::remove(file);
+  }
+}
+
 TEST(Trainer, InterruptSavesAndResumes) {
   SmallRun setup(fresh_seed());
   setup.hooks.on_step = [](const nlohmann::json& metrics) {
