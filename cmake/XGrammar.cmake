@@ -19,6 +19,14 @@ file(GLOB xgrammar_sources ${SPOT_XGRAMMAR}/cpp/*.cc ${SPOT_XGRAMMAR}/cpp/suppor
 # A short schema can take minutes to compile, and xgrammar knows no limit. Copies of three of its files therefore call
 # xgrammar::CountWork (src/grammar/work.h) where they work: for each state of the parser, for the tokens that are tried at each
 # of the grammar, and for what each parser begins with.
+# Compiles `text` in place of a file.
+function(compile_instead file text)
+  set(copy ${CMAKE_BINARY_DIR}/xgrammar/${file})
+  file(WRITE ${copy}.new "${text}")
+  configure_file(${copy}.new ${copy} COPYONLY)
+  list(REMOVE_ITEM xgrammar_sources ${SPOT_XGRAMMAR}/cpp/${file})
+  set(xgrammar_sources ${xgrammar_sources} ${copy} PARENT_SCOPE)
+endfunction()
 function(count_work file)
   file(READ ${SPOT_XGRAMMAR}/cpp/${file} text)
   list(LENGTH ARGN left)
@@ -33,11 +41,8 @@ function(count_work file)
     list(LENGTH ARGN left)
   endwhile()
   string(REPLACE "\nnamespace xgrammar {\n" "\nnamespace xgrammar {\nvoid CountWork(int64_t steps);\n" text "${text}")
-  set(copy ${CMAKE_BINARY_DIR}/xgrammar/${file})
-  file(WRITE ${copy}.new "${text}")
-  configure_file(${copy}.new ${copy} COPYONLY)
-  list(REMOVE_ITEM xgrammar_sources ${SPOT_XGRAMMAR}/cpp/${file})
-  set(xgrammar_sources ${xgrammar_sources} ${copy} PARENT_SCOPE)
+  compile_instead(${file} "${text}")
+  set(xgrammar_sources ${xgrammar_sources} PARENT_SCOPE)
 endfunction()
 count_work(earley_parser.cc "tmp_process_state_queue_.pop()" 16 "Scan(state, ch)" 16 "ref_id != state.rule_id" 1
            "grammar_->allow_empty_rule_ids" "4 * grammar_->NumRules()" "flags_cache.resize(fsm.NumStates())" "fsm.NumStates() / 16")
@@ -66,11 +71,7 @@ if(changed STREQUAL converter)
   message(FATAL_ERROR "SPOT_XGRAMMAR=${SPOT_XGRAMMAR}: cpp/json_schema_converter.cc holds no 'unicode_escape'; give the sources of the "
                       "release that cmake/xgrammar.lock names")
 endif()
-set(converter ${CMAKE_BINARY_DIR}/xgrammar/json_schema_converter.cc)
-file(WRITE ${converter}.new "${changed}")
-configure_file(${converter}.new ${converter} COPYONLY)
-list(REMOVE_ITEM xgrammar_sources ${SPOT_XGRAMMAR}/cpp/json_schema_converter.cc)
-list(APPEND xgrammar_sources ${converter})
+compile_instead(json_schema_converter.cc "${changed}")
 add_library(xgrammar STATIC ${xgrammar_sources})
 set_target_properties(xgrammar PROPERTIES CXX_STANDARD 17 UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 8)
 target_include_directories(xgrammar SYSTEM PUBLIC ${SPOT_XGRAMMAR}/include ${SPOT_XGRAMMAR}/3rdparty/dlpack/include

@@ -272,10 +272,7 @@ class Selector:
             document = json.loads((folder / "selector.json").read_text())
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{source} does not exist; name the folder of a selector") from error
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # UnicodeDecodeError and numbers of too many digits are of the first
+        except (ValueError, RecursionError) as error:  # no text, no JSON, numbers or nesting beyond Python
             raise ValueError(f"{source} is no JSON that can be read: {error}") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f'{source} is not a selector: its field "format" must be "{FORMAT}"')

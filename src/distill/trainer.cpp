@@ -494,8 +494,9 @@ void check_distillation(const TrainConfig& config, bool resume, const ModelConfi
   if (!checkpoint.empty() && !resume)
     fail("{} already holds a run ({}); continue it with --resume, or choose another output folder",
          config.output.string(), checkpoint.filename().string());
+  if (!checkpoint.empty()) return;
   for (const char* name : {"README.md", "selector.json", "selector.safetensors"})
-    if (checkpoint.empty() && fs::exists(config.output / name))
+    if (fs::exists(config.output / name))
       fail("{} holds a {} that is of no run of its own and would be replaced; choose another output folder",
            config.output.string(), name);
 }
