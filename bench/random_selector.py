@@ -12,7 +12,8 @@ import pathlib
 from typing import Any
 
 import torch
-from spotattention.selector import LayerWeights, Selector, SelectorConfig
+from spotattention.selector import LayerWeights, Selector
+from spotattention.selector_config import SelectorConfig
 
 
 def random_selector(facts: dict[str, Any], seed: int = 1) -> Selector:

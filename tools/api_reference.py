@@ -21,7 +21,8 @@ TARGET = ROOT / "docs" / "api.md"
 SECTIONS = [
     ("Hugging Face transformers", "spotattention.hf", ["attach", "detach", "Attached", "distill"]),
     ("The engine", "spotattention.engine", ["Engine", "Event", "Answer", "AttendedTokens"]),
-    ("Selectors", "spotattention.selector", ["Selector", "SelectorConfig", "Selection", "Distillation"]),
+    ("Selectors", "spotattention.selector", ["Selector"]),
+    ("Settings of selectors", "spotattention.selector_config", ["SelectorConfig", "Selection", "Distillation"]),
     ("Methods", "spotattention.rule", ["parse_method", "Method", "SelectionRule"]),
     ("Self-check", "spotattention.self_check", ["SelfCheck", "captured_mass"]),
     ("Operators", "spotattention.ops", []),  # all of its functions

@@ -20,6 +20,7 @@ GRAMMAR = (
     "p=SHARE, t=THRESHOLD, m=MASS, k=TOKENS, k=PERCENT%, sinks=, recency=, floor=, cap=TOKENS, temperature=NUMBER, "
     "dense=LAYERS, cache=FORMAT, prefill=sparse, dense or auto, tile=QUERIES, per=layer or kv_group"
 )
+MOST_TOKENS = 2**31 - 1  # what the kernels count in 32 bits
 KEY_FORMATS = ("f32", "bf16", "int8", "int4", "mxfp4", "nvfp4")
 
 
@@ -55,6 +56,8 @@ class SelectionRule:
                 raise ValueError(f"selection rule: {name} is {shown(getattr(self, name))}; it must be {wanted}")
 
         require(self.mode in ("top_p", "top_k", "threshold"), "mode", "top_p, top_k or threshold")
+        for name in ("budget", "sinks", "recency", "floor", "cap"):
+            require(getattr(self, name) <= MOST_TOKENS, name, f"at most {MOST_TOKENS} tokens")
         require(self.budget >= 0, "budget", "0 or more tokens")
         require(0 <= self.budget_fraction <= 1, "budget_fraction", "0 (unused) to 1")
         require(0 < self.p <= 1, "p", "above 0 and at most 1")
@@ -200,7 +203,10 @@ def parse_method(text: str, defaults: SelectionRule | None = None, mass_table: M
         key, equals, value = option.partition("=")
         if not equals or not value or not _set_option(settings, key, value):
             raise ValueError(f"method '{text}': '{option}' is not one of {GRAMMAR}")
-        given.add("k%" if key == "k" and value.endswith("%") else key)
+        name = "k%" if key == "k" and value.endswith("%") else key
+        if name in given:
+            raise ValueError(f"method '{text}': {key}= is given twice; give it once")
+        given.add(name)
     if word not in WORDS:
         raise ValueError(f"attention '{word}' is unknown; choose {one_of(WORDS)}")
     method = make_method(word, settings, defaults, text, mass_table)

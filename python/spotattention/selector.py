@@ -11,13 +11,15 @@ import pathlib
 import struct
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from spotattention.rule import KEY_FORMATS, Method, SelectionRule, parse_method, shown
+from spotattention import _library  # noqa: F401  the checksums
+from spotattention.rule import SelectionRule
+from spotattention.selector_config import SelectorConfig
 
 FORMAT = "spotattention-selector"
 VERSION = 3  # the newest
@@ -35,193 +37,6 @@ class LayerWeights(NamedTuple):
     mix: Tensor  # [groups * 4, hidden_size] float32
     norm_weight: Tensor | None  # [128] float32
     norm_bias: Tensor | None
-
-
-@dataclass
-class Distillation:
-    """How a selector was distilled: docs/method.md."""
-
-    start: str = "backbone"
-    loss: str = "sparse"
-    k_train: int = 8192
-    teacher: str = "token"
-    teacher_scope: str = "residual"
-    rest_bucket: bool = False
-
-
-@dataclass
-class Selection:
-    """What a selection uses unless the caller asks for something else."""
-
-    sinks: int = 128
-    recency: int = 256
-    floor: int = 512
-    cap: int = 0
-    p: float = 0.9
-    temperature: list[float] = field(default_factory=list)  # one a selector layer; empty: 1
-    residual_mass: list[float] = field(default_factory=list)  # one a layer and set; empty: 1
-    # Rows of a threshold, the mass that it captured on held-out text and the share of the tokens that it read there, means over
-    # layers; thresholds falling. Empty: unknown.
-    mass_table: list[list[float]] = field(default_factory=list, metadata={"row": 3})
-    dense_layers: list[int] = field(default_factory=list)  # model layers without a selector
-
-
-@dataclass
-class SelectorConfig:
-    """Every field of selector.json's `config`; the defaults are the preset spot."""
-
-    preset: str = "spot"
-    num_heads: int = 4
-    head_dim: int = 128
-    key_heads: int = 1
-    rope_dims: int = 64
-    key_norm: str = "layernorm"
-    norm_eps: float = 1e-6
-    per: str = "layer"
-    block_size: int = 16
-    cache_format: str = "int4"
-    selection: Selection = field(default_factory=Selection)
-    distillation: Distillation = field(default_factory=Distillation)
-
-    @classmethod
-    def from_preset(cls, name: str) -> "SelectorConfig":
-        """The presets of `spot distill`: "spot", "custom" or "paper"."""
-        if name == "paper":
-            config = cls(preset=name, key_heads=4, cache_format="bf16")
-            config.distillation = Distillation(start="random", teacher_scope="all")
-            return config
-        if name not in ("spot", "custom"):
-            raise ValueError(f'there is no selector preset "{name}"; use paper, spot or custom')
-        return cls(preset=name)
-
-    @classmethod
-    def from_json(cls, document: Any, source: str) -> "SelectorConfig":
-        """Absent fields take the preset's value. Raises ValueError naming the field of `source` that is wrong."""
-        if not isinstance(document, dict):
-            raise ValueError(f"{source} must be a JSON object, not {json.dumps(document)}")
-        config = cls.from_preset(document.get("preset", "spot"))
-        _fill(config, document, source)
-        config.validate(source)
-        return config
-
-    def to_json(self) -> dict[str, Any]:
-        made = asdict(self)
-        for name in ("residual_mass", "mass_table"):
-            if not made["selection"][name]:  # unknown: programs from before it read such a file
-                del made["selection"][name]
-        return made
-
-    def validate(self, source: str) -> None:
-        """Raises ValueError naming the first impossible value."""
-
-        def require(holds: bool, name: str, value: Any, wanted: str) -> None:
-            if not holds:
-                raise ValueError(f"{source}: {name} is {value}; it must be {wanted}")
-
-        def one_of(name: str, value: str, *words: str) -> None:
-            if value not in words:
-                raise ValueError(f'{source}.{name} is "{value}"; it must be one of {", ".join(words)}')
-
-        one_of("key_norm", self.key_norm, "none", "layernorm", "rmsnorm")
-        one_of("per", self.per, "layer", "kv_group")
-        one_of("cache_format", self.cache_format, *KEY_FORMATS)
-        require(self.num_heads == 4, "num_heads", self.num_heads, "4, what the scoring kernels are built for")
-        require(self.head_dim == 128, "head_dim", self.head_dim, "128, what the key formats are built for")
-        require(self.key_heads in (1, self.num_heads), "key_heads", self.key_heads, "1 (shared) or num_heads")
-        require(
-            0 <= self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0,
-            "rope_dims",
-            self.rope_dims,
-            "even and at most head_dim",
-        )
-        require(0 < self.norm_eps < 1, "norm_eps", self.norm_eps, "between 0 and 1")
-        require(self.block_size == 16, "block_size", self.block_size, "16, the page size of the caches")
-        chosen, learned = self.selection, self.distillation
-        for name in ("sinks", "recency", "floor"):
-            require(getattr(chosen, name) >= 0, f"selection.{name}", getattr(chosen, name), "0 or more tokens")
-        require(
-            chosen.cap == 0 or chosen.cap >= max(chosen.floor, 1),
-            "selection.cap",
-            chosen.cap,
-            "0 (no cap) or at least selection.floor",
-        )
-        require(0 < chosen.p <= 1, "selection.p", chosen.p, "above 0 and at most 1")
-        for temperature in chosen.temperature:
-            require(0 < temperature < math.inf, "selection.temperature", temperature, "positive for every layer")
-        for mass in chosen.residual_mass:
-            require(0 < mass <= 1, "selection.residual_mass", mass, "above 0 and at most 1 for every set")
-        self._check_mass_table(source)
-        for index, layer in enumerate(chosen.dense_layers):
-            require(layer >= 0, "selection.dense_layers", layer, "a list of layer indices from 0")
-            require(layer not in chosen.dense_layers[:index], "selection.dense_layers", layer, "listed once")
-        one_of("distillation.start", learned.start, "random", "backbone")
-        one_of("distillation.loss", learned.loss, "dense", "sparse")
-        one_of("distillation.teacher", learned.teacher, "token", "block_max")
-        one_of("distillation.teacher_scope", learned.teacher_scope, "all", "residual")
-        require(learned.k_train >= 1, "distillation.k_train", learned.k_train, "1 or more tokens")
-
-    def _check_mass_table(self, source: str) -> None:
-        table = self.selection.mass_table
-        if not table:
-            return
-        if len(table) < 2:
-            raise ValueError(f"{source}: selection.mass_table has one row; it must have at least two")
-        if not self.selection.residual_mass:
-            raise ValueError(
-                f"{source}: selection.mass_table stands without selection.residual_mass, with which it was fitted"
-            )
-        for index, (threshold, mass, tokens) in enumerate(table):
-            before = table[index - 1] if index else [math.inf, 0, 0]
-            ordered = threshold < before[0] and mass >= before[1] and tokens >= before[2]
-            if not ordered or not all(0 < x <= 1 for x in (threshold, mass, tokens)):
-                raise ValueError(
-                    f"{source}: selection.mass_table has the row {shown(threshold)}, {shown(mass)}, {shown(tokens)}; thresholds "
-                    "must fall from row to row, masses and shares of the tokens must not, and all lie above 0 and at most at 1"
-                )
-
-    def method(self, text: str) -> Method:
-        """The method that a text asks for with this selector: parse_method with its rule and its mass table."""
-        return parse_method(text, self.rule(), self.selection.mass_table)
-
-    def rule(self) -> SelectionRule:
-        """Top-p, as the selector wants to be used."""
-        s = self.selection
-        return SelectionRule(sinks=s.sinks, recency=s.recency, floor=s.floor, cap=s.cap, p=s.p)
-
-
-def _fill(target: Any, document: Any, source: str) -> None:
-    """Sets the fields of a dataclass from a JSON object; unknown fields and wrong types are refused."""
-    if not isinstance(document, dict):
-        raise ValueError(f"{source} must be a JSON object, not {json.dumps(document)}")
-
-    def is_number(v: Any) -> bool:
-        return isinstance(v, float) or (isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**63)
-
-    wanted = {
-        bool: (lambda v: isinstance(v, bool), "true or false"),
-        int: (lambda v: isinstance(v, int) and is_number(v), "an integer"),
-        float: (is_number, "a number"),
-        str: (lambda v: isinstance(v, str), "a string"),
-        list: (lambda v: isinstance(v, list) and all(map(is_number, v)), "an array of numbers"),
-        "row": (
-            lambda v: (
-                isinstance(v, list)
-                and all(isinstance(row, list) and len(row) == 3 and all(map(is_number, row)) for row in v)
-            ),
-            "rows of three numbers: threshold, captured mass, share of the tokens",
-        ),
-    }
-    for name, value in document.items():
-        if name not in target.__dataclass_fields__:
-            raise ValueError(f'{source} has the unknown field "{name}"; remove it or upgrade')
-        current = getattr(target, name)
-        if hasattr(current, "__dataclass_fields__"):
-            _fill(current, value, f"{source}.{name}")
-            continue
-        fits, words = wanted["row" if "row" in target.__dataclass_fields__[name].metadata else type(current)]
-        if not fits(value):
-            raise ValueError(f"{source}.{name} must be {words}, not {json.dumps(value)}")
-        setattr(target, name, type(current)(value))
 
 
 @dataclass
@@ -268,18 +83,7 @@ class Selector:
         """
         folder = resolve(selector, model_folder)
         source = str(folder / "selector.json")
-        try:
-            document = json.loads((folder / "selector.json").read_text())
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{source} does not exist; name the folder of a selector") from error
-        except (ValueError, RecursionError) as error:  # no text, no JSON, numbers or nesting beyond Python
-            raise ValueError(f"{source} is no JSON that can be read: {error}") from error
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ValueError(f'{source} is not a selector: its field "format" must be "{FORMAT}"')
-        if document.get("version") not in range(1, VERSION + 1):
-            raise ValueError(
-                f"{source} has version {document.get('version')}, this package reads versions 1 to {VERSION}; upgrade it"
-            )
+        document = _read_document(folder / "selector.json")
         backbone = document.get("backbone")
         if not isinstance(backbone, dict) or any(name not in backbone for name in BACKBONE_FACTS):
             raise ValueError(f"{source}: the field backbone is missing or incomplete; the selector must be saved again")
@@ -288,10 +92,18 @@ class Selector:
                 raise ValueError(
                     f"{source}: backbone.{name} is {json.dumps(backbone[name])}; it must be a positive whole number"
                 )
+        if not isinstance(backbone.get("fingerprint", ""), str):
+            raise ValueError(f'{source}: field "backbone.fingerprint" must be a string')
         config = SelectorConfig.from_json(document.get("config"), f"{source}: config")
         layers = document.get("layers")
         if not isinstance(layers, list) or not layers or any(type(i) is not int for i in layers):
             raise ValueError(f"{source}: layers must list the model layers that have a selector")
+        dense = set(config.selection.dense_layers)
+        if layers != sorted(set(layers) - dense) or not 0 <= layers[0] <= layers[-1] < backbone["num_layers"]:
+            raise ValueError(
+                f"{source}: layers is {layers}; it must list layers of the backbone's {backbone['num_layers']}, ascending and "
+                "without those of dense_layers"
+            )
         if config.selection.temperature and len(config.selection.temperature) != len(layers):
             raise ValueError(
                 f"{source}: selection.temperature has {len(config.selection.temperature)} values, but the selector has "
@@ -319,8 +131,19 @@ class Selector:
         for name, tensor in self.named_tensors():
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"{folder}: not saved, the weight {name} holds values that are not finite")
+        try:
+            json.dumps(self.notes, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder}: not saved, its notes are nothing that JSON can hold: {error}") from error
+        if not os.fspath(folder):
+            raise ValueError("the selector was not saved: name the folder that it is to be written to")
         target = pathlib.Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise FileExistsError(
+                f"{folder}: a file stands where the selector's folder would be; name another"
+            ) from error
         tensors, values = {}, {}
         for name, tensor in self.named_tensors():
             stored = tensor.float().contiguous()
@@ -344,8 +167,10 @@ class Selector:
             "weights_id": mark,
             "notes": self.notes,
         }
-        _write_atomically(target / "selector.safetensors", save(tensors, metadata))
-        _write_atomically(target / "selector.json", (json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
+        weights = target / "selector.safetensors"
+        _write_atomically(weights, save(tensors, metadata))
+        document["tensors_checksum"] = torch.ops.spot.file_checksum(str(weights))
+        _write_atomically(target / "selector.json", (torch.ops.spot.sealed(json.dumps(document)) + "\n").encode())
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """The file's tensors in the order of the format, on the CPU."""
@@ -425,7 +250,7 @@ def quantize_rows(matrix: Tensor, form: str) -> tuple[Tensor, Tensor]:
 
     int8: codes int8 [rows, columns], scales float32 [rows], by which the largest magnitude of a row becomes 127. int4: codes
     uint8 [rows, columns / 2], code + 8 of the even column in the low four bits, and scales bfloat16 [rows, columns / 32]: of
-    seven, from the one by which the largest magnitude becomes 7 down to 0.7 of it, that of the least squared error.
+    eight, from the one by which the largest magnitude becomes 7 down to 0.7 of it, that of the least squared error.
     """
     int4 = form == "int4"
     bottom, top = (-8, 7) if int4 else (-127, 127)
@@ -433,7 +258,7 @@ def quantize_rows(matrix: Tensor, form: str) -> tuple[Tensor, Tensor]:
     largest = numbers.abs().amax(2, True)
     codes, scales = torch.zeros_like(numbers), torch.zeros_like(largest)
     least = torch.full_like(largest, math.inf, dtype=torch.float64)
-    for share in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7) if int4 else (1.0,):
+    for share in (1.0, 0.95, 0.9, 0.875, 0.85, 0.8, 0.75, 0.7) if int4 else (1.0,):
         scale = largest * share / top
         if int4:
             scale = scale.bfloat16().float()
@@ -482,6 +307,48 @@ def weights_id(tensors: Mapping[str, Tensor]) -> str:
     return f"{state:016x}"
 
 
+def _read_document(path: pathlib.Path) -> dict[str, Any]:
+    """selector.json, of our format and a version that is known, and as its checksum says if it has one."""
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"the number {number} is beyond float64")
+        return value
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number of JSON")
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text, parse_float=finite, parse_constant=refuse)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist; name the folder of a selector") from error
+    except (ValueError, RecursionError) as error:  # no text, no JSON, numbers or nesting beyond Python
+        raise ValueError(f"{path} is no JSON that can be read: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f'{path} is not a selector: its field "format" must be "{FORMAT}"')
+    version = document.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        newer = type(version) is int and version > VERSION
+        raise ValueError(
+            f"{path} has version {json.dumps(version)}, this package reads versions 1 to {VERSION}; "
+            + ("upgrade it" if newer else "restore the file")
+        )
+    if "checksum" in document:
+        try:
+            torch.ops.spot.check_sealed(text, str(path))
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+    return document
+
+
+def _check_file(path: pathlib.Path, expected: Any) -> None:
+    if expected is None:  # of an older selector
+        return
+    if torch.ops.spot.file_checksum(str(path)) != expected:
+        raise ValueError(f"{path}: its checksum is not the one noted beside it; the file is damaged, restore it")
+
+
 def _read_weights(folder: pathlib.Path, selector: Selector, document: Mapping[str, Any]) -> dict[int, LayerWeights]:
     from safetensors import SafetensorError, safe_open
 
@@ -523,6 +390,7 @@ def _read_weights(folder: pathlib.Path, selector: Selector, document: Mapping[st
             f"{folder / 'selector.json'} and selector.safetensors beside it were not written together; restore both from "
             "the same run"
         )
+    _check_file(path, document.get("tensors_checksum"))
     for name, shape in expected.items():
         if name not in read:
             raise ValueError(f"{path}: tensor {name} is missing; the config makes it {shape}")
@@ -531,7 +399,9 @@ def _read_weights(folder: pathlib.Path, selector: Selector, document: Mapping[st
             raise ValueError(f"{path}: tensor {name} is {list(tensor.shape)}; config and backbone make it {shape}")
         if tensor.dtype not in types[name]:
             words = " or ".join(str(dtype).removeprefix("torch.") for dtype in types[name])
-            raise ValueError(f"{path}: tensor {name} is of {tensor.dtype}; selector.json makes it {words}")
+            raise ValueError(
+                f"{path}: tensor {name} is of {str(tensor.dtype).removeprefix('torch.')}; selector.json makes it {words}"
+            )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{path}: tensor {name} holds values that are not finite; train the selector again")
     if names != set(expected):

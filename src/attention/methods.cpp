@@ -221,7 +221,8 @@ MethodSpec parse_method(const std::string& text, const MethodSettings& base, con
     if (equals == std::string::npos || equals + 1 == option.size() ||
         !set_option(settings, key, option.substr(equals + 1)))
       fail("method '{}': '{}' is not one of {}", text, option, method_grammar());
-    own.insert(key == "k" && option.back() == '%' ? "k%" : key);
+    if (!own.insert(key == "k" && option.back() == '%' ? "k%" : key).second)
+      fail("method '{}': {}= is given twice; give it once", text, key);
   }
   MethodSpec spec = make_spec(word, settings, selector);
   spec.name = text;

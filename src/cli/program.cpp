@@ -28,21 +28,38 @@ std::string sentence(const std::exception& e) {
   return dynamic_cast<const c10::Error*>(&e) ? "torch: " + first_line(e) : first_line(e);
 }
 
-// CLI11's own sentence in one line, its largest number shortened from 309 digits.
+// CLI11's own sentence in one line, without the limits of double, of 309 digits, as those of a range.
 std::string usage_sentence(const CLI::ParseError& e) {
-  static const std::regex line_breaks("\\s*\\n\\s*"), largest("1797693134862315[0-9.]*");
-  return std::regex_replace(std::regex_replace(std::string(e.what()), line_breaks, " "), largest,
-                            "any number");
+  static const std::regex line_breaks("\\s*\\n\\s*"), above("not in range 0\\.0+ to 1797693134862315[0-9.]*"),
+      least("not in range (\\S+) to 1797693134862315[0-9.]*");
+  std::string text = std::regex_replace(std::string(e.what()), line_breaks, " ");
+  text = std::regex_replace(text, above, "is not above 0");
+  return std::regex_replace(text, least, "is below $1");
 }
 
-// Comparisons let it pass, so that no range of CLI11's finds it.
-void refuse_nan(CLI::App& app) {
-  for (CLI::Option* option : app.get_options())
+// What CLI11 takes of any option: NaN, which its ranges let pass, and, where a text names something, nothing at all.
+void refuse_no_values(CLI::App& app) {
+  for (CLI::Option* option : app.get_options()) {
+    const bool free_text = option->check_lname("prompt") || option->check_lname("system");
     if (option->get_type_name().starts_with("FLOAT"))
       option->check([](const std::string& text) {
         return std::isnan(std::strtod(text.c_str(), nullptr)) ? text + " is no number" : std::string();
       });
-  for (CLI::App* below : app.get_subcommands([](CLI::App*) { return true; })) refuse_nan(*below);
+    if (option->get_type_name().starts_with("TEXT") && !free_text)
+      option->transform(CLI::Validator(
+          [](const std::string& text) {
+            return text.empty() ? std::string("the value is empty; give one, or leave the option out") : "";
+          },
+          ""));
+  }
+  for (CLI::App* below : app.get_subcommands([](CLI::App*) { return true; })) refuse_no_values(*below);
+}
+
+// "--out=" alone, for which CLI11 takes the next word.
+void refuse_cut_words(int argc, const char* const* argv) {
+  for (int i = 1; i < argc && std::string_view(argv[i]) != "--"; ++i)
+    if (const std::string_view word = argv[i]; word.starts_with("--") && word.find('=') + 1 == word.size())
+      throw UsageError(fmt::format("{} has no value; give one, or leave the option out", word));
 }
 
 }  // namespace
@@ -66,10 +83,11 @@ int run_program(int argc, const char* const* argv, const ProcessGroup* group) {
   add_convert(app);
   add_quantize(app);
   add_inspect(app);
-  refuse_nan(app);
+  refuse_no_values(app);
   int status = 1;
   std::string line;
   try {
+    refuse_cut_words(argc, argv);
     try {
       app.parse(argc, argv);
       status = 0;

@@ -28,10 +28,7 @@ int64_t version_of(WeightFormat format) {
 }
 
 std::string word_of(at::ScalarType type) {
-  return type == at::kFloat      ? "float32"
-         : type == at::kBFloat16 ? "bfloat16"
-         : type == at::kChar     ? "int8"
-                                 : "uint8";
+  return std::string(c10::getDtypeNames(type).first);
 }
 
 // Ties the two files together: a hash over the names, shapes and a sample of the values.
@@ -80,7 +77,8 @@ struct Rows {
 };
 
 // Symmetric; ties round to even, a group of zeros has the scale 0. int8: the largest magnitude of a row becomes 127. int4: of
-// seven scales, from the one by which the largest magnitude becomes 7 down to 0.7 of it, that of the least squared error.
+// eight scales, from the one by which the largest magnitude becomes 7 down to 0.7 of it, that of the least squared error; by
+// 7/8 of it a largest magnitude of -8 comes back, so that rows which were stored before stay as they are.
 Rows quantize_rows(const at::Tensor& matrix, WeightFormat format) {
   const bool int4 = format == WeightFormat::int4;
   const int64_t rows = matrix.size(0), top = int4 ? 7 : 127, bottom = int4 ? -8 : -127;
@@ -88,7 +86,8 @@ Rows quantize_rows(const at::Tensor& matrix, WeightFormat format) {
   const at::Tensor largest = numbers.abs().amax(2, true);
   at::Tensor codes = at::zeros_like(numbers), scales = at::zeros_like(largest),
              least = at::full_like(largest, std::numeric_limits<double>::infinity(), at::kDouble);
-  for (const double share : int4 ? std::vector{1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7} : std::vector{1.0}) {
+  for (const double share :
+       int4 ? std::vector{1.0, 0.95, 0.9, 0.875, 0.85, 0.8, 0.75, 0.7} : std::vector{1.0}) {
     at::Tensor scale = largest * share / top;
     if (int4) scale = scale.to(at::kBFloat16).to(at::kFloat);
     const at::Tensor step = at::where(scale > 0, scale, at::ones_like(scale));
@@ -200,8 +199,8 @@ std::pair<Selector, json> Selector::read_document(const fs::path& folder, const 
     fail("{} is not a selector: its field \"format\" must be \"{}\"", source, kFormat);
   if (const json version = document.value("version", json());
       !version.is_number_integer() || version < 1 || version > kVersion)
-    fail("{} has version {}, this program reads versions 1 to {}; upgrade it", source, version.dump(),
-         kVersion);
+    fail("{} has version {}, this program reads versions 1 to {}; {}", source, version.dump(), kVersion,
+         version.is_number_integer() && version > kVersion ? "upgrade it" : "restore the file");
   check_seal(document, source);
   check_backbone(document.value("backbone", json()), backbone_facts(backbone), source);
 
@@ -254,11 +253,11 @@ Selector Selector::load(const std::string& name, const fs::path& model_folder, c
     const at::Tensor tensor = file.tensor(tensor_name);
     const at::ScalarType type = tensor.scalar_type();
     if (tensor.sizes() != at::IntArrayRef(shape))
-      fail("{}: tensor {} is {}; config and backbone make it {}", file.path().string(), tensor_name,
-           fmt::join(tensor.sizes(), "x"), fmt::join(shape, "x"));
+      fail("{}: tensor {} is [{}]; config and backbone make it [{}]", file.path().string(), tensor_name,
+           fmt::join(tensor.sizes(), ", "), fmt::join(shape, ", "));
     if (std::find(types.begin(), types.end(), type) == types.end())
       fail("{}: tensor {} is of {}; selector.json makes it {}", file.path().string(), tensor_name,
-           c10::toString(type), word_of(types[0]) + (types.size() > 1 ? " or " + word_of(types[1]) : ""));
+           word_of(type), word_of(types[0]) + (types.size() > 1 ? " or " + word_of(types[1]) : ""));
     check_finite(tensor, tensor_name);
     return tensor;
   };

@@ -82,6 +82,19 @@ def test_no_number_ends_in_a_crash(spot, commands, basics, unreadable, seed):
         assert done.stderr.count("error:") == (done.returncode != 0), (name, option, value, done.stderr)
 
 
+def test_an_option_without_a_value_is_named(spot, commands, seed):
+    """An empty one (a prompt may be, for all that the command line knows), and `--out=` alone."""
+    dice = random.Random(seed)
+    pairs = [(name, option.name) for name, options in commands.items() for option in options if option.kind == "TEXT"]
+    assert len(pairs) > 20
+    for name, option in dice.sample([pair for pair in pairs if pair[1] not in ("--prompt", "--system")], SAMPLED):
+        done = spot(*name.split(), option, "")
+        assert done.returncode == 2 and f"{option}: the value is empty" in done.stderr, (name, option, done.stderr)
+    for name, option in dice.sample(pairs, 4):
+        done = spot(*name.split(), f"{option}=", "--device", "cpu")
+        assert done.returncode == 2 and f"{option}= has no value" in done.stderr, (name, option, done.stderr)
+
+
 LENGTHS = {
     "generate": ["--max-new-tokens"],
     "distill": ["--length", "--calibration-length"],
@@ -115,7 +128,7 @@ MISTAKES = {
                  ["--logit-bias", "x"], ["--logit-bias", "99999=1"], ["--logprobs", "5000"], ["--attention", "spto"], ["--attention", "spot"],
                  ["--chat", "--chat-template", "/nope"], ["--repetition-penalty", "0"]],
     "distill": [["--data", "/nope"], ["--length-mix", "x"], ["--loss", "none"], ["--preset", "none"], ["--lr", "-1"], ["--key-heads", "3"],
-                ["--dense-layers", "0,1,2,3,4,5,6,7"], ["--out", "/proc/nope"], ["--sequences-per-step", "0"], ["--store", "int8"],
+                ["--dense-layers", "0,1,2,3,4,5,6,7"], ["--out", "/proc/nope"], ["--sequences-per-step", "0"], ["--store", "int3"],
                 ["--cache-format", "int5"], ["--num-heads", "-1"], ["--rope-dims", "3"]],
     "eval": [["--text", "/nope"], ["--methods", "spot"], ["--methods", "quest:p=2"], ["--methods", "quest:q=1"], ["--methods", "spto"],
              ["--out", "/proc/nope"]],

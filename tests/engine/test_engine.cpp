@@ -447,6 +447,9 @@ TEST(Methods, AMassBecomesTheThresholdThatTheSelectorNames) {
            {"spot:m=0.8,t=0.01", &fitted, "give one of them"},
            {"spot:m=0.8,k=10%", &fitted, "give one of them"},
            {"spot:m=80%", &fitted, "'m=80%' is not one of"},
+           {"spot:p=0.9,p=0.8", &fitted, "p= is given twice"},
+           {"quest:k=5%,k=5%", &fitted, "k= is given twice"},
+           {"spot:cache=int4,cache=int8", &fitted, "cache= is given twice"},
            {"oracle:m=0.8", &fitted, "m= has no effect"},
            {"quest:m=0.8", &fitted, "m= has no effect"},
            {"twilight:m=0.8", &fitted, "m= has no effect"}})

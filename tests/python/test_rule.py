@@ -18,6 +18,9 @@ WRONG = [
     "spot:p=nan",
     "spot:p=0.9,k=5",
     "spot:k=5,k=10%",
+    "spot:k=5%,k=10%",
+    "spot:p=0.9,p=0.9",
+    "spot:sinks=16,sinks=32",
     "spot:k=0",
     "spot:k=101%",
     "spot:t=0.1,k=512",
@@ -75,7 +78,7 @@ def test_methods_say_what_was_written(spotattention):
     assert (method.word, method.dense_layers, method.cache_format) == ("spot", 2, "bf16")
     assert (method.prefill, method.tile) == ("sparse", 64)
     assert (parse("quest:prefill=auto").prefill, parse("quest").prefill, parse("quest").tile) == ("auto", "dense", None)
-    assert parse("spot:k=10%,k=20%").rule.budget_fraction == 0.2
+    assert parse("spot:k=20%").rule.budget_fraction == 0.2
     assert parse("twilight").rule == rule(mode="top_k", budget_fraction=0.25, p=0.95)
     assert parse("twilight:k=512,p=0.9").rule == rule(mode="top_k", budget=512, p=0.9)
     assert parse("spot:t=1e-3").rule.describe() == "threshold 0.001"

@@ -1,6 +1,7 @@
 """Selector folders: what `spot distill` wrote is read whole, what Python writes `spot` reads, damage is named."""
 
 import json
+import pathlib
 import shutil
 import subprocess
 
@@ -22,6 +23,7 @@ def change(folder, **fields):
         for part in [target, *rest][:-1]:
             where = where[part]
         where[[target, *rest][-1]] = value
+    document.pop("checksum", None)
     path.write_text(json.dumps(document))
 
 
@@ -70,12 +72,12 @@ def test_int8_rows_are_numpys(spotattention, folder, tmp_path):
     size = [(path / "selector.safetensors").stat().st_size for path in (tmp_path / "rows", folder)]
     assert size[0] < 0.6 * size[1]  # which is of bfloat16
     change(tmp_path / "rows", weight_format="bfloat16")
-    with pytest.raises(ValueError, match="query.weight is of torch.int8; selector.json makes it float32 or bfloat16"):
+    with pytest.raises(ValueError, match="query.weight is of int8; selector.json makes it float32 or bfloat16"):
         spotattention.Selector.load(tmp_path / "rows")
 
 
 def test_int4_rows_are_numpys(spotattention, folder, tmp_path):
-    """Of seven scales a group the best by numpy in float64, its codes, and what is read."""
+    """Of eight scales a group the best by numpy in float64, its codes, and what is read."""
     import numpy as np
     from safetensors.torch import load_file
 
@@ -88,7 +90,7 @@ def test_int4_rows_are_numpys(spotattention, folder, tmp_path):
     assert (document["version"], document["weight_format"]) == (3, "int4")
     stored = load_file(tmp_path / "rows" / "selector.safetensors")
     again = spotattention.Selector.load(tmp_path / "rows")
-    shares = np.array([1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7], np.float32)
+    shares = np.array([1.0, 0.95, 0.9, 0.875, 0.85, 0.8, 0.75, 0.7], np.float32)
     for layer in selector.layers:
         before, after = selector.weights[layer], again.weights[layer]
         for part, rows in (("query", slice(0, 512)), ("key", slice(512, None))):
@@ -159,12 +161,13 @@ def test_int4_rows_that_do_not_fit_are_refused(spotattention, folder, tmp_path):
     path = tmp_path / "rows" / "selector.safetensors"
     whole = load_file(path)
     mark = json.loads((tmp_path / "rows" / "selector.json").read_text())["weights_id"]
+    change(tmp_path / "rows", tensors_checksum=None)
     codes, scales = "layers.2.key.weight", "layers.2.key.scale"
     for key, changed, sentence in [
         (scales, whole[scales][:, :4].contiguous(), r"key.scale is \[128, 4\]; config and backbone make it \[128, 8\]"),
-        (scales, whole[scales].float(), "key.scale is of torch.float32; selector.json makes it bfloat16"),
+        (scales, whole[scales].float(), "key.scale is of float32; selector.json makes it bfloat16"),
         (scales, whole[scales] / 0, "key.scale holds values that are not finite"),
-        (codes, whole[codes].to(torch.int8), "key.weight is of torch.int8; selector.json makes it uint8"),
+        (codes, whole[codes].to(torch.int8), "key.weight is of int8; selector.json makes it uint8"),
         (
             codes,
             whole[codes][:, :64].contiguous(),
@@ -181,7 +184,7 @@ def test_int4_rows_that_do_not_fit_are_refused(spotattention, folder, tmp_path):
 
 
 def test_presets_are_the_programs(spotattention):
-    from spotattention.selector import SelectorConfig
+    from spotattention.selector_config import SelectorConfig
 
     paper = SelectorConfig.from_preset("paper")
     assert (paper.key_heads, paper.cache_format, paper.distillation.start) == (4, "bf16", "random")
@@ -194,9 +197,10 @@ def test_presets_are_the_programs(spotattention):
     "fields, sentence",
     [
         ({"format": "other"}, 'is not a selector: its field "format" must be'),
-        ({"version": 4}, "has version 4, this package reads versions 1 to 3"),
+        ({"version": 4}, "has version 4, this package reads versions 1 to 3; upgrade it"),
+        ({"version": 0}, "has version 0, this package reads versions 1 to 3; restore the file"),
         ({"weight_format": "int4"}, r"query.weight is \[512, 256\]; config and backbone make it \[512, 128\]"),
-        ({"weight_format": "int8"}, "query.weight is of torch.bfloat16; selector.json makes it int8"),
+        ({"weight_format": "int8"}, "query.weight is of bfloat16; selector.json makes it int8"),
         ({"backbone": 5}, "the field backbone is missing"),
         ({"layers": []}, "layers must list"),
         ({"weights_id": "0123"}, "were not written together"),
@@ -229,13 +233,101 @@ def test_what_is_wrong_with_a_folder_is_named(spotattention, folder, fields, sen
         spotattention.Selector.load(folder)
 
 
+def small_selector(settings):
+    """Random, for two layers of a backbone of 24 numbers."""
+    from spotattention.selector import LayerWeights, Selector
+
+    facts = ("architecture", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    backbone = dict(zip(facts, ("Qwen3ForCausalLM", 24, 2, 4, 2, 16))) | {"fingerprint": "abc"}
+    weights = {
+        layer: LayerWeights(torch.randn(5 * 128, 24), torch.randn(4, 24), torch.ones(128), torch.zeros(128))
+        for layer in (0, 1)
+    }
+    return Selector(settings, backbone, [0, 1], weights)
+
+
+def test_both_languages_take_and_refuse_the_same_settings(spotattention, tmp_path):
+    """tests/selector/test_damage.cpp reads the same list."""
+    from spotattention.selector_config import SelectorConfig
+
+    small_selector(SelectorConfig()).save(tmp_path)
+    whole = json.loads((tmp_path / "selector.json").read_text())
+    settings = json.loads((pathlib.Path(__file__).parents[1] / "selector" / "settings.json").read_text())
+    for verdict, cases in settings.items():
+        for pointer, value in cases:
+            document = json.loads(json.dumps(whole))
+            del document["checksum"]
+            *path, last = pointer.split("/")[1:]
+            place = document
+            for name in path:
+                place = place[name]
+            place[last] = "HERE"
+            (tmp_path / "selector.json").write_text(json.dumps(document).replace('"HERE"', value))
+            try:
+                spotattention.Selector.load(tmp_path)
+                error = ""
+            except ValueError as raised:
+                error = str(raised)
+            assert (error == "") == (verdict == "taken"), f"{pointer} {value}: {error}"
+
+
+def test_checksums_are_the_programs(spotattention, build_folder, tmp_path):
+    """What Python saves has them, and a change that parses is noticed by both languages."""
+    from spotattention.selector_config import SelectorConfig
+
+    small_selector(SelectorConfig()).save(tmp_path)
+    path = tmp_path / "selector.json"
+    document = json.loads(path.read_text())
+    assert len(document["checksum"]) == len(document["tensors_checksum"]) == 16
+    path.write_text(path.read_text().replace('"sinks": 128', '"sinks": 129'))
+    with pytest.raises(ValueError, match="contents are not those that its checksum was made of"):
+        spotattention.Selector.load(tmp_path)
+    small_selector(SelectorConfig()).save(tmp_path)
+    weights = tmp_path / "selector.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-2000] ^= 1  # of a number that weights_id does not sample
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match="its checksum is not the one noted beside it"):
+        spotattention.Selector.load(tmp_path)
+
+
+def test_a_selector_is_saved_where_it_was_told(spotattention, tmp_path, monkeypatch):
+    from spotattention.selector_config import SelectorConfig
+
+    monkeypatch.chdir(tmp_path)
+    selector = small_selector(SelectorConfig())
+    with pytest.raises(ValueError, match="name the folder"):
+        selector.save("")
+    (tmp_path / "file").write_text("kept")
+    for name in ("file", "file/below"):
+        with pytest.raises(FileExistsError, match="a file stands where"):
+            selector.save(name)
+    selector.notes["loss"] = float("nan")
+    with pytest.raises(ValueError, match="its notes are nothing that JSON can hold"):
+        selector.save("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_rows_stored_again_stay(spotattention, folder, tmp_path):
+    """Also those with a code of -8, whose largest magnitude is not 7 steps."""
+    selector = spotattention.Selector.load(folder)
+    for form in ("int8", "int4"):
+        selector.save(tmp_path / "once", form)
+        once = spotattention.Selector.load(tmp_path / "once")
+        once.save(tmp_path / "twice", form)
+        twice = spotattention.Selector.load(tmp_path / "twice")
+        for layer in once.layers:
+            assert torch.equal(once.weights[layer].query_key, twice.weights[layer].query_key), form
+
+
 def test_damaged_weights_are_found(spotattention, folder):
     path = folder / "selector.safetensors"
     data = bytearray(path.read_bytes())
     for at in range(len(data) - 400000, len(data), 997):
         data[at] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="not those that were saved|not finite"):
+    with pytest.raises(ValueError, match="its checksum is not the one noted beside it"):
         spotattention.Selector.load(folder)
     path.write_bytes(data[:5000])
     with pytest.raises(ValueError, match="is damaged"):
@@ -291,6 +383,7 @@ def test_weights_that_are_not_finite_are_not_saved(spotattention, folder, tmp_pa
 def test_a_backbone_without_sizes_is_named(spotattention, folder, name, value):
     document = json.loads((folder / "selector.json").read_text())
     document["backbone"][name] = value
+    del document["checksum"]
     (folder / "selector.json").write_text(json.dumps(document))
     with pytest.raises(ValueError, match=f"backbone.{name} is "):
         spotattention.Selector.load(folder)

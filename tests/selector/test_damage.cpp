@@ -140,6 +140,31 @@ TEST(SelectorFiles, NumbersBeyondFloat64AreErrorsWhereverTheyStand) {
   EXPECT_GT(places, 10);
 }
 
+// tests/python/test_selector.py reads the same list.
+TEST(SelectorFiles, BothLanguagesTakeAndRefuseTheSameSettings) {
+  const ModelConfig model = test::small_model(24, 2, 4, 2, 16);
+  const TemporaryFolder folder;
+  Selector(SelectorConfig{}, model, at::kCPU).save(folder.path(), "abc");
+  const json settings = read_json("tests/selector/settings.json"),
+             whole = read_json(folder.path() / "selector.json");
+  for (const auto& [verdict, list] : settings.items())
+    for (const auto& [pointer, value] : list.get<std::vector<std::pair<std::string, std::string>>>()) {
+      json document = whole;
+      document.erase("checksum");
+      document[json::json_pointer(pointer)] = "HERE";
+      std::string text = document.dump();
+      text.replace(text.find("\"HERE\""), 6, value);
+      write_file_atomically(folder.path() / "selector.json", text);
+      std::string error;
+      try {
+        load(folder.path(), model);
+      } catch (const Error& e) {
+        error = e.what();
+      }
+      EXPECT_EQ(error.empty(), verdict == "taken") << pointer << " " << value << ": " << error;
+    }
+}
+
 TEST(SelectorFiles, NothingButErrorsComesOfOtherDocuments) {
   fresh_seed();
   const ModelConfig model = test::small_model(32, 2, 4, 2, 16);

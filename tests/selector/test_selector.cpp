@@ -370,8 +370,8 @@ float bfloat16(float x) {
   return static_cast<float>(c10::BFloat16(x));
 }
 
-// What int4 rows hold, number by number in float64: of seven scales the best, two codes a byte.
-TEST(Selector, Int4RowsHaveTheBestOfSevenScales) {
+// What int4 rows hold, number by number in float64: of eight scales the best, two codes a byte.
+TEST(Selector, Int4RowsHaveTheBestOfEightScales) {
   const uint64_t seed = fresh_seed();
   const TemporaryFolder folder;
   const ModelConfig model = small_model(32 * random_int(1, 5), 2, 4, 2, 16);
@@ -388,10 +388,14 @@ TEST(Selector, Int4RowsHaveTheBestOfSevenScales) {
   loaded.save(wide, "abc");
   const Selector widened = Selector::load(wide, "", model, at::kCPU);
   const auto saved = selector.named_parameters(), read = loaded.named_parameters();
+  // Stored again they stay, those with a code of -8 too.
+  widened.save(wide, "abc", {}, WeightFormat::int4);
+  const Selector again = Selector::load(wide, "", model, at::kCPU);
   int clipped = 0;
   for (size_t i = 0; i < saved.size(); ++i) {
     const auto& [name, before] = saved[i];
     EXPECT_TRUE(at::equal(widened.parameters()[i], read[i].second)) << name;
+    EXPECT_TRUE(at::equal(again.parameters()[i], read[i].second)) << name;
     if (!name.ends_with("query.weight") && !name.ends_with("key.weight")) {
       EXPECT_TRUE(at::equal(before, read[i].second)) << name;
       continue;
@@ -413,7 +417,7 @@ TEST(Selector, Int4RowsHaveTheBestOfSevenScales) {
       };
       double least = std::numeric_limits<double>::infinity();
       float best = 0;
-      for (const float share : {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f}) {
+      for (const float share : {1.0f, 0.95f, 0.9f, 0.875f, 0.85f, 0.8f, 0.75f, 0.7f}) {
         const float scale = bfloat16(largest * share / 7);
         double error = 0;
         for (int n = 0; n < 32; ++n) error += std::pow(double{code(n, scale)} * scale - x[n], 2);
@@ -464,18 +468,18 @@ TEST(Selector, Int4RowsThatDoNotFitAreRefused) {
   const char *codes = "layers.1.query.weight", *scales = "layers.1.query.scale";
   expect(
       scales, [](const at::Tensor& x) { return x.slice(1, 0, 1).contiguous(); },
-      "layers.1.query.scale is 512x1; config and backbone make it 512x2");
+      "layers.1.query.scale is [512, 1]; config and backbone make it [512, 2]");
   expect(
       scales, [](const at::Tensor& x) { return x.to(at::kFloat); },
-      "layers.1.query.scale is of Float; selector.json makes it bfloat16");
+      "layers.1.query.scale is of float32; selector.json makes it bfloat16");
   expect(scales, [](const at::Tensor& x) { return x / 0; }, "layers.1.query.scale holds values that are not");
   expect(scales, [](const at::Tensor&) { return at::Tensor(); }, "layers.1.query.scale");
   expect(
       codes, [](const at::Tensor& x) { return x.to(at::kChar); },
-      "layers.1.query.weight is of Char; selector.json makes it uint8");
+      "layers.1.query.weight is of int8; selector.json makes it uint8");
   expect(
       codes, [](const at::Tensor& x) { return at::cat({x, x}, 1); },
-      "layers.1.query.weight is 512x64; config and backbone make it 512x32");
+      "layers.1.query.weight is [512, 64]; config and backbone make it [512, 32]");
   expect(codes, [](const at::Tensor& x) { return x.bitwise_xor(1); }, "are not those that were saved");
 }
 
@@ -519,9 +523,9 @@ TEST(Selector, LoadRefusesWhatDoesNotFit) {
   edit([](json& d) { d["weight_format"] = "int4"; });
   expect(model, "selector.json: hidden_size is 24; int4 stores");
   edit([](json& d) { d["weight_format"] = "int8"; });
-  expect(model, "query.weight is of Float; selector.json makes it int8");
+  expect(model, "query.weight is of float32; selector.json makes it int8");
   edit([](json& d) { d["config"]["key_heads"] = 4; });
-  expect(model, "tensor layers.0.key.weight is 128x24; config and backbone make it 512x24");
+  expect(model, "tensor layers.0.key.weight is [128, 24]; config and backbone make it [512, 24]");
   edit([](json& d) { d["layers"] = {0}; });
   expect(model, "\"layers\" is [0]");
   edit([](json& d) { d["weights_id"] = "0"; });

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.timeout(1800)
 
 def random_selector(folder, config, architecture):
     """A selector folder for a transformers config."""
-    from spotattention.selector import LayerWeights, Selector, SelectorConfig
+    from spotattention.selector import LayerWeights, Selector
+    from spotattention.selector_config import SelectorConfig
 
     layers, hidden = list(range(config.num_hidden_layers)), config.hidden_size
     chosen = SelectorConfig(per="kv_group")

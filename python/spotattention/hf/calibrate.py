@@ -12,7 +12,7 @@ from spotattention.hf.observe import Seen, observing, run
 from spotattention.ops import PAGE_TOKENS, select_blocks
 from spotattention.progress import Progress
 from spotattention.rule import SelectionRule
-from spotattention.selector import SelectorConfig
+from spotattention.selector_config import SelectorConfig
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 THRESHOLDS = tuple(2 ** (-half / 2) for half in range(12, 33))  # of the mass table: 2^-6 to 2^-16

@@ -20,7 +20,8 @@ from spotattention.hf.loss import LayerParameters, layer_loss
 from spotattention.hf.observe import Seen, observing, run
 from spotattention.progress import Progress
 from spotattention.rope import RopeConfig, RopeTable
-from spotattention.selector import Selector, SelectorConfig, WeightFormat, weight_format
+from spotattention.selector import Selector, WeightFormat, weight_format
+from spotattention.selector_config import SelectorConfig
 
 
 def distill(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spotattention.hf.loss import LayerParameters, layer_loss
 from spotattention.hf.observe import Seen, observing, run
 from spotattention.projection import rotate
-from spotattention.selector import SelectorConfig
+from spotattention.selector_config import SelectorConfig
 
 
 @dataclass

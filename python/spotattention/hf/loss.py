@@ -7,7 +7,8 @@ from spotattention import ops
 from spotattention.hf.observe import Seen
 from spotattention.ops import PAGE_TOKENS
 from spotattention.rope import RopeTable
-from spotattention.selector import LayerWeights, SelectorConfig
+from spotattention.selector import LayerWeights
+from spotattention.selector_config import SelectorConfig
 
 
 class LayerParameters(nn.Module):

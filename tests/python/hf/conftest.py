@@ -74,7 +74,8 @@ def random_selector(spotattention):
     """random_selector(model, key_heads=4): weights as they are before the first step."""
     from spotattention.hf import backbone
     from spotattention.hf.loss import LayerParameters
-    from spotattention.selector import Selector, SelectorConfig
+    from spotattention.selector import Selector
+    from spotattention.selector_config import SelectorConfig
 
     def make(model, **changes):
         config = SelectorConfig(**({"cache_format": "f32"} | changes))

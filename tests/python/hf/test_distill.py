@@ -25,7 +25,7 @@ def test_loss_and_gradients_are_the_definitions(spotattention, small, scope, los
     """Against whole float64 matrices and autograd, on a part of the queries."""
     from spotattention.hf.loss import LayerParameters, layer_loss
     from spotattention.rope import RopeConfig, RopeTable
-    from spotattention.selector import SelectorConfig
+    from spotattention.selector_config import SelectorConfig
 
     model = small("Qwen3", num_hidden_layers=1)
     config = SelectorConfig(key_heads=key_heads)
@@ -93,7 +93,7 @@ RUN = dict(
 
 @pytest.fixture()
 def config():
-    from spotattention.selector import SelectorConfig
+    from spotattention.selector_config import SelectorConfig
 
     made = SelectorConfig()
     made.selection.sinks, made.selection.recency, made.selection.floor = 16, 32, 96
