@@ -47,6 +47,8 @@ class SelectionPolicy {
   // Block scores [count, groups, blocks] float32 of one chunk's queries, blocks = ceil((start + count) / 16);
   // blocks past a query's position hold -inf.
   virtual at::Tensor score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) = 0;
+  // Whether score_decode is fast for many rows of one sequence: kernels of its own, which read pages.
+  virtual bool scores_rows() const { return false; }
   // Block scores [sequences, groups, table width] float32 of a batch of decode rows alone, -inf past each
   // length.
   virtual at::Tensor score_decode(const AttentionInputs& inputs);

@@ -65,6 +65,17 @@ at::Tensor SparseAttention::attend(const AttentionInputs& inputs, PrefillMode pr
   return output;
 }
 
+// On a GPU as decode rows, so long as those are few: chunks of single queries would make the selector's keys float32 and
+// masks over the whole context.
+at::Tensor SparseAttention::attend_queries(const AttentionInputs& inputs) {
+  constexpr int64_t kMostRows = 1024;
+  const bool rows = inputs.query.is_cuda() && inputs.query.size(0) <= kMostRows && selects(inputs.layer) &&
+                    policy_.scores_rows() && ops::attends(inputs.query, pools_.get("keys", inputs.layer));
+  if (!rows) return attend(inputs, PrefillMode::sparse, /*query_tile=*/1);
+  const Batch batch = inputs.batch.rows();
+  return decode(inputs.rows(batch, 0));
+}
+
 // Every row is a decode row. Rows up to the floor keep every block in the operator that attend_dense uses
 // too: no case apart.
 at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {

@@ -62,6 +62,8 @@ class SparseAttention : public AttentionBackend {
   at::Tensor forward(const AttentionInputs& inputs) override;
   // The same of tokens that are stored already, in the policy's stores too, with another reading of prefill chunks.
   at::Tensor attend(const AttentionInputs& inputs, PrefillMode prefill, int64_t query_tile);
+  // Of prefill chunks, each of whose queries chooses for itself, such as a question's behind its context.
+  at::Tensor attend_queries(const AttentionInputs& inputs);
 
   void set_prefill(PrefillMode mode) { options_.prefill = mode; }
   void set_observer(SelectionObserver observer) { options_.observer = std::move(observer); }

@@ -222,7 +222,7 @@ at::Tensor AttentionStack::attend(const Part& part, const AttentionInputs& input
   // A policy of one method alone has its rule from its making.
   if (methods_[static_cast<size_t>(part.method)].shares)
     sparse.policy().set_rule(specs_[static_cast<size_t>(part.method)].rule);
-  if (part.selects) return sparse.attend(inputs, PrefillMode::sparse, /*query_tile=*/1);
+  if (part.selects) return sparse.attend_queries(inputs);
   return sparse.attend(inputs, PrefillMode::sparse, sparse.query_tile());
 }
 

@@ -34,6 +34,27 @@ Batch Batch::prefills() const {
   return part;
 }
 
+Batch Batch::rows() const {
+  Batch made = *this;
+  made.num_decodes = num_tokens();
+  for (std::vector<int64_t>* list : {&made.sequences, &made.starts, &made.query_lengths, &made.first_pages})
+    list->clear();
+  for (int64_t i = 0; i < num_sequences(); ++i)
+    for (int64_t done = 0; done < query_lengths[i]; ++done) {
+      made.sequences.push_back(sequences[i]);
+      made.starts.push_back(starts[i] + done);
+      made.query_lengths.push_back(1);
+      made.first_pages.push_back(first_pages[i]);
+    }
+  const at::Tensor sequence = at::repeat_interleave(query_starts.diff(), num_tokens());
+  made.page_table = page_table.index_select(0, sequence);
+  if (state_slots.defined()) made.state_slots = state_slots.index_select(0, sequence);
+  made.lengths = (positions + 1).to(at::kInt);
+  made.query_starts = at::arange(num_tokens() + 1, query_starts.options());
+  made.logit_rows = at::Tensor();
+  return made;
+}
+
 std::vector<QueryChunk> query_chunks(const Batch& batch) {
   std::vector<QueryChunk> chunks;
   int64_t row = 0;

@@ -42,6 +42,8 @@ struct Batch {
   // of this one's, but for the prefill chunks' query_starts.
   Batch decodes() const;
   Batch prefills() const;
+  // Every token as a decode row, which sees its sequence up to itself.
+  Batch rows() const;
 };
 
 // Consecutive new tokens of one sequence in a batch.

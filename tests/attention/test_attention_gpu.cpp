@@ -122,6 +122,39 @@ TEST(GpuAttention, DenseAndSparseMatchTheCpu) {
   }
 }
 
+struct Queries : AttentionBackend {
+  explicit Queries(SparseAttention& sparse_) : sparse(sparse_) {}
+  at::Tensor forward(const AttentionInputs& inputs) override { return sparse.attend_queries(inputs); }
+  SparseAttention& sparse;
+};
+
+// As decode rows, what single queries of a chunk choose.
+TEST(GpuAttention, QueriesOfAChunkAreRows) {
+  const uint64_t seed = fresh_seed();
+  const ModelConfig model = small_model(64, 1, 8, 2, 64);
+  const SelectorConfig config;
+  SelectionRule rule{.mode = SelectionMode::top_p, .sinks = 16, .recency = 64, .floor = 128, .p = 0.6};
+  SparseOptions options;
+  options.query_tile = 1;
+  options.prefill = PrefillMode::sparse;
+  Side gpu(model, config, rule, options, seed, at::Device(at::kCUDA, 0));
+  const auto context = random_tokens(model, {random_int(1200, 1500), random_int(20, 900)});
+  forward(gpu, gpu.sparse, context, true);
+  const Tokens question = random_tokens(model, {random_int(2, 70), random_int(2, 40)});
+  const at::Tensor expected = forward(gpu, gpu.sparse, question, true);
+  const auto before = gpu.sparse.counters().at(0);
+  Queries queries(gpu.sparse);
+  const at::Tensor rows = forward(gpu, queries, question, false);
+  // Scores of both ways round differently, so that a few near-equal blocks may swap places.
+  EXPECT_LT(relative_difference(rows, expected), 0.1);
+  const auto after = gpu.sparse.counters().at(0);
+  EXPECT_EQ(after.rows - before.rows, question.counts[0] + question.counts[1]);
+  int64_t visible = 0;
+  for (size_t i = 0; i < 2; ++i)
+    for (int64_t n = 1; n <= question.counts[i]; ++n) visible += context.counts[i] + n;
+  EXPECT_EQ(after.tokens_visible - before.tokens_visible, visible);
+}
+
 // Long enough for cuDNN, whole and as a chunk at any offset; keys past the chunk must not matter.
 TEST(GpuAttention, LongChunksMatchDoublePrecision) {
   fresh_seed();

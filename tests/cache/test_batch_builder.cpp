@@ -53,6 +53,17 @@ TEST(BatchBuilder, SaysWhereEverythingLies) {
   EXPECT_EQ(list(decodes.slots), (List{33}));
   EXPECT_EQ(list(decodes.page_table), (List{2, 0, 0}));
   EXPECT_TRUE(decodes.slots.is_alias_of(batch.slots));
+  const Batch rows = batch.prefills().rows();
+  EXPECT_TRUE(rows.is_decode());
+  EXPECT_EQ(rows.num_sequences(), 16);
+  EXPECT_EQ(List(rows.sequences.begin(), rows.sequences.begin() + 4), (List{c, c, a, a}));
+  EXPECT_EQ(List(rows.starts.begin(), rows.starts.begin() + 4), (List{0, 1, 20, 21}));
+  EXPECT_EQ(List(rows.first_pages.begin(), rows.first_pages.begin() + 3), (List{3, 3, -1}));
+  EXPECT_EQ(list(rows.page_table.narrow(0, 1, 2)), (List{3, 0, 0, 0, 1, 4}));
+  EXPECT_EQ(list(rows.lengths.narrow(0, 0, 4)), (List{1, 2, 21, 22}));
+  EXPECT_EQ(list(rows.query_starts), list(at::arange(17)));
+  EXPECT_EQ(list(rows.state_slots.narrow(0, 1, 2)), (List{cache.state_slot(c), cache.state_slot(a)}));
+  EXPECT_TRUE(rows.slots.is_alias_of(batch.slots));
   const std::vector<QueryChunk> chunks = prefill_chunks(batch);
   ASSERT_EQ(chunks.size(), 2u);
   EXPECT_EQ(chunks[1].sequence, 2);

@@ -23,6 +23,7 @@ class QuestPolicy : public SelectionPolicy {
   int64_t groups() const override { return scope_ == SelectorScope::layer ? 1 : num_kv_heads_; }
   void append(const AttentionInputs& inputs) override;
   at::Tensor score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) override;
+  bool scores_rows() const override { return true; }
   at::Tensor score_decode(const AttentionInputs& inputs) override;
 
  protected:

@@ -20,6 +20,7 @@ class SpotPolicy : public SelectionPolicy {
   AttentionPreparation prepare(int64_t layer, const at::Tensor& hidden, const at::Tensor& positions) override;
   void append(const AttentionInputs& inputs) override;
   at::Tensor score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) override;
+  bool scores_rows() const override { return true; }
   at::Tensor score_decode(const AttentionInputs& inputs) override;
   // On CUDA, for the dtypes and head_dims of ops/prefill/prefill.h.
   bool score_tiles(const AttentionInputs& inputs, TilePrefill& prefill) const override;
