@@ -179,7 +179,7 @@ void add_eval_ruler(CLI::App& parent) {
       ->capture_default_str();
   command
       .add_option("--prefill-chunk", eval.prefill_chunk,
-                  "Prompt tokens a forward call (0: 8,192 on a GPU, 1,024 on a CPU)")
+                  "Prompt tokens a forward call (0: 32,768 on a GPU, 1,024 on a CPU)")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command.add_option("--batch", eval.batch, "Prompts at once; more need more memory for keys and values")

@@ -163,7 +163,7 @@ class PromptRunner {
 
   EngineOptions engine_options(const RulerEvalOptions& options, const at::Device& device) {
     const int64_t sequences = options.batch * num_methods_;
-    const int64_t chunk = options.prefill_chunk > 0 ? options.prefill_chunk : device.is_cuda() ? 8192 : 1024;
+    const int64_t chunk = options.prefill_chunk > 0 ? options.prefill_chunk : device.is_cuda() ? 32768 : 1024;
     EngineOptions made{.max_step_tokens = std::max(chunk, kBlockSize) + sequences,
                        .max_sequences = sequences,
                        .max_tokens = *std::max_element(options.lengths.begin(), options.lengths.end()),

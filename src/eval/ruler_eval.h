@@ -44,7 +44,7 @@ struct RulerEvalOptions {
   // An answer ends as soon as every reference is in it: the score cannot change any more.
   bool stop_when_answered = true;
   int64_t mass_every = 4;     // answer tokens from one measurement of captured mass to the next; 0: none
-  int64_t prefill_chunk = 0;  // prompt tokens a step; 0: 8,192 on a GPU, 1,024 on a CPU
+  int64_t prefill_chunk = 0;  // prompt tokens a step; 0: 32,768 on a GPU, 1,024 on a CPU
   int64_t batch = 4;          // prompts at once
   // Every finished prompt is appended to out/ruler.jsonl, and prompts that this file holds already are not
   // run again. Empty: nothing is kept.
