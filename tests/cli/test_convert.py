@@ -89,7 +89,7 @@ def test_what_cannot_be_done_is_said(spot, tmp_path):
         (SHIPPED, "nope", tmp_path / "a", [], 'no selector "nope"'),
         (SHIPPED, "spot", SHIPPED / "selectors" / "spot", [], "holds files already; name another folder"),
         (SHIPPED, "spot", SHIPPED, [], "holds files already; name another folder"),
-        (SHIPPED, "spot", "", [], "name"),
+        (SHIPPED, "spot", "", [], "--out: the value is empty"),
         (ROOT / "models" / MODELS[1], SHIPPED / "selectors" / "spot", tmp_path / "a", [], "another backbone: its arch"),
         (SHIPPED, "spot", tmp_path / "a", ["--store", "int3"], "int3"),
     ]

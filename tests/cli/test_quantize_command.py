@@ -18,7 +18,9 @@ MODELS = ["tiny-qwen3", "tiny-qwen3.5"]
 
 
 def bytes_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """But for hidden files, such as the lock of a `spot calibrate` that a test killed."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def tensors_of(folder):
