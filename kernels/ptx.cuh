@@ -308,6 +308,16 @@ __device__ __forceinline__ float2 e4m3x2_to_float2(uint32_t two) {
   return e4m3x2_by_bits(two);
 #endif
 }
+// Four E4M3 numbers (lowest byte first) to float16, two a word, exactly.
+__device__ __forceinline__ void e4m3x4_to_halves(uint32_t four, uint32_t& low, uint32_t& high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  asm("{\n .reg .b16 a, b;\n mov.b32 {a, b}, %2;\n cvt.rn.f16x2.e4m3x2 %0, a;\n cvt.rn.f16x2.e4m3x2 %1, b;\n}"
+      : "=r"(low), "=r"(high)
+      : "r"(four));
+#else
+  e4m3x4_by_bits(four, low, high);
+#endif
+}
 
 template <typename T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);

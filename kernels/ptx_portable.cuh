@@ -43,4 +43,15 @@ __device__ __forceinline__ float2 e4m3x2_by_bits(uint32_t two) {
   return x;
 }
 
+// e4m3x4_to_halves by bits.
+__device__ __forceinline__ void e4m3x4_by_bits(uint32_t four, uint32_t& low, uint32_t& high) {
+  const auto halves = [](uint32_t two) {
+    const float2 x = e4m3x2_by_bits(two);
+    const __half2 pair = __floats2half2_rn(x.x, x.y);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  };
+  low = halves(four & 0xffff);
+  high = halves(four >> 16);
+}
+
 }  // namespace spot::kernels::ptx

@@ -9,6 +9,7 @@
 // scores are L2 traffic. A card without the shared memory for it runs the two kernels. Work is bounded by the row's own count. Grid: (16, KV heads * head tiles, batch)
 // blocks of 16 warps; all select, the first 4 attend.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/attend_split.cuh"
 #include "kernels/launch.h"
@@ -20,23 +21,22 @@ namespace {
 
 constexpr int kTouchedPages = 8192;  // of the page table: 256 lines of L1
 
-template <int kHeadDim>
-constexpr int kFusedStages = 512 / kHeadDim;  // 32 KB a warp
+template <int kHeadDim, int kBytes>
+constexpr int kFusedStages = 1024 / (kHeadDim * kBytes);  // 32 KB a warp
 
-template <int kHeadDim>
+template <int kHeadDim, int kBytes>
 struct FusedShared {
-  AttendShared<kHeadDim, kFusedStages<kHeadDim>> attend;  // its tiles first; the selection lies over them,
-                                                          // and behind it the row's scores
+  // Its tiles first; the selection lies over them, and behind it the row's scores.
+  AttendShared<kHeadDim, kFusedStages<kHeadDim, kBytes>, kBytes> attend;
   CombineShared combined;
   int32_t list[4];  // longer: dynamic shared memory goes on
 };
 
-// kMass: see SelectTask.
-template <typename T, int kHeadDim, bool kMass>
+// kMass: see SelectTask. kBytes: of a number in the pages.
+template <typename T, int kHeadDim, bool kMass, int kBytes>
 __global__ void __launch_bounds__(kSelectThreads, 1)
     fused_kernel(const SelectAndAttendParams p, const SelectConstants constants, const HeadTiling tiling) {
-  constexpr int kStages = kFusedStages<kHeadDim>;
-  using Shared = FusedShared<kHeadDim>;
+  using Shared = FusedShared<kHeadDim, kBytes>;
   static_assert(sizeof(SelectShared) + kSelectCached * sizeof(float) <= sizeof(Shared::attend.tiles));
   Shared& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared());
   SelectShared& select = *reinterpret_cast<SelectShared*>(ptx::dynamic_shared());
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 #pragma unroll 1
   for (int i = tid * 32; i < min(p.max_blocks, kTouchedPages); i += kSelectThreads * 32)
     ptx::touch(page_table + i);
-  AttendSource source = attend_source<kHeadDim>(a, place);
-  load_query_fragments<kHeadDim>(source, shared.attend.query);
+  AttendSource source = attend_source<kHeadDim, kBytes>(a, place);
+  load_query<T, kHeadDim, kBytes>(source, shared.attend);
   SelectConstants own_constants = constants;
   own_constants.rules.block_size = kPageTokens;  // which the compiler may know
   const SelectRow row = select_row(own_constants.rules, length, constants.capacity);
@@ -69,9 +69,9 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   const bool contiguous = a.token_stride == kHeadDim;
   const auto fetch = [&](int block) {
     if (!contiguous || block % kAttentionSplits != place.split) return;
-    const int64_t at = page_table[block] * a.page_stride;
-    ptx::prefetch_l2(source.keys + at, AttendShape<kHeadDim>::kTileBytes);
-    ptx::prefetch_l2(source.values + at, AttendShape<kHeadDim>::kTileBytes);
+    const int64_t at = page_table[block] * source.page_stride;
+    ptx::prefetch_l2(source.keys + at, AttendShape<kHeadDim, kBytes>::kTileBytes);
+    ptx::prefetch_l2(source.values + at, AttendShape<kHeadDim, kBytes>::kTileBytes);
   };
   if (p.overlap == Overlap::kHistory) {
     ptx::griddepcontrol_wait();
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   source.last_entry = count - 1;
   source.last_valid = end == count && end > begin ? length - shared.list[count - 1 - begin] * kPageTokens : 0;
   if (warp < kAttendWarps)
-    attend_warp<T, kHeadDim, kStages>(
+    attend_warp<T>(
         source, begin, end, [&](int i) { return page_table[shared.list[i - begin]]; }, shared.attend, warp,
         lane);
   __syncthreads();
@@ -117,16 +117,21 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 // Of the fused kernel: also the block's own entries of the list.
 size_t fused_shared_bytes(const SelectAndAttendParams& p) {
   const size_t own = static_cast<size_t>(std::min(p.max_selected, p.max_blocks)) / kAttentionSplits + 2;
-  const size_t fixed = p.attention.head_dim == 64    ? sizeof(FusedShared<64>)
-                       : p.attention.head_dim == 128 ? sizeof(FusedShared<128>)
-                                                     : sizeof(FusedShared<256>);
-  return fixed + own * sizeof(int32_t);
+  const auto fixed = [&]<int kBytes>(std::integral_constant<int, kBytes>) {
+    return p.attention.head_dim == 64    ? sizeof(FusedShared<64, kBytes>)
+           : p.attention.head_dim == 128 ? sizeof(FusedShared<128, kBytes>)
+                                         : sizeof(FusedShared<256, kBytes>);
+  };
+  return (p.attention.e4m3 ? fixed(std::integral_constant<int, 1>())
+                           : fixed(std::integral_constant<int, 2>())) +
+         own * sizeof(int32_t);
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, int kBytes>
 cudaError_t launch_fused(const SelectAndAttendParams& p, cudaStream_t stream) {
   const bool mass = p.rules.mode != SelectionMode::top_k || p.covered_share != nullptr;
-  const auto kernel = mass ? fused_kernel<T, kHeadDim, true> : fused_kernel<T, kHeadDim, false>;
+  const auto kernel =
+      mass ? fused_kernel<T, kHeadDim, true, kBytes> : fused_kernel<T, kHeadDim, false, kBytes>;
   const SparseDecodeAttentionParams& a = p.attention;
   LaunchShape shape;
   shape.grid = dim3(kAttentionSplits, a.num_kv_heads * head_tiles(a.num_heads, a.num_kv_heads), a.batch);
@@ -138,17 +143,23 @@ cudaError_t launch_fused(const SelectAndAttendParams& p, cudaStream_t stream) {
   return launch(kernel, shape, stream, p, select_constants(p.rules, p.max_selected, kSelectCached),
                 head_tiling(p.attention));
 }
+template <typename T, int kBytes>
 cudaError_t launch_fused(const SelectAndAttendParams& p, cudaStream_t stream) {
-  const bool bf16 = p.attention.type == DataType::kBf16;
   switch (p.attention.head_dim) {
     case 64:
-      return bf16 ? launch_fused<__nv_bfloat16, 64>(p, stream) : launch_fused<__half, 64>(p, stream);
+      return launch_fused<T, 64, kBytes>(p, stream);
     case 128:
-      return bf16 ? launch_fused<__nv_bfloat16, 128>(p, stream) : launch_fused<__half, 128>(p, stream);
+      return launch_fused<T, 128, kBytes>(p, stream);
     case 256:
-      return bf16 ? launch_fused<__nv_bfloat16, 256>(p, stream) : launch_fused<__half, 256>(p, stream);
+      return launch_fused<T, 256, kBytes>(p, stream);
   }
   return cudaErrorInvalidValue;
+}
+cudaError_t launch_fused(const SelectAndAttendParams& p, cudaStream_t stream) {
+  if (p.attention.type == DataType::kBf16)
+    return p.attention.e4m3 ? launch_fused<__nv_bfloat16, 1>(p, stream)
+                            : launch_fused<__nv_bfloat16, 2>(p, stream);
+  return p.attention.e4m3 ? launch_fused<__half, 1>(p, stream) : launch_fused<__half, 2>(p, stream);
 }
 
 cudaError_t launch_two(const SelectAndAttendParams& p, cudaStream_t stream) {

@@ -10,34 +10,35 @@
 namespace spot::kernels {
 namespace {
 
-// Blocks in flight a warp.
-template <int kHeadDim, bool kDeep>
+// Blocks in flight a warp: of E4M3 codes twice as many, as many bytes.
+template <int kHeadDim, bool kDeep, int kBytes>
 constexpr int kStagesOf = (kDeep            ? 512
                            : kHeadDim == 64 ? 128
                                             : kHeadDim) /
-                          kHeadDim;
+                          kHeadDim * (2 / kBytes);
 
-template <typename T, int kHeadDim, bool kDeep>
+// kBytes: of a number in the pages.
+template <typename T, int kHeadDim, bool kDeep, int kBytes>
 __global__ void __launch_bounds__(kAttendWarps * 32, kDeep             ? 1
                                                      : kHeadDim == 256 ? 3
                                                                        : 6)
     attention_kernel(const SparseDecodeAttentionParams p, const HeadTiling tiling) {
-  constexpr int kStages = kStagesOf<kHeadDim, kDeep>;
-  using Shared = AttendShared<kHeadDim, kStages>;
+  constexpr int kStages = kStagesOf<kHeadDim, kDeep, kBytes>;
+  using Shared = AttendShared<kHeadDim, kStages, kBytes>;
   Shared& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared());
   __shared__ CombineShared combined;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
 
   const SplitPlace place(tiling, blockIdx.x, blockIdx.y, blockIdx.z);
-  AttendSource source = attend_source<kHeadDim>(p, place);
+  AttendSource source = attend_source<kHeadDim, kBytes>(p, place);
   const int list =
       p.rows_per_sequence == 1 ? place.batch_row : place.batch_row * p.num_kv_heads + place.kv_head;
   const int32_t* selected =
       p.selected == nullptr ? nullptr : p.selected + static_cast<int64_t>(list) * p.max_selected;
   const int length = p.lengths[place.batch_row];
   const int count = selected == nullptr ? (length + kPageTokens - 1) / kPageTokens : p.counts[list];
-  load_query_fragments<kHeadDim>(source, shared.query);
+  load_query<T, kHeadDim, kBytes>(source, shared);
   const int32_t* page_table = p.page_table + place.batch_row * p.page_table_stride;
   const auto block_of = [&](int i) { return selected == nullptr ? i : selected[i]; };
   const int begin = static_cast<int>(static_cast<int64_t>(place.split) * count / kAttentionSplits);
@@ -45,17 +46,17 @@ __global__ void __launch_bounds__(kAttendWarps * 32, kDeep             ? 1
   source.last_entry = count - 1;
   source.last_valid = end == count && end > begin ? length - block_of(count - 1) * kPageTokens : 0;
   __syncthreads();
-  attend_warp<T, kHeadDim, kStages>(
+  attend_warp<T>(
       source, begin, end, [&](int i) { return page_table[block_of(i)]; }, shared, threadIdx.x / 32,
       threadIdx.x % 32);
   __syncthreads();
   combine<T, kAttendWarps * 32>(p, place, shared, combined);
 }
 
-template <typename T, int kHeadDim, bool kDeep>
+template <typename T, int kHeadDim, bool kDeep, int kBytes>
 cudaError_t launch_attention(const SparseDecodeAttentionParams& p, cudaStream_t stream) {
-  using Shared = AttendShared<kHeadDim, kStagesOf<kHeadDim, kDeep>>;
-  const auto kernel = attention_kernel<T, kHeadDim, kDeep>;
+  using Shared = AttendShared<kHeadDim, kStagesOf<kHeadDim, kDeep, kBytes>, kBytes>;
+  const auto kernel = attention_kernel<T, kHeadDim, kDeep, kBytes>;
   const cudaError_t error = allow_shared_bytes(kernel, sizeof(Shared));
   if (error != cudaSuccess) return error;
   LaunchShape shape;
@@ -65,17 +66,29 @@ cudaError_t launch_attention(const SparseDecodeAttentionParams& p, cudaStream_t 
   shape.overlap = p.overlap;
   return launch(kernel, shape, stream, p, head_tiling(p));
 }
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, int kBytes>
 cudaError_t launch_attention(const SparseDecodeAttentionParams& p, cudaStream_t stream) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const int64_t grid =
       int64_t{kAttentionSplits} * p.batch * p.num_kv_heads * head_tiles(p.num_heads, p.num_kv_heads);
-  const bool deep = grid <= device.multiprocessors &&
-                    sizeof(AttendShared<kHeadDim, kStagesOf<kHeadDim, true>>) <= device.shared_bytes;
-  return deep ? launch_attention<T, kHeadDim, true>(p, stream)
-              : launch_attention<T, kHeadDim, false>(p, stream);
+  using Deep = AttendShared<kHeadDim, kStagesOf<kHeadDim, true, kBytes>, kBytes>;
+  const bool deep = grid <= device.multiprocessors && sizeof(Deep) <= device.shared_bytes;
+  return deep ? launch_attention<T, kHeadDim, true, kBytes>(p, stream)
+              : launch_attention<T, kHeadDim, false, kBytes>(p, stream);
+}
+template <typename T, int kBytes>
+cudaError_t launch_attention(const SparseDecodeAttentionParams& p, cudaStream_t stream) {
+  switch (p.head_dim) {
+    case 64:
+      return launch_attention<T, 64, kBytes>(p, stream);
+    case 128:
+      return launch_attention<T, 128, kBytes>(p, stream);
+    case 256:
+      return launch_attention<T, 256, kBytes>(p, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -100,8 +113,10 @@ cudaError_t check_attention(const SparseDecodeAttentionParams& p) {
   const auto aligned = [](const void* pointer) {
     return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   };
+  const int64_t together = p.e4m3 ? 16 : 8;  // numbers
   if (!aligned(p.keys) || !aligned(p.values) || !aligned(p.queries) || !aligned(p.out) ||
-      !aligned(p.workspace) || p.page_stride % 8 != 0 || p.head_stride % 8 != 0 || p.token_stride % 8 != 0 ||
+      !aligned(p.workspace) || p.page_stride % together != 0 || p.head_stride % together != 0 ||
+      p.token_stride % together != 0 || (!p.e4m3 && (p.key_scales != nullptr || p.value_scales != nullptr)) ||
       p.page_table == nullptr || p.lengths == nullptr ||
       p.workspace_bytes < sparse_decode_workspace_bytes(p.batch, p.num_heads, p.num_kv_heads, p.head_dim))
     return cudaErrorInvalidValue;
@@ -112,18 +127,10 @@ cudaError_t sparse_decode_attention(const SparseDecodeAttentionParams& p, cudaSt
   const cudaError_t error = check_attention(p);
   if (error != cudaSuccess || p.batch == 0) return error;
   if (p.selected != nullptr && p.counts == nullptr) return cudaErrorInvalidValue;
-  const bool bf16 = p.type == DataType::kBf16;
-  switch (p.head_dim) {
-    case 64:
-      return bf16 ? launch_attention<__nv_bfloat16, 64>(p, stream) : launch_attention<__half, 64>(p, stream);
-    case 128:
-      return bf16 ? launch_attention<__nv_bfloat16, 128>(p, stream)
-                  : launch_attention<__half, 128>(p, stream);
-    case 256:
-      return bf16 ? launch_attention<__nv_bfloat16, 256>(p, stream)
-                  : launch_attention<__half, 256>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  if (p.type == DataType::kBf16)
+    return p.e4m3 ? launch_attention<__nv_bfloat16, 1>(p, stream)
+                  : launch_attention<__nv_bfloat16, 2>(p, stream);
+  return p.e4m3 ? launch_attention<__half, 1>(p, stream) : launch_attention<__half, 2>(p, stream);
 }
 
 }  // namespace spot::kernels

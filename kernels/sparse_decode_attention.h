@@ -12,7 +12,8 @@ namespace spot::kernels {
 inline constexpr int kAttentionSplits = 16;
 
 struct SparseDecodeAttentionParams {
-  DataType type = DataType::kBf16;  // of queries, keys, values, out: kBf16 or kF16
+  DataType type = DataType::kBf16;  // of queries, out and, without e4m3, keys and values: kBf16 or kF16
+  bool e4m3 = false;                // keys and values are E4M3 codes, a byte each
   int32_t batch = 0;                // B
   int32_t num_heads = 0;            // Hq; Hq / Hkv in 1..16
   int32_t num_kv_heads = 0;         // Hkv
@@ -20,10 +21,15 @@ struct SparseDecodeAttentionParams {
   float scale = 0.0f;               // of the logits, head_dim^-1/2
   const void* queries = nullptr;    // [B, Hq, head_dim], contiguous
   // Pools; element strides from page to page, head to head and token to token (16 a page), dims contiguous;
-  // multiples of 8, pointers 16-byte aligned. Ours are [Hkv, num_pages, 16, head_dim].
+  // multiples of 16 bytes, pointers 16-byte aligned. Ours are [Hkv, num_pages, 16, head_dim].
   const void* keys = nullptr;
   const void* values = nullptr;
   int64_t page_stride = 0, head_stride = 0, token_stride = 0;
+  // What E4M3 codes of keys and of values are multiplied by, float32 on the device; strides from KV head to KV
+  // head (0: one for all). Null: 1.
+  const float* key_scales = nullptr;
+  const float* value_scales = nullptr;
+  int64_t key_scale_stride = 0, value_scale_stride = 0;
   const int32_t* page_table = nullptr;  // [B, page_table_stride], on the device
   int64_t page_table_stride = 0;
   const int32_t* lengths = nullptr;  // [B] tokens, on the device

@@ -25,8 +25,8 @@ __device__ __forceinline__ void copy_tokens(const AttendSource& source, int slot
     const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
     const int at = __shfl_sync(0xffffffffu, slot, row);
     const int64_t from = static_cast<int64_t>(at / kPageTokens) * source.page_stride +
-                         at % kPageTokens * source.token_stride + chunk * 8;
-    const uint32_t to = stage + row * Shape::kRowBytes + ((chunk ^ (row & 7)) * 16);
+                         at % kPageTokens * source.token_stride + chunk * 16;
+    const uint32_t to = stage + row * Shape::kRowBytes + Shape::place(chunk, row) * 16;
     ptx::cp_async_16(to, source.keys + from);
     ptx::cp_async_16(to + Shape::kTileBytes, source.values + from);
   }
@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kAttendWarps * 32, kDeep             ? 1
   };
   WarpAttention<kHeadDim> state;
   state.reset();
+  const float scale_log2[2] = {source.scale_log2, source.scale_log2};
   // Sixteen i is copied at turn i and attended to at turn i + kStages; its slots are looked up one turn
   // ahead.
   int next = blocks > 0 ? slot_of(0) : 0, stage = 0;
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kAttendWarps * 32, kDeep             ? 1
       ptx::cp_async_wait<kStages - 1>();
       __syncwarp();
       const int valid = min(count - (first + (i - kStages) * kAttendWarps) * kPageTokens, kPageTokens);
-      state.template add_block<T>(stages + stage * kBlockBytes, shared.query, valid, source.scale_log2, lane);
+      state.template add_block<T>(stages + stage * kBlockBytes, shared.query, valid, scale_log2, lane);
       __syncwarp();
     }
     if (i < blocks) {
@@ -122,7 +123,7 @@ cudaError_t launch_tokens(const SparseDecodeAttentionParams& p, cudaStream_t str
 cudaError_t token_attention(const SparseDecodeAttentionParams& p, cudaStream_t stream) {
   const cudaError_t error = check_attention(p);
   if (error != cudaSuccess || p.batch == 0) return error;
-  if (p.selected == nullptr || p.counts == nullptr || p.rows_per_sequence != p.num_kv_heads)
+  if (p.selected == nullptr || p.counts == nullptr || p.rows_per_sequence != p.num_kv_heads || p.e4m3)
     return cudaErrorInvalidValue;
   const bool bf16 = p.type == DataType::kBf16;
   switch (p.head_dim) {

@@ -17,27 +17,39 @@ using testing::PageTable;
 using testing::Random;
 using testing::Typed;
 
-// A batch of sequences with paged random keys and values.
+// Pools of keys and of values: [heads, pages, 16, dim], [pages, 16, heads, dim], or [pages, heads, 16, 2 dim], of which
+// half is read.
+enum class Layout { kHeads, kTokens, kSpaced };
+
+// A batch of sequences with paged random keys and values, of the queries' type or E4M3 codes with scales.
 struct Scene {
   DataType type;
   int32_t num_heads, num_kv_heads, head_dim;
-  bool tokens_first;  // pool [pages, 16, heads, dim] instead of [heads, pages, 16, dim]
+  Layout layout;
+  bool e4m3;
+  float query_power;  // of two: queries are multiplied, keys divided by it
   PageTable pages;
   Typed queries, keys, values;
+  Buffer<float> key_scales, value_scales;
   Buffer<uint8_t> device_queries, device_keys, device_values, workspace;
   Buffer<int32_t> table, lengths;
 
   Scene(Random& random, DataType type, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
-        bool tokens_first, const std::vector<int32_t>& row_lengths)
+        Layout layout, const std::vector<int32_t>& row_lengths, bool e4m3 = false)
       : type(type),
         num_heads(num_heads),
         num_kv_heads(num_kv_heads),
         head_dim(head_dim),
-        tokens_first(tokens_first),
+        layout(layout),
+        e4m3(e4m3),
+        query_power(e4m3 && type == DataType::kBf16 ? std::ldexp(1.0f, static_cast<int>(random() % 121) - 60)
+                                                    : 1.0f),
         pages(random, row_lengths),
-        queries(type, testing::normal(random, row_lengths.size() * num_heads * head_dim, 1.5f)),
+        queries(type, testing::normal(random, row_lengths.size() * num_heads * head_dim, 1.5f * query_power)),
         keys(type, testing::normal(random, pool_size())),
         values(type, testing::normal(random, pool_size())),
+        key_scales(std::vector<float>(num_kv_heads, 1.0f)),
+        value_scales(std::vector<float>(num_kv_heads, 1.0f)),
         device_queries(queries.bytes),
         device_keys(keys.bytes),
         device_values(values.bytes),
@@ -46,7 +58,29 @@ struct Scene {
         table(pages.table),
         lengths(pages.lengths) {
     workspace.fill(0);
+    if (e4m3) {
+      to_codes(random, keys, key_scales, 1.0f / query_power);
+      to_codes(random, values, value_scales, 1.0f);
+    }
     poison_unseen();
+  }
+  // Random codes of both signs, small ones too, and a scale a head; times `power`.
+  void to_codes(Random& random, Typed& pool, Buffer<float>& device_scales, float power) const {
+    std::vector<float> scales(num_kv_heads);
+    for (float& scale : scales) scale = power * (0.004f + 0.002f * static_cast<float>(random() % 10));
+    device_scales.upload(scales);
+    const std::vector<float> numbers = testing::normal(random, pool_size(), 130.0f);
+    pool.bytes.assign(pool_size(), 0);
+    for (int32_t page = 0; page < pages.num_pages; ++page)
+      for (int32_t head = 0; head < num_kv_heads; ++head)
+        for (int32_t token = 0; token < kPageTokens; ++token)
+          for (int32_t dim = 0; dim < head_dim; ++dim) {
+            const size_t i = page * page_stride() + head * head_stride() + token * token_stride() + dim;
+            const uint32_t size = float_to_e4m3(std::fabs(i % 7 == 0 ? numbers[i] * 1e-4f : numbers[i]));
+            const float number = std::copysign(e4m3_to_float(size), numbers[i]);
+            pool.bytes[i] = static_cast<uint8_t>(size | (numbers[i] < 0 ? 0x80 : 0));
+            pool.values[i] = number * scales[head];
+          }
   }
   // What lies behind a sequence's last token in its last page is NaN, in either type.
   void poison_unseen() {
@@ -54,21 +88,25 @@ struct Scene {
       for (int32_t token = pages.lengths[row]; token % kPageTokens != 0; ++token)
         for (int32_t head = 0; head < num_kv_heads; ++head)
           for (Typed* pool : {&keys, &values})
-            std::memset(pool->bytes.data() + 2 * at(row, head, token), 0xff, 2 * head_dim);
+            std::memset(pool->bytes.data() + (e4m3 ? 1 : 2) * at(row, head, token), 0xff,
+                        (e4m3 ? 1 : 2) * head_dim);
     device_keys.upload(keys.bytes);
     device_values.upload(values.bytes);
   }
   size_t pool_size() const {
-    return static_cast<size_t>(pages.num_pages) * kPageTokens * num_kv_heads * head_dim;
+    return static_cast<size_t>(pages.num_pages) * kPageTokens * num_kv_heads * row_size();
   }
   int32_t batch() const { return static_cast<int32_t>(pages.lengths.size()); }
   int64_t page_stride() const {
-    return tokens_first ? int64_t{kPageTokens} * num_kv_heads * head_dim : kPageTokens * head_dim;
+    return layout == Layout::kHeads ? kPageTokens * row_size() : kPageTokens * num_kv_heads * row_size();
   }
   int64_t head_stride() const {
-    return tokens_first ? head_dim : int64_t{pages.num_pages} * kPageTokens * head_dim;
+    return layout == Layout::kTokens   ? head_dim
+           : layout == Layout::kSpaced ? kPageTokens * row_size()
+                                       : pages.num_pages * kPageTokens * row_size();
   }
-  int64_t token_stride() const { return tokens_first ? int64_t{num_kv_heads} * head_dim : head_dim; }
+  int64_t token_stride() const { return layout == Layout::kTokens ? num_kv_heads * row_size() : row_size(); }
+  int64_t row_size() const { return layout == Layout::kSpaced ? 2 * head_dim : head_dim; }
   int64_t at(size_t row, int32_t kv_head, int32_t token) const {
     return pages.page(row, token / kPageTokens) * page_stride() + kv_head * head_stride() +
            token % kPageTokens * token_stride();
@@ -89,6 +127,12 @@ struct Scene {
     p.page_stride = page_stride();
     p.head_stride = head_stride();
     p.token_stride = token_stride();
+    if (e4m3) {
+      p.e4m3 = true;
+      p.key_scales = key_scales.data();
+      p.value_scales = value_scales.data();
+      p.key_scale_stride = p.value_scale_stride = 1;
+    }
     p.page_table = table.data() + first * pages.stride;
     p.page_table_stride = pages.stride;
     p.lengths = lengths.data() + first;
@@ -182,12 +226,12 @@ std::vector<int32_t> some_lengths() {
                    : std::vector<int32_t>{5000, 1, 16, 0, 333, 9001, 4096, 15};
 }
 
-TEST(SparseDecodeAttention, MatchesFloat64AndIgnoresTheBatch) {
+void expect_float64_and_no_batch(bool e4m3) {
   Random random(testing::fresh_seed());
   for (const Shape& shape : shapes())
     for (DataType type : {DataType::kBf16, DataType::kF16}) {
-      const Scene scene(random, type, shape.num_heads, shape.num_kv_heads, shape.head_dim, random() % 2 == 0,
-                        some_lengths());
+      const Scene scene(random, type, shape.num_heads, shape.num_kv_heads, shape.head_dim,
+                        static_cast<Layout>(random() % 3), some_lengths(), e4m3);
       for (int32_t rows_per_sequence : {1, shape.num_kv_heads}) {
         const auto lists = random_lists(random, scene, rows_per_sequence);
         const DeviceLists device(lists);
@@ -218,16 +262,43 @@ TEST(SparseDecodeAttention, MatchesFloat64AndIgnoresTheBatch) {
     }
 }
 
+TEST(SparseDecodeAttention, MatchesFloat64AndIgnoresTheBatch) {
+  expect_float64_and_no_batch(false);
+}
+TEST(SparseDecodeAttention, OfE4m3PagesMatchesFloat64AndIgnoresTheBatch) {
+  expect_float64_and_no_batch(true);
+}
+
+// One scale for all heads, or none, gives what a scale a head gives of equal ones.
+TEST(SparseDecodeAttention, TakesE4m3ScalesInEveryForm) {
+  Random random(testing::fresh_seed());
+  Scene scene(random, DataType::kBf16, 6, 3, 64, Layout::kHeads,
+              {static_cast<int32_t>(random() % 300 + 1), 40}, true);
+  for (const float scale : {0.03125f, 1.0f}) {
+    scene.key_scales.upload({scale, scale, scale});
+    scene.value_scales.upload({scale, scale, scale});
+    SparseDecodeAttentionParams p = scene.params();
+    p.scale /= scene.query_power;
+    const Output output = run_attention(p);
+    p.key_scale_stride = 0;
+    EXPECT_TRUE(run_attention(p) == output);
+    p.value_scale_stride = 0;
+    EXPECT_TRUE(run_attention(p) == output);
+    p.key_scales = p.value_scales = nullptr;
+    EXPECT_EQ(run_attention(p) == output, scale == 1.0f);
+  }
+}
+
 // Counters of a large launch must not lie where a small one keeps its partial results.
 TEST(SparseDecodeAttention, LaunchesOfAnySizeShareAWorkspace) {
   Random random(testing::fresh_seed());
-  const Scene scene(random, DataType::kBf16, 2, 2, 64, false, std::vector<int32_t>(70, 40));
+  const Scene scene(random, DataType::kBf16, 2, 2, 64, Layout::kHeads, std::vector<int32_t>(70, 40));
   const Output output = run_attention(scene.params());
   run_attention(scene.params(3, 1));
   EXPECT_TRUE(run_attention(scene.params()) == output);
 }
 
-TEST(SelectAndAttend, EveryPathGivesTheSameBits) {
+void expect_equal_paths(bool e4m3) {
   Random random(testing::fresh_seed());
   for (const Shape& shape : shapes()) {
     const DataType type = random() % 2 == 0 ? DataType::kBf16 : DataType::kF16;
@@ -235,7 +306,9 @@ TEST(SelectAndAttend, EveryPathGivesTheSameBits) {
       std::vector<int32_t> lengths = {kEmulated ? 900 : 20000 - trial};
       if (trial % 2 == 1) lengths = {3000, 70, 600};
       if (trial == 4) lengths = {shape.num_heads == 32 ? 140000 : 50000};
-      const Scene scene(random, type, shape.num_heads, shape.num_kv_heads, shape.head_dim, false, lengths);
+      const Layout layout = random() % 2 == 0 ? Layout::kHeads : Layout::kSpaced;
+      const Scene scene(random, type, shape.num_heads, shape.num_kv_heads, shape.head_dim, layout, lengths,
+                        e4m3);
       const int32_t rows_per_sequence = trial % 3 == 2 ? shape.num_kv_heads : 1,
                     rows = scene.batch() * rows_per_sequence;
       const int32_t width = scene.pages.max_blocks() + 2, capacity = std::max(scene.pages.max_blocks(), 40);
@@ -289,9 +362,16 @@ TEST(SelectAndAttend, EveryPathGivesTheSameBits) {
   }
 }
 
+TEST(SelectAndAttend, EveryPathGivesTheSameBits) {
+  expect_equal_paths(false);
+}
+TEST(SelectAndAttend, EveryPathGivesTheSameBitsOfE4m3Pages) {
+  expect_equal_paths(true);
+}
+
 TEST(SelectAndAttend, RejectsWhatItCannotDo) {
   Random random(testing::fresh_seed());
-  const Scene scene(random, DataType::kBf16, 4, 1, 64, false, {100});
+  const Scene scene(random, DataType::kBf16, 4, 1, 64, Layout::kHeads, {100});
   SparseDecodeAttentionParams p = scene.params();
   Buffer<uint16_t> out(4 * 64);
   p.out = out.data();
@@ -306,6 +386,13 @@ TEST(SelectAndAttend, RejectsWhatItCannotDo) {
   p.out = out.data();
   p.workspace_bytes = 10;
   EXPECT_EQ(sparse_decode_attention(p, nullptr), cudaErrorInvalidValue);
+  p = scene.params();
+  p.out = out.data();
+  p.key_scales = scene.key_scales.data();  // of numbers that are no codes
+  EXPECT_EQ(sparse_decode_attention(p, nullptr), cudaErrorInvalidValue);
+  p.e4m3 = true;
+  p.token_stride = 72;
+  EXPECT_EQ(sparse_decode_attention(p, nullptr), cudaErrorInvalidValue);
 }
 
 #if !defined(SPOT_EMULATED)
@@ -314,7 +401,7 @@ TEST(SelectAndAttend, RejectsWhatItCannotDo) {
 TEST(SelectAndAttend, CapturedOnceReplaysAtAnyLength) {
   Random random(testing::fresh_seed());
   const int32_t longest = 70000, batch = 2;
-  const Scene scene(random, DataType::kBf16, 32, 8, 128, false, {longest, longest});
+  const Scene scene(random, DataType::kBf16, 32, 8, 128, Layout::kHeads, {longest, longest});
   const testing::KeyPool pool(random, KeyFormat::int4, 1, scene.pages.num_pages, 1.0f);
   const Typed queries(DataType::kBf16, testing::normal(random, batch * kSelectorHeads * kKeyDim));
   Buffer<uint8_t> device_pool(pool.bytes), device_queries(queries.bytes);

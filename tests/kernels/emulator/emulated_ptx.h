@@ -192,6 +192,12 @@ uint32_t pack2(float low, float high) {
   std::memcpy(&word, pair, 4);
   return word;
 }
+inline void e4m3x4_to_halves(uint32_t four, uint32_t& low, uint32_t& high) {
+  if (emulator::architecture() < 89) return e4m3x4_by_bits(four, low, high);
+  const float2 a = e4m3x2_to_float2(four & 0xffff), b = e4m3x2_to_float2(four >> 16);
+  low = pack2<__half>(a.x, a.y);
+  high = pack2<__half>(b.x, b.y);
+}
 template <typename T>
 T from_float(float x) {
   return static_cast<T>(x);
