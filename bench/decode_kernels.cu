@@ -1,7 +1,8 @@
 // Times every stage of a sparse decode step on the GPU it runs on, and prints them beside their byte floors.
 //
-//   decode_kernels [--json FILE] [--quick]
+//   decode_kernels [--json FILE] [--quick] [--e4m3]
 //
+// --e4m3: keys and values are E4M3 codes (of any bits) instead of bf16; bench/kernel_ratio.py lays two runs side by side.
 // Selector key formats, launch overlaps and fused or separate kernels; `spot bench decode` has the other
 // methods and dense
 // attention beside them.
@@ -108,6 +109,7 @@ struct Shape {
   int32_t num_heads, num_kv_heads, head_dim;
 };
 
+bool e4m3 = false;
 double copy_gbps = 0;
 FILE* json = nullptr;
 bool first_row = true;
@@ -175,7 +177,9 @@ struct Setting {
     }
     CHECK(cudaMemcpy(tables.data, order.data(), order.size() * 4, cudaMemcpyHostToDevice));
   }
-  double kv_bytes(double tokens) const { return tokens * batch * shape.num_kv_heads * shape.head_dim * 4; }
+  double kv_bytes(double tokens) const {
+    return tokens * batch * shape.num_kv_heads * shape.head_dim * (e4m3 ? 2 : 4);
+  }
   double selector_bytes(KeyFormat format, int32_t key_heads) const {
     return static_cast<double>(length) * batch * key_heads * key_bytes(format);
   }
@@ -209,6 +213,7 @@ struct Setting {
     p.counts = counts.data + static_cast<size_t>(set) * batch;
     p.overlap = overlap;
     SparseDecodeAttentionParams& a = p.attention;
+    a.e4m3 = e4m3;
     a.batch = batch;
     a.num_heads = shape.num_heads;
     a.num_kv_heads = shape.num_kv_heads;
@@ -379,6 +384,7 @@ int main(int argc, char** argv) {
   bool quick = false;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--quick") == 0) quick = true;
+    if (std::strcmp(argv[i], "--e4m3") == 0) e4m3 = true;
     if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) json = std::fopen(argv[++i], "w");
   }
   cudaDeviceProp device;
@@ -400,8 +406,8 @@ int main(int argc, char** argv) {
         1);
     copy_gbps = 2.0 * static_cast<double>(bytes) / us * 1e-3;
   }
-  std::printf("%s, %d multiprocessors, L2 %.0f MB, copy %.0f GB/s (read + write)\n", device.name,
-              device.multiProcessorCount, device.l2CacheSize * 1e-6, copy_gbps);
+  std::printf("%s, %d multiprocessors, L2 %.0f MB, copy %.0f GB/s (read + write), pages of %s\n", device.name,
+              device.multiProcessorCount, device.l2CacheSize * 1e-6, copy_gbps, e4m3 ? "E4M3" : "bf16");
   std::printf("%-12s %7s %3s  %-44s %9s %9s %8s %7s %6s\n", "shape", "L", "B", "stage", "us", "MB", "GB/s",
               "copy", "floors");
   if (json != nullptr)

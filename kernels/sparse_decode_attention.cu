@@ -1,5 +1,5 @@
 // Contract: sparse_decode_attention.h; one split: attend_split.cuh.
-// Floor (bytes): 4 * head_dim * Hkv a selected token (bf16): 16.8 MB for 4096 tokens of 8 heads of 128, 5.5
+// Floor (bytes): 4 * head_dim * Hkv a selected token (bf16; half with E4M3 codes): 16.8 MB for 4096 tokens of 8 heads of 128, 5.5
 // us at 3.03 TB/s a row. FLOP: 4 * Hq * head_dim a token, nothing. Grid: (16 splits, KV heads * head tiles,
 // batch) blocks of 4 warps. A large grid runs several blocks to a multiprocessor with one block of keys in
 // flight a warp, so that rows of unequal lists balance by themselves; a small one keeps 128 KB in flight in

@@ -1,5 +1,7 @@
 #include "ops/checks.h"
 
+#include <utility>
+
 #include "ops/words.h"
 
 namespace spot::ops {
@@ -48,7 +50,7 @@ void check_pool(const char* op, const char* name, const at::Tensor& pool, int64_
 }
 
 void check_heads(const char* op, const char* rows, const at::Tensor& query, const at::Tensor& key_pool,
-                 const at::Tensor& value_pool) {
+                 const at::Tensor& value_pool, bool e4m3) {
   const auto dtype = query.scalar_type();
   TORCH_CHECK(query.dim() == 3 && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf), op,
               ": query is ", dtype, " ", query.sizes(), "; it must be float32, bfloat16 or float16 [", rows,
@@ -56,8 +58,11 @@ void check_heads(const char* op, const char* rows, const at::Tensor& query, cons
   TORCH_CHECK(key_pool.dim() == 4 && key_pool.size(0) > 0 && query.size(1) % key_pool.size(0) == 0, op,
               ": key_pool is ", key_pool.sizes(), "; for this query its first size must be a divisor of ",
               query.size(1));
-  check_pool(op, "key_pool", key_pool, key_pool.size(0), query.size(2), dtype);
-  check_pool(op, "value_pool", value_pool, key_pool.size(0), query.size(2), dtype);
+  const auto stored = key_pool.scalar_type();
+  TORCH_CHECK(!e4m3 || stored == dtype || stored == at::kFloat8_e4m3fn, op, ": key_pool is ", stored,
+              "; for this query it must be ", dtype, " or Float8_e4m3fn");
+  for (const auto& [name, pool] : {std::pair("key_pool", key_pool), {"value_pool", value_pool}})
+    check_pool(op, name, pool, key_pool.size(0), query.size(2), e4m3 ? stored : dtype);
   TORCH_CHECK(value_pool.size(1) == key_pool.size(1) && value_pool.strides() == key_pool.strides(), op,
               ": value_pool is ", value_pool.sizes(), " with strides ", value_pool.strides(),
               "; it must match key_pool, ", key_pool.sizes(), " with strides ", key_pool.strides());

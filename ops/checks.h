@@ -26,8 +26,8 @@ void check_pool(const char* op, const char* name, const at::Tensor& pool, int64_
                 int64_t head_dim, at::ScalarType dtype);
 
 // query [`rows`, num_heads, head_dim] and its pools of keys and values, which are laid out alike; a KV head serves as many
-// query heads as any other.
+// query heads as any other. The pools have the query's dtype, or with `e4m3` that may be float8_e4m3fn.
 void check_heads(const char* op, const char* rows, const at::Tensor& query, const at::Tensor& key_pool,
-                 const at::Tensor& value_pool);
+                 const at::Tensor& value_pool, bool e4m3 = false);
 
 }  // namespace spot::ops

@@ -1,6 +1,6 @@
 // From block scores to attention: which blocks a row keeps, and exact attention over them. Rows, page tables and
 // lengths as in ops/selector/selector.h; pools of keys and values are [num_kv_heads, pages, 16, head_dim] of any
-// strides with contiguous dims, equal for both.
+// strides with contiguous dims, equal for both, of the query's dtype or float8_e4m3fn.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -61,7 +61,8 @@ inline constexpr int64_t kMaxAttentionParts = 65536;
 
 // softmax(scale * q K^T) V over the selected blocks' visible tokens, accumulated in float32. A row without blocks
 // gives zeros. Never reads an unselected page or a token past the length. Returns [R, num_heads, head_dim] in
-// query's dtype. CUDA: bfloat16 and float16, head_dim 64, 128 and 256, at most 16 query heads a KV head.
+// query's dtype. Of float8_e4m3fn pools K and V are the stored numbers times key_scale and value_scale. CUDA: bfloat16
+// and float16, head_dim 64, 128 and 256, at most 16 query heads a KV head; a token's row begins at 16 bytes.
 struct SparseDecodeAttention {
   static constexpr const char* kName = "sparse_decode_attention";
   using Result = at::Tensor;
@@ -70,13 +71,15 @@ struct SparseDecodeAttention {
   at::Tensor page_table, lengths;
   double scale = 0.0;
   at::Tensor indices, counts;  // of select_blocks, groups 1 or num_kv_heads; both undefined: every block
+  at::Tensor key_scale, value_scale;  // float32, one number or [num_kv_heads]; undefined: 1
 
   static constexpr auto fields() {
     using S = SparseDecodeAttention;
     return std::tuple(required<&S::query>("query"), required<&S::key_pool>("key_pool"),
                       required<&S::value_pool>("value_pool"), required<&S::page_table>("page_table"),
                       required<&S::lengths>("lengths"), required<&S::scale>("scale"),
-                      optional<&S::indices>("indices"), optional<&S::counts>("counts"));
+                      optional<&S::indices>("indices"), optional<&S::counts>("counts"),
+                      optional<&S::key_scale>("key_scale"), optional<&S::value_scale>("value_scale"));
   }
   void check() const;
 };
@@ -100,7 +103,8 @@ struct SelectAndAttend {
   double scale = 0.0;
   SelectionRule rule = {};
   int64_t max_selected = 0;
-  bool with_mass = true;  // without it top_k saves time
+  bool with_mass = true;              // without it top_k saves time
+  at::Tensor key_scale, value_scale;  // as in SparseDecodeAttention
 
   static constexpr auto fields() {
     using S = SelectAndAttend;
@@ -110,7 +114,8 @@ struct SelectAndAttend {
                    required<&S::page_table>("page_table"), required<&S::lengths>("lengths"),
                    required<&S::scale>("scale")),
         rule_fields<&S::rule>(),
-        std::tuple(optional<&S::max_selected>("max_selected"), optional<&S::with_mass>("with_mass")));
+        std::tuple(optional<&S::max_selected>("max_selected"), optional<&S::with_mass>("with_mass"),
+                   optional<&S::key_scale>("key_scale"), optional<&S::value_scale>("value_scale")));
   }
   void check() const;
 };

@@ -11,7 +11,8 @@ namespace spot::ops::cuda {
 
 AttentionCall::AttentionCall(const at::Tensor& query_, const at::Tensor& key_pool,
                              const at::Tensor& value_pool, const at::Tensor& page_table,
-                             const at::Tensor& lengths_, int64_t groups, double scale)
+                             const at::Tensor& lengths_, int64_t groups, double scale,
+                             const at::Tensor& key_scale, const at::Tensor& value_scale)
     : query(query_.contiguous()),
       table(page_table.contiguous()),  // the kernels step by rows; an expanded one has none
       lengths(lengths_.contiguous()),
@@ -28,6 +29,14 @@ AttentionCall::AttentionCall(const at::Tensor& query_, const at::Tensor& key_poo
   params.queries = query.const_data_ptr();
   params.keys = key_pool.const_data_ptr();
   params.values = value_pool.const_data_ptr();
+  params.e4m3 = key_pool.scalar_type() == at::kFloat8_e4m3fn;
+  const auto set_scale = [](const at::Tensor& scale, const float*& numbers, int64_t& stride) {
+    if (!scale.defined()) return;
+    numbers = scale.const_data_ptr<float>();
+    stride = scale.numel() > 1 ? scale.stride(0) : 0;
+  };
+  set_scale(key_scale, params.key_scales, params.key_scale_stride);
+  set_scale(value_scale, params.value_scales, params.value_scale_stride);
   params.head_stride = key_pool.stride(0);
   params.page_stride = key_pool.stride(1);
   params.token_stride = key_pool.stride(2);
@@ -77,10 +86,11 @@ SelectBlocks::Result select_blocks(const SelectBlocks& a) {
 }
 
 at::Tensor sparse_decode_attention(const SparseDecodeAttention& a) {
-  const auto& [query, key_pool, value_pool, page_table, lengths, scale, indices, counts] = a;
+  const auto& [query, key_pool, value_pool, page_table, lengths, scale, indices, counts, key_scale,
+               value_scale] = a;
   const c10::DeviceGuard guard(query.device());
   AttentionCall call(query, key_pool, value_pool, page_table, lengths, counts.defined() ? counts.size(1) : 1,
-                     scale);
+                     scale, key_scale, value_scale);
   at::Tensor blocks, number;
   if (indices.defined()) {
     blocks = indices.contiguous();
@@ -96,11 +106,12 @@ at::Tensor sparse_decode_attention(const SparseDecodeAttention& a) {
 }
 
 SelectAndAttend::Result select_and_attend(const SelectAndAttend& a) {
-  const auto& [scores, query, key_pool, value_pool, page_table, lengths, scale, rule, max_selected,
-               with_mass] = a;
+  const auto& [scores, query, key_pool, value_pool, page_table, lengths, scale, rule, max_selected, with_mass,
+               key_scale, value_scale] = a;
   const c10::DeviceGuard guard(query.device());
   const at::Tensor dense = scores.contiguous();
-  AttentionCall call(query, key_pool, value_pool, page_table, lengths, scores.size(1), scale);
+  AttentionCall call(query, key_pool, value_pool, page_table, lengths, scores.size(1), scale, key_scale,
+                     value_scale);
   kernels::SelectAndAttendParams params;
   params.rules = rule;
   const int64_t width = select_width(rule, max_selected, scores.size(2));

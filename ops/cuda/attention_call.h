@@ -13,7 +13,8 @@ struct AttentionCall {
   kernels::SparseDecodeAttentionParams params;
   // `groups` is the number of lists a row.
   AttentionCall(const at::Tensor& query, const at::Tensor& key_pool, const at::Tensor& value_pool,
-                const at::Tensor& page_table, const at::Tensor& lengths, int64_t groups, double scale);
+                const at::Tensor& page_table, const at::Tensor& lengths, int64_t groups, double scale,
+                const at::Tensor& key_scale = {}, const at::Tensor& value_scale = {});
 };
 
 }  // namespace spot::ops::cuda

@@ -265,15 +265,18 @@ def sparse_decode_attention(
     scale: float,
     indices: Tensor | None = None,
     counts: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q K^T) V over the selected blocks' visible tokens, accumulated in float32.
 
-    query [R, num_heads, head_dim] float32 (CPU), bfloat16 or float16, the pools of its dtype; indices and counts as
-    select_blocks gives them, with 1 or num_kv_heads groups; without them every block. Returns query's shape and dtype. A row
-    without blocks gives zeros. CUDA: head_dim 64, 128 or 256 and at most 16 query heads a KV head.
+    query [R, num_heads, head_dim] float32 (CPU), bfloat16 or float16, the pools of its dtype or float8_e4m3fn; indices and
+    counts as select_blocks gives them, with 1 or num_kv_heads groups; without them every block. Of float8_e4m3fn pools K and V
+    are the stored numbers times key_scale and value_scale, float32 of one number or [num_kv_heads] (None: 1). Returns query's
+    shape and dtype. A row without blocks gives zeros. CUDA: head_dim 64, 128 or 256 and at most 16 query heads a KV head.
     """
     return torch.ops.spot.sparse_decode_attention(
-        query, key_pool, value_pool, page_table, lengths, scale, indices, counts
+        query, key_pool, value_pool, page_table, lengths, scale, indices, counts, key_scale, value_scale
     )
 
 
@@ -298,6 +301,8 @@ def select_and_attend(
     thresholds: Sequence[float] = (),
     max_selected: int = 0,
     with_mass: bool = True,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> SelectedAttention:
     """select_blocks, then sparse_decode_attention over its choice: the same bits, in one launch where the GPU has room.
 
@@ -325,6 +330,8 @@ def select_and_attend(
             thresholds,
             max_selected,
             with_mass,
+            key_scale,
+            value_scale,
         )
     )
 

@@ -23,18 +23,32 @@ class Captured(NamedTuple):
 
 
 def captured_mass(
-    query: Tensor, key_pool: Tensor, pages: Tensor, length: int, indices: Tensor, counts: Tensor, scale: float
+    query: Tensor,
+    key_pool: Tensor,
+    pages: Tensor,
+    length: int,
+    indices: Tensor,
+    counts: Tensor,
+    scale: float,
+    key_scale: Tensor | None = None,
 ) -> Captured:
     """Of one row: query [heads, dim], key_pool [kv_heads, pages, 16, dim], pages [at least ceil(length / 16)] int32,
-    indices [sets, most] int32 and counts [sets] int32 of select_blocks, sets 1 or kv_heads. In float32.
+    indices [sets, most] int32 and counts [sets] int32 of select_blocks, sets 1 or kv_heads. In float32. A key is what is
+    stored times key_scale, of one number or [kv_heads].
     """
     kv_heads, blocks = key_pool.shape[0], -(-length // PAGE_TOKENS)
     grouped = query.float().view(kv_heads, -1, query.shape[1])
+    if key_scale is not None:
+        grouped = grouped * key_scale.view(-1, 1, 1)
+    stored = (
+        key_pool.view(torch.uint8) if key_pool.dtype == torch.float8_e4m3fn else key_pool
+    )  # which any torch gathers
     parts = []
     chunk = 2048 if key_pool.is_cuda else 256
     for begin in range(0, blocks, chunk):  # a long sequence's keys are not gathered at once
         some = pages[begin : min(begin + chunk, blocks)].long()
-        parts.append(grouped @ key_pool[:, some].float().flatten(1, 2).transpose(1, 2))
+        keys = stored[:, some].view(key_pool.dtype).float()
+        parts.append(grouped @ keys.flatten(1, 2).transpose(1, 2))
     logits = torch.cat(parts, -1) * scale
     logits[..., length:] = -torch.inf
     block_mass = logits.softmax(-1).view(kv_heads, -1, blocks, PAGE_TOKENS).sum(-1).mean(1)

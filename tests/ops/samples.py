@@ -100,6 +100,19 @@ def attention(kv_heads=2):
     return query, *pools(kv_heads, pages, dim, dtype), table, lengths
 
 
+def e4m3(keys, values):
+    """Pools as they are or of codes, and the scales of the latter in one of their forms."""
+    if random.random() < 0.5:
+        return keys, values, {}
+    heads = keys.shape[0]
+    scales = {
+        name: torch.rand(random.choice([(), (1,), (heads,)])) + 0.25
+        for name in ("key_scale", "value_scale")
+        if random.random() < 0.7
+    }
+    return keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn), scales
+
+
 def chosen(lengths, groups, blocks):
     scores = torch.randn(len(lengths), groups, blocks)
     indices, counts, _ = torch.ops.spot.select_blocks(
@@ -110,15 +123,17 @@ def chosen(lengths, groups, blocks):
 
 def sparse_decode_attention():
     query, keys, values, table, lengths = attention()
+    keys, values, scales = e4m3(keys, values)
     lists = chosen(lengths, random.choice([1, 2]), table.shape[1]) if random.random() < 0.7 else (None, None)
-    return (query, keys, values, table, lengths, 0.1, *lists), {}
+    return (query, keys, values, table, lengths, 0.1, *lists), scales
 
 
 def select_and_attend():
     query, keys, values, table, lengths = attention()
+    keys, values, scales = e4m3(keys, values)
     scores = torch.randn(len(lengths), random.choice([1, 2]), table.shape[1]) * 3
     return (scores, query, keys, values, table, lengths, 0.1), dict(
-        rule(scores.shape[1]), with_mass=random.random() < 0.5
+        rule(scores.shape[1]), with_mass=random.random() < 0.5, **scales
     )
 
 

@@ -51,6 +51,24 @@ Paged random_pages(const std::vector<int64_t>& lengths, int64_t kv_heads, int64_
   return paged;
 }
 
+// Scales of E4M3 pools in one of their forms: none, one number, one a KV head.
+at::Tensor random_scale(int64_t kv_heads) {
+  switch (random_int(0, 3)) {
+    case 0:
+      return {};
+    case 1:
+      return at::rand({}) + 0.25;
+    case 2:
+      return at::rand({1}) + 0.25;
+    default:
+      return (at::rand({kv_heads, 2}) + 0.25).select(1, 0);
+  }
+}
+at::Tensor scaled(const at::Tensor& stored, const at::Tensor& scale) {
+  const at::Tensor numbers = stored.to(at::kDouble);
+  return scale.defined() ? numbers * scale.to(at::kDouble).reshape({-1, 1, 1}) : numbers;
+}
+
 // A random ascending subset of each row's blocks, the last always in.
 std::pair<at::Tensor, at::Tensor> random_selection(const at::Tensor& lengths, int64_t groups, double share) {
   const int64_t rows = lengths.size(0), widest = (lengths.max().item<int32_t>() + 15) / 16;
@@ -70,20 +88,23 @@ std::pair<at::Tensor, at::Tensor> random_selection(const at::Tensor& lengths, in
 
 }  // namespace
 
-class SparseDecode : public testing::TestWithParam<std::tuple<int64_t, at::ScalarType>> {};
+// Head dim, dtype, and whether the pools hold E4M3 codes.
+class SparseDecode : public testing::TestWithParam<std::tuple<int64_t, at::ScalarType, bool>> {};
 
 TEST_P(SparseDecode, MatchesDoublePrecisionAndReadsNothingElse) {
   fresh_seed();
-  const auto [dim, dtype] = GetParam();
-  for (const auto& [heads, kv_heads] : {std::pair<int64_t, int64_t>{6, 2}, {8, 8}, {5, 1}, {28, 4}})
+  const auto [dim, dtype, codes] = GetParam();
+  for (const auto& [heads, kv_heads] : {std::pair<int64_t, int64_t>{6, 2}, {8, 8}, {5, 1}, {28, 4}, {16, 1}})
     for (int64_t groups : {int64_t{1}, kv_heads}) {
       const Paged paged = random_pages({random_int(1, 15), 64, random_int(65, 300), random_int(300, 700)},
-                                       kv_heads, dim, dtype);
+                                       kv_heads, dim, codes ? at::kFloat8_e4m3fn : dtype);
+      const at::Tensor key_scale = codes ? random_scale(kv_heads) : at::Tensor(),
+                       value_scale = codes ? random_scale(kv_heads) : at::Tensor();
       const auto [indices, counts] = random_selection(paged.lengths, groups, 0.4);
       // Unselected pages become NaN too: touching one would show.
       Paged poisoned = paged;
-      poisoned.key_pool = at::full_like(paged.key_pool, NAN);
-      poisoned.value_pool = at::full_like(paged.value_pool, NAN);
+      poisoned.key_pool = at::full(paged.key_pool.sizes(), NAN).to(paged.key_pool.scalar_type());
+      poisoned.value_pool = poisoned.key_pool.clone();
       const at::Tensor query = at::randn({4, heads, dim}).to(dtype);
       const double scale = 1 / std::sqrt(static_cast<double>(dim));
       at::Tensor expected = at::empty({4, heads, dim}, at::kDouble);
@@ -104,11 +125,12 @@ TEST_P(SparseDecode, MatchesDoublePrecisionAndReadsNothingElse) {
                 .copy_(paged.value_pool.slice(0, first, last).select(1, page));
           }
         }
-        expected[r] = plain_attention(query[r], paged.keys[r], paged.values[r], chosen, scale);
+        expected[r] = plain_attention(query[r], scaled(paged.keys[r], key_scale),
+                                      scaled(paged.values[r], value_scale), chosen, scale);
       }
       const at::Tensor got =
           ops::sparse_decode_attention({query, poisoned.key_pool, poisoned.value_pool, paged.page_table,
-                                        paged.lengths, scale, indices, counts});
+                                        paged.lengths, scale, indices, counts, key_scale, value_scale});
       ASSERT_EQ(got.scalar_type(), dtype);
       EXPECT_LT(largest_difference(got, expected), dtype == at::kFloat  ? 5e-6
                                                    : dtype == at::kHalf ? 2e-3
@@ -119,7 +141,37 @@ TEST_P(SparseDecode, MatchesDoublePrecisionAndReadsNothingElse) {
 
 INSTANTIATE_TEST_SUITE_P(Shapes, SparseDecode,
                          testing::Combine(testing::Values<int64_t>(64, 128, 256, 72),
-                                          testing::Values(at::kFloat, at::kBFloat16, at::kHalf)));
+                                          testing::Values(at::kFloat, at::kBFloat16, at::kHalf),
+                                          testing::Bool()));
+
+// Codes are what their numbers are in pools of the query's dtype, the scales applied.
+TEST(SparseDecodeAttention, OfE4m3PoolsIsThatOfTheirNumbers) {
+  fresh_seed();
+  const Paged paged = random_pages({333, 90, 512}, 3, 64, at::kFloat8_e4m3fn);
+  const at::Tensor query = at::randn({3, 6, 64}), keys = paged.key_pool.to(at::kFloat),
+                   values = paged.value_pool.to(at::kFloat);
+  const auto call = [&](const at::Tensor& key_pool, const at::Tensor& value_pool, const at::Tensor& key_scale,
+                        const at::Tensor& value_scale, double scale) {
+    return ops::sparse_decode_attention({query,
+                                         key_pool,
+                                         value_pool,
+                                         paged.page_table,
+                                         paged.lengths,
+                                         scale,
+                                         {},
+                                         {},
+                                         key_scale,
+                                         value_scale});
+  };
+  const at::Tensor got = call(paged.key_pool, paged.value_pool, {}, {}, 0.125);
+  EXPECT_TRUE(at::equal(got, call(keys, values, {}, {}, 0.125)));
+  // A power of two rounds nothing.
+  const at::Tensor halves = at::full({}, 0.5), fours = at::full({3}, 4.0);
+  EXPECT_TRUE(at::equal(call(paged.key_pool, paged.value_pool, halves, fours, 0.25), got * 4));
+  // A token's key beside its value, as other engines keep them.
+  const at::Tensor beside = at::cat({keys, values}, 3).to(at::kFloat8_e4m3fn);
+  EXPECT_TRUE(at::equal(call(beside.slice(3, 0, 64), beside.slice(3, 64), {}, {}, 0.125), got));
+}
 
 TEST(SparseDecodeAttention, IsIndependentOfBatchAndThreads) {
   fresh_seed();
@@ -176,6 +228,43 @@ TEST(SparseDecodeAttention, RefusesWhatWouldReadOutside) {
   EXPECT_THROW(ops::sparse_decode_attention({query.slice(1, 0, 3), paged.key_pool, paged.value_pool,
                                              paged.page_table, paged.lengths, 0.1, zero, counts}),
                c10::Error);
+}
+
+TEST(SparseDecodeAttention, RefusesScalesAndCodesThatDoNotFit) {
+  const Paged codes = random_pages({20}, 2, 64, at::kFloat8_e4m3fn),
+              numbers = random_pages({20}, 2, 64, at::kFloat);
+  const auto refused = [](const Paged& paged, const at::Tensor& values, const at::Tensor& scale) {
+    try {
+      ops::sparse_decode_attention({at::zeros({1, 4, 64}),
+                                    paged.key_pool,
+                                    values,
+                                    paged.page_table,
+                                    paged.lengths,
+                                    0.1,
+                                    {},
+                                    {},
+                                    {},
+                                    scale});
+    } catch (const c10::Error& error) {
+      return std::string(error.what_without_backtrace());
+    }
+    return std::string();
+  };
+  EXPECT_EQ(refused(codes, codes.value_pool, at::ones({2})), "");
+  EXPECT_EQ(refused(numbers, numbers.value_pool, at::ones({2})),
+            "spot::sparse_decode_attention: value_scale was given for pools of Float; scales are for "
+            "float8_e4m3fn, leave it out");
+  EXPECT_EQ(
+      refused(codes, codes.value_pool, at::ones({3})),
+      "spot::sparse_decode_attention: value_scale is Float [3]; it must be float32 of one number or [2]");
+  EXPECT_NE(refused(codes, codes.value_pool, at::ones({2}, at::kDouble)).find("is Double [2]"),
+            std::string::npos);
+  EXPECT_NE(refused(codes, numbers.value_pool, {}).find("value_pool is Float"), std::string::npos);
+  Paged other = codes;
+  other.key_pool = other.value_pool = numbers.key_pool.to(at::kFloat8_e5m2);
+  EXPECT_EQ(refused(other, other.value_pool, {}),
+            "spot::sparse_decode_attention: key_pool is Float8_e5m2; for this query it must be Float or "
+            "Float8_e4m3fn");
 }
 
 TEST(ScoreBlocks, MatchesDoublePrecisionInEveryFormat) {
@@ -251,35 +340,43 @@ TEST(ScoreBlocks, RefusesBadArguments) {
 
 TEST(SelectAndAttend, IsItsTwoHalves) {
   fresh_seed();
-  const Paged paged = random_pages({random_int(1, 40), 700, random_int(300, 900)}, 2, 64, at::kFloat);
-  const at::Tensor query = at::randn({3, 6, 64}), scores = at::randn({3, 2, paged.page_table.size(1)}) * 4;
-  for (bool top_p : {true, false}) {
-    SelectionRule arguments;
-    arguments.mode = top_p ? SelectionMode::top_p : SelectionMode::top_k;
-    arguments.budget_fraction = top_p ? 0.0 : 0.6;
-    arguments.floor = 32;
-    arguments.sinks = 16;
-    arguments.recency = 64;
-    const auto got = ops::select_and_attend(
-        {scores, query, paged.key_pool, paged.value_pool, paged.page_table, paged.lengths, 0.125, arguments});
-    const auto [indices, counts, mass] = ops::select_blocks({scores, paged.lengths, arguments});
-    EXPECT_TRUE(at::equal(got.indices, indices));
-    EXPECT_TRUE(at::equal(got.counts, counts));
-    EXPECT_TRUE(at::equal(got.predicted_mass, mass));
-    const auto unmeasured =
-        ops::select_and_attend({scores, query, paged.key_pool, paged.value_pool, paged.page_table,
-                                paged.lengths, 0.125, arguments, /*max_selected=*/0, false});
-    EXPECT_TRUE(at::equal(unmeasured.output, got.output));
-    EXPECT_TRUE(at::equal(unmeasured.indices, got.indices));
-    EXPECT_EQ(unmeasured.predicted_mass.numel(), 0);
-    EXPECT_TRUE(at::equal(
-        got.output, ops::sparse_decode_attention({query, paged.key_pool, paged.value_pool, paged.page_table,
-                                                  paged.lengths, 0.125, indices, counts})));
-    EXPECT_THROW(
-        ops::select_and_attend({scores.slice(1, 0, 1).expand({3, 3, -1}), query, paged.key_pool,
-                                paged.value_pool, paged.page_table, paged.lengths, 0.125, arguments}),
-        c10::Error);
-  }
+  const Paged numbers = random_pages({random_int(1, 40), 700, random_int(300, 900)}, 2, 64, at::kFloat),
+              codes = random_pages({random_int(1, 40), 700, random_int(300, 900)}, 2, 64, at::kFloat8_e4m3fn);
+  const at::Tensor query = at::randn({3, 6, 64}), all_scores = at::randn({3, 2, 60}) * 4;
+  for (bool e4m3 : {false, true})
+    for (bool top_p : {true, false}) {
+      const Paged& paged = e4m3 ? codes : numbers;
+      const at::Tensor scores = all_scores.slice(2, 0, paged.page_table.size(1)),
+                       key_scale = e4m3 ? at::rand({2}) + 0.25 : at::Tensor(),
+                       value_scale = e4m3 ? at::rand({}) + 0.25 : at::Tensor();
+      SelectionRule arguments;
+      arguments.mode = top_p ? SelectionMode::top_p : SelectionMode::top_k;
+      arguments.budget_fraction = top_p ? 0.0 : 0.6;
+      arguments.floor = 32;
+      arguments.sinks = 16;
+      arguments.recency = 64;
+      const auto got = ops::select_and_attend(
+          {scores, query, paged.key_pool, paged.value_pool, paged.page_table, paged.lengths, 0.125, arguments,
+           /*max_selected=*/0, /*with_mass=*/true, key_scale, value_scale});
+      const auto [indices, counts, mass] = ops::select_blocks({scores, paged.lengths, arguments});
+      EXPECT_TRUE(at::equal(got.indices, indices));
+      EXPECT_TRUE(at::equal(got.counts, counts));
+      EXPECT_TRUE(at::equal(got.predicted_mass, mass));
+      const auto unmeasured = ops::select_and_attend({scores, query, paged.key_pool, paged.value_pool,
+                                                      paged.page_table, paged.lengths, 0.125, arguments,
+                                                      /*max_selected=*/0, false, key_scale, value_scale});
+      EXPECT_TRUE(at::equal(unmeasured.output, got.output));
+      EXPECT_TRUE(at::equal(unmeasured.indices, got.indices));
+      EXPECT_EQ(unmeasured.predicted_mass.numel(), 0);
+      EXPECT_TRUE(at::equal(
+          got.output,
+          ops::sparse_decode_attention({query, paged.key_pool, paged.value_pool, paged.page_table,
+                                        paged.lengths, 0.125, indices, counts, key_scale, value_scale})));
+      EXPECT_THROW(
+          ops::select_and_attend({scores.slice(1, 0, 1).expand({3, 3, -1}), query, paged.key_pool,
+                                  paged.value_pool, paged.page_table, paged.lengths, 0.125, arguments}),
+          c10::Error);
+    }
 }
 
 TEST(SparseDecodeAttention, WithoutListsAttendsToEverything) {

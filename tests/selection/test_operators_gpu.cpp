@@ -152,7 +152,10 @@ TEST(GpuOperators, SelectionsAreEqual) {
   }
 }
 
-TEST(GpuOperators, AttentionMatchesAndFusesExactly) {
+namespace {
+
+// Of pools of the query's dtype, or of E4M3 codes with a scale for all heads of keys and one a head of values.
+void expect_attention_matches(bool codes) {
   fresh_seed();
   for (int64_t dim : {64, 128, 256})
     for (at::ScalarType dtype : {at::kBFloat16, at::kHalf})
@@ -160,8 +163,7 @@ TEST(GpuOperators, AttentionMatchesAndFusesExactly) {
         for (int64_t groups : {int64_t{1}, kv_heads}) {
           const Table table = random_table(4, random_int(3, 120));
           // What no row sees is NaN.
-          at::Tensor keys = at::randn({kv_heads, table.num_pages, 16, dim}).to(dtype),
-                     values = at::randn_like(keys);
+          at::Tensor keys = at::randn({kv_heads, table.num_pages, 16, dim}), values = at::randn_like(keys);
           for (int64_t r = 0; r < 4; ++r) {
             const int64_t length = table.lengths[r].item<int32_t>();
             for (int64_t b = 0; b < table.pages.size(1); ++b)
@@ -170,49 +172,78 @@ TEST(GpuOperators, AttentionMatchesAndFusesExactly) {
                     .slice(1, std::clamp<int64_t>(length - b * 16, 0, 16))
                     .fill_(NAN);
           }
+          for (at::Tensor* pool : {&keys, &values}) *pool = pool->to(codes ? at::kFloat8_e4m3fn : dtype);
+          const at::Tensor key_scale = codes ? at::rand({}) + 0.5 : at::Tensor(),
+                           value_scale = codes ? at::rand({kv_heads}) + 0.5 : at::Tensor(),
+                           gpu_key_scale = codes ? key_scale.to(kGpu) : key_scale,
+                           gpu_value_scale = codes ? value_scale.to(kGpu) : value_scale;
           const at::Tensor query = at::randn({4, heads, dim}).to(dtype);
           const at::Tensor scores = at::randn({4, groups, table.pages.size(1)}) * 3;
           const double scale = 1 / std::sqrt(static_cast<double>(dim));
           for (bool top_p : {true, false}) {
             const SelectionRule arguments = random_arguments(top_p);
             const auto expected = ops::select_and_attend(
-                {scores, query, keys, values, table.pages, table.lengths, scale, arguments});
-            const auto got =
-                ops::select_and_attend({scores.to(kGpu), query.to(kGpu), keys.to(kGpu), values.to(kGpu),
-                                        table.pages.to(kGpu), table.lengths.to(kGpu), scale, arguments});
+                {scores, query, keys, values, table.pages, table.lengths, scale, arguments,
+                 /*max_selected=*/0, /*with_mass=*/true, key_scale, value_scale});
+            const auto got = ops::select_and_attend(
+                {scores.to(kGpu), query.to(kGpu), keys.to(kGpu), values.to(kGpu), table.pages.to(kGpu),
+                 table.lengths.to(kGpu), scale, arguments, /*max_selected=*/0, /*with_mass=*/true,
+                 gpu_key_scale, gpu_value_scale});
             EXPECT_TRUE(at::equal(got.counts.cpu(), expected.counts));
             expect_equal_lists(got.indices, expected.indices);
             EXPECT_LT(relative_difference(got.output, expected.output), dtype == at::kHalf ? 2e-3 : 1e-2)
                 << heads << "/" << kv_heads << " dim " << dim;
             const at::Tensor halves = ops::sparse_decode_attention(
                 {query.to(kGpu), keys.to(kGpu), values.to(kGpu), table.pages.to(kGpu), table.lengths.to(kGpu),
-                 scale, got.indices, got.counts});
+                 scale, got.indices, got.counts, gpu_key_scale, gpu_value_scale});
             EXPECT_TRUE(at::equal(halves, got.output));
             // Without masses other code selects; and what may be read early is read early.
             const at::Tensor device_scores = scores.to(kGpu), device_query = query.to(kGpu),
                              device_keys = keys.to(kGpu), device_values = values.to(kGpu),
                              device_pages = table.pages.to(kGpu), device_lengths = table.lengths.to(kGpu);
             const ops::SettledHistory settled(true);
-            const auto early = ops::select_and_attend({device_scores + 0, device_query, device_keys,
-                                                       device_values, device_pages, device_lengths, scale,
-                                                       arguments, /*max_selected=*/0, false});
+            const auto early = ops::select_and_attend(
+                {device_scores + 0, device_query, device_keys, device_values, device_pages, device_lengths,
+                 scale, arguments, /*max_selected=*/0, false, gpu_key_scale, gpu_value_scale});
             EXPECT_TRUE(at::equal(early.output, got.output));
             EXPECT_TRUE(at::equal(early.indices, got.indices) && at::equal(early.counts, got.counts));
             EXPECT_EQ(early.predicted_mass.numel(), 0);
           }
-          const at::Tensor all =
-              ops::sparse_decode_attention({query, keys, values, table.pages, table.lengths, scale});
-          EXPECT_LT(relative_difference(
-                        ops::sparse_decode_attention({query.to(kGpu), keys.to(kGpu), values.to(kGpu),
-                                                      table.pages.to(kGpu), table.lengths.to(kGpu), scale}),
-                        all),
-                    dtype == at::kHalf ? 2e-3 : 1e-2);
+          const at::Tensor all = ops::sparse_decode_attention(
+              {query, keys, values, table.pages, table.lengths, scale, {}, {}, key_scale, value_scale});
+          // A token's key beside its value, as vLLM keeps them.
+          const at::Tensor beside =
+              at::cat({keys.to(at::kFloat), values.to(at::kFloat)}, 3).to(keys.scalar_type()).to(kGpu);
+          for (const bool spaced : {false, true})
+            EXPECT_LT(relative_difference(
+                          ops::sparse_decode_attention({query.to(kGpu),
+                                                        spaced ? beside.slice(3, 0, dim) : keys.to(kGpu),
+                                                        spaced ? beside.slice(3, dim) : values.to(kGpu),
+                                                        table.pages.to(kGpu),
+                                                        table.lengths.to(kGpu),
+                                                        scale,
+                                                        {},
+                                                        {},
+                                                        gpu_key_scale,
+                                                        gpu_value_scale}),
+                          all),
+                      dtype == at::kHalf ? 2e-3 : 1e-2);
         }
+}
+
+}  // namespace
+
+TEST(GpuOperators, AttentionMatchesAndFusesExactly) {
+  expect_attention_matches(false);
   EXPECT_TRUE(ops::attends(at::zeros({1, 4, 64}, at::kBFloat16).to(kGpu),
                            at::zeros({2, 1, 16, 64}, at::kBFloat16).to(kGpu)));
   EXPECT_FALSE(ops::attends(at::zeros({1, 4, 64}).to(kGpu), at::zeros({2, 1, 16, 64}).to(kGpu)));
   EXPECT_FALSE(
       ops::attends(at::zeros({1, 4, 96}, at::kHalf).to(kGpu), at::zeros({2, 1, 16, 96}, at::kHalf).to(kGpu)));
+}
+
+TEST(GpuOperators, AttentionOverE4m3PoolsMatchesAndFusesExactly) {
+  expect_attention_matches(true);
 }
 
 // The stages of Quest and Twilight: the copies of keys bit for bit, the pruning exactly, sums to rounding.
