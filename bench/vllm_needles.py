@@ -41,11 +41,20 @@ def codes(answers: list[dict]) -> list[list[str]]:
 class Asked:
     """A vLLM process that is asked `prompts`, and what it answered."""
 
-    def __init__(self, name: str, model: pathlib.Path, prompts: list[str], device: str, sparse: bool, ranks: int = 1):
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        model: pathlib.Path,
+        prompts: list[str],
+        options: argparse.Namespace,
+        sparse: bool,
+        ranks: int = 1,
+    ):
+        self.name, device = name, options.device
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix=f"{name.replace(' ', '-')}."))
         engine = {"model": str(model), "dtype": "bfloat16", "max_model_len": 8192, "max_num_seqs": 4}
         engine |= {"max_num_batched_tokens": 1024, "tensor_parallel_size": ranks}
+        engine["kv_cache_dtype"] = options.kv_cache_dtype
         engine |= {"enforce_eager": True} if device == "cpu" else {"kv_cache_memory_bytes": 2 << 30}
         if device == "cuda" and name.startswith("hybrid"):  # Hopper's default compiles FlashInfer's kernel first
             engine["gdn_prefill_backend"] = "triton"
@@ -114,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="qwen3,hybrid,ranks", help="with commas")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="of both sides: auto or fp8")
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument("--out", type=pathlib.Path)
@@ -130,14 +140,14 @@ def main() -> None:
     try:
         for name, model in MODELS.items():
             if name in cases or (name == "qwen3" and "ranks" in cases):
-                asked[name] = Asked(name, model, needles.prompts, options.device, sparse=True)
+                asked[name] = Asked(name, model, needles.prompts, options, sparse=True)
                 if name in cases:
-                    asked[f"{name} dense"] = Asked(f"{name} dense", model, needles.prompts, options.device, False)
+                    asked[f"{name} dense"] = Asked(f"{name} dense", model, needles.prompts, options, False)
                 if options.device == "cpu":
                     for process in asked.values():
                         process.process.wait()  # they would share the cores
         if "ranks" in cases:
-            asked["ranks"] = Asked("ranks", MODELS["qwen3"], needles.prompts, options.device, True, ranks=2)
+            asked["ranks"] = Asked("ranks", MODELS["qwen3"], needles.prompts, options, True, ranks=2)
         answers = {name: process.answer() for name, process in asked.items()}
     finally:
         for process in asked.values():

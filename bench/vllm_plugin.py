@@ -93,6 +93,7 @@ def side(options: argparse.Namespace) -> None:
         "load_format": "dummy",
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
+        "kv_cache_dtype": options.kv_cache_dtype,
         "max_model_len": options.context,
         "max_num_seqs": max(batches),
         "max_num_batched_tokens": options.chunk,
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=8192, help="prompt tokens a step")
     parser.add_argument("--method", default="spot:k=4096")
     parser.add_argument("--check-every", type=int, help="decode steps between two self-checks (the plug-in's default)")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="of both sides: auto or fp8")
     parser.add_argument("--fill", action="store_true", help="leave out the prompts' attention")
     parser.add_argument("--sides", default="stock,spot")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -156,6 +156,16 @@ def quantised(form, folder, build_folder):
     return folder
 
 
+@pytest.mark.parametrize(("model", "dtype"), [(TINY, "bfloat16"), (HYBRID, "bfloat16")])
+def test_an_fp8_cache_answers_as_its_dense_self(model, dtype, ask, needles):
+    dense = ask(model, needles.prompts, dtype=dtype, kv_cache_dtype="fp8")["passes"][0]
+    sparse = {"method": METHOD, "check_every": 1}
+    answer = ask(model, needles.prompts, sparse, passes=2, dtype=dtype, kv_cache_dtype="fp8")
+    assert_answers(needles, dense, answer["passes"][0], "fp8 cache")
+    assert_budget_and_mass(answer)
+    assert all(a["cached"] > 0 for a in answer["passes"][1])
+
+
 @pytest.mark.parametrize("form", ["fp8", "awq"])
 def test_a_selector_serves_quantised_weights(form, ask, needles, build_folder, tmp_path):
     """Told that they are not its own, since it was distilled on the bfloat16 ones."""

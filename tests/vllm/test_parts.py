@@ -76,8 +76,63 @@ def test_pages_refuse_what_they_cannot_count(plugin):
         pages.selector_key_pool(torch.zeros(4, 1, 32, 64, dtype=torch.uint8), 1, 1152)
 
 
+class Written:
+    """What an attention layer of vLLM holds of a cache of codes: scales of one number or one a head."""
+
+    def __init__(self, rng, heads):
+        shape = (heads,) if rng.random() < 0.5 else ()
+        self._k_scale, self._v_scale = torch.rand(shape) / 50 + 0.01, torch.rand(shape) / 50 + 0.01
+
+
+@pytest.mark.parametrize("tokens", [16, 48])
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_a_cache_of_codes_is_written_and_read(plugin, seed, tokens, heads_first):
+    """Stored by the CPU's module, read by it and by the decode operator: both attend to what was rounded."""
+    from spotattention import ops
+    from spotattention.vllm import dense_cpu
+
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    heads, group, dim = rng.choice([1, 2, 3]), rng.choice([1, 2, 5]), 64
+    kv, _ = packed_views(rng, torch.uint8, tokens, heads, dim, heads_first)
+    layer, length, blocks = Written(rng, heads), rng.randrange(tokens + 1, 3 * tokens), kv.shape[0]
+    impl = types.SimpleNamespace(codes=True, head_size=dim, num_kv_heads=heads, num_heads=heads * group, scale=0.125)
+    dense, table = dense_cpu.Dense(impl), torch.randperm(blocks)[:3].int()
+    key, value = torch.randn(length + 1, heads, dim), torch.randn(length + 1, heads, dim)
+    key[0, 0, 0] = 1e6  # saturates
+    where = torch.arange(length)
+    slots = table.long()[where // tokens] * tokens + where % tokens
+    dense.store(layer, key, value, kv, torch.cat([slots, torch.tensor([-1])]))
+
+    codes = kv.view(torch.float8_e4m3fn)
+    stored = codes[table.long()].transpose(0, 1).flatten(1, 2)[:, :length].double()
+    keys = stored[..., :dim] * layer._k_scale.double().view(-1, 1, 1)
+    values = stored[..., dim:] * layer._v_scale.double().view(-1, 1, 1)
+    assert keys[0, 0, 0] == pytest.approx(448 * float(layer._k_scale.view(-1)[0]))
+    assert (keys[:, 1:] - key[1:length].transpose(0, 1)).norm() < 0.04 * key[1:length].norm()
+    query, output = torch.randn(1, heads * group, dim), torch.empty(1, heads * group, dim)
+    dense.attend(layer, query, key, value, kv, [dense_cpu.Chunk(0, 1, length, table.long())], output)
+    logits = query[0].double().view(heads, group, dim) @ keys.transpose(1, 2) * 0.125
+    want = (logits.softmax(-1) @ values).view(1, heads * group, dim)
+    torch.testing.assert_close(output.double(), want, rtol=1e-4, atol=1e-4)
+
+    key_pool, value_pool, pages = plugin.pages.key_value_pools(codes, dim)
+    decoded = ops.sparse_decode_attention(
+        query,
+        key_pool,
+        value_pool,
+        pages.table(table[None]),
+        torch.tensor([length], dtype=torch.int32),
+        0.125,
+        key_scale=layer._k_scale,
+        value_scale=layer._v_scale,
+    )
+    torch.testing.assert_close(decoded.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [None, (), (3,)])
 @pytest.mark.parametrize("sets", [1, 3])
-def test_captured_mass_is_that_of_float64(plugin, seed, sets):
+def test_captured_mass_is_that_of_float64(plugin, seed, sets, scale):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     heads, kv_heads, dim, length = 6, 3, 64, rng.randrange(5000, 9000)
@@ -85,14 +140,18 @@ def test_captured_mass_is_that_of_float64(plugin, seed, sets):
     pool = torch.randn(kv_heads, blocks + 40, 16, dim)
     table = torch.randperm(blocks + 40, dtype=torch.int32)[: blocks + 5]
     pool[:, int(table[blocks - 1]), 1 + (length - 1) % 16 :] = torch.nan  # what is not written is not read
+    key_scale = None if scale is None else torch.rand(scale) + 0.5
+    if key_scale is not None:
+        pool = pool.to(torch.float8_e4m3fn)
     query, scale = torch.randn(heads, dim), dim**-0.5
     counts = torch.tensor([rng.randrange(1, blocks) for _ in range(sets)], dtype=torch.int32)
     indices = torch.full((sets, int(counts.max()) + 2), -1, dtype=torch.int32)
     for s in range(sets):
         indices[s, : counts[s]] = torch.randperm(blocks)[: counts[s]].sort().values.int()
-    got = plugin.check.captured_mass(query, pool, table, length, indices, counts, scale)
+    got = plugin.check.captured_mass(query, pool, table, length, indices, counts, scale, key_scale)
 
-    keys = pool[:, table[:blocks].long()].flatten(1, 2)[:, :length].double().repeat_interleave(heads // kv_heads, 0)
+    numbers = pool.double() if key_scale is None else pool.double() * key_scale.double().view(-1, 1, 1, 1)
+    keys = numbers[:, table[:blocks].long()].flatten(1, 2)[:, :length].repeat_interleave(heads // kv_heads, 0)
     mass = (torch.einsum("hd,hld->hl", query.double(), keys) * scale).softmax(-1).view(kv_heads, -1, length).mean(1)
     mass = mass.mean(0, keepdim=True) if sets == 1 else mass
     want, attended = 0.0, 0
@@ -112,7 +171,7 @@ def checked(plugin, query, pool, table, lengths, chosen, bound=0.0):
     spot = types.SimpleNamespace(
         check_every=1, check_bound=bound, in_graphs=True, rule=rule, layer=7, mix_weight=torch.zeros(1)
     )
-    impl = types.SimpleNamespace(spot=spot, record=None, _pools=(None, (pool,)), scale=0.125)
+    impl = types.SimpleNamespace(spot=spot, record=None, _pools=(None, (pool,)), scale=0.125, key_scale=None)
     check = plugin.check.SelfCheck([impl])
     check.next_step(len(lengths), table)
     impl.record.take(query, chosen, table, lengths)
@@ -237,7 +296,7 @@ def configuration(**changes):
     config = made(
         additional_config={"spot": {"selector": "spot"}},
         parallel_config=made(pipeline_parallel_size=1, decode_context_parallel_size=1),
-        cache_config=made(cache_dtype="auto", sliding_window=None),
+        cache_config=made(cache_dtype="auto", sliding_window=None, kv_cache_dtype_skip_layers=[]),
         compilation_config=made(pass_config=made(enable_sp=False)),
         kv_transfer_config=None,
         lora_config=None,
@@ -267,6 +326,8 @@ def test_settings_of_the_shipped_selector(plugin):
     settings = plugin.settings.load(own)
     assert settings.key_format == "bf16" and [settings.covers(layer) for layer in range(3)] == [False, False, True]
     assert plugin.settings.load(configuration(additional_config={})) is None
+    for word in ("fp8", "fp8_e4m3", "bfloat16"):
+        assert plugin.settings.load(configuration(cache_config__cache_dtype=word)) is not None
 
 
 def test_other_weights_are_warned_of_and_checked_more_often(plugin, tmp_path, caplog):
@@ -288,7 +349,9 @@ def test_other_weights_are_warned_of_and_checked_more_often(plugin, tmp_path, ca
     ("changes", "sentence"),
     [
         ({"kv_transfer_config": object()}, "not tested with a KV connector"),
-        ({"cache_config__cache_dtype": "fp8"}, "not tested with a KV cache of fp8"),
+        ({"cache_config__cache_dtype": "fp8_e5m2"}, "KV cache of fp8_e5m2; give --kv-cache-dtype auto or fp8"),
+        ({"cache_config__cache_dtype": "fp8_per_token_head"}, "not tested with a KV cache of fp8_per_token_head"),
+        ({"cache_config__kv_cache_dtype_skip_layers": ["3"]}, "KV caches of several dtypes"),
         ({"speculative_config": object()}, "not tested with speculative decoding"),
         ({"lora_config": object()}, "not tested with LoRA"),
         ({"quant_config": types.SimpleNamespace(get_name=lambda: "modelopt")}, "weights quantised as modelopt"),

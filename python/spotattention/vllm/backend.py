@@ -23,6 +23,7 @@ from spotattention import ops
 from spotattention.vllm.check import SelfCheck
 from spotattention.vllm.layer import SelectorLayer
 from spotattention.vllm.pages import PAGE_TOKENS, Pages, key_value_pools
+from spotattention.vllm.settings import E4M3_CACHES
 
 
 def dense_attention() -> Any:
@@ -172,6 +173,8 @@ class SpotImpl(AttentionImpl[SpotMetadata]):
         if current_platform.is_cuda():
             self._check_cuda(spot_layer, head_size)
         self.head_size, self.scale, self.kv_cache_dtype = head_size, float(scale), kv_cache_dtype
+        self.codes = kv_cache_dtype in E4M3_CACHES  # keys and values are E4M3 codes, in vLLM's view bytes
+        self.key_scale: Tensor | None = None  # of codes, of the last step
         self.spot = spot_layer
         self.dense = dense_attention().Dense(self)
         self.record: Any = None  # of the self-check
@@ -194,7 +197,8 @@ class SpotImpl(AttentionImpl[SpotMetadata]):
     def pools(self, kv_cache: Tensor) -> tuple[Tensor, Tensor, Pages]:
         where = (kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride())
         if self._pools is None or self._pools[0] != where:
-            self._pools = where, key_value_pools(kv_cache, self.head_size)
+            view = kv_cache.view(torch.float8_e4m3fn) if self.codes else kv_cache
+            self._pools = where, key_value_pools(view, self.head_size)
         return self._pools[1]
 
     def do_kv_cache_update(
@@ -214,17 +218,21 @@ class SpotImpl(AttentionImpl[SpotMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """query [T, num_heads, head_size], output the same, written; kv_cache [blocks, kv_heads, tokens, 2 head_size]."""
+        """query [T, num_heads, head_size], output the same, written; kv_cache [blocks, kv_heads, tokens, 2 head_size],
+        uint8 where it holds E4M3 codes, whose scales are the layer's.
+        """
         if attn_metadata is None:
             return output.zero_()
         step, rows = attn_metadata, attn_metadata.num_decodes
         if rows > 0:
-            self._decode(step, query[:rows], kv_cache, output[:rows])
+            self._decode(layer, step, query[:rows], kv_cache, output[:rows])
         if step.prefill is not None:
             self.dense.attend(layer, query, key, value, kv_cache, step.prefill, output)
         return output
 
-    def _decode(self, step: SpotMetadata, query: Tensor, kv_cache: Tensor, output: Tensor) -> None:
+    def _decode(
+        self, layer: torch.nn.Module, step: SpotMetadata, query: Tensor, kv_cache: Tensor, output: Tensor
+    ) -> None:
         keys, values, pages = self.pools(kv_cache)
         scores, rows = self.spot.scores, query.shape[0]
         if scores is None or scores.shape[0] != rows or pages != step.pages:
@@ -233,8 +241,19 @@ class SpotImpl(AttentionImpl[SpotMetadata]):
                 "use its own splitting_ops"
             )
         table, lengths = step.page_table[:rows], step.lengths[:rows]
+        self.key_scale, value_scale = (layer._k_scale, layer._v_scale) if self.codes else (None, None)
         attended = ops.select_and_attend(
-            scores, query, keys, values, table, lengths, self.scale, with_mass=False, **self.spot.rule
+            scores,
+            query,
+            keys,
+            values,
+            table,
+            lengths,
+            self.scale,
+            with_mass=False,
+            key_scale=self.key_scale,
+            value_scale=value_scale,
+            **self.spot.rule,
         )
         output.copy_(attended.output)
         if self.record is not None:
@@ -245,7 +264,7 @@ class SpotBackend(AttentionBackend):
     # Keys and values are written by an operator of their own, so that a compiler sees it.
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "float32"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "float32", *E4M3_CACHES]
     layouts: ClassVar[tuple[KVCacheLayout, ...]] = (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)
 
     @staticmethod
@@ -271,6 +290,10 @@ class SpotBackend(AttentionBackend):
     @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        return True
 
 
 class SpotHybridBackend(SpotBackend):

@@ -135,7 +135,7 @@ class SelfCheck:
             ):
                 continue
             seen[impl.spot.layer] = captured_mass(
-                query[0], impl._pools[1][0], table[0], length, indices[0], counts[0], impl.scale
+                query[0], impl._pools[1][0], table[0], length, indices[0], counts[0], impl.scale, impl.key_scale
             )
         if not seen:
             return

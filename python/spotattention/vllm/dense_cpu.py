@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from spotattention.vllm.pages import e4m3_codes, e4m3_numbers
+
 
 class Chunk(NamedTuple):
     """Tokens of one prompt that a step brings."""
@@ -37,8 +39,12 @@ class Dense:
         there = (slot_mapping >= 0).nonzero()[:, 0]
         slots = slot_mapping[there]
         block, offset = slots // block_tokens, slots % block_tokens
-        kv_cache[block, :, offset, :dim] = key[there]
-        kv_cache[block, :, offset, dim:] = value[there]
+        key, value = key[there], value[there]
+        if self.impl.codes:
+            key = e4m3_codes(key, layer._k_scale).view(kv_cache.dtype)
+            value = e4m3_codes(value, layer._v_scale).view(kv_cache.dtype)
+        kv_cache[block, :, offset, :dim] = key
+        kv_cache[block, :, offset, dim:] = value
 
     def attend(
         self,
@@ -55,7 +61,10 @@ class Dense:
         for first, count, length, blocks in chunks:
             blocks = blocks[: -(-length // block_tokens)]
             content = kv_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]
-            keys, values = content[None, ..., :dim], content[None, ..., dim:]
+            keys, values = content[..., :dim], content[..., dim:]
+            if self.impl.codes:
+                keys = e4m3_numbers(keys.view(torch.float8_e4m3fn), layer._k_scale, query.dtype)
+                values = e4m3_numbers(values.view(torch.float8_e4m3fn), layer._v_scale, query.dtype)
             start = length - count
             mask = None
             if start > 0:
@@ -64,7 +73,7 @@ class Dense:
             grouped = query[first : first + count].view(count, kv_heads, group, dim).permute(2, 1, 0, 3)
             for member in range(group):  # keys and values are not repeated for their query heads
                 attended = torch.nn.functional.scaled_dot_product_attention(
-                    grouped[member][None], keys, values, mask, is_causal=mask is None, scale=self.impl.scale
+                    grouped[member][None], keys[None], values[None], mask, is_causal=mask is None, scale=self.impl.scale
                 )
                 into = output[first : first + count].view(count, kv_heads, group, dim)[:, :, member]
                 into.copy_(attended[0].transpose(0, 1))

