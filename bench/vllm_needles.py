@@ -63,7 +63,7 @@ class Asked:
         request = {"engine": engine, "prompts": prompts, "passes": 2 if sparse else 1, "sampling": {"max_tokens": 10}}
         (self.folder / "request.json").write_text(json.dumps(request))
         (self.folder / "site").mkdir()
-        build = pathlib.Path(os.environ.get("SPOT_BUILD", ROOT / "build/gpu"))
+        build = pathlib.Path(os.environ.get("SPOT_BUILD", ROOT / "build/gpu")).resolve()
         variables = environment(make_site(self.folder / "site"), build)
         if device == "cuda":
             del variables["VLLM_TARGET_DEVICE"]

@@ -46,7 +46,8 @@ Batch Batch::rows() const {
       made.query_lengths.push_back(1);
       made.first_pages.push_back(first_pages[i]);
     }
-  const at::Tensor sequence = at::repeat_interleave(query_starts.diff(), std::optional<int64_t>(num_tokens()));
+  const at::Tensor sequence =
+      at::repeat_interleave(query_starts.diff(), std::optional<int64_t>(num_tokens()));
   made.page_table = page_table.index_select(0, sequence);
   if (state_slots.defined()) made.state_slots = state_slots.index_select(0, sequence);
   made.lengths = (positions + 1).to(at::kInt);

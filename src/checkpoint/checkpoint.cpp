@@ -44,7 +44,7 @@ void Checkpoint::open() {
   if (fs::is_directory(path, code)) {
     single = path / "model.safetensors";
     const fs::path index_path = path / "model.safetensors.index.json";
-    if (!fs::exists(single, code) && fs::exists(index_path, code)) {
+    if (!fs::exists(single, code) && has_file(index_path)) {
       const nlohmann::json index = read_json(index_path);
       const auto map = index.is_object() ? index.find("weight_map") : index.end();
       if (map == index.end() || !map->is_object()) fail("{}: weight_map is missing", index_path.string());

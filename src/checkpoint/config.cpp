@@ -404,7 +404,7 @@ ModelConfig ModelConfig::load(const std::filesystem::path& folder) {
   const auto path = folder / "config.json";
   ModelConfig config = from_json(read_json(path), path.string());
   const auto generation = folder / "generation_config.json";
-  if (std::filesystem::exists(generation)) {
+  if (has_file(generation)) {
     const json defaults = read_json(generation);
     if (!defaults.is_object()) fail("{}: a JSON object was expected", generation.string());
     auto ids = token_ids(Fields(defaults, generation.string()), "eos_token_id");

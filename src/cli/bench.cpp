@@ -250,7 +250,7 @@ void add_bench(CLI::App& app) {
   command.add_flag("--engine", options->engine,
                    "Also the tokens a second of the engine that `spot generate` runs, after a prefill");
   command.add_flag("--eager", options->eager, "No CUDA graph");
-  command.add_option("--out", options->out, "JSON file for the numbers");
+  command.add_option("--out", options->out, "JSON file for the numbers")->check(output_file());
   command.callback([options, &command] {
     if (!command.get_subcommands().empty()) return;
     if (options->model.folder.empty()) throw CLI::RequiredError("--model");

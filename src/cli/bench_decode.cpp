@@ -438,8 +438,8 @@ void add_bench_decode(CLI::App& parent) {
   command.add_option("--device", options->device, "auto, cpu, cuda or cuda:N")->capture_default_str();
   for (const char* name : {"--shapes", "--sigma", "--shared", "--local", "--fidelity", "--sets", "--seed"})
     model->excludes(command.get_option(name));
-  command.add_option("--out", options->out, "JSON file for the numbers");
-  command.add_option("--page", options->page, "HTML file with tables and charts");
+  command.add_option("--out", options->out, "JSON file for the numbers")->check(output_file());
+  command.add_option("--page", options->page, "HTML file with tables and charts")->check(output_file());
   command.callback([options, &command] {
     check_needs(command, {});
     for (int64_t length : options->lengths)

@@ -214,7 +214,7 @@ void add_bench_distill(CLI::App& parent) {
       .add_option("--peak-tflops", options->peak_tflops,
                   "The device's matmul peak; measured with a large product by default")
       ->check(CLI::PositiveNumber);
-  command.add_option("--out", options->out, "JSON file for the numbers");
+  command.add_option("--out", options->out, "JSON file for the numbers")->check(output_file());
   command.callback([options, &command] {
     check_needs(command, {});
     run(*options);

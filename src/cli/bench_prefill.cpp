@@ -312,8 +312,8 @@ void add_bench_prefill(CLI::App& parent) {
   command.add_flag("--flash", options->flash, "On a GPU torch's flash attention too");
   auto* no_model = command.add_flag("--no-model", options->no_model, "The layer alone");
   command.add_flag("--no-layer", options->no_layer, "The whole model alone")->excludes(no_model);
-  command.add_option("--out", options->out, "JSON file for the numbers");
-  command.add_option("--page", options->page, "HTML file with tables and charts");
+  command.add_option("--out", options->out, "JSON file for the numbers")->check(output_file());
+  command.add_option("--page", options->page, "HTML file with tables and charts")->check(output_file());
   command.callback([options, &command] {
     check_needs(command, {});
     run(*options);

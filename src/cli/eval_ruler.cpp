@@ -185,8 +185,10 @@ void add_eval_ruler(CLI::App& parent) {
   command.add_option("--batch", eval.batch, "Prompts at once; more need more memory for keys and values")
       ->check(CLI::Range(1, 256))
       ->capture_default_str();
-  command.add_option("--write-prompts", options->prompts_file,
-                     "Write the prompts to this file, one JSON object a line, and run nothing");
+  command
+      .add_option("--write-prompts", options->prompts_file,
+                  "Write the prompts to this file, one JSON object a line, and run nothing")
+      ->check(output_file());
   command.callback([options, &command] { run(*options, command); });
 }
 

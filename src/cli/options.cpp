@@ -13,6 +13,7 @@
 #include "checkpoint/hub.h"
 #include "cli/usage.h"
 #include "core/error.h"
+#include "core/files.h"
 #include "core/notice.h"
 #include "engine/self_check.h"
 #include "ops/device.h"
@@ -47,6 +48,15 @@ CLI::Validator checkpoint_folder() {
   return CLI::Validator(
       [](std::string& given) {
         given = find_checkpoint(given).string();
+        return std::string();
+      },
+      "");
+}
+
+CLI::Validator output_file() {
+  return CLI::Validator(
+      [](const std::string& given) {
+        refuse_special(given);
         return std::string();
       },
       "");

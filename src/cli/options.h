@@ -18,6 +18,8 @@ inline constexpr const char* kModelHelp =
     "Folder of a Hugging Face checkpoint, or ORG/NAME that the local hub cache holds";
 // Turns what --model was given into a folder (find_checkpoint).
 CLI::Validator checkpoint_folder();
+// Refuses what a report would replace: a device, a pipe (refuse_special).
+CLI::Validator output_file();
 
 // --model, --device, --dtype, --threads
 struct ModelOptions {

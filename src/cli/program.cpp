@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -35,6 +36,17 @@ std::string usage_sentence(const CLI::ParseError& e) {
   std::string text = std::regex_replace(std::string(e.what()), line_breaks, " ");
   text = std::regex_replace(text, above, "is not above 0");
   return std::regex_replace(text, least, "is below $1");
+}
+
+// What is wrong in the file of --config, where that is what `e` complains of; else empty.
+std::string config_sentence(const CLI::App& app, const CLI::ParseError& e) {
+  static const std::string start = "INI was not able to parse ";
+  if (!dynamic_cast<const CLI::ConfigError*>(&e) || app.get_config_ptr()->count() == 0) return "";
+  const std::string file = app.get_config_ptr()->results().front(), text = e.what();
+  const bool readable =
+      std::all_of(text.begin(), text.end(), [](unsigned char c) { return c >= ' ' && c != 127; });
+  if (!readable || !text.starts_with(start)) return readable ? file + ": " + text : file + ": is not TOML";
+  return file + ": " + unknown_setting(app, text.substr(start.size()));
 }
 
 // What CLI11 takes of any option: NaN, which its ranges let pass, and, where a text names something, nothing at all.
@@ -98,7 +110,8 @@ int run_program(int argc, const char* const* argv, const ProcessGroup* group) {
         status = talks ? app.exit(e) : 0;
       } else {
         // What CLI11 complains of first may follow from a word that it does not name.
-        const std::string unknown = find_unknown_word(app, argc, argv);
+        std::string unknown = find_unknown_word(app, argc, argv);
+        if (unknown.empty()) unknown = config_sentence(app, e);
         throw UsageError(fmt::format("{} (`spot --help` and `spot COMMAND --help` list what there is)",
                                      unknown.empty() ? usage_sentence(e) : unknown));
       }

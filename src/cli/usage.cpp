@@ -189,6 +189,9 @@ std::string find_unknown_word(const CLI::App& app, int argc, const char* const* 
     }
     const std::string name = word.substr(0, word.find('='));
     const CLI::Option* option = option_of(*command, name);
+    if (!option && name == "--config" && command != &app)
+      return fmt::format("--config stands before the command: spot --config FILE {} ...",
+                         full_name(*command).substr(5));
     if (!option)
       return fmt::format("`{}` has no option {}{}", full_name(*command), name,
                          suggestion(name, option_names(*command)));
@@ -201,6 +204,25 @@ std::string find_unknown_word(const CLI::App& app, int argc, const char* const* 
     }
   }
   return "";
+}
+
+std::string unknown_setting(const CLI::App& app, const std::string& place) {
+  const CLI::App* command = &app;
+  size_t begin = 0;
+  for (size_t end; (end = place.find('.', begin)) != std::string::npos; begin = end + 1) {
+    const auto next = subcommands(*command, place.substr(begin, end - begin));
+    if (end == begin || next.empty()) {
+      std::vector<std::string> known;
+      for (const CLI::App* sub : subcommands(*command)) known.push_back(sub->get_name());
+      const std::string word = place.substr(begin, end - begin);
+      return fmt::format("the section [{}] is no command{}", word, suggestion(word, known));
+    }
+    command = next.front();
+  }
+  const std::string name = place.substr(begin);
+  std::vector<std::string> known = option_names(*command);
+  for (std::string& option : known) option.erase(0, 2);
+  return fmt::format("`{}` has no option {}{}", full_name(*command), name, suggestion(name, known));
 }
 
 }  // namespace spot::cli

@@ -39,4 +39,7 @@ void check_needs(const CLI::App& command, const std::set<Need>& met);
 // nearest word there is; empty when all are known.
 std::string find_unknown_word(const CLI::App& app, int argc, const char* const* argv);
 
+// The same of a place in the file of --config, as CLI11 names it: "generate.promptt", or "generat.++" for a section.
+std::string unknown_setting(const CLI::App& app, const std::string& place);
+
 }  // namespace spot::cli

@@ -14,6 +14,21 @@
 namespace spot {
 namespace fs = std::filesystem;
 
+bool has_file(const fs::path& path) {
+  std::error_code code;
+  if (fs::exists(path, code)) return true;
+  if (fs::is_symlink(path, code))
+    fail("{}: is a link to a file that is not there; fetch it again", path.string());
+  return false;
+}
+
+void refuse_special(const fs::path& path) {
+  std::error_code code;
+  if (const fs::file_status there = fs::status(path, code);
+      fs::exists(there) && !fs::is_regular_file(there) && !fs::is_directory(there))
+    fail("{}: is not a regular file", path.string());
+}
+
 std::string read_file(const fs::path& path) {
   std::error_code code;
   if (!fs::exists(path, code)) {
@@ -38,7 +53,7 @@ std::string read_file(const fs::path& path) {
 }
 
 nlohmann::json read_json(const fs::path& path) {
-  if (std::error_code code; fs::is_fifo(path, code)) fail("{}: is not a regular file", path.string());
+  refuse_special(path);
   const std::string bytes = read_file(path);
   refuse_pointer(bytes, path.string());
   check_json_nesting(bytes, path.string());
@@ -52,7 +67,12 @@ nlohmann::json read_json(const fs::path& path) {
   }
 }
 
-void write_file_atomically(const fs::path& path, const std::function<void(std::ostream&)>& write) {
+void write_file_atomically(const fs::path& given, const std::function<void(std::ostream&)>& write) {
+  refuse_special(given);
+  fs::path path = given;
+  std::error_code no_link;
+  for (int links = 0; fs::is_symlink(path, no_link) && links < 40; ++links)
+    path = path.parent_path() / fs::read_symlink(path);
   const fs::path temporary = path.string() + fmt::format(".tmp{}", ::getpid());
   auto give_up = [&](const std::string& why) {
     std::error_code ignored;

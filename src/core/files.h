@@ -10,6 +10,13 @@
 
 namespace spot {
 
+// Whether there is something at `path`. Throws Error where that is a link to nothing, as a cache fetched in part has.
+bool has_file(const std::filesystem::path& path);
+
+// Throws Error where something at `path` is neither file nor folder: a pipe, of which reading might never end, or a device, which
+// a report would replace. Links are followed.
+void refuse_special(const std::filesystem::path& path);
+
 // The bytes of `path`. Throws Error when it is missing, a folder, or cannot be read.
 std::string read_file(const std::filesystem::path& path);
 
@@ -17,8 +24,8 @@ std::string read_file(const std::filesystem::path& path);
 nlohmann::json read_json(const std::filesystem::path& path);
 
 // Writes through a temporary file in the same folder, flushed to disk and renamed over `path`: a reader sees
-// the old file or the new one. On any failure (full disk included) the temporary file is removed and Error
-// thrown.
+// the old file or the new one. A link stays, and its file is replaced. On any failure (full disk included) the
+// temporary file is removed and Error thrown.
 void write_file_atomically(const std::filesystem::path& path, std::string_view bytes);
 void write_file_atomically(const std::filesystem::path& path,
                            const std::function<void(std::ostream&)>& write);

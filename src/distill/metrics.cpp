@@ -80,6 +80,7 @@ HeatMap layers_over_time(const std::string& title, const std::vector<nlohmann::j
 
 MetricsLog::MetricsLog(const std::filesystem::path& path, int64_t last_step) : path_(path) {
   std::string kept;
+  refuse_special(path);
   if (last_step > 0 && std::filesystem::exists(path)) {
     std::istringstream lines(read_file(path));
     for (std::string line; std::getline(lines, line);) {

@@ -92,8 +92,10 @@ class Run {
     if (config_.held_out_sequences > 0 && !(finished() && !config_.calibrate))
       held_out_ = data_.held_out(config_.held_out_sequences);
     if (is_writer() && held_out_.empty() && config_.held_out_sequences > 0 && hooks_.show_progress)
-      notice("No held-out text: the corpus has too few documents for one in {}.\n",
-             config_.data.held_out_every);
+      notice("No held-out text: {}.\n", config_.data.held_out_every == 0
+                                            ? "--held-out-every is 0"
+                                            : fmt::format("the corpus has too few documents for one in {}",
+                                                          config_.data.held_out_every));
     if (is_writer() && checkpoint.empty() && hooks_.show_progress) look_at_first_sequence();
     if (config_.calibrate && config_.calibration_length > 0 && !held_out_.empty()) {
       calibration_contexts_ = data_.held_out(config_.held_out_sequences, config_.calibration_length);
@@ -476,7 +478,7 @@ void check_distillation(const TrainConfig& config, bool resume, const ModelConfi
   if (selector.distillation.teacher_scope == TeacherScope::residual && config.data.sequence_length < least)
     fail(
         "distillation: of {} tokens the first {} and the last {} are left out, nothing remains to learn; give sequences of {} or "
-        "more, or teacher_scope all",
+        "more, or --teacher-scope all",
         config.data.sequence_length, rule.sinks, rule.recency, least);
   const Replicas& r = replicas;
   if (r.count < 1 || r.rank < 0 || r.rank >= r.count || (r.count > 1 && !r.sum))

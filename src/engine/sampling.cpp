@@ -37,7 +37,7 @@ void SamplingOptions::check(int64_t vocab_size) const {
 SamplingOptions SamplingOptions::from_generation_config(const std::filesystem::path& folder) {
   const std::filesystem::path file = folder / "generation_config.json";
   SamplingOptions options;
-  if (!std::filesystem::exists(file)) return options;
+  if (!has_file(file)) return options;
   const auto config = nlohmann::json::parse(read_file(file), nullptr, /*allow_exceptions=*/false);
   if (!config.is_object()) fail("{}: a JSON object was expected", file.string());
   const auto number = [&](const char* name, double otherwise) {

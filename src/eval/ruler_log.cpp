@@ -38,6 +38,7 @@ std::string differing(const nlohmann::json& a, const nlohmann::json& b) {
 
 RulerLog::RulerLog(const std::filesystem::path& file, const nlohmann::json& settings) : file_(file) {
   if (file.has_parent_path()) make_folder(file.parent_path());
+  refuse_special(file);
   descriptor_ = ::open(file.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
   if (descriptor_ < 0) fail("{}: cannot be opened for writing: {}", file.string(), std::strerror(errno));
   try {

@@ -30,7 +30,7 @@ NamedTexts templates_in(const nlohmann::json& config) {
 NamedTexts templates_of(const fs::path& folder, const nlohmann::json& config, std::string& where) {
   NamedTexts templates;
   where = folder.string();
-  if (fs::exists(folder / "chat_template.jinja"))
+  if (has_file(folder / "chat_template.jinja"))
     templates.emplace_back("default", read_file(folder / "chat_template.jinja"));
   if (const fs::path more = folder / "additional_chat_templates"; fs::is_directory(more)) {
     for (const auto& entry : fs::directory_iterator(more))
@@ -38,7 +38,7 @@ NamedTexts templates_of(const fs::path& folder, const nlohmann::json& config, st
         templates.emplace_back(entry.path().stem().string(), read_file(entry.path()));
   }
   if (templates.empty()) templates = templates_in(config);
-  if (templates.empty() && fs::exists(folder / "chat_template.json"))
+  if (templates.empty() && has_file(folder / "chat_template.json"))
     templates = templates_in(read_json(folder / "chat_template.json"));
   return templates;
 }
@@ -95,7 +95,7 @@ ChatTemplate ChatTemplate::load(const fs::path& folder, const std::optional<fs::
   if (!fs::is_directory(folder)) fail("{}: not a checkpoint folder", folder.string());
   const fs::path config_file = folder / "tokenizer_config.json";
   try {
-    const nlohmann::json config = fs::exists(config_file) ? read_json(config_file) : nlohmann::json::object();
+    const nlohmann::json config = has_file(config_file) ? read_json(config_file) : nlohmann::json::object();
     std::string where;
     NamedTexts templates;
     if (file) {
@@ -119,7 +119,7 @@ ChatTemplate::ChatTemplate(const fs::path& folder, NamedTexts templates, const s
     : where_(where) {
   nlohmann::json tokens = nlohmann::json::object();
   for (const char* name : {"special_tokens_map.json", "tokenizer_config.json"})
-    if (fs::exists(folder / name)) tokens.update(read_json(folder / name));
+    if (has_file(folder / name)) tokens.update(read_json(folder / name));
   for (const char* name : kSpecialTokens) {
     const auto token = tokens.find(name);
     if (token == tokens.end()) continue;

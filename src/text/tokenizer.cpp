@@ -71,7 +71,7 @@ std::vector<int32_t> ids_in(const json& value) {
 }
 
 json read_if_there(const fs::path& path) {
-  return fs::exists(path) ? read_json(path) : json::object();
+  return has_file(path) ? read_json(path) : json::object();
 }
 
 }  // namespace

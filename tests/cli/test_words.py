@@ -166,8 +166,17 @@ def test_mistakes_are_found_before_the_weights_are_read(spot, unreadable, basics
 
 
 def test_unknown_words_of_a_config_file(spot, place, tmp_path):
-    for text in ("[distill]\nlenght=448\n", "[distil]\nlength=448\n", "[distill]\nlength=\n"):
+    for text, sentence in (
+        ("[distill]\nlenght=448\n", "`spot distill` has no option lenght; is length meant?"),
+        ("[distil]\nlength=448\n", "the section [distil] is no command; is distill meant?"),
+        ("[eval.rulr]\nsamples=1\n", "the section [rulr] is no command; is ruler meant?"),
+        ("[distill]\nlength=\n", ""),
+        ("\x01\x02 = 3\n", "is not TOML"),
+    ):
         (tmp_path / "run.toml").write_text(text)
-        done = spot("distill", "--config", tmp_path / "run.toml", "--model", place / "model", "--data", place / "text.jsonl",
+        done = spot("--config", tmp_path / "run.toml", "distill", "--model", place / "model", "--data", place / "text.jsonl",
                     "--out", tmp_path / "out")  # fmt: skip
         assert done.returncode in (1, 2) and not (tmp_path / "out").exists(), (text, done)
+        assert not sentence or f"run.toml: {sentence}" in done.stderr, (text, done.stderr)
+    done = spot("generate", "--config", tmp_path / "run.toml", "--model", place / "model")
+    assert done.returncode == 2 and "spot --config FILE generate" in done.stderr, done

@@ -279,7 +279,11 @@ class DistillKernels : public ::testing::Test {
         for (const double x : got) ASSERT_NEAR(x, 0.0, 5e-5);
         continue;
       }
-      EXPECT_LE(relative_error(got, want), 2e-5);
+      // A divergence may be small beside the logarithms that it is the difference of.
+      double off = 0, size = 0;
+      for (size_t r = 0; r < want.size(); ++r)
+        off += std::pow(got[r] - want[r], 2), size += std::pow(want[r], 2);
+      EXPECT_LE(std::sqrt(off), 2e-5 * std::sqrt(size) + 2e-6 * std::sqrt(static_cast<double>(want.size())));
     }
     if (!gradient) return;
     const std::vector<double> bits = testing::to_double(DataType::kBf16, dots.download());
