@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from spotattention import arguments
+
 Mode = Literal["top_p", "top_k", "threshold"]
 Prefill = Literal["dense", "sparse", "auto"]
 Scope = Literal["layer", "kv_group"]
@@ -193,8 +195,9 @@ def parse_method(text: str, defaults: SelectionRule | None = None, mass_table: M
     """A method as users write it: WORD or WORD:KEY=VALUE,KEY=VALUE...
 
     What it does not say is as in `defaults`, a selector's rule; m= needs its mass_table, too (SelectorConfig.method gives
-    both). Raises ValueError naming the part that is wrong.
+    both). Raises ValueError naming the part that is wrong, TypeError where it is no text.
     """
+    text = arguments.text("method", text, 'a text such as "spot:p=0.9"')
     word, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
     given = set()

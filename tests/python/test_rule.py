@@ -135,3 +135,9 @@ def test_a_threshold_on_all_attention_is_one_on_the_residual_of_each_set(spotatt
         assert int(both.counts[0, set_]) == count
         assert torch.equal(both.indices[0, set_, :count], alone.indices[0, 0, :count])
     assert spotattention.parse_method("spot:p=0.9").rule.fitted(1.0, [0.5]).thresholds == ()
+
+
+@pytest.mark.parametrize("method", [5, None, b"spot", ["spot"]])
+def test_a_method_is_a_text(spotattention, method):
+    with pytest.raises(TypeError, match=r'^method is .*; it must be a text such as "spot:p=0.9"$'):
+        spotattention.parse_method(method)
