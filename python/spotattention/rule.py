@@ -57,6 +57,11 @@ class SelectionRule:
             if not holds:
                 raise ValueError(f"selection rule: {name} is {shown(getattr(self, name))}; it must be {wanted}")
 
+        for name in ("sinks", "recency", "floor", "cap", "budget"):
+            arguments.whole(f"selection rule: {name}", getattr(self, name))
+        for name in ("budget_fraction", "p", "threshold", "temperature"):
+            if not isinstance(getattr(self, name), float):  # nan and inf are refused below
+                arguments.number(f"selection rule: {name}", getattr(self, name))
         require(self.mode in ("top_p", "top_k", "threshold"), "mode", "top_p, top_k or threshold")
         for name in ("budget", "sinks", "recency", "floor", "cap"):
             require(getattr(self, name) <= MOST_TOKENS, name, f"at most {MOST_TOKENS} tokens")
@@ -198,6 +203,8 @@ def parse_method(text: str, defaults: SelectionRule | None = None, mass_table: M
     both). Raises ValueError naming the part that is wrong, TypeError where it is no text.
     """
     text = arguments.text("method", text, 'a text such as "spot:p=0.9"')
+    if defaults is not None and not isinstance(defaults, SelectionRule):
+        raise arguments.wrong_type("defaults", defaults, "a SelectionRule")
     word, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
     given = set()
