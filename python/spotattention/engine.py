@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spotattention import _library  # noqa: F401  the operators, which the engine's library needs
+from spotattention import _library, arguments  # the operators, which the engine's library needs
 from spotattention.self_check import Judge
+
+_MOST = 2**40  # of an engine's sizes
 
 Prompt = str | Sequence[int] | torch.Tensor
 
@@ -77,7 +80,7 @@ class Engine:
     selector that was distilled on other weights of the same architecture is warned of and checked every 16 steps.
 
     Not thread-safe. Text of float32 models does not depend on what shares the engine. Raises RuntimeError in one
-    sentence on a folder, selector or method that does not fit.
+    sentence on a folder, selector or method that does not fit, TypeError or ValueError on an argument of another type.
     """
 
     def __init__(
@@ -96,25 +99,30 @@ class Engine:
         self_check: int = 256,
         least_captured: float = 0.5,
     ) -> None:
+        model = arguments.path("model", model)
+        selector = "" if selector is None else arguments.path("selector", selector)
+        self.methods = arguments.texts("methods", methods) or ["spot" if selector else "dense"]
+        self_check = arguments.whole("self_check", self_check)
+        least_captured = arguments.number("least_captured", least_captured)
         if self_check < 0 or not 0 <= least_captured <= 1:
             raise ValueError("self_check must be 0 or more, and least_captured 0 to 1")
-        _load()
-        self._judge = Judge(least_captured)
-        self.methods = list(methods) or ["spot" if selector is not None else "dense"]
         options = {
-            "device": device,
-            "dtype": dtype,
-            "cache_tokens": cache_tokens,
-            "max_sequences": max_sequences,
-            "max_step_tokens": max_step_tokens,
-            "prefix_cache": prefix_cache,
-            "graphs": graphs,
+            "device": arguments.text("device", device, "the text auto, cpu, cuda or cuda:N"),
+            "dtype": arguments.text("dtype", dtype, "the text auto, float32, bfloat16 or float16"),
+            "cache_tokens": arguments.whole("cache_tokens", cache_tokens, 1, _MOST),
+            "max_sequences": arguments.whole("max_sequences", max_sequences, 1, _MOST),
+            "max_step_tokens": arguments.whole("max_step_tokens", max_step_tokens, 1, _MOST),
+            "prefix_cache": arguments.flag("prefix_cache", prefix_cache),
+            "graphs": arguments.flag("graphs", graphs),
             "self_check": self_check,
         }
+        _load()
+        self._judge = Judge(least_captured)
         self._kept: list[Event] = []  # met while stream or generate looked for others
-        self._engine = torch.classes.spot.Engine(
-            os.fspath(model), "" if selector is None else os.fspath(selector), self.methods, json.dumps(options)
-        )
+        try:
+            self._engine = torch.classes.spot.Engine(model, selector, self.methods, json.dumps(options))
+        except RuntimeError as error:  # which may advise an option of the command line
+            raise RuntimeError(re.sub(r"(?<= )--(selector|dtype)\b", r"the argument \1", str(error))) from None
         if foreign := self._engine.foreign():
             warnings.warn(foreign, RuntimeWarning, stacklevel=2)
 
@@ -145,33 +153,42 @@ class Engine:
         draws with seed + i. logprobs: of the token and of so many likeliest ones (-1: none). stop: texts that end an
         answer and are no part of it; stop_ids: likewise tokens, by default the model's own (an empty list: none).
 
-        Raises ValueError for a method that the engine has not, RuntimeError when the request is out of range or longer
-        than model or cache can hold; then nothing has changed.
+        Raises ValueError for a method that the engine has not, TypeError or ValueError for an argument that is of another
+        type or not finite, RuntimeError when the request is out of range or longer than model or cache can hold; then
+        nothing has changed.
         """
         if method is not None and method not in self.methods:
             raise ValueError(f"the engine has no method '{method}'; it was made with {', '.join(self.methods)}")
+        if logit_bias is not None and not isinstance(logit_bias, Mapping):
+            raise arguments.wrong_type("logit_bias", logit_bias, "a dict of token ids and numbers")
+        whole, number = arguments.whole, arguments.number
         request = {
-            "max_new_tokens": max_new_tokens,
-            "completions": completions,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "presence_penalty": presence_penalty,
-            "frequency_penalty": frequency_penalty,
-            "logit_bias": [[int(token), float(bias)] for token, bias in (logit_bias or {}).items()],
-            "seed": seed,
-            "logprobs": logprobs,
-            "stop": [stop] if isinstance(stop, str) else list(stop),
-            "stop_ids": None if stop_ids is None else [int(token) for token in stop_ids],
+            "max_new_tokens": whole("max_new_tokens", max_new_tokens),
+            "completions": whole("completions", completions),
+            "temperature": number("temperature", temperature),
+            "top_k": whole("top_k", top_k),
+            "top_p": number("top_p", top_p),
+            "min_p": number("min_p", min_p),
+            "repetition_penalty": number("repetition_penalty", repetition_penalty),
+            "presence_penalty": number("presence_penalty", presence_penalty),
+            "frequency_penalty": number("frequency_penalty", frequency_penalty),
+            "logit_bias": [
+                [whole("a token of logit_bias", token, 0, arguments.MOST_TOKEN), number(f"logit_bias[{token}]", bias)]
+                for token, bias in (logit_bias or {}).items()
+            ],
+            "seed": whole("seed", seed, most=2**64 - 1),
+            "logprobs": whole("logprobs", logprobs),
+            "stop": arguments.texts("stop", [stop] if isinstance(stop, str) else stop),
+            "stop_ids": None if stop_ids is None else arguments.token_ids("stop_ids", stop_ids),
         }
         chosen = 0 if method is None else self.methods.index(method)
         return self._engine.add(self.encode(prompt), chosen, json.dumps(request))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; a text gets the special tokens that its tokenizer adds."""
-        return self._engine.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        if isinstance(prompt, str):
+            return self._engine.encode(arguments.text("prompt", prompt))
+        return arguments.token_ids("prompt", prompt, "a text or a list of token ids")
 
     def step(self) -> list[Event]:
         """One forward pass and what it brought; nothing when idle."""
@@ -196,7 +213,7 @@ class Engine:
 
     def cancel(self, request: int) -> None:
         """Ends a request; its pages are free at once. Unknown and finished ones are let pass."""
-        self._engine.cancel(request)
+        self._engine.cancel(arguments.whole("request", request))
 
     @property
     def idle(self) -> bool:
@@ -227,6 +244,7 @@ class Engine:
 
         Raises RuntimeError when a request is refused (then none runs) or ends with an error.
         """
+        prompts = arguments.items("prompts", prompts, "a list of prompts")
         numbers: list[int] = []
         try:
             for prompt in prompts:

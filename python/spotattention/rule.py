@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from spotattention import arguments
+
 Mode = Literal["top_p", "top_k", "threshold"]
 Prefill = Literal["dense", "sparse", "auto"]
 Scope = Literal["layer", "kv_group"]
@@ -55,6 +57,11 @@ class SelectionRule:
             if not holds:
                 raise ValueError(f"selection rule: {name} is {shown(getattr(self, name))}; it must be {wanted}")
 
+        for name in ("sinks", "recency", "floor", "cap", "budget"):
+            arguments.whole(f"selection rule: {name}", getattr(self, name))
+        for name in ("budget_fraction", "p", "threshold", "temperature"):
+            if not isinstance(getattr(self, name), float):  # nan and inf are refused below
+                arguments.number(f"selection rule: {name}", getattr(self, name))
         require(self.mode in ("top_p", "top_k", "threshold"), "mode", "top_p, top_k or threshold")
         for name in ("budget", "sinks", "recency", "floor", "cap"):
             require(getattr(self, name) <= MOST_TOKENS, name, f"at most {MOST_TOKENS} tokens")
@@ -193,8 +200,11 @@ def parse_method(text: str, defaults: SelectionRule | None = None, mass_table: M
     """A method as users write it: WORD or WORD:KEY=VALUE,KEY=VALUE...
 
     What it does not say is as in `defaults`, a selector's rule; m= needs its mass_table, too (SelectorConfig.method gives
-    both). Raises ValueError naming the part that is wrong.
+    both). Raises ValueError naming the part that is wrong, TypeError where it is no text.
     """
+    text = arguments.text("method", text, 'a text such as "spot:p=0.9"')
+    if defaults is not None and not isinstance(defaults, SelectionRule):
+        raise arguments.wrong_type("defaults", defaults, "a SelectionRule")
     word, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
     given = set()

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from spotattention import _library  # noqa: F401  the checksums
+from spotattention import _library, arguments  # noqa: F401  the checksums
 from spotattention.rule import SelectionRule
 from spotattention.selector_config import SelectorConfig
 
@@ -79,7 +79,7 @@ class Selector:
         """Reads a folder, or by a bare name MODEL_FOLDER/selectors/NAME, whole and in float32 on the CPU.
 
         Raises ValueError or FileNotFoundError, in one sentence, when a file is missing, misshapen, damaged, or of another
-        run than the one beside it.
+        run than the one beside it, or when the name is empty; TypeError where it is no path.
         """
         folder = resolve(selector, model_folder)
         source = str(folder / "selector.json")
@@ -126,6 +126,10 @@ class Selector:
         """
         from safetensors.torch import save
 
+        if not isinstance(folder, (str, os.PathLike)):
+            raise arguments.wrong_type("folder", folder, "a path")
+        if not os.fspath(folder):
+            raise ValueError("the selector was not saved: name the folder that it is to be written to")
         form = weight_format(dtype, self.backbone["hidden_size"], str(folder))
         self.config.validate("selector config")
         for name, tensor in self.named_tensors():
@@ -135,8 +139,6 @@ class Selector:
             json.dumps(self.notes, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder}: not saved, its notes are nothing that JSON can hold: {error}") from error
-        if not os.fspath(folder):
-            raise ValueError("the selector was not saved: name the folder that it is to be written to")
         target = pathlib.Path(folder)
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -191,9 +193,11 @@ class Selector:
 
 def resolve(selector: str | os.PathLike, model_folder: str | os.PathLike = "") -> pathlib.Path:
     """The folder that `selector` means: a path, or a bare name under MODEL_FOLDER/selectors."""
-    text = os.fspath(selector)
+    text = arguments.path("selector", selector)
     path = pathlib.Path(text)
-    bare = text not in ("", ".", "..") and os.sep not in text
+    bare = text not in (".", "..") and os.sep not in text
+    if not isinstance(model_folder, (str, os.PathLike)):
+        raise arguments.wrong_type("model_folder", model_folder, "a path")
     named = pathlib.Path(model_folder) / "selectors" / path if os.fspath(model_folder) else None
     if bare and named is not None and named.is_dir():
         return named

@@ -1,6 +1,7 @@
 """spotattention.Engine: the C++ engine's answers are those of transformers, alone and together, whatever the method."""
 
 import json
+import math
 import shutil
 import subprocess
 
@@ -142,12 +143,110 @@ def test_what_does_not_fit_is_refused(engine, spotattention, tiny_qwen3):
     with pytest.raises(RuntimeError):
         engine.generate([[1], list(range(100)) * 400])
     assert engine.idle
-    with pytest.raises(RuntimeError, match="needs a selector"):
-        spotattention.Engine(tiny_qwen3, methods=["spot"])
+    with pytest.raises(RuntimeError, match="'spot' needs a selector; name one with the argument selector, or distil"):
+        spotattention.Engine(tiny_qwen3, None, ["spot"])
     with pytest.raises(RuntimeError, match="no such folder"):
         spotattention.Engine("/nowhere")
     with pytest.raises(RuntimeError, match="dtype 'int8' is unknown"):
         spotattention.Engine(tiny_qwen3, dtype="int8")
+
+
+WRONG = [
+    (dict(temperature=math.nan), ValueError, "temperature is nan; it must be a finite number"),
+    (dict(temperature=math.inf), ValueError, "temperature is inf; it must be a finite number"),
+    (dict(temperature="1"), TypeError, "temperature is '1'; it must be a number"),
+    (
+        dict(top_p=10**400),
+        ValueError,
+        "top_p is 1000000000000000000000000000000000000000...; it must be a finite number",
+    ),
+    (dict(top_p=None), TypeError, "top_p is None; it must be a number"),
+    (dict(min_p=True), TypeError, "min_p is True; it must be a number"),
+    (dict(repetition_penalty=[1]), TypeError, "repetition_penalty is of type list; it must be a number"),
+    (dict(presence_penalty=-math.inf), ValueError, "presence_penalty is -inf; it must be a finite number"),
+    (dict(frequency_penalty=1j), TypeError, "frequency_penalty is of type complex; it must be a number"),
+    (dict(max_new_tokens="3"), TypeError, "max_new_tokens is '3'; it must be a whole number"),
+    (dict(max_new_tokens=1.5), TypeError, "max_new_tokens is 1.5; it must be a whole number"),
+    (dict(max_new_tokens=True), TypeError, "max_new_tokens is True; it must be a whole number"),
+    (dict(max_new_tokens=2**63), ValueError, "max_new_tokens is 9223372036854775808; it must be a whole number from"),
+    (dict(max_new_tokens=10**5000), ValueError, "max_new_tokens is a number of thousands of digits; it must be"),
+    (dict(completions=None), TypeError, "completions is None; it must be a whole number"),
+    (dict(top_k=2.0), TypeError, "top_k is 2.0; it must be a whole number"),
+    (dict(top_k=torch.tensor([1, 2])), TypeError, "top_k is of type Tensor; it must be a whole number"),
+    (dict(logprobs=torch.tensor(True)), TypeError, "logprobs is of type Tensor; it must be a whole number"),
+    (dict(seed=2**64), ValueError, "seed is 18446744073709551616; it must be a whole number from"),
+    (dict(logit_bias=[(1, 2)]), TypeError, "logit_bias is of type list; it must be a dict of token ids and numbers"),
+    (dict(logit_bias={1.5: 1}), TypeError, "a token of logit_bias is 1.5; it must be a whole number"),
+    (dict(logit_bias={5: math.nan}), ValueError, "logit_bias[5] is nan; it must be a finite number"),
+    (dict(stop=None), TypeError, "stop is None; it must be a list of texts"),
+    (dict(stop=["a", 5]), TypeError, "stop[1] is 5; it must be a text"),
+    (dict(stop="\udfff"), ValueError, "stop[0] holds a lone surrogate at character 0; it must be text that UTF-8"),
+    (dict(stop_ids="12"), TypeError, "stop_ids is '12'; it must be a list of token ids"),
+    (dict(stop_ids=[1.5]), TypeError, "stop_ids[0] is 1.5; it must be a whole number"),
+    (dict(prompt="a\ud800"), ValueError, "prompt holds a lone surrogate at character 1; it must be text that UTF-8"),
+    (dict(prompt=None), TypeError, "prompt is None; it must be a text or a list of token ids"),
+    (dict(prompt=b"abc"), TypeError, "prompt is of type bytes; it must be a text or a list of token ids"),
+    (dict(prompt=[1, 2**70]), ValueError, "prompt[1] is 1180591620717411303424; it must be a whole number from 0 to"),
+    (dict(prompt=[2**31]), ValueError, "prompt[0] is 2147483648; it must be a whole number from 0 to 2147483647"),
+    (dict(prompt=[-1]), ValueError, "prompt[0] is -1; it must be a whole number from 0 to 2147483647"),
+    (dict(prompt=[1.5]), TypeError, "prompt[0] is 1.5; it must be a whole number"),
+    (dict(prompt=[True]), TypeError, "prompt[0] is True; it must be a whole number"),
+    (dict(prompt=torch.ones(2)), TypeError, "prompt is a tensor [2] of float32; it must be one row of whole numbers"),
+    (dict(prompt=torch.ones(1, 2).long()), TypeError, "prompt is a tensor [1, 2] of int64; it must be one row of"),
+    (dict(prompt=torch.tensor([True])), TypeError, "prompt[0] is True; it must be a whole number"),
+]
+
+
+@pytest.mark.parametrize(("request_", "kind", "sentence"), WRONG, ids=lambda x: x if isinstance(x, str) else "")
+def test_requests_of_other_types_are_refused(engine, request_, kind, sentence):
+    with pytest.raises(kind) as caught:
+        engine.add(**({"prompt": [1]} | request_))
+    assert str(caught.value).startswith(sentence) and engine.idle
+
+
+def test_numbers_of_numpy_and_torch_are_taken(engine):
+    import numpy as np
+
+    ((plain,),) = engine.generate([[5, 6, 7]], max_new_tokens=3, temperature=0.5, stop_ids=[], seed=9)
+    options = dict(max_new_tokens=np.int64(3), temperature=np.float32(0.5), stop_ids=[], seed=torch.tensor(9))
+    for prompt in (np.array([5, 6, 7]), torch.tensor([5, 6, 7]), (5, 6, 7)):
+        assert engine.generate([prompt], **options)[0][0].tokens == plain.tokens
+
+
+def test_a_text_is_no_list(engine):
+    with pytest.raises(TypeError, match="prompts is 'hello'; it must be a list of prompts"):
+        engine.generate("hello")
+    with pytest.raises(TypeError, match="request is None; it must be a whole number"):
+        engine.cancel(None)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "sentence"),
+    [
+        (dict(model=""), ValueError, "model is empty; it must name a folder"),
+        (dict(model=None), TypeError, "model is None; it must be a path"),
+        (dict(model="a\ud800"), ValueError, "model holds a lone surrogate at character 1"),
+        (dict(selector=""), ValueError, "selector is empty; it must name a folder"),
+        (dict(selector=5), TypeError, "selector is 5; it must be a path"),
+        (dict(methods="spott"), TypeError, "methods is 'spott'; it must be a list of texts"),
+        (dict(methods=["spot", 5]), TypeError, "methods[1] is 5; it must be a text"),
+        (dict(methods=None), TypeError, "methods is None; it must be a list of texts"),
+        (dict(dtype=torch.float32), TypeError, "dtype is torch.float32; it must be the text auto, float32, bfloat16"),
+        (dict(device=torch.device("cpu")), TypeError, "device is device(type='cpu'); it must be the text auto, cpu"),
+        (dict(cache_tokens=1.5), TypeError, "cache_tokens is 1.5; it must be a whole number"),
+        (dict(cache_tokens=2**62), ValueError, "cache_tokens is 4611686018427387904; it must be a whole number from 1"),
+        (dict(max_sequences=True), TypeError, "max_sequences is True; it must be a whole number"),
+        (dict(max_step_tokens="9"), TypeError, "max_step_tokens is '9'; it must be a whole number"),
+        (dict(prefix_cache=1), TypeError, "prefix_cache is 1; it must be True or False"),
+        (dict(graphs="no"), TypeError, "graphs is 'no'; it must be True or False"),
+        (dict(self_check=None), TypeError, "self_check is None; it must be a whole number"),
+        (dict(least_captured=math.nan), ValueError, "least_captured is nan; it must be a finite number"),
+    ],
+)
+def test_engines_of_other_types_are_refused(spotattention, tiny_qwen3, options, kind, sentence):
+    with pytest.raises(kind) as caught:
+        spotattention.Engine(**({"model": tiny_qwen3} | options))
+    assert str(caught.value).startswith(sentence)
 
 
 def test_numbers_cross_whole(engine):

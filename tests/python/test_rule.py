@@ -135,3 +135,24 @@ def test_a_threshold_on_all_attention_is_one_on_the_residual_of_each_set(spotatt
         assert int(both.counts[0, set_]) == count
         assert torch.equal(both.indices[0, set_, :count], alone.indices[0, 0, :count])
     assert spotattention.parse_method("spot:p=0.9").rule.fitted(1.0, [0.5]).thresholds == ()
+
+
+@pytest.mark.parametrize("method", [5, None, b"spot", ["spot"]])
+def test_a_method_is_a_text(spotattention, method):
+    with pytest.raises(TypeError, match=r'^method is .*; it must be a text such as "spot:p=0.9"$'):
+        spotattention.parse_method(method)
+
+
+def test_numbers_of_a_rule_are_numbers(spotattention):
+    for name in ("sinks", "recency", "floor", "cap", "budget"):
+        for wrong in (1.5, "16", None, True):
+            with pytest.raises(TypeError, match=f"^selection rule: {name} is .*; it must be a whole number$"):
+                spotattention.SelectionRule(**{name: wrong})
+    for name in ("budget_fraction", "p", "threshold", "temperature"):
+        for wrong in ("0.5", None, True):
+            with pytest.raises(TypeError, match=f"^selection rule: {name} is .*; it must be a number$"):
+                spotattention.SelectionRule(**{name: wrong})
+        with pytest.raises(ValueError, match=f"^selection rule: {name} is nan; it must be "):
+            spotattention.SelectionRule(**{name: float("nan")})
+    with pytest.raises(TypeError, match="^defaults is 5; it must be a SelectionRule$"):
+        spotattention.parse_method("spot", 5)

@@ -400,3 +400,20 @@ def test_numbers_beyond_float64_are_named(spotattention, folder):
     change(folder, config__norm_eps=10**400)
     with pytest.raises(ValueError, match=r"config\.norm_eps must be a number"):
         spotattention.Selector.load(folder)
+
+
+def test_no_folder_is_not_the_current_one(spotattention, tiny_qwen3, monkeypatch):
+    folder = tiny_qwen3 / "selectors" / "spot"
+    monkeypatch.chdir(folder)
+    load = spotattention.Selector.load
+    for model in ("", tiny_qwen3):
+        with pytest.raises(ValueError, match=r"^selector is empty; it must name a folder \(\. is the current one\)$"):
+            load("", model)
+    selector = load(".")
+    for wrong in (None, 5, b"spot"):
+        with pytest.raises(TypeError, match="^selector is .*; it must be a path$"):
+            load(wrong)
+        with pytest.raises(TypeError, match="^folder is .*; it must be a path$"):
+            selector.save(wrong)
+    with pytest.raises(TypeError, match="^model_folder is None; it must be a path$"):
+        load("spot", None)

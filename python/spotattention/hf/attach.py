@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from spotattention import ops
+from spotattention import arguments, ops
 from spotattention.attention import attend
 from spotattention.hf import backbone
 from spotattention.hf.cache import PagedLayer, Rows
@@ -366,13 +366,17 @@ def attach(
     architecture is warned of, and checked at least every 8 steps (unless self_check is 0).
 
     Returns what it also sets as `model.spot`. Raises ValueError in one sentence when the selector was made for another
-    model, when the model's attention is of another kind, or when the policy is not one of these.
+    model, when the model's attention is of another kind, or when the policy is not one of these, TypeError on an
+    argument of another type.
     """
+    backbone.text_config(model)
     if hasattr(model, "spot"):
         raise ValueError("the model has a selector attached already; call model.spot.detach() first")
     if not isinstance(selector, Selector):
         folder = pathlib.Path(getattr(model.config, "_name_or_path", "") or ".")
         selector = Selector.load(selector, folder if folder.is_dir() else "")
+    if not isinstance(policy, Method):
+        policy = arguments.text("policy", policy, 'a Method or a text such as "spot:p=0.9"')
     method = policy if isinstance(policy, Method) else selector.config.method(policy)
     if method.word not in ("spot", "dense"):
         raise ValueError(
@@ -383,6 +387,12 @@ def attach(
         raise ValueError(
             f"policy '{method.name}': attached models read prompts densely; leave out prefill={method.prefill}"
         )
+    self_check = arguments.whole("self_check", self_check)
+    max_decode_queries = arguments.whole("max_decode_queries", max_decode_queries)
+    least_captured = arguments.number("least_captured", least_captured)
+    graphs = arguments.flag("graphs", graphs)
+    if callback is not None and not callable(callback):
+        raise arguments.wrong_type("callback", callback, "a function")
     if self_check < 0 or max_decode_queries < 1:
         raise ValueError("self_check must be 0 or more, and max_decode_queries 1 or more")
     check = SelfCheck(every=self_check, least=least_captured, callback=callback)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spotattention.arguments import wrong_type
 from spotattention.fingerprint import fingerprint_of, weight_order
 
 _ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")
@@ -11,7 +12,10 @@ _ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")
 
 def text_config(model: nn.Module) -> Any:
     """The config of the language model, of a vision-language one too."""
-    return model.config.get_text_config(decoder=True)
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
+        raise wrong_type("model", model, "a transformers model")
+    return config.get_text_config(decoder=True)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

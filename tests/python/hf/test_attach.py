@@ -304,3 +304,26 @@ def test_caches_and_masks_that_do_not_fit_are_refused(spotattention, small, rand
         spotattention.attach(model, selector, TIGHT)
         with pytest.raises(ValueError, match="another selector or before a detach"):
             model(two[:, :1], attention_mask=mask, **{CACHE: cache}, use_cache=True)
+
+
+def test_arguments_of_other_types_are_refused(spotattention, small, random_selector):
+    model = small("Llama")
+    selector = random_selector(model)
+    for wrong in (None, torch.nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="^model is .*; it must be a transformers model$"):
+            spotattention.attach(wrong, selector)
+    with pytest.raises(TypeError, match="^model is None; it must be a transformers model$"):
+        spotattention.distill(None, ["a"], "nowhere")
+    with pytest.raises(TypeError, match="^selector is 5; it must be a path$"):
+        spotattention.attach(model, 5)
+    with pytest.raises(ValueError, match="^selector is empty; it must name a folder"):
+        spotattention.attach(model, "")
+    for policy in (5, None):
+        with pytest.raises(TypeError, match='^policy is .*; it must be a Method or a text such as "spot:p=0.9"$'):
+            spotattention.attach(model, selector, policy)
+    for option, value in dict(self_check="1", max_decode_queries=1.5, least_captured="a", graphs=1, callback=5).items():
+        with pytest.raises(TypeError, match=f"^{option} is .*; it must be "):
+            spotattention.attach(model, selector, **{option: value})
+    with pytest.raises(ValueError, match="least_captured is nan; it must be a finite number"):
+        spotattention.attach(model, selector, least_captured=math.nan)
+    assert not hasattr(model, "spot")
