@@ -278,7 +278,7 @@ void HttpServer::handle(HttpRequest request, const std::shared_ptr<Connection>& 
     });
   if (path == "/detokenize")
     return in_preparation(connection, [this, body = std::move(body)]() -> Json {
-      return {{"prompt", model_.tokenizer.decode(parse_detokenize(body))}};
+      return {{"prompt", detokenize(parse_detokenize(body), model_)}};
     });
   if (path == "/health") return connection->reply(health());
   if (path == "/metrics")
