@@ -368,3 +368,6 @@ def test_a_taken_port_and_bad_options_are_told(server, build_folder, tiny_qwen3,
     empty = tmp_path / "key"
     empty.write_text("\n")
     assert "no API key" in said("--api-key-file", str(empty))
+    for several in ("one\ntwo\n", "one\ttwo", "\nkey\n", "one\0"):
+        empty.write_text(several)
+        assert "on one line" in said("--api-key-file", str(empty))
