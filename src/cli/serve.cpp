@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <ctime>
 #include <filesystem>
@@ -49,6 +50,9 @@ std::string api_key(const Options& options) {
   std::string key = read_file(options.api_key_file);
   while (!key.empty() && (key.back() == '\n' || key.back() == '\r')) key.pop_back();
   if (key.empty()) fail("{}: holds no API key", options.api_key_file);
+  // No header could hold it, so that every client would be refused.
+  if (std::any_of(key.begin(), key.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }))
+    fail("{}: must hold the API key alone, on one line and without control characters", options.api_key_file);
   return key;
 }
 

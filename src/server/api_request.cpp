@@ -123,11 +123,13 @@ Json schema_of(const Json& given, const std::string& field) {
 
 // JSON objects of any kind, or what a schema describes: the OpenAI API's response_format, and vLLM's members.
 void parse_output(const Fields& fields, ApiRequest& request) {
-  const auto set = [&](const std::string& field, Json schema) {
+  std::string first;  // who said it
+  const auto set = [&](const std::string& field, Json schema, const std::string& member = {}) {
     if (request.schema)
-      refuse(field, "{} and {} both say what the answer is like; give one", request.schema_field, field);
+      refuse(field, "{} and {} both say what the answer is like; give one", first, field + member);
     request.schema = std::move(schema);
     request.schema_field = field;
+    first = field + member;
   };
   const Json any_object = {{"type", "object"}};
   if (const Json* format = fields.find("response_format")) {
@@ -156,8 +158,8 @@ void parse_output(const Fields& fields, ApiRequest& request) {
   for (const char* other : {"regex", "choice", "grammar", "structural_tag"})
     if (of.has(other))
       refuse(name, "structured_outputs.{} is not supported; json and json_object are", other);
-  if (const Json* schema = of.find("json")) set(name, schema_of(*schema, name));
-  if (of.boolean("json_object", false)) set(name, any_object);
+  if (const Json* schema = of.find("json")) set(name, schema_of(*schema, name), ".json");
+  if (of.boolean("json_object", false)) set(name, any_object, ".json_object");
 }
 
 // What both kinds of requests have.

@@ -8,6 +8,7 @@
 #include <boost/beast/http/read.hpp>
 
 #include "server/exchange.h"
+#include "server/header_rules.h"
 #include "server/http_server.h"
 
 namespace spot::server {
@@ -89,8 +90,7 @@ void Connection::on_header(error_code error) {
     state_ = State::answering;
     return this->reply(std::move(reply));
   }
-  if (request[http::field::expect] == "100-continue" && !parser_->is_done())
-    send("HTTP/1.1 100 Continue\r\n\r\n");
+  if (waits_to_send(request) && !parser_->is_done()) send("HTTP/1.1 100 Continue\r\n\r\n");
   body_deadline_ = Clock::now() + kBodyTime;
   read_body();
 }

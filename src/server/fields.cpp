@@ -1,6 +1,8 @@
 #include "server/fields.h"
 
 #include <cmath>
+#include <set>
+#include <vector>
 
 namespace spot::server {
 namespace {
@@ -9,9 +11,15 @@ constexpr int kMostDepth = 64;
 
 struct TooDeep {};
 
-Json parse_shallow(std::string_view text) {
-  return Json::parse(text, [](int depth, Json::parse_event_t, Json&) {
+Json parse_shallow(std::string_view text, bool refuse_twice) {
+  std::vector<std::set<std::string>> keys;  // of each open object
+  return Json::parse(text, [&](int depth, Json::parse_event_t event, Json& value) {
     if (depth > kMostDepth) throw TooDeep();
+    if (!refuse_twice) return true;
+    if (event == Json::parse_event_t::object_start) keys.emplace_back();
+    if (event == Json::parse_event_t::object_end) keys.pop_back();
+    if (event == Json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second)
+      throw ApiError(400, fmt::format("the body names {} twice in one object; give it once", shown(value)));
     return true;
   });
 }
@@ -20,7 +28,7 @@ Json parse_shallow(std::string_view text) {
 
 Json parse_value(std::string_view text) {
   try {
-    return parse_shallow(text);
+    return parse_shallow(text, false);
   } catch (const TooDeep&) {
   } catch (const nlohmann::json::exception&) {
   }
@@ -30,7 +38,7 @@ Json parse_value(std::string_view text) {
 Json parse_object(std::string_view text) {
   Json object;
   try {
-    object = parse_shallow(text);
+    object = parse_shallow(text, true);  // clients and proxies differ in which one counts
   } catch (const TooDeep&) {
     throw ApiError(400, fmt::format("the body is nested deeper than {} levels", kMostDepth));
   } catch (const nlohmann::json::parse_error& error) {

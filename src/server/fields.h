@@ -9,8 +9,8 @@
 
 namespace spot::server {
 
-// The JSON object of a request's body. Throws ApiError (400) when the text is not one, is nested deeper than 64, or no
-// UTF-8.
+// The JSON object of a request's body. Throws ApiError (400) when the text is not one, is nested deeper than 64, no
+// UTF-8, or names a member twice.
 Json parse_object(std::string_view text);
 
 // Any JSON value; discarded where the text is none, or is nested deeper than 64: copying and writing a value go down it on

@@ -9,6 +9,7 @@
 
 #include "core/error.h"
 #include "core/notice.h"
+#include "server/header_rules.h"
 #include "server/page.h"
 
 namespace spot::server {
@@ -34,11 +35,6 @@ constexpr Route kRoutes[] = {{"/", http::verb::get, false, false},
                              {"/v1/chat/completions", http::verb::post, true, true},
                              {"/tokenize", http::verb::post, true, true},
                              {"/detokenize", http::verb::post, true, true}};
-
-std::string path_of(const HttpRequest& request) {
-  const std::string target(request.target());
-  return target.substr(0, target.find('?'));
-}
 
 const Route* find_route(const std::string& path) {
   const std::string known = path.rfind("/v1/models/", 0) == 0 ? "/v1/models" : path;
@@ -237,7 +233,12 @@ std::optional<HttpReply> HttpServer::check_header(const HttpRequest& request) co
     metrics_.refused(error.status).add();
     return error_reply(error);
   };
-  const std::string path = path_of(request);
+  if (const auto error = faulty_header(request)) {
+    HttpReply reply = refuse(*error);
+    reply.close = true;  // what follows may be a body
+    return reply;
+  }
+  const std::string path = path_of(request.target());
   const Route* route = find_route(path);
   if (!route) return refuse(ApiError(404, fmt::format("there is no {} here", path.substr(0, 100))));
   const bool head = request.method() == http::verb::head && route->method == http::verb::get;
@@ -250,19 +251,16 @@ std::optional<HttpReply> HttpServer::check_header(const HttpRequest& request) co
   if (route->needs_key && !options_.api_key.empty() &&
       !same_secret(std::string(request[http::field::authorization]), "Bearer " + options_.api_key))
     return refuse(ApiError(401, "the API key is missing or wrong", {}, "invalid_api_key"));
-  if (route->method == http::verb::post) {
-    // Pages of other origins can send any other type without asking.
-    const std::string type(request[http::field::content_type]);
-    if (type.substr(0, type.find(';')) != "application/json")
-      return refuse(ApiError(415, "the body must be sent as Content-Type: application/json"));
-  }
+  // Pages of other origins can send any other type without asking.
+  if (route->method == http::verb::post)
+    if (const auto error = faulty_body_type(request)) return refuse(*error);
   if (route->begins_work)
     if (const auto error = refusal(1)) return refuse(*error);
   return {};
 }
 
 void HttpServer::handle(HttpRequest request, const std::shared_ptr<Connection>& connection) {
-  const std::string path = path_of(request);
+  const std::string path = path_of(request.target());
   std::string& body = request.body();
   if (path == "/v1/completions") return begin_exchange(false, std::move(body), connection);
   if (path == "/v1/chat/completions") return begin_exchange(true, std::move(body), connection);
@@ -278,7 +276,7 @@ void HttpServer::handle(HttpRequest request, const std::shared_ptr<Connection>& 
     });
   if (path == "/detokenize")
     return in_preparation(connection, [this, body = std::move(body)]() -> Json {
-      return {{"prompt", model_.tokenizer.decode(parse_detokenize(body))}};
+      return {{"prompt", detokenize(parse_detokenize(body), model_)}};
     });
   if (path == "/health") return connection->reply(health());
   if (path == "/metrics")

@@ -67,6 +67,12 @@ MakeConstraint constraint_of(const ApiRequest& api, const AnswerFormat& format, 
   }
 }
 
+void check_tokens(const std::vector<int32_t>& tokens, const std::string& field, const ServedModel& model) {
+  for (const int32_t id : tokens)
+    if (id >= model.vocab_size)
+      refuse(field, "token {} lies outside the model's vocabulary of {}", id, model.vocab_size);
+}
+
 uint64_t fresh_seed() {
   static thread_local std::mt19937_64 random{std::random_device{}()};
   return random();
@@ -115,9 +121,7 @@ PreparedRequest prepare(ApiRequest api, const ServedModel& model) {
   const std::string field = api.chat ? "messages" : "prompt";
   for (std::vector<int32_t>& prompt : prompts) {
     if (prompt.empty()) refuse(field, "a prompt holds no token; give some text");
-    for (const int32_t id : prompt)
-      if (id >= model.vocab_size)
-        refuse(field, "token {} lies outside the model's vocabulary of {}", id, model.vocab_size);
+    check_tokens(prompt, field, model);
     const auto length = static_cast<int64_t>(prompt.size());
     const int64_t wanted = api.max_tokens.value_or(std::max<int64_t>(model.max_tokens - length, 1));
     if (length + wanted > model.max_tokens)
@@ -138,6 +142,11 @@ PreparedRequest prepare(ApiRequest api, const ServedModel& model) {
 std::vector<int32_t> tokenize(const TokenizeRequest& request, const ServedModel& model) {
   if (request.prompt) return encode(*request.prompt, request.add_special_tokens, "prompt", model);
   return encode(render(request.conversation, model), request.add_special_tokens, "messages", model);
+}
+
+std::string detokenize(const std::vector<int32_t>& tokens, const ServedModel& model) {
+  check_tokens(tokens, "tokens", model);
+  return model.tokenizer.decode(tokens);
 }
 
 }  // namespace spot::server

@@ -55,5 +55,7 @@ PreparedRequest prepare(ApiRequest api, const ServedModel& model);
 
 // The ids of a body of /tokenize.
 std::vector<int32_t> tokenize(const TokenizeRequest& request, const ServedModel& model);
+// The text of a body of /detokenize.
+std::string detokenize(const std::vector<int32_t>& tokens, const ServedModel& model);
 
 }  // namespace spot::server

@@ -79,7 +79,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         tokenize(parse_tokenize(body), model());
         return;
       case 3:
-        model().tokenizer.decode(parse_detokenize(body));
+        detokenize(parse_detokenize(body), model());
         return;
     }
     const Json tools =

@@ -288,6 +288,43 @@ TEST(ApiRequest, RefusesDepthAndOtherRoots) {
     EXPECT_THROW(parse_object(text), ApiError) << text.substr(0, 20);
 }
 
+TEST(ApiRequest, NamesMembersThatStandThereTwice) {
+  const auto said = [](const std::string& text) -> std::string {
+    try {
+      parse_object(text);
+    } catch (const ApiError& error) {
+      EXPECT_EQ(error.status, 400);
+      return error.what();
+    }
+    return "nothing";
+  };
+  const std::string twice = "the body names \"n\" twice in one object; give it once";
+  EXPECT_EQ(said(R"({"n": 1, "m": 2, "n": 1})"), twice);
+  EXPECT_EQ(said(R"({"n": 1, "\u006e": null})"), twice);
+  EXPECT_EQ(said(R"({"a": [{"b": {"n": {}, "n": []}}]})"), twice);
+  EXPECT_EQ(said(R"({"n": {"n": {"n": 1}}, "a": [{"n": 1}, {"n": 2}], "b": {"n": 1}})"), "nothing");
+  // A model's own words, as a client sends them back, are not the client's fault.
+  EXPECT_EQ(parse_value(R"({"n": 1, "n": 2})"), Json({{"n", 2}}));
+}
+
+TEST(ApiRequest, NamesBothThatSayWhatTheAnswerIsLike) {
+  const Json outputs = {{"json", {{"type", "array"}}}, {"json_object", true}};
+  const auto said = [](const Json& more) -> std::string {
+    try {
+      chat(more);
+    } catch (const ApiError& error) {
+      EXPECT_EQ(error.field, "structured_outputs");
+      return error.what();
+    }
+    return "nothing";
+  };
+  EXPECT_EQ(
+      said({{"structured_outputs", outputs}}),
+      "structured_outputs.json and structured_outputs.json_object both say what the answer is like; give one");
+  EXPECT_EQ(said({{"structured_outputs", {{"json_object", true}}}, {"guided_json", outputs.at("json")}}),
+            "guided_json and structured_outputs.json_object both say what the answer is like; give one");
+}
+
 // JSON within a text: what is no call's arguments stays the text that it was.
 TEST(ApiRequest, DepthWithinTextsIsNoDepthOfItsValues) {
   const auto arguments_of = [](const std::string& arguments) {

@@ -74,6 +74,14 @@ def read_to_the_end(connection):
         (request(b'{"prompt": "\xff"}'), 400),
         (request(b"[" * 5000), 400),
         (request({"prompt": "a"}, Content_Type="text/plain"), 415),
+        (request({"prompt": "a"}, Content_Type="application/json; charset=latin1"), 415),
+        (request({"prompt": "a"}, Content_Encoding="gzip"), 415),
+        (request({"prompt": "a"}, Expect="200-ok"), 417),
+        (request(b'{"prompt": "a", "n": 1, "n": 2}'), 400),
+        (request({"tokens": [1, 1 << 20]}, "/detokenize"), 400),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+        (b"GET http://x/nowhere HTTP/1.1\r\nHost: x\r\n\r\n", 404),
         (request(b"", Content_Length=1 << 40), 413),
         (request(b"x" * 100, Content_Length=(1 << 20) + 1), 413),
         (request(b"5\r\nhello\r\nzz\r\n", Transfer_Encoding="chunked").replace(b"Content-Length: 14\r\n", b""), 400),
@@ -86,6 +94,30 @@ def test_bad_requests_are_told_so(server, sent, status):
         assert got == status
         assert json.loads(body)["error"]["message"] and headers["content-type"] == "application/json"
     assert json.loads(server.get("/health")) == {"status": "ok"}
+
+
+def test_names_in_any_case_and_absolute_targets(server):
+    body = {"prompt": "a"}
+    with server.socket() as connection:
+        for kind in ("APPLICATION/JSON", 'application/json; Charset="UTF-8"'):
+            connection.sendall(request(body, "/tokenize", Content_Type=kind, Content_Encoding="identity"))
+            assert read_reply(connection)[0] == 200
+        connection.sendall(request(body, "http://elsewhere:80/tokenize?a=b"))
+        assert read_reply(connection)[0] == 200
+        connection.sendall(b"GET HTTP://x/health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_reply(connection)[0] == 200
+
+
+@pytest.mark.parametrize("coding, status", [("gzip, chunked", 501), ("gzip", 400)])
+def test_bodies_of_unknown_length_end_the_connection(server, coding, status):
+    """What follows the header might be taken for a request of its own."""
+    sent = request({"prompt": "a"}, Transfer_Encoding=coding).replace(b"Content-Length: 15\r\n", b"")
+    assert b"Content-Length" not in sent
+    with server.socket() as connection:
+        connection.sendall(sent + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        got, headers, body, rest = read_reply(connection)
+        assert (got, headers["connection"]) == (status, "close") and json.loads(body)["error"]["message"]
+        assert rest + read_all(connection) == b""
 
 
 def test_random_bytes_do_no_harm(server, seed):
@@ -118,8 +150,8 @@ def test_pipelined_and_slow_requests(server):
         assert read_reply(connection)[0] == 200
     with server.socket() as connection:  # in chunks, after the server's word
         data = json.dumps(body).encode()
-        head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
-        connection.sendall(head + b"Expect: 100-continue\r\n\r\n")
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\nExpect: 100-Continue\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
         connection.sendall(b"".join(b"1\r\n%c\r\n" % c for c in data) + b"0\r\n\r\n")
         assert read_reply(connection)[0] == 200
@@ -252,7 +284,8 @@ def test_descriptors_that_end_cost_no_time_and_come_back(start):
 def test_bodies_that_never_end_leave_the_memory_alone(server):
     """At most 16 of the largest at once (here 1 MiB): the others are told to come back."""
     part = (
-        b"POST /tokenize HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 1048576\r\n\r\n" + b" " * 1000000
+        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1048576\r\n\r\n"
+        + b" " * 1000000
     )
     with contextlib.ExitStack() as all_of_them:
         held = [all_of_them.enter_context(contextlib.closing(server.socket())) for _ in range(24)]
@@ -368,3 +401,6 @@ def test_a_taken_port_and_bad_options_are_told(server, build_folder, tiny_qwen3,
     empty = tmp_path / "key"
     empty.write_text("\n")
     assert "no API key" in said("--api-key-file", str(empty))
+    for several in ("one\ntwo\n", "one\ttwo", "\nkey\n", "one\0"):
+        empty.write_text(several)
+        assert "on one line" in said("--api-key-file", str(empty))
