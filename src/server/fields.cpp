@@ -8,18 +8,22 @@ namespace spot::server {
 namespace {
 
 constexpr int kMostDepth = 64;
+// Objects keep their order and search their members one by one: a megabyte of members would hold a thread for half a minute.
+constexpr size_t kMostMembers = 2048;
 
 struct TooDeep {};
+struct TooWide {};
 
 Json parse_shallow(std::string_view text, bool refuse_twice) {
   std::vector<std::set<std::string>> keys;  // of each open object
   return Json::parse(text, [&](int depth, Json::parse_event_t event, Json& value) {
     if (depth > kMostDepth) throw TooDeep();
-    if (!refuse_twice) return true;
     if (event == Json::parse_event_t::object_start) keys.emplace_back();
     if (event == Json::parse_event_t::object_end) keys.pop_back();
-    if (event == Json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second)
+    if (event != Json::parse_event_t::key) return true;
+    if (!keys.back().insert(value.get<std::string>()).second && refuse_twice)
       throw ApiError(400, fmt::format("the body names {} twice in one object; give it once", shown(value)));
+    if (keys.back().size() > kMostMembers) throw TooWide();
     return true;
   });
 }
@@ -30,6 +34,7 @@ Json parse_value(std::string_view text) {
   try {
     return parse_shallow(text, false);
   } catch (const TooDeep&) {
+  } catch (const TooWide&) {
   } catch (const nlohmann::json::exception&) {
   }
   return Json(Json::value_t::discarded);
@@ -41,6 +46,8 @@ Json parse_object(std::string_view text) {
     object = parse_shallow(text, true);  // clients and proxies differ in which one counts
   } catch (const TooDeep&) {
     throw ApiError(400, fmt::format("the body is nested deeper than {} levels", kMostDepth));
+  } catch (const TooWide&) {
+    throw ApiError(400, fmt::format("an object of the body has more than {} members", kMostMembers));
   } catch (const nlohmann::json::parse_error& error) {
     throw ApiError(400, fmt::format("the body is no JSON text: the first fault is at byte {}", error.byte));
   } catch (const nlohmann::json::exception&) {  // a number beyond float64

@@ -303,6 +303,15 @@ TEST(ApiRequest, NamesMembersThatStandThereTwice) {
   EXPECT_EQ(said(R"({"n": 1, "\u006e": null})"), twice);
   EXPECT_EQ(said(R"({"a": [{"b": {"n": {}, "n": []}}]})"), twice);
   EXPECT_EQ(said(R"({"n": {"n": {"n": 1}}, "a": [{"n": 1}, {"n": 2}], "b": {"n": 1}})"), "nothing");
+  // Members are searched one by one.
+  const auto wide = [](int members) {
+    std::string text = "{\"a\": [{";
+    for (int i = 0; i < members; ++i) text += fmt::format("{}\"{}\": 1", i ? ", " : "", i);
+    return text + "}]}";
+  };
+  EXPECT_EQ(said(wide(2048)), "nothing");
+  EXPECT_EQ(said(wide(2049)), "an object of the body has more than 2048 members");
+  EXPECT_TRUE(parse_value(wide(2049)).is_discarded());
   // A model's own words, as a client sends them back, are not the client's fault.
   EXPECT_EQ(parse_value(R"({"n": 1, "n": 2})"), Json({{"n", 2}}));
 }
