@@ -20,7 +20,7 @@
 namespace spot::cli {
 namespace {
 
-struct Options {
+struct BenchOptions {
   ModelOptions model;
   MethodOptions method;
   std::vector<std::string> attentions = {"dense", "spot"};
@@ -58,7 +58,7 @@ void prefill(Runner& runner, const std::vector<int64_t>& sequences, const std::v
 }
 
 // Tokens a second of decode through the engine, as `spot generate` runs it: scheduling, sampling and events included.
-double measure_engine(const Options& options, const Backbone& backbone, const Selector* selector,
+double measure_engine(const BenchOptions& options, const Backbone& backbone, const Selector* selector,
                       const MethodSpec& spec) {
   const int64_t room = options.context + options.steps + 8;
   AttentionStack stack(
@@ -96,7 +96,7 @@ bool reads_selector(const std::string& attention) {
   return attention.substr(0, attention.find(':')) == "spot";
 }
 
-Measurement measure(const Options& options, const Backbone& backbone, const std::string& attention) {
+Measurement measure(const BenchOptions& options, const Backbone& backbone, const std::string& attention) {
   const c10::InferenceMode inference;
   const at::Device device = backbone.device();
   reset_peak(device);
@@ -151,7 +151,7 @@ Measurement measure(const Options& options, const Backbone& backbone, const std:
   return result;
 }
 
-void run(const Options& options, const CLI::App& command) {
+void run_bench(const BenchOptions& options, const CLI::App& command) {
   const ModelConfig config = options.model.prepare();
   const SelectorConfig selector = SelectorConfig::from_preset(options.preset);
   std::vector<MethodSpec> methods;
@@ -214,7 +214,7 @@ void run(const Options& options, const CLI::App& command) {
 }  // namespace
 
 void add_bench(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<BenchOptions>();
   CLI::App& command =
       *app.add_subcommand("bench", "Measure prefill and decode of a whole model, medians of single steps");
   add_bench_decode(command);
@@ -254,7 +254,7 @@ void add_bench(CLI::App& app) {
   command.callback([options, &command] {
     if (!command.get_subcommands().empty()) return;
     if (options->model.folder.empty()) throw CLI::RequiredError("--model");
-    run(*options, command);
+    run_bench(*options, command);
   });
 }
 

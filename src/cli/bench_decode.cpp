@@ -23,7 +23,7 @@
 namespace spot::cli {
 namespace {
 
-struct Options {
+struct BenchDecodeOptions {
   std::vector<int64_t> lengths = {8192, 16384, 32768, 65536, 131072, 262144, 524288}, batches = {1, 4, 16};
   std::vector<std::string> shapes;
   int64_t budget = 4096, rounds = 15, sets = 8;
@@ -54,7 +54,7 @@ struct Setting {
 };
 
 // All methods of one setting, measured together.
-std::vector<Run> measure(const Options& options, const DecodeScene& scene, at::Device device) {
+std::vector<Run> measure(const BenchDecodeOptions& options, const DecodeScene& scene, at::Device device) {
   std::vector<DecodeMethod> methods;
   if (device.is_cuda()) {
     methods.push_back(dense_torch(scene, "flash"));
@@ -215,7 +215,7 @@ void add_charts(Page& page, const std::vector<std::pair<Setting, std::vector<Run
   for (const auto& [key, chart] : charts) page.chart(chart);
 }
 
-std::optional<Source> load_source(const Options& options, const ModelOptions& where) {
+std::optional<Source> load_source(const BenchDecodeOptions& options, const ModelOptions& where) {
   if (options.model.empty()) return {};
   const ModelConfig config = where.prepare();
   const SelectorOptions selector{options.selector};
@@ -229,7 +229,7 @@ std::optional<Source> load_source(const Options& options, const ModelOptions& wh
 }
 
 // What the methods attend to, for the header.
-std::string describe_data(const Options& options, const std::optional<Source>& source) {
+std::string describe_data(const BenchDecodeOptions& options, const std::optional<Source>& source) {
   const AttentionStatistics& s = options.statistics;
   if (!source)
     return fmt::format(
@@ -245,7 +245,7 @@ std::string describe_data(const Options& options, const std::optional<Source>& s
 }
 
 // Empty, with a word why, where memory is not enough for one set.
-std::optional<DecodeScene> make_scene(const Options& options, const std::optional<Source>& source,
+std::optional<DecodeScene> make_scene(const BenchDecodeOptions& options, const std::optional<Source>& source,
                                       const Setting& setting, const std::string& title, int64_t wanted_sets,
                                       at::ScalarType dtype, at::Device device) {
   const auto& [shape, length, batch] = setting;
@@ -262,7 +262,7 @@ std::optional<DecodeScene> make_scene(const Options& options, const std::optiona
   return DecodeScene(shape, length, batch, sets, options.statistics, dtype, device, options.seed);
 }
 
-void run(const Options& options) {
+void run_bench_decode(const BenchDecodeOptions& options) {
   const c10::InferenceMode inference;
   ModelOptions where;
   where.device = options.device;
@@ -368,7 +368,7 @@ void run(const Options& options) {
 }  // namespace
 
 void add_bench_decode(CLI::App& parent) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<BenchDecodeOptions>();
   CLI::App& command = *parent.add_subcommand(
       "decode", "One layer's decode attention, stage by stage: spot, dense, Quest, Twilight");
   std::vector<std::string> names;
@@ -445,7 +445,7 @@ void add_bench_decode(CLI::App& parent) {
     for (int64_t length : options->lengths)
       if (length % 16 != 0)
         throw CLI::ValidationError("--lengths", fmt::format("{} is not a multiple of 16", length));
-    run(*options);
+    run_bench_decode(*options);
   });
 }
 

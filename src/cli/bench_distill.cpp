@@ -22,7 +22,7 @@
 namespace spot::cli {
 namespace {
 
-struct Options {
+struct BenchDistillOptions {
   ModelOptions model;
   std::string preset = "spot", loss, teacher_scope, out;
   int64_t length = 16384, sequences = 1, documents = 1, steps = 3;
@@ -85,7 +85,7 @@ class FrozenAttention : public AttentionBackend {
   }
 };
 
-void run(const Options& options) {
+void run_bench_distill(const BenchDistillOptions& options) {
   if (options.documents > options.length)
     fail("--documents is {}, there are {} tokens", options.documents, options.length);
   const ModelConfig prepared = options.model.prepare();
@@ -186,7 +186,7 @@ void run(const Options& options) {
 }  // namespace
 
 void add_bench_distill(CLI::App& parent) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<BenchDistillOptions>();
   CLI::App& command =
       *parent.add_subcommand("distill", "Time a distillation step and the frozen forward pass alone");
   options->model.add(command);
@@ -217,7 +217,7 @@ void add_bench_distill(CLI::App& parent) {
   command.add_option("--out", options->out, "JSON file for the numbers")->check(output_file());
   command.callback([options, &command] {
     check_needs(command, {});
-    run(*options);
+    run_bench_distill(*options);
   });
 }
 

@@ -22,7 +22,7 @@
 namespace spot::cli {
 namespace {
 
-struct Options {
+struct BenchPrefillOptions {
   ModelOptions model;
   std::vector<int64_t> lengths = {16384, 32768, 65536, 131072, 262144, 524288};
   std::vector<std::string> attentions = {"spot:k=4096"};
@@ -154,7 +154,7 @@ LineChart chart(const std::vector<Measured>& all, const std::string& title, std:
   return chart;
 }
 
-void write(const Options& options, const std::string& description, nlohmann::json json,
+void write(const BenchPrefillOptions& options, const std::string& description, nlohmann::json json,
            const std::vector<Measured>& all, const Yardstick& yard) {
   for (const Measured& m : all) json["lengths"].push_back(to_json(m, yard));
   if (!options.out.empty()) write_file_atomically(options.out, json.dump(1) + "\n");
@@ -178,7 +178,7 @@ void write(const Options& options, const std::string& description, nlohmann::jso
   write_file_atomically(options.page, page.html());
 }
 
-std::vector<MethodSpec> parse_methods(const Options& options, const SelectorConfig& selector) {
+std::vector<MethodSpec> parse_methods(const BenchPrefillOptions& options, const SelectorConfig& selector) {
   std::vector<MethodSpec> methods;
   for (const std::string& text : join_methods(options.attentions)) {
     MethodSettings base;
@@ -191,7 +191,7 @@ std::vector<MethodSpec> parse_methods(const Options& options, const SelectorConf
   return methods;
 }
 
-void run(Options options) {
+void run_bench_prefill(BenchPrefillOptions options) {
   const c10::InferenceMode inference;
   ModelConfig config = options.model.prepare();
   const SelectorConfig selector_config = SelectorConfig::from_preset(options.preset);
@@ -278,7 +278,7 @@ void run(Options options) {
 }  // namespace
 
 void add_bench_prefill(CLI::App& parent) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<BenchPrefillOptions>();
   CLI::App& command = *parent.add_subcommand(
       "prefill",
       "Prefill, dense and sparse: a layer's attention by stages, a model's time to the first token");
@@ -316,7 +316,7 @@ void add_bench_prefill(CLI::App& parent) {
   command.add_option("--page", options->page, "HTML file with tables and charts")->check(output_file());
   command.callback([options, &command] {
     check_needs(command, {});
-    run(*options);
+    run_bench_prefill(*options);
   });
 }
 

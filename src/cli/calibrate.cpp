@@ -20,7 +20,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-struct Options {
+struct CalibrateOptions {
   ModelOptions model;
   SelectorOptions selector;
   DataConfig data;
@@ -28,7 +28,7 @@ struct Options {
 };
 
 // Contexts of one length, of the held-out documents or, where none are, of all; each token once.
-std::vector<TokenSequence> read_contexts(const Options& options, const Tokenizer& tokenizer) {
+std::vector<TokenSequence> read_contexts(const CalibrateOptions& options, const Tokenizer& tokenizer) {
   TrainingData data(
       options.data, [&](const std::string& text) { return tokenizer.encode(text); }, document_end(tokenizer));
   std::vector<TokenSequence> contexts = data.held_out(options.contexts);
@@ -43,7 +43,7 @@ std::vector<TokenSequence> read_contexts(const Options& options, const Tokenizer
   return contexts;
 }
 
-void run(const Options& options) {
+void run_calibrate(const CalibrateOptions& options) {
   const ModelConfig model = options.model.prepare();
   const int64_t length = options.data.sequence_length;
   if (length > model.max_position_embeddings)
@@ -82,7 +82,7 @@ void run(const Options& options) {
 }  // namespace
 
 void add_calibrate(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<CalibrateOptions>();
   options->data.held_out_every = 0;
   CLI::App& command = *app.add_subcommand(
       "calibrate", "Fit which threshold captures which mass (--mass), for a selector without retraining");
@@ -106,7 +106,7 @@ void add_calibrate(CLI::App& app) {
       ->capture_default_str();
   command.callback([options, &command] {
     check_needs(command, {});
-    run(*options);
+    run_calibrate(*options);
   });
 }
 

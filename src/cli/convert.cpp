@@ -17,7 +17,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-struct Options {
+struct ConvertOptions {
   std::string model, selector, store = "int8", out;
 };
 
@@ -33,7 +33,7 @@ double largest_row_change(const Selector& before, const Selector& after) {
   return largest;
 }
 
-void run(const Options& options) {
+void run_convert(const ConvertOptions& options) {
   const ModelConfig model = ModelConfig::load(options.model);
   const fs::path from = Selector::resolve(options.selector, options.model), out = free_folder(options.out);
   const Selector selector = Selector::load(from.string(), "", model, at::kCPU);
@@ -59,7 +59,7 @@ void run(const Options& options) {
 }  // namespace
 
 void add_convert(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<ConvertOptions>();
   CLI::App& command =
       *app.add_subcommand("convert", "Store a selector in another type, such as rows of 8 or 4 bits");
   command.add_option("--model", options->model, kModelHelp)->required()->transform(checkpoint_folder());
@@ -77,7 +77,7 @@ void add_convert(CLI::App& app) {
   command.add_option("--out", options->out, "Folder of the new selector")->required();
   command.callback([options, &command] {
     check_needs(command, {});
-    run(*options);
+    run_convert(*options);
   });
 }
 

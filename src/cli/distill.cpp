@@ -18,7 +18,7 @@
 namespace spot::cli {
 namespace {
 
-struct Options {
+struct DistillOptions {
   ModelOptions model;
   TrainConfig train;
   std::vector<std::string> length_mix;
@@ -31,7 +31,7 @@ struct Options {
   std::vector<int64_t> dense_layers;
 };
 
-SelectorConfig selector_config(const Options& o) {
+SelectorConfig selector_config(const DistillOptions& o) {
   nlohmann::json json = SelectorConfig::from_preset(o.preset).to_json();
   auto set = [&](nlohmann::json& object, const char* field, const auto& value) {
     if (value) object[field] = *value;
@@ -90,7 +90,7 @@ std::set<Need> met_needs(const TrainConfig& train, const SelectorConfig& selecto
   return met;
 }
 
-int run(Options& options, const CLI::App& command, const ProcessGroup* group) {
+int run_distill(DistillOptions& options, const CLI::App& command, const ProcessGroup* group) {
   if (const int64_t processes = launcher_number("WORLD_SIZE", 1); !group && processes > 1)
     fail(
         "WORLD_SIZE is {}, but this program cannot join other processes by itself: start tools/distill.py with torchrun instead, "
@@ -151,7 +151,7 @@ int run(Options& options, const CLI::App& command, const ProcessGroup* group) {
 }  // namespace
 
 void add_distill(CLI::App& app, const ProcessGroup* group) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<DistillOptions>();
   CLI::App& command = *app.add_subcommand("distill", "Learn a selector for a frozen checkpoint");
   command
       .fallthrough();  // so that --config, which CLI11 reads at the top only, may stand behind the word distill
@@ -271,7 +271,7 @@ void add_distill(CLI::App& app, const ProcessGroup* group) {
       ->group(watch);
   command.add_flag("--no-calibrate", options->no_calibrate, "Leave the temperatures at 1")->group(watch);
   command.callback([options, &command, group] {
-    if (const int status = run(*options, command, group)) throw CLI::RuntimeError(status);
+    if (const int status = run_distill(*options, command, group)) throw CLI::RuntimeError(status);
   });
 }
 

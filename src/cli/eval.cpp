@@ -11,8 +11,6 @@
 namespace spot::cli {
 namespace {
 
-constexpr int64_t kMostSamples = 1'000'000;
-
 void add_text(CLI::App& parent) {
   auto options = std::make_shared<EvalOptions>();
   auto eval = std::make_shared<TextEvalOptions>();

@@ -17,6 +17,8 @@
 
 namespace spot::cli {
 
+inline constexpr int64_t kMostSamples = 1'000'000;
+
 struct EvalOptions {
   ModelOptions model;
   SelectorOptions selector;

@@ -17,9 +17,7 @@
 namespace spot::cli {
 namespace {
 
-constexpr int64_t kMostSamples = 1'000'000;
-
-struct Options : EvalOptions {
+struct EvalRulerOptions : EvalOptions {
   RulerEvalOptions eval;
   std::vector<std::string> tasks = {"all"};
   std::string prompts_file;
@@ -71,7 +69,7 @@ nlohmann::json prompt_json(const RulerSample& sample, int64_t length, int64_t in
 }
 
 // One JSON object a line, for other programs.
-void write_prompts(const Options& options, const TextCodec& codec, const std::string& essay) {
+void write_prompts(const EvalRulerOptions& options, const TextCodec& codec, const std::string& essay) {
   const RulerGenerator generator(options.eval.prompts, essay, [&](const std::string& text, bool first) {
     return static_cast<int64_t>(codec.encode(text, first).size());
   });
@@ -88,7 +86,7 @@ void write_prompts(const Options& options, const TextCodec& codec, const std::st
   fmt::print("prompts: {}\n", options.prompts_file);
 }
 
-void run(Options options, const CLI::App& command) {
+void run_eval_ruler(EvalRulerOptions options, const CLI::App& command) {
   options.eval.tasks = parse_tasks(options.tasks);
   options.eval.stop_when_answered = !options.whole_answers;
   options.eval.out = options.out;
@@ -126,7 +124,7 @@ void run(Options options, const CLI::App& command) {
 }  // namespace
 
 void add_eval_ruler(CLI::App& parent) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<EvalRulerOptions>();
   CLI::App& command = *parent.add_subcommand(
       "ruler",
       "The RULER tasks at any length, every method after the same dense prefill (or its own sparse "
@@ -189,7 +187,7 @@ void add_eval_ruler(CLI::App& parent) {
       .add_option("--write-prompts", options->prompts_file,
                   "Write the prompts to this file, one JSON object a line, and run nothing")
       ->check(output_file());
-  command.callback([options, &command] { run(*options, command); });
+  command.callback([options, &command] { run_eval_ruler(*options, command); });
 }
 
 }  // namespace spot::cli

@@ -21,7 +21,7 @@
 namespace spot::cli {
 namespace {
 
-struct Options {
+struct GenerateOptions {
   ModelOptions model;
   SelectorOptions selector;
   MethodOptions method;
@@ -35,7 +35,7 @@ struct Options {
   bool thinking = false, ignore_eos = false, by_layer = false, eager = false;
 };
 
-std::vector<int32_t> read_prompt(const Options& options, const Tokenizer& tokenizer) {
+std::vector<int32_t> read_prompt(const GenerateOptions& options, const Tokenizer& tokenizer) {
   std::string text = options.prompt_file.empty() ? options.prompt : read_text_file(options.prompt_file);
   if (text.empty() && !options.chat.chat) throw UsageError("the prompt is empty; give some text");
   if (options.chat.chat) {
@@ -76,7 +76,7 @@ void print_attended(const std::vector<AttendedTokens>& layers, bool by_layer) {
   if (by_layer) notice("{}", table.to_text());
 }
 
-void run(const Options& options, const CLI::App& command) {
+void run_generate(const GenerateOptions& options, const CLI::App& command) {
   // Everything that is cheap to know comes before the weights.
   const ModelConfig config = options.model.prepare();
   const std::optional<SelectorConfig> selector_config = options.selector.read_config(options.model, config);
@@ -163,7 +163,7 @@ void run(const Options& options, const CLI::App& command) {
 }  // namespace
 
 void add_generate(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<GenerateOptions>();
   CLI::App& command = *app.add_subcommand("generate", "Continue a prompt, densely or sparsely");
   options->model.add(command);
   options->selector.add(command);
@@ -199,7 +199,7 @@ void add_generate(CLI::App& app) {
   command.callback([options, &command] {
     if (!command.count("--prompt") && !command.count("--prompt-file"))
       throw UsageError("no prompt: give --prompt TEXT or --prompt-file FILE");
-    run(*options, command);
+    run_generate(*options, command);
   });
 }
 

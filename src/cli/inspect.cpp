@@ -16,7 +16,7 @@
 namespace spot::cli {
 namespace {
 
-struct Options {
+struct InspectOptions {
   std::string model, preset = "spot", selector;
   double memory_gib = 80;
   int64_t kv_bytes = 2;
@@ -60,7 +60,7 @@ std::string in_gib(double bytes) {
   return fmt::format("{:.2f} GiB", bytes / (1 << 30));
 }
 
-void run(const Options& options) {
+void run_inspect(const InspectOptions& options) {
   const ModelConfig model = ModelConfig::load(options.model);
   SelectorConfig selector = SelectorConfig::from_preset(options.preset);
   if (!options.selector.empty()) selector = Selector::read_config(options.selector, options.model, model);
@@ -120,7 +120,7 @@ void run(const Options& options) {
 }  // namespace
 
 void add_inspect(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<InspectOptions>();
   CLI::App& command =
       *app.add_subcommand("inspect", "Show a checkpoint, its selector's overhead and its memory use");
   command.add_option("model", options->model, kModelHelp)->required()->transform(checkpoint_folder());
@@ -134,7 +134,7 @@ void add_inspect(CLI::App& app) {
       ->capture_default_str();
   command.callback([options, &command] {
     check_needs(command, options->selector.empty() ? std::set{Need::preset} : std::set<Need>{});
-    run(*options);
+    run_inspect(*options);
   });
 }
 

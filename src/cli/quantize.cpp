@@ -14,12 +14,12 @@
 namespace spot::cli {
 namespace {
 
-struct Options {
+struct QuantizeOptions {
   std::string model, out;
   double shard_gb = 5;
 };
 
-int run(const Options& options) {
+int run_quantize(const QuantizeOptions& options) {
   const StopSignals signals(true);
   const auto report =
       quantize_checkpoint(options.model, options.out, static_cast<uint64_t>(options.shard_gb * 1e9),
@@ -39,7 +39,7 @@ int run(const Options& options) {
 }  // namespace
 
 void add_quantize(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<QuantizeOptions>();
   CLI::App& command = *app.add_subcommand(
       "quantize", "Write an FP8 checkpoint, half the size, from one in bfloat16, float16 or float32");
   command.add_option("model", options->model, kModelHelp)->required()->transform(checkpoint_folder());
@@ -49,7 +49,7 @@ void add_quantize(CLI::App& app) {
       ->capture_default_str();
   command.callback([options, &command] {
     check_needs(command, {});
-    if (const int status = run(*options); status != 0) throw CLI::RuntimeError(status);
+    if (const int status = run_quantize(*options); status != 0) throw CLI::RuntimeError(status);
   });
 }
 

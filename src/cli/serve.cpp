@@ -33,7 +33,7 @@ namespace {
 
 using server::ServedModel;
 
-struct Options {
+struct ServeOptions {
   ModelOptions model;
   SelectorOptions selector;
   MethodOptions method;
@@ -45,7 +45,7 @@ struct Options {
   bool no_prefix_cache = false, eager = false, random = false;
 };
 
-std::string api_key(const Options& options) {
+std::string api_key(const ServeOptions& options) {
   if (options.api_key_file.empty()) return options.http.api_key;
   std::string key = read_file(options.api_key_file);
   while (!key.empty() && (key.back() == '\n' || key.back() == '\r')) key.pop_back();
@@ -61,7 +61,7 @@ bool has_tag(const std::string& choice, const Tokenizer& tokenizer, const char* 
   return choice == "on" || (choice == "auto" && tokenizer.token_id(tag).has_value());
 }
 
-ServedModel served(const Options& options, const Backbone& backbone, const Selector* selector,
+ServedModel served(const ServeOptions& options, const Backbone& backbone, const Selector* selector,
                    const std::vector<MethodSpec>& methods) {
   const std::string& folder = options.model.folder;
   std::filesystem::path path = std::filesystem::path(folder).lexically_normal();
@@ -100,7 +100,7 @@ ServedModel served(const Options& options, const Backbone& backbone, const Selec
 
 // Bytes for the cache where none were given: on a GPU what is left of its memory but for an eighth of it, for passes
 // and graphs; else 2 GiB.
-double cache_bytes(const Options& options, const Backbone& backbone) {
+double cache_bytes(const ServeOptions& options, const Backbone& backbone) {
   if (options.cache_gib > 0) return options.cache_gib * (1 << 30);
 #ifdef SPOT_TORCH_CUDA
   if (backbone.device().is_cuda()) {
@@ -114,7 +114,7 @@ double cache_bytes(const Options& options, const Backbone& backbone) {
   return 2.0 * (1 << 30);
 }
 
-std::unique_ptr<AttentionStack> make_stack(const Options& options, const Backbone& backbone,
+std::unique_ptr<AttentionStack> make_stack(const ServeOptions& options, const Backbone& backbone,
                                            const Selector* selector, const std::vector<MethodSpec>& methods,
                                            int64_t max_tokens) {
   const int64_t sequences = options.engine.max_sequences;
@@ -146,7 +146,7 @@ void raise_descriptor_limit(int64_t connections) {
   ::setrlimit(RLIMIT_NOFILE, &limit);
 }
 
-void run(Options options, const CLI::App& command) {
+void run_serve(ServeOptions options, const CLI::App& command) {
   // Everything that is cheap to know comes before the weights.
   options.http.api_key = api_key(options);
   options.http.max_body_bytes = static_cast<uint64_t>(options.body_mib) << 20;
@@ -214,7 +214,7 @@ void run(Options options, const CLI::App& command) {
 }  // namespace
 
 void add_serve(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<ServeOptions>();
   CLI::App& command = *app.add_subcommand("serve", "Serve a model over HTTP, with the OpenAI API");
   options->model.add(command, "--model,MODEL");
   options->selector.add(command);
@@ -295,7 +295,7 @@ void add_serve(CLI::App& app) {
   command.add_flag(
       "--random", options->random,
       "Random weights of the shapes in MODEL/config.json, beside a tokenizer.json: for measurements");
-  command.callback([options, &command] { run(*options, command); });
+  command.callback([options, &command] { run_serve(*options, command); });
 }
 
 }  // namespace spot::cli
