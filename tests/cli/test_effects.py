@@ -1,11 +1,14 @@
 """An option that cannot matter is an error; the same option where it matters is none."""
 
 import itertools
+import os
 import random
+import tempfile
 
 import pytest
 from program import Watch
 
+PROMPTS = os.path.join(tempfile.gettempdir(), "never-written.jsonl")
 # By command: words of the run, and which options have no effect in it. A value stands behind the option where it takes one.
 METHOD = [["--top-p", "0.5"], ["--threshold", "0.01"], ["--mass", "0.8"], ["--top-k-tokens", "64"], ["--top-k-share", "0.2"], ["--sinks", "16"],
           ["--recency", "32"], ["--floor", "64"], ["--cap", "9999"], ["--selection-temperature", "2"], ["--cache-format", "int8"],
@@ -39,7 +42,7 @@ SILENT = {
                     (["--methods", "streaming:k=512,quest:k=512"], flags("--top-p", "--cache-format", "--cap"))],
     "eval ruler": [(["--methods", "dense"], [["--selector", "spot"], ["--mass-every", "3"], *METHOD]),
                    ([], [["--wording", "1"]]),
-                   (["--write-prompts", "/dev/null"], [["--selector", "spot"], ["--batch", "2"], ["--whole-answers"], ["--out", "x"],
+                   (["--write-prompts", PROMPTS], [["--selector", "spot"], ["--batch", "2"], ["--whole-answers"], ["--out", "x"],
                                                        ["--stop-at-newline"], ["--prefill-chunk", "64"], ["--methods", "quest"],
                                                        ["--device", "cpu"], ["--dtype", "float32"], ["--threads", "1"], ["--prefill", "dense"], *METHOD])],
     "bench": [(["--attention", "dense"], [["--preset", "spot"], *METHOD])],
