@@ -79,12 +79,7 @@ struct SafetensorsFile::Mapping {
   uint64_t size = 0;
 
   explicit Mapping(const std::filesystem::path& path) {
-    std::error_code code;
-    if (!std::filesystem::exists(path, code)) {
-      fail("{}: {}", path.string(),
-           std::filesystem::is_symlink(path, code) ? "is a link to a file that is not there; fetch it again"
-                                                   : "no such file");
-    }
+    if (!has_file(path)) fail("{}: no such file", path.string());
     const int file =
         ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused, not waited for
     if (file < 0) fail("{}: cannot be opened: {}", path.string(), std::strerror(errno));

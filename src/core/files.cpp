@@ -31,11 +31,7 @@ void refuse_special(const fs::path& path) {
 
 std::string read_file(const fs::path& path) {
   std::error_code code;
-  if (!fs::exists(path, code)) {
-    fail("{}: {}", path.string(),
-         fs::is_symlink(path, code) ? "is a link to a file that is not there; fetch it again"
-                                    : "no such file");
-  }
+  if (!has_file(path)) fail("{}: no such file", path.string());
   if (fs::is_directory(path, code)) fail("{}: is a folder, a file was expected", path.string());
   std::ifstream in(path, std::ios::binary);
   if (!in) fail("{}: cannot be opened: {}", path.string(), std::strerror(errno));

@@ -155,9 +155,7 @@ void list_copies(const fs::path& folder, const fs::path& below, std::vector<Copy
     if (fs::is_directory(from, code)) {
       list_copies(from, to, copies);
     } else if (!is_other_weights(name, top)) {
-      if (!fs::exists(from, code))
-        fail("{}: is a link to a file that is not there; fetch it again", from.string());
-      if (fs::is_regular_file(from, code)) copies.push_back({from, to});
+      if (has_file(from) && fs::is_regular_file(from, code)) copies.push_back({from, to});
     }
   }
 }
