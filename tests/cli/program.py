@@ -2,14 +2,17 @@
 
 import ctypes
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
+import time
 
 import torch
 import transformers
@@ -41,6 +44,22 @@ def parse_help(text: str) -> tuple[list[Option], list[str]]:
     return options, commands
 
 
+def state_of(process: int) -> str:
+    """The letter that the kernel shows for it: T once it is stopped, Z once it has ended."""
+    return pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def is_locked(path: pathlib.Path) -> bool:
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
 class Program:
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -53,6 +72,21 @@ class Program:
     def start(self, *words, **more) -> subprocess.Popen:
         settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT} | more
         return subprocess.Popen([str(self.path), *map(str, words)], **settings)
+
+    def start_and_stop(self, folder: pathlib.Path, *words) -> subprocess.Popen:
+        """A run that is stopped while it holds the folder's lock: that the lock's file is there does not say so yet."""
+        process, lock = self.start(*words), folder / ".lock"
+        end = time.monotonic() + PATIENCE
+        while True:
+            assert time.monotonic() < end and process.poll() is None, process.communicate()
+            if lock.exists():
+                process.send_signal(signal.SIGSTOP)
+                while (state := state_of(process.pid)) not in "TZ":
+                    time.sleep(0.001)
+                if state == "T" and is_locked(lock):
+                    return process
+                process.send_signal(signal.SIGCONT)
+            time.sleep(0.002)
 
     def shell(self, words, redirection: str) -> subprocess.CompletedProcess:
         """A run whose standard streams the shell redirects."""

@@ -104,9 +104,7 @@ def test_kill_while_a_checkpoint_is_written(spot, place, tmp_path, reference):
 def test_two_runs_into_one_folder(spot, place, tmp_path, reference):
     """Whatever the second is asked to do, it ends at once; the lock ends with its holder, killed or not."""
     out = tmp_path / "out"
-    first = spot.start(*words(place, out))
-    wait_for(lambda: lines_of(out) >= 1, first)
-    first.send_signal(signal.SIGSTOP)
+    first = spot.start_and_stop(out, *words(place, out))
     for more in ([], ["--resume"]):
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
         second = spot(*words(place, out, *more))
@@ -129,9 +127,7 @@ def test_two_runs_into_one_folder(spot, place, tmp_path, reference):
 @pytest.mark.parametrize("name", ["eval text", "eval needle", "eval ruler"])
 def test_two_evaluations_into_one_folder(spot, place, basics, tmp_path, name):
     run = [*name.split(), *basics(place / "model")[name], "--threads", 1]
-    first = spot.start(*run)
-    wait_for(lambda: (tmp_path / "e" / ".lock").exists(), first)
-    first.send_signal(signal.SIGSTOP)
+    first = spot.start_and_stop(tmp_path / "e", *run)
     second = spot(*run)
     first.send_signal(signal.SIGCONT)
     first.communicate(timeout=PATIENCE)
