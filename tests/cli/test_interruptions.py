@@ -127,6 +127,7 @@ def test_two_runs_into_one_folder(spot, place, tmp_path, reference):
 @pytest.mark.parametrize("name", ["eval text", "eval needle", "eval ruler"])
 def test_two_evaluations_into_one_folder(spot, place, basics, tmp_path, name):
     run = [*name.split(), *basics(place / "model")[name], "--threads", 1]
+    run[run.index("--sequences" if name == "eval text" else "--samples") + 1] = 16  # long enough to be found at it
     first = spot.start_and_stop(tmp_path / "e", *run)
     second = spot(*run)
     first.send_signal(signal.SIGCONT)
