@@ -4,8 +4,7 @@
 //
 // --e4m3: keys and values are E4M3 codes (of any bits) instead of bf16; bench/kernel_ratio.py lays two runs side by side.
 // Selector key formats, launch overlaps and fused or separate kernels; `spot bench decode` has the other
-// methods and dense
-// attention beside them.
+// methods and dense attention beside them.
 //
 // Every figure is the median of replays of a CUDA graph that runs the stage over 8 sets of buffers in turn
 // (selector keys, page tables and so selected pages differ), far more bytes than the L2 holds. Data are

@@ -62,6 +62,9 @@ class SelectionRule:
         for name in ("budget_fraction", "p", "threshold", "temperature"):
             if not isinstance(getattr(self, name), float):  # nan and inf are refused below
                 arguments.number(f"selection rule: {name}", getattr(self, name))
+        given = arguments.items("selection rule: thresholds", self.thresholds, "a list of numbers")
+        numbers = tuple(arguments.number(f"selection rule: thresholds[{i}]", t) for i, t in enumerate(given))
+        object.__setattr__(self, "thresholds", numbers)  # which is frozen
         require(self.mode in ("top_p", "top_k", "threshold"), "mode", "top_p, top_k or threshold")
         for name in ("budget", "sinks", "recency", "floor", "cap"):
             require(getattr(self, name) <= MOST_TOKENS, name, f"at most {MOST_TOKENS} tokens")

@@ -12,10 +12,8 @@ namespace spot {
 // [num_kv_heads, length, head_dim], length >= start + T. Grouped-query heads are not copied; queries are
 // taken in chunks, so that memory grows with length, not with its square. Returns [T, num_heads, head_dim].
 // `logsumexp`, where given, becomes the logarithm of each softmax's normaliser, [num_heads, T] float32, if
-// the
-// implementation that serves these inputs has it at hand (flash attention; on the CPU from position 0,
-// several
-// queries), and is left alone otherwise.
+// the implementation that serves these inputs has it at hand (flash attention; on the CPU from position 0,
+// several queries), and is left alone otherwise.
 at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                             int64_t start, double scale, at::Tensor* logsumexp = nullptr);
 

@@ -15,10 +15,8 @@ namespace spot {
 using StageWork = std::function<void(int64_t set)>;
 
 // On a GPU every stage becomes one CUDA graph of at least 16 calls over the sets; clocks are warmed by a
-// second of replays, then
-// the stages are replayed in turn, round by round, so that drift reaches all alike. On the CPU (and for a
-// torch without CUDA) the
-// same rounds by wall time, one call over each set.
+// second of replays, then the stages are replayed in turn, round by round, so that drift reaches all alike.
+// On the CPU (and for a torch without CUDA) the same rounds by wall time, one call over each set.
 class StageTimer {
  public:
   StageTimer(at::Device device, int64_t sets, int64_t rounds);

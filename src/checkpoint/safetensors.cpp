@@ -91,8 +91,8 @@ struct SafetensorsFile::Mapping {
     size = static_cast<uint64_t>(info.st_size);
     if (size < 8) {
       ::close(file);
-      fail("{}: {} bytes are too few for a safetensors file; it is truncated, fetch it again", path.string(),
-           size);
+      fail("{}: {} bytes are too few for a safetensors file; it is truncated, fetch or make it anew",
+           path.string(), size);
     }
     // Private and writable: a tensor changed in place must not fault, nor reach the file.
     void* address = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file, 0);
@@ -121,8 +121,9 @@ void SafetensorsFile::read_header() {
          header_bytes, kMaxHeaderBytes);
   }
   if (header_bytes > mapping_->size - 8) {
-    fail("{}: header of {} bytes does not fit in the file of {} bytes; it is truncated, fetch it again", file,
-         header_bytes, mapping_->size);
+    fail(
+        "{}: header of {} bytes does not fit in the file of {} bytes; it is truncated, fetch or make it anew",
+        file, header_bytes, mapping_->size);
   }
   data_offset_ = 8 + header_bytes;
   const uint64_t data_bytes = mapping_->size - data_offset_;
@@ -189,7 +190,7 @@ void SafetensorsFile::read_header() {
     entry.end = offsets[1].get<uint64_t>();
     if (entry.begin > entry.end) fail("{}: tensor '{}': data_offsets run backwards", file, name);
     if (entry.end > data_bytes) {
-      fail("{}: tensor '{}' ends at byte {} of {}; the file is truncated, fetch it again", file, name,
+      fail("{}: tensor '{}' ends at byte {} of {}; the file is truncated, fetch or make it anew", file, name,
            entry.end, data_bytes);
     }
     if (entry.end - entry.begin != bytes) {

@@ -127,7 +127,7 @@ void add_inspect(CLI::App& app) {
   command.add_option("--preset", options->preset, "Selector preset: spot or paper")->capture_default_str();
   command.add_option("--selector", options->selector, "A distilled selector instead of a preset");
   command.add_option("--memory", options->memory_gib, "Memory in GiB for weights and caches")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(0.001, 1e6))
       ->capture_default_str();
   command.add_option("--bytes", options->kv_bytes, "Bytes a number of weights and KV cache (2: bfloat16)")
       ->check(CLI::IsMember({1, 2, 4}))

@@ -11,8 +11,8 @@
 namespace spot::cli {
 
 // Every process of the group calls sum() and gather() equally often and in the same order. Both return when
-// the result
-// is there, and throw Error when another process has died or does not answer within the group's timeout.
+// the result is there, and throw Error when another process has died or does not answer within the group's
+// timeout.
 class ProcessGroup {
  public:
   // The group of this name in torch's registry, where torch.distributed.init_process_group puts it.
@@ -28,8 +28,7 @@ class ProcessGroup {
   void gather(at::Tensor& whole, const at::Tensor& part) const;
 
   // Prints the line on standard error unless another process has printed its own: one failure ends them all,
-  // and a
-  // user needs to read of it once. Takes up to five seconds.
+  // and a user needs to read of it once. Takes up to five seconds.
   void report_failure(const std::string& line) const;
 
  private:

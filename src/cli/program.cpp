@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -49,15 +50,37 @@ std::string config_sentence(const CLI::App& app, const CLI::ParseError& e) {
   return file + ": " + unknown_setting(app, text.substr(start.size()));
 }
 
-// What CLI11 takes of any option: NaN, which its ranges let pass, and, where a text names something, nothing at all.
+// What is wrong with a number as written, before its range is looked at; empty: nothing. CLI11 takes NaN and infinity,
+// and for a whole number that is too large the nearest there is.
+template <typename Number>
+std::string number_fault(const std::string& text) {
+  Number value{};
+  errno = 0;
+  if (CLI::detail::lexical_cast(text, value) && errno != ERANGE && std::isfinite(static_cast<double>(value)))
+    return "";
+  double size = 0;
+  if (CLI::detail::lexical_cast(text, size) && std::abs(size) >= 0x1p63)
+    return text + " is too large a number";
+  if (std::is_unsigned_v<Number> && size < 0) return text + " is below 0";
+  return text + (std::is_integral_v<Number> ? " is no whole number" : " is no number");
+}
+
+// What CLI11 takes of any option: what is no number, as one out of a range, and, where a text names something, nothing
+// at all.
 void refuse_no_values(CLI::App& app) {
   for (CLI::Option* option : app.get_options()) {
     const bool free_text = option->check_lname("prompt") || option->check_lname("system");
-    if (option->get_type_name().starts_with("FLOAT"))
-      option->check([](const std::string& text) {
-        return std::isnan(std::strtod(text.c_str(), nullptr)) ? text + " is no number" : std::string();
-      });
-    if (option->get_type_name().starts_with("TEXT") && !free_text)
+    const std::string type = option->get_type_name();
+    if (type.starts_with("FLOAT"))
+      option->transform(
+          CLI::Validator([](const std::string& text) { return number_fault<double>(text); }, ""));
+    if (type.starts_with("INT"))
+      option->transform(
+          CLI::Validator([](const std::string& text) { return number_fault<int64_t>(text); }, ""));
+    if (type.starts_with("UINT"))
+      option->transform(
+          CLI::Validator([](const std::string& text) { return number_fault<uint64_t>(text); }, ""));
+    if (type.starts_with("TEXT") && !free_text)
       option->transform(CLI::Validator(
           [](const std::string& text) {
             return text.empty() ? std::string("the value is empty; give one, or leave the option out") : "";

@@ -1,8 +1,6 @@
 #include "cli/usage.h"
 
 #include <algorithm>
-#include <cerrno>
-#include <cstdlib>
 #include <numeric>
 #include <string_view>
 #include <vector>
@@ -140,18 +138,6 @@ std::vector<std::string> option_names(const CLI::App& command) {
 
 void check_needs(const CLI::App& command, const std::set<Need>& met) {
   const std::string name = full_name(command);
-  // CLI11 takes the nearest number that there is for one that is too large.
-  for (const CLI::Option* option : command.get_options()) {
-    const std::string type = option->get_type_name();
-    if (type.rfind("INT", 0) != 0 && type.rfind("UINT", 0) != 0) continue;
-    for (const std::string& text : option->results()) {
-      errno = 0;
-      type[0] == 'U' ? static_cast<void>(std::strtoull(text.c_str(), nullptr, 0))
-                     : static_cast<void>(std::strtoll(text.c_str(), nullptr, 0));
-      if (errno == ERANGE)
-        throw UsageError(fmt::format("{} is {}, a number out of range", option->get_name(), text));
-    }
-  }
   for (const CLI::App* above = command.get_parent(); above && above->get_parent();
        above = above->get_parent())
     for (const CLI::Option* option : above->get_options())

@@ -56,8 +56,8 @@ nlohmann::json read_json(const fs::path& path) {
   try {
     return nlohmann::json::parse(bytes);
   } catch (const nlohmann::json::parse_error& e) {
-    fail("{}: not valid JSON at byte {} of {}; the file may be truncated, fetch it again", path.string(),
-         e.byte, bytes.size());
+    fail("{}: not valid JSON at byte {} of {}; the file may be truncated; fetch or make it anew",
+         path.string(), e.byte, bytes.size());
   } catch (const nlohmann::json::out_of_range&) {
     fail("{}: holds a number beyond float64's range", path.string());
   }

@@ -40,8 +40,7 @@ void remove_temporary_files(const std::filesystem::path& folder);
 void make_folder(const std::filesystem::path& path);
 
 // Removes a folder with all it holds, as far as that can be done; links are removed, not followed. Stands in
-// for
-// std::filesystem::remove_all: torch 2.11 exports one of its own, which crashes.
+// for std::filesystem::remove_all: torch 2.11 exports one of its own, which crashes.
 void remove_folder(const std::filesystem::path& path);
 
 }  // namespace spot

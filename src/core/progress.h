@@ -7,16 +7,13 @@
 
 namespace spot {
 
-// After silence() this process draws no bars and gives no notices: of the processes of one distributed run
-// only the
+// After silence() this process draws no bars and gives no notices: of the processes of one distributed run only the
 // first talks. Errors are no notices.
 void silence();
 bool is_silent();
 
-// Draws "label [####    ] 12/40 30% note, 0:12 elapsed, 0:28 left" on standard error. On a terminal it
-// redraws one
-// line at most ten times a second; elsewhere it prints a plain line at most every ten seconds. Nothing is
-// drawn
+// Draws "label [####    ] 12/40 30% note, 0:12 elapsed, 0:28 left" on standard error. On a terminal it redraws one
+// line at most ten times a second; elsewhere it prints a plain line at most every ten seconds. Nothing is drawn
 // before the first half second, so short work stays silent.
 class Progress {
  public:

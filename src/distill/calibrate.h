@@ -69,8 +69,7 @@ Calibration calibrate(const Backbone& backbone, const Selector& selector,
 // What calibrate() finds before it fits anything, in a form that adds up over parts of a text: [layers, p +
 // 1] float64 on the
 // CPU; for each p the nucleus' share of the residual mass at temperature 1, summed over the measured queries,
-// and in the last
-// column their number.
+// and in the last column their number.
 at::Tensor captured_sums(const Backbone& backbone, const Selector& selector,
                          const std::vector<TokenSequence>& sequences, const CalibrationOptions& options = {});
 

@@ -73,8 +73,8 @@ std::string how_it_was_trained(const json& selector) {
 }
 
 // Of held-out text: the loss over the run, ten lines at most, the first and the last among them; and in the
-// end what the best tokens by
-// the selector's scores hold of the teacher's attention, beside the most that as many could hold.
+// end what the best tokens by the selector's scores hold of the teacher's attention, beside the most that as
+// many could hold.
 std::string held_out(const std::vector<json>& metrics, const std::vector<double>& budgets) {
   std::vector<const json*> measured;
   for (const json& entry : metrics)

@@ -81,12 +81,19 @@ class Initializer {
     plain_ = plain_dims(config_, model_);
   }
 
-  void run(const std::vector<TokenSequence>& sequences, const LayerLossOptions& options) {
-    Observer collect(selector_, [&](const AttentionInputs& inputs) { add(inputs); });
+  void run(const std::vector<TokenSequence>& sequences, const LayerLossOptions& options, Progress* progress) {
+    int64_t done = 0;
+    const auto report = [&] {
+      if (progress) progress->update(++done);
+    };
+    Observer collect(selector_, [&](const AttentionInputs& inputs) { add(inputs), report(); });
     for (const TokenSequence& sequence : sequences)
       forward_sequence(backbone_, collect, sequence.tokens, {0});
     for (int64_t layer : selector_.layers()) solve(layer);
-    Observer scale(selector_, [&](const AttentionInputs& inputs) { choose_gain(inputs, options); });
+    Observer scale(selector_, [&](const AttentionInputs& inputs) {
+      choose_gain(inputs, options);
+      report();
+    });
     forward_sequence(backbone_, scale, sequences.front().tokens, {0});
   }
 
@@ -217,10 +224,15 @@ int64_t initialization_tokens(const ModelConfig& backbone) {
   return 8 * backbone.hidden_size;
 }
 
+int64_t initialization_steps(const Selector& selector, const std::vector<TokenSequence>& sequences) {
+  return static_cast<int64_t>(selector.layers().size() * (sequences.size() + 1));
+}
+
 void initialize_from_backbone(const Backbone& backbone, Selector& selector,
-                              const std::vector<TokenSequence>& sequences, const LayerLossOptions& options) {
+                              const std::vector<TokenSequence>& sequences, const LayerLossOptions& options,
+                              Progress* progress) {
   const at::NoGradGuard no_grad;
-  Initializer(backbone, selector).run(sequences, options);
+  Initializer(backbone, selector).run(sequences, options, progress);
 }
 
 }  // namespace spot

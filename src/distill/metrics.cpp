@@ -46,8 +46,7 @@ Series series(const std::string& label, const std::vector<nlohmann::json>& entri
 }
 
 // "x_per_layer" over the run: a row a layer, a column a stretch of steps, named by its last one; each value
-// is the mean over
-// the stretch, divided by that of `divisor` where one is given.
+// is the mean over the stretch, divided by that of `divisor` where one is given.
 HeatMap layers_over_time(const std::string& title, const std::vector<nlohmann::json>& entries,
                          const std::string& name, const std::string& divisor = "") {
   HeatMap map{.title = title, .x_label = "up to step", .y_label = "layer"};

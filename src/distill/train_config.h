@@ -39,8 +39,8 @@ struct TrainConfig {
   std::vector<double> budgets = {0.05, 0.1, 0.25};  // captured mass is measured there, see LayerLossOptions
   bool calibrate = true;                            // fit temperatures at the end, see calibrate.h
   // Tokens of the held-out contexts they are fitted on, held_out_sequences of them; 0: sequence_length. A
-  // temperature that fits at
-  // the training length lets p drift beyond it; fitted over longer contexts it is between.
+  // temperature that fits at the training length lets p drift beyond it; fitted over longer contexts it is
+  // between.
   int64_t calibration_length = 0;
   // Type of the finished selector's projections on disk, float32, bfloat16, int8 or int4; checkpoints are float32.
   std::string store = "float32";

@@ -34,14 +34,15 @@ std::string checkpoint_name(int64_t step) {
 }
 
 // The checkpoints in a run's folder, the newest last: one, or two after a crash between writing and removing. An
-// unfinished one has another name.
+// unfinished one has another name; a folder without a run's state is no checkpoint, whatever it is called.
 std::vector<fs::path> checkpoints_in(const fs::path& output) {
   std::vector<fs::path> found;
   std::error_code code;
   for (const auto& entry : fs::directory_iterator(output, code)) {
     const std::string name = entry.path().filename().string();
     const bool matches = name.starts_with("checkpoint-") && name.size() > 11 &&
-                         name.find_first_not_of("0123456789", 11) == std::string::npos;
+                         name.find_first_not_of("0123456789", 11) == std::string::npos &&
+                         has_file(entry.path() / "train.json");
     if (matches) found.push_back(entry.path());
   }
   // Longer numbers are larger; equal lengths compare as text.
@@ -208,7 +209,11 @@ class Run {
     while (static_cast<int64_t>(sequences.size()) * config_.data.sequence_length < tokens)
       sequences.push_back(data_.next());
     data_.restore(beginning);
-    initialize_from_backbone(backbone_, selector_, sequences, loss_options(selector_.config(), config_));
+    std::optional<Progress> progress;
+    if (is_writer() && hooks_.show_progress)
+      progress.emplace("Fitting the start", initialization_steps(selector_, sequences));
+    initialize_from_backbone(backbone_, selector_, sequences, loss_options(selector_.config(), config_),
+                             progress ? &*progress : nullptr);
     // Unlike devices round differently; all begin from the first one's weights.
     const at::NoGradGuard no_grad;
     std::vector<at::Tensor> weights;

@@ -54,16 +54,14 @@ struct TrainResult {
 //   selector.safetensors, selector.json   at the end
 //   README.md                             its card, at the end
 //   checkpoint-STEP/                      selector, optimizer and place in the data; appears whole or not at
-//   all
-//   metrics.jsonl                         one object a step, see docs/distillation.md
-//   loss.html                             plots of it
+//   all metrics.jsonl                         one object a step, see docs/distillation.md loss.html
+//   plots of it
 // With `resume` the newest checkpoint there is continued, bit for bit as if never interrupted (same device
 // and numbers of threads and replicas). Throws Error when the output already holds a run and `resume` is
-// false; when the
-// checkpoint was made with another config, selector, backbone or corpus; and when a loss is not finite,
-// naming layer and step. A metrics line or a checkpoint that cannot be written (a full disk) is said on standard error
-// and tried again; only the last one must succeed. One process at a time may write into the output: the caller locks it
-// (core/folder_lock.h).
+// false; when the checkpoint was made with another config, selector, backbone or corpus; and when a loss is
+// not finite, naming layer and step. A metrics line or a checkpoint that cannot be written (a full disk) is
+// said on standard error and tried again; only the last one must succeed. One process at a time may write
+// into the output: the caller locks it (core/folder_lock.h).
 TrainResult distill(const Backbone& backbone, Selector& selector, const Encode& encode, int32_t end_of_text,
                     const TrainConfig& config, bool resume = false, const TrainHooks& hooks = {});
 

@@ -1,6 +1,5 @@
 // RULER under sparse attention: every method answers the same prompts, after one dense prefill of each unless
-// it has
-// sparse prefill.
+// it has sparse prefill.
 #pragma once
 
 #include <cstdint>
@@ -103,12 +102,10 @@ void check_ruler(const ModelConfig& model, const TextCodec& codec, const std::st
                  const std::vector<MethodSpec>& methods, const RulerEvalOptions& options);
 
 // Each prompt's context is prefilled densely once. Then every method reads question and answer prefix (each
-// token
-// selects for itself, as in decode) and writes the answer greedily, one token a step. A method whose spec has
-// sparse
-// prefill reads the context by itself instead, into a cache of its own. `essay` may be empty when no task
-// needs one; `selector` may be null when no method needs it. Throws Error before any work when a length is
-// too small for a task or passes the model's positions.
+// token selects for itself, as in decode) and writes the answer greedily, one token a step. A method whose
+// spec has sparse prefill reads the context by itself instead, into a cache of its own. `essay` may be empty
+// when no task needs one; `selector` may be null when no method needs it. Throws Error before any work when a
+// length is too small for a task or passes the model's positions.
 RulerResult evaluate_ruler(const Backbone& backbone, const Selector* selector, const TextCodec& codec,
                            const std::string& essay, const std::vector<MethodSpec>& methods,
                            const RulerEvalOptions& options);

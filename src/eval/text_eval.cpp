@@ -58,8 +58,7 @@ struct TokenSums {
 };
 
 // Of the heaviest blocks (or tokens, as the selection goes), as many as it holds: the share that it holds. By
-// row and
-// group.
+// row and group.
 at::Tensor oracle_recall(const at::Tensor& mass, const Selection& selection) {
   const at::Tensor chosen = chosen_columns(mass, selection), count = chosen.sum(2, true);
   const at::Tensor ranked = std::get<1>(mass.sort(/*stable=*/true, /*dim=*/2, /*descending=*/true));
@@ -217,8 +216,7 @@ TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
     for (auto& [layer, measures] : result.methods[m].layers) {
       for (auto& [p, captured] : measures.calibration) captured /= static_cast<double>(measures.queries);
       // Where a method's floor made it dense, nothing was selected and all was attended; all methods are
-      // compared on
-      // the same queries.
+      // compared on the same queries.
       const auto dense = static_cast<double>(queries - measures.queries);
       measures.queries = queries;
       for (double* mean : {&measures.attended_share, &measures.captured_mass, &measures.captured_residual,

@@ -101,6 +101,23 @@ def test_kill_while_a_checkpoint_is_written(spot, place, tmp_path, reference):
     assert run_of(out) == run_of(reference[0]) and not leftovers(out)
 
 
+def test_folders_that_are_no_checkpoints_are_left_alone(spot, place, tmp_path, reference):
+    """Whatever they are called: neither resumed from nor removed."""
+    out = tmp_path / "out"
+    process = spot.start(*words(place, out))
+    wait_for(lambda: lines_of(out) >= 4, process)
+    process.kill()
+    process.communicate()
+    mine = out / "checkpoint-999999"
+    mine.mkdir()
+    (mine / "notes").write_text("mine")
+    done = spot(*words(place, out, "--resume"))
+    assert done.returncode == 0 and (mine / "notes").read_text() == "mine", done
+    (mine / "notes").unlink()
+    mine.rmdir()
+    assert run_of(out) == run_of(reference[0])
+
+
 def test_two_runs_into_one_folder(spot, place, tmp_path, reference):
     """Whatever the second is asked to do, it ends at once; the lock ends with its holder, killed or not."""
     out = tmp_path / "out"

@@ -82,6 +82,26 @@ def test_no_number_ends_in_a_crash(spot, commands, basics, unreadable, seed):
         assert done.stderr.count("error:") == (done.returncode != 0), (name, option, value, done.stderr)
 
 
+def test_what_is_no_number_is_called_so(spot, commands, seed):
+    """Not one out of a range."""
+    dice = random.Random(seed)
+    pairs = [
+        (name, option)
+        for name, options in commands.items()
+        for option in options
+        if option.kind in ("INT", "UINT", "FLOAT")
+    ]
+    for name, option in dice.sample(pairs, SAMPLED):
+        kind = "number" if option.kind == "FLOAT" else "whole number"
+        sentences = {"abc": f"no {kind}", "1e400": "too large a number", "nan": f"no {kind}", "12 apples": f"no {kind}"}
+        if option.kind != "FLOAT":
+            sentences |= {"1.5": "no whole number", "99999999999999999999": "too large a number"}
+        value = dice.choice(sorted(sentences))
+        done = spot(*name.split(), option.name, value)
+        assert done.returncode == 2, (name, option, done)
+        assert f"{option.name}: {value} is {sentences[value]}" in done.stderr, (name, option, value, done.stderr)
+
+
 def test_an_option_without_a_value_is_named(spot, commands, seed):
     """An empty one (a prompt may be, for all that the command line knows), and `--out=` alone."""
     dice = random.Random(seed)

@@ -294,8 +294,7 @@ void check_slopes(LayerLossInputs in, const LayerLossOptions& o) {
     const at::Tensor original = in.*field, direction = at::randn_like(original);
     const double slope = (grad * direction).sum().item<double>();
     // A step may cross a kink (another top-k set, another largest token, a ReLU): the smallest of several
-    // steps' errors is that
-    // of one which does not.
+    // steps' errors is that of one which does not.
     double best = 1e300;
     for (const double step : {1e-5, 1e-6, 1e-7}) {
       in.*field = original + step * direction;

@@ -1,6 +1,5 @@
 // What holds of layer_loss whatever the loss is: parts add up to the whole, what should not matter does not,
-// edges stay finite,
-// memory is linear, and what does not fit is refused.
+// edges stay finite, memory is linear, and what does not fit is refused.
 #include <ATen/ATen.h>
 #include <c10/core/Allocator.h>
 #include <c10/util/ThreadLocalDebugInfo.h>

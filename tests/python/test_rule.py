@@ -154,5 +154,14 @@ def test_numbers_of_a_rule_are_numbers(spotattention):
                 spotattention.SelectionRule(**{name: wrong})
         with pytest.raises(ValueError, match=f"^selection rule: {name} is nan; it must be "):
             spotattention.SelectionRule(**{name: float("nan")})
+    for wrong, sentence in (
+        ("12", "thresholds is '12'; it must be a list of numbers"),
+        ([0.1, "x"], r"thresholds\[1\] is 'x'; it must be a number"),
+        ([float("nan")], r"thresholds\[0\] is nan; it must be a finite number"),
+        ([0.1, 0.0], r"thresholds is \(0.1, 0.0\); it must be positive"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^selection rule: {sentence}$"):
+            spotattention.SelectionRule(thresholds=wrong)
+    assert spotattention.SelectionRule(thresholds=[1]).thresholds == (1.0,)
     with pytest.raises(TypeError, match="^defaults is 5; it must be a SelectionRule$"):
         spotattention.parse_method("spot", 5)

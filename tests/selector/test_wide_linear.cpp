@@ -28,8 +28,7 @@ void compare(at::Device device, int64_t tokens, int64_t columns, int64_t rows) {
 
   const at::Tensor x64 = x.to(at::kDouble), w64 = weight.detach().to(at::kDouble), g64 = grad.to(at::kDouble);
   // Each relative to the sum of its products' sizes: three pieces leave 2^-24 of each, a sum of n in float32
-  // about sqrt(n) times
-  // that; two pieces would leave 2^-17 of each.
+  // about sqrt(n) times that; two pieces would leave 2^-17 of each.
   const auto expect = [](const at::Tensor& got, const at::Tensor& a, const at::Tensor& b, double bound) {
     EXPECT_LE(largest((got.to(at::kDouble) - at::mm(a, b)) / at::mm(a.abs(), b.abs())), bound);
   };

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spotattention import arguments
 from spotattention.hf import backbone
 from spotattention.hf.calibrate import calibrate as fit_temperatures
 from spotattention.hf.data import Data, TrainingData
@@ -22,6 +23,9 @@ from spotattention.progress import Progress
 from spotattention.rope import RopeConfig, RopeTable
 from spotattention.selector import Selector, WeightFormat, weight_format
 from spotattention.selector_config import SelectorConfig
+
+# Settings that are no whole numbers.
+_RATES = ("peak_lr", "final_lr", "constant_share", "weight_decay", "clip_norm")
 
 
 def distill(
@@ -68,6 +72,9 @@ def distill(
     family. Raises ValueError in one sentence when the model's attention is of another kind, when settings are
     impossible, or when a loss is not finite.
     """
+    for name, value in {"calibrate": calibrate, "progress": progress}.items():
+        arguments.flag(f"distillation: {name}", value)
+    arguments.path("out", out)
     weight_format(store, backbone.text_config(model).hidden_size, "distillation")
     run_ = _Run(
         model,
@@ -254,15 +261,18 @@ class _Run:
 def _check(settings: dict[str, Any], config: SelectorConfig, model_config: Any) -> None:
     def require(holds: bool, name: str, wanted: str) -> None:
         if not holds:
-            raise ValueError(f"distillation: {name} is {settings[name]}, it must be {wanted}")
+            raise ValueError(f"distillation: {name} is {settings[name]}; it must be {wanted}")
 
+    for name in settings:
+        check = arguments.number if name in _RATES else arguments.whole
+        settings[name] = check(f"distillation: {name}", settings[name])
     for name in ("steps", "sequences_per_step"):
         require(settings[name] >= 1, name, "at least 1")
     length = settings["sequence_length"]
     positions = getattr(model_config, "max_position_embeddings", None) or length
     require(2 <= length <= positions, "sequence_length", f"2 to the model's {positions} positions")
     require(0 <= settings["query_rows"] <= length, "query_rows", "0 (all) to sequence_length")
-    require(0 < settings["peak_lr"] < math.inf, "peak_lr", "positive")
+    require(0 < settings["peak_lr"], "peak_lr", "positive")
     require(0 <= settings["final_lr"] <= settings["peak_lr"], "final_lr", "0 to peak_lr")
     require(settings["warmup_steps"] >= 0, "warmup_steps", "0 or more")
     require(0 <= settings["constant_share"] <= 1, "constant_share", "0 to 1")

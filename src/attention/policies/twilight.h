@@ -12,9 +12,8 @@ namespace spot {
 // prunes that set by itself, and the KV head attends to the union, as in the paper. The copy holds, for each
 // token and KV head, head_dim codes of 0..15 and float16 scale and minimum. Choices of ours: reserved tokens
 // are pruned like any other; contexts up to the rule's floor are not pruned; the estimated weights are
-// integers
-// relative to the largest one, exact and alike on every device (kernels/prune_tokens.h), where the authors
-// bisect a threshold until 1e-5.
+// integers relative to the largest one, exact and alike on every device (kernels/prune_tokens.h), where the
+// authors bisect a threshold until 1e-5.
 class TwilightPolicy : public QuestPolicy {
  public:
   // `rule` is Quest's, `p` the pruner's. Declares, besides Quest's, the pools "twilight_codes" [num_kv_heads,

@@ -187,12 +187,23 @@ def test_what_cannot_be_distilled_is_refused(spotattention, small, tmp_path, con
         ({"sequence_length": 400}, "the first 128 and the last 256 are left out"),
         ({"sequence_length": 9000}, "must be 2 to the model's 4096 positions"),
         ({"steps": 0}, "steps is 0"),
+        ({"clip_norm": float("nan")}, "clip_norm is nan; it must be a finite number"),
         ({"query_rows": 600}, "query_rows is 600"),
         ({"store": "int4"}, "distillation: hidden_size is 72; int4 stores"),
         ({"store": torch.float16}, "in float32, bfloat16, int8 or int4, not torch.float16"),
     ):
         with pytest.raises(ValueError, match=sentence):
             spotattention.distill(model, data, out, **(RUN | change))
+    for change, sentence in (
+        ({"steps": 1.5}, "^distillation: steps is 1.5; it must be a whole number$"),
+        ({"seed": None}, "^distillation: seed is None; it must be a whole number$"),
+        ({"peak_lr": "1e-3"}, "^distillation: peak_lr is '1e-3'; it must be a number$"),
+        ({"calibrate": 1}, "^distillation: calibrate is 1; it must be True or False$"),
+    ):
+        with pytest.raises(TypeError, match=sentence):
+            spotattention.distill(model, data, out, **(RUN | change))
+    with pytest.raises(TypeError, match="^out is None; it must be a path$"):
+        spotattention.distill(model, data, None, **RUN)
     with pytest.raises(ValueError, match="pass the model's tokenizer"):
         spotattention.distill(model, ["a text"] * 9, out, config=config, **RUN)
     with pytest.raises(ValueError, match="can be read again"):
