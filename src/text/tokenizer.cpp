@@ -20,6 +20,11 @@ namespace spot {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
+// The ids that a TemplateProcessing post-processor puts around one sequence.
+struct TokenFrame {
+  std::vector<int32_t> before, after;
+};
+
 namespace {
 
 const json& member(const json& object, const char* key) {
@@ -27,12 +32,7 @@ const json& member(const json& object, const char* key) {
   return object.contains(key) ? object.at(key) : null;
 }
 
-// The ids that a TemplateProcessing post-processor puts around one sequence.
-struct Frame {
-  std::vector<int32_t> before, after;
-};
-
-void read_post_processor(const json& processor, const std::string& where, Frame& frame) {
+void read_post_processor(const json& processor, const std::string& where, TokenFrame& frame) {
   if (processor.is_null()) return;
   const std::string type = processor.at("type");
   if (type == "ByteLevel") return;  // it only moves offsets, which are not reported here
@@ -44,7 +44,7 @@ void read_post_processor(const json& processor, const std::string& where, Frame&
     fail("{}: the post_processor {} is not supported; TemplateProcessing, ByteLevel, Sequence and null are",
          where, type);
   }
-  Frame read;
+  TokenFrame read;
   int sequences = 0;
   for (const auto& piece : processor.at("single")) {
     if (piece.contains("Sequence")) {
@@ -90,7 +90,7 @@ struct Tokenizer::Tables {
   BytePairEncoding bpe;
   Normalizer normalizer;
   Decoder decoder;
-  Frame frame;
+  TokenFrame frame;
   std::vector<AddedToken> added;
   std::vector<Token> tokens;  // by id
   StringMap<int32_t> added_ids;

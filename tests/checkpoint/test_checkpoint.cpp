@@ -126,8 +126,9 @@ TEST(Checkpoint, QuantizedPartsThatDoNotFitAreErrors) {
       }
       Quantized changed = whole;
       changed.parts.erase(name);
-      if (name != "a.g_idx" && name != "a.weight_scale_inv" && name != "a.qweight")
+      if (name != "a.g_idx" && name != "a.weight_scale_inv" && name != "a.qweight") {
         EXPECT_THROW(read_quantized(changed), Error) << method << " without " << name;
+      }
     }
     const std::vector<nlohmann::json> numbers = {
         0, -2, 2.5, "8", INT64_MAX, INT64_MIN, UINT64_MAX, int64_t{1} << 31, 1e30, nlohmann::json::array()};

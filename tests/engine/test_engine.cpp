@@ -207,7 +207,9 @@ TEST(Engine, AnswersUnderAConstraintKeepItAndOthersAreAsAlone) {
   while (!all.idle())
     for (const Event& event : all.step()) {
       if (event.request == 2) error = event.error;
-      if (event.request == 1 && event.finish) EXPECT_EQ(*event.finish, FinishReason::stop);
+      if (event.request == 1 && event.finish) {
+        EXPECT_EQ(*event.finish, FinishReason::stop);
+      }
       if (!event.token) continue;
       (event.request == 0 ? others : tokens[static_cast<size_t>(event.completion)])
           .push_back(event.token->token);
@@ -219,7 +221,9 @@ TEST(Engine, AnswersUnderAConstraintKeepItAndOthersAreAsAlone) {
     EXPECT_EQ(answer.back(), 98);
     for (size_t i = 0; i < answer.size(); ++i) {
       EXPECT_EQ(answer[i] % 7, 0);
-      if (i) EXPECT_GT(answer[i], answer[i - 1]);
+      if (i) {
+        EXPECT_GT(answer[i], answer[i - 1]);
+      }
     }
   }
   EXPECT_EQ(of_all.cache().num_free_pages(), of_all.cache().num_pages());
@@ -274,7 +278,9 @@ TEST(Stack, PreparedAndJoinedEqualUnprepared) {
     for (size_t i = 0; i < before.size(); ++i) EXPECT_TRUE(at::equal(after[i], before[i]));
     EXPECT_TRUE(at::equal(backbone.projection(layer).weight, weight));
     EXPECT_TRUE(backbone.projection(layer).weight.is_alias_of(after.front()));
-    if (config.qkv_bias) EXPECT_TRUE(at::equal(backbone.projection(layer).bias, bias));
+    if (config.qkv_bias) {
+      EXPECT_TRUE(at::equal(backbone.projection(layer).bias, bias));
+    }
   }
 }
 
