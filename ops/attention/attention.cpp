@@ -11,10 +11,12 @@ namespace spot::ops {
 namespace {
 
 void check_rule(const char* op, const SelectionRule& rule, int64_t groups, int64_t max_selected) {
-  for (int64_t tokens : {int64_t{rule.budget}, int64_t{rule.sinks}, int64_t{rule.recency},
-                         int64_t{rule.floor}, int64_t{rule.cap}, max_selected})
-    TORCH_CHECK(tokens >= 0 && tokens <= (int64_t{1} << 30), op, ": a budget of ", tokens,
-                " tokens; budgets must be 0 to 2^30");
+  for (const auto& [name, number] :
+       {std::pair("budget", int64_t{rule.budget}), {"sinks", int64_t{rule.sinks}},
+        {"recency", int64_t{rule.recency}}, {"floor", int64_t{rule.floor}}, {"cap", int64_t{rule.cap}},
+        {"max_selected", max_selected}})
+    TORCH_CHECK(number >= 0 && number <= (int64_t{1} << 30), op, ": ", name, " is ", number,
+                "; it must be 0 to 2^30");
   TORCH_CHECK(rule.budget_fraction >= 0 && rule.budget_fraction <= 1, op, ": budget_fraction is ",
               rule.budget_fraction, "; it must be 0 (unused) to 1");
   TORCH_CHECK(rule.mode != SelectionMode::top_p || (rule.p > 0 && rule.p <= 1), op, ": p is ", rule.p,

@@ -36,7 +36,10 @@ void check_selection(const at::Tensor& page_table, const at::Tensor& lengths, co
   const auto length = lengths.accessor<const int32_t, 1>();
   const auto index = indices.accessor<const int32_t, 3>();
   const auto count = counts.accessor<const int32_t, 2>();
-  for (int64_t row = 0; row < counts.size(0); ++row)
+  for (int64_t row = 0; row < counts.size(0); ++row) {
+    TORCH_CHECK(length[row] >= 0 && length[row] <= page_table.size(1) * kPageTokens,
+                "spot::sparse_decode_attention: row ", row, " has a length of ", length[row],
+                "; its page table has room for 0 to ", page_table.size(1) * kPageTokens, " tokens");
     for (int64_t group = 0; group < counts.size(1); ++group) {
       TORCH_CHECK(count[row][group] >= 0 && count[row][group] <= indices.size(2),
                   "spot::sparse_decode_attention: count ", count[row][group], " of row ", row, " exceeds ",
@@ -51,6 +54,7 @@ void check_selection(const at::Tensor& page_table, const at::Tensor& lengths, co
                     table[row][block], ", but the pools have ", num_pages, " pages");
       }
     }
+  }
 }
 
 template <typename scalar_t, typename stored_t>

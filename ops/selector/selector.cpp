@@ -86,6 +86,8 @@ void SelectorProject::check() const {
     TORCH_CHECK(!x->defined() || (x->dim() == 1 && x->size(0) == kKeyDim && x->is_floating_point()), op,
                 ": a norm weight or bias is ", x->scalar_type(), " ", x->sizes(),
                 "; it must be floating point [128]");
+  TORCH_CHECK(norm != KeyNorm::none || !(norm_weight.defined() || norm_bias.defined()), op,
+              ": norm is none, so a norm weight or bias has no effect; leave it out");
   TORCH_CHECK(cos.defined() == sin.defined(), op, ": cos and sin must be given together");
   if (cos.defined())
     for (const at::Tensor* x : {&cos, &sin})

@@ -5,7 +5,7 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -118,7 +118,8 @@ class Engine:
         }
         _load()
         self._judge = Judge(least_captured)
-        self._kept: list[Event] = []  # met while stream or generate looked for others
+        self._kept: list[Event] = []  # not yet handed out
+        self._awaited: set[int] = set()  # requests whose events are for stream or generate, not for step
         try:
             self._engine = torch.classes.spot.Engine(model, selector, self.methods, json.dumps(options))
         except RuntimeError as error:  # which may advise an option of the command line
@@ -191,9 +192,11 @@ class Engine:
         return arguments.token_ids("prompt", prompt, "a text or a list of token ids")
 
     def step(self) -> list[Event]:
-        """One forward pass and what it brought; nothing when idle."""
-        kept, self._kept = self._kept, []
-        return kept + self._advance()
+        """One forward pass and what it brought; nothing when idle. What a `stream` waits for is left to it."""
+        self._kept += self._advance()
+        events = [event for event in self._kept if event.request not in self._awaited]
+        self._kept = [event for event in self._kept if event.request in self._awaited]
+        return events
 
     def _advance(self) -> list[Event]:
         events = []
@@ -212,13 +215,16 @@ class Engine:
         return {layer: mean for layer, _, mean in json.loads(self._engine.captured())}
 
     def cancel(self, request: int) -> None:
-        """Ends a request; its pages are free at once. Unknown and finished ones are let pass."""
-        self._engine.cancel(arguments.whole("request", request))
+        """Ends a request; its pages are free at once, and a `stream` of it ends. Unknown and finished ones are let pass."""
+        request = arguments.whole("request", request)
+        self._engine.cancel(request)
+        self._awaited.discard(request)
+        self._kept = [event for event in self._kept if event.request != request]
 
     @property
     def idle(self) -> bool:
         """Whether no request is in progress and `step` has no more events."""
-        return self._engine.idle() and not self._kept
+        return self._engine.idle() and all(event.request in self._awaited for event in self._kept)
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -226,47 +232,53 @@ class Engine:
         return json.loads(self._engine.statistics())
 
     def stream(self, prompt: Prompt, **request: Any) -> Iterator[Event]:
-        """The events of one request of `add`'s arguments, as they come; others go on beside it, their events wait for
-        `step`. Leaving early cancels the request.
+        """The events of one request of `add`'s arguments, as they come; others go on beside it, streams too, their events
+        wait for `step` or their stream. Leaving early cancels the request.
         """
         number = self.add(prompt, **request)
+        self._awaited.add(number)
         left = request.get("completions", 1)
         try:
-            while left:
-                mine = self._take({number})
-                left -= sum(event.finish is not None for event in mine)
-                yield from mine
+            while left and number in self._awaited:  # until it is cancelled
+                for event in self._take({number}):
+                    left -= event.finish is not None
+                    yield event
+                    if number not in self._awaited:
+                        break
         finally:
             self.cancel(number)
 
     def generate(self, prompts: Sequence[Prompt], **request: Any) -> list[list[Answer]]:
         """Adds all prompts and steps until they are answered: a list of `completions` answers for each.
 
-        Raises RuntimeError when a request is refused (then none runs) or ends with an error.
+        Raises RuntimeError when a request is refused (then none runs) or ends with an error. After any exception, that of
+        an interruption too, none of the prompts is in progress any more.
         """
         prompts = arguments.items("prompts", prompts, "a list of prompts")
-        numbers: list[int] = []
+        answers: dict[int, list[Answer]] = {}
+        left = 0
         try:
             for prompt in prompts:
-                numbers.append(self.add(prompt, **request))
-        except BaseException:
-            for number in numbers:
+                number = self.add(prompt, **request)
+                answers[number] = [Answer() for _ in range(request.get("completions", 1))]
+                self._awaited.add(number)
+                left += len(answers[number])
+            while left:
+                for event in self._take(answers):
+                    left -= event.finish is not None
+                    self._accept(answers[event.request][event.completion], event, request.get("logprobs", -1))
+        finally:
+            for number in answers:
                 self.cancel(number)
-            raise
-        answers = [[Answer() for _ in range(request.get("completions", 1))] for _ in numbers]
-        place = {number: index for index, number in enumerate(numbers)}
-        left = len(numbers) * request.get("completions", 1)
-        while left:
-            for event in self._take(set(numbers)):
-                left -= event.finish is not None
-                self._accept(answers[place[event.request]][event.completion], event, request.get("logprobs", -1))
-        return answers
+        return list(answers.values())
 
-    def _take(self, numbers: set[int]) -> list[Event]:
-        """The next step's events of some requests; those of others are kept for `step`."""
-        events = self._advance()
-        self._kept += [event for event in events if event.request not in numbers]
-        return [event for event in events if event.request in numbers]
+    def _take(self, numbers: Container[int]) -> list[Event]:
+        """What is there of some requests, or what the next step brings of them; the events of others are kept."""
+        if not any(event.request in numbers for event in self._kept):
+            self._kept += self._advance()
+        mine = [event for event in self._kept if event.request in numbers]
+        self._kept = [event for event in self._kept if event.request not in numbers]
+        return mine
 
     @staticmethod
     def _accept(answer: Answer, event: Event, logprobs: int) -> None:

@@ -230,6 +230,9 @@ SamplingOptions SamplingFlags::resolve(const std::filesystem::path& model_folder
     char extra = 0;
     if (std::sscanf(text.c_str(), "%d=%lf%c", &id, &bias, &extra) != 2)
       fail("--logit-bias is '{}'; give ID=BIAS, such as 42=-5", text);
+    const auto names = [&](const std::pair<int32_t, double>& other) { return other.first == id; };
+    if (std::any_of(options.logit_bias.begin(), options.logit_bias.end(), names))
+      fail("--logit-bias names token {} twice; give one bias", id);
     options.logit_bias.emplace_back(id, bias);
   }
   options.seed = seed;

@@ -60,7 +60,7 @@ std::string number_fault(const std::string& text) {
     return "";
   double size = 0;
   if (CLI::detail::lexical_cast(text, size) && std::abs(size) >= 0x1p63)
-    return text + " is too large a number";
+    return text + " is a number out of range";
   if (std::is_unsigned_v<Number> && size < 0) return text + " is below 0";
   return text + (std::is_integral_v<Number> ? " is no whole number" : " is no number");
 }

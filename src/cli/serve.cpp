@@ -39,6 +39,8 @@ struct ServeOptions {
   MethodOptions method;
   server::HttpOptions http;
   EngineOptions engine{.max_sequences = 64};
+  std::string host = "127.0.0.1";
+  int port = 8000;
   std::string attention = "auto", name, chat_template, api_key_file, reasoning = "auto", tools = "auto";
   double cache_gib = 0;
   int64_t queue = 256, snapshots = 64, body_mib = 16, buffered_kib = 1024;
@@ -161,6 +163,7 @@ void run_serve(ServeOptions options, const CLI::App& command) {
   std::vector<MethodSpec> methods = {options.method.parse(attention, rule)};
   if (rule && methods[0].word != "spot") methods.push_back(options.method.parse("spot", rule));
   MethodOptions::check_read(command, methods);
+  server::BoundAddress address(options.host, options.port);
 
   const Backbone backbone = options.random ? Backbone::random(config, options.model.resolve_device(),
                                                               options.model.resolve_dtype(config), 1)
@@ -193,11 +196,10 @@ void run_serve(ServeOptions options, const CLI::App& command) {
 
   raise_descriptor_limit(options.http.max_connections);
   server::EngineLoop loop(engine, *stack, metrics);
-  server::HttpServer http(options.http, model, loop, metrics);
-  const int port = http.listen();
+  server::HttpServer http(options.http, address, model, loop, metrics);
   const std::string host =
-      options.http.host.find(':') == std::string::npos ? options.http.host : "[" + options.http.host + "]";
-  fmt::print("serving {} ({}) on http://{}:{}\n", model.name, attention, host, port);
+      options.host.find(':') == std::string::npos ? options.host : "[" + options.host + "]";
+  fmt::print("serving {} ({}) on http://{}:{}\n", model.name, attention, host, address.port());
   std::fflush(stdout);
   notice("cache of {} tokens ({:.2f} GiB), {} tokens a request at most, {} answers at once\n",
          stack->cache().num_pages() * kBlockSize, static_cast<double>(stack->cache().bytes()) / (1 << 30),
@@ -225,8 +227,8 @@ void add_serve(CLI::App& app) {
                   "Of requests that name none: auto (spot with a selector, else dense), " +
                       attention_words() + ", with settings of its own if wanted (" + method_grammar() + ")")
       ->capture_default_str();
-  command.add_option("--host", options->http.host, "Address to listen on")->capture_default_str();
-  command.add_option("--port", options->http.port, "0: any free one")
+  command.add_option("--host", options->host, "Address to listen on")->capture_default_str();
+  command.add_option("--port", options->port, "0: any free one")
       ->check(CLI::Range(0, 65535))
       ->capture_default_str();
   command.add_option("--served-model-name", options->name,

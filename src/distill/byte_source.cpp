@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <string_view>
 
 #include "core/error.h"
 
@@ -36,33 +37,59 @@ class PlainBytes : public ByteSource {
   std::FILE* file_;
 };
 
+// Members one after another are one text, zeros behind the last are padding, as gzip has it. What else lies there is
+// damage: zlib's gzread would leave it out, and all members behind it, without a word.
 class GzipBytes : public ByteSource {
  public:
-  GzipBytes(const fs::path& path, const std::string& name) : name_(name), file_(gzopen(path.c_str(), "rb")) {
-    if (!file_) fail("{}: cannot be opened: {}", name, std::strerror(errno));
-    gzbuffer(file_, 1 << 17);
-    if (gzdirect(file_) && fs::file_size(path) > 0) {
-      gzclose(file_);
+  GzipBytes(const fs::path& path, const std::string& name)
+      : name_(name), file_(path, name), input_(size_t{1} << 17, '\0') {
+    if (fill() && !std::string_view(input_.data(), stream_.avail_in).starts_with("\x1f\x8b"))
       fail("{}: is not gzip data; rename the file if it is plain text", name);
-    }
+    constexpr int kGzipOnly = 15 + 16;  // of inflateInit2
+    if (inflateInit2(&stream_, kGzipOnly) != Z_OK) fail("{}: zlib has no memory", name);
   }
-  ~GzipBytes() override { gzclose(file_); }
+  ~GzipBytes() override { inflateEnd(&stream_); }
   GzipBytes(const GzipBytes&) = delete;
   GzipBytes& operator=(const GzipBytes&) = delete;
 
   size_t read(char* out, size_t count) override {
-    const int got = gzread(file_, out, static_cast<unsigned>(std::min<size_t>(count, 1 << 30)));
-    int code = Z_OK;
-    const char* message = gzerror(file_, &code);
-    if (got < 0 || code != Z_OK)
-      fail("{}: damaged or truncated gzip data ({}); fetch the file again", name_,
-           code == Z_ERRNO ? std::strerror(errno) : message);
-    return static_cast<size_t>(got);
+    count = std::min<size_t>(count, 1 << 30);
+    stream_.next_out = reinterpret_cast<Bytef*>(out);
+    stream_.avail_out = static_cast<uInt>(count);
+    while (stream_.avail_out > 0 && fill()) {
+      if (!member_open_ && members_ > 0 && *stream_.next_in == 0) {
+        --stream_.avail_in, ++stream_.next_in, padded_ = true;
+        continue;
+      }
+      if (padded_) damaged("data behind the padding");
+      const int code = inflate(&stream_, Z_NO_FLUSH);
+      if (code != Z_OK && code != Z_STREAM_END) damaged(stream_.msg ? stream_.msg : "inconsistent data");
+      member_open_ = code == Z_OK;
+      if (code == Z_STREAM_END) inflateReset(&stream_), ++members_;
+    }
+    if (member_open_ && drained_ && stream_.avail_out == count) damaged("unexpected end of file");
+    return count - stream_.avail_out;
   }
 
  private:
+  // Whether there is more input.
+  bool fill() {
+    if (stream_.avail_in > 0) return true;
+    stream_.next_in = reinterpret_cast<Bytef*>(input_.data());
+    stream_.avail_in = static_cast<uInt>(file_.read(input_.data(), input_.size()));
+    drained_ = stream_.avail_in == 0;
+    return !drained_;
+  }
+  [[noreturn]] void damaged(const std::string& what) const {
+    fail("{}: damaged or truncated gzip data ({}); fetch the file again", name_, what);
+  }
+
   std::string name_;
-  gzFile file_;
+  PlainBytes file_;
+  std::string input_;
+  z_stream stream_{};
+  int64_t members_ = 0;
+  bool member_open_ = false, padded_ = false, drained_ = false;
 };
 
 class ZstdBytes : public ByteSource {

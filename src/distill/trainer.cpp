@@ -34,15 +34,16 @@ std::string checkpoint_name(int64_t step) {
 }
 
 // The checkpoints in a run's folder, the newest last: one, or two after a crash between writing and removing. An
-// unfinished one has another name; a folder without a run's state is no checkpoint, whatever it is called.
+// unfinished one has another name; a folder without any of a run's files is no checkpoint, whatever it is called.
 std::vector<fs::path> checkpoints_in(const fs::path& output) {
   std::vector<fs::path> found;
   std::error_code code;
   for (const auto& entry : fs::directory_iterator(output, code)) {
     const std::string name = entry.path().filename().string();
-    const bool matches = name.starts_with("checkpoint-") && name.size() > 11 &&
-                         name.find_first_not_of("0123456789", 11) == std::string::npos &&
-                         has_file(entry.path() / "train.json");
+    const bool matches =
+        name.starts_with("checkpoint-") && name.size() > 11 &&
+        name.find_first_not_of("0123456789", 11) == std::string::npos &&
+        (has_file(entry.path() / "train.json") || has_file(entry.path() / "optimizer.safetensors"));
     if (matches) found.push_back(entry.path());
   }
   // Longer numbers are larger; equal lengths compare as text.
@@ -464,6 +465,8 @@ TrainResult distill(const Backbone& backbone, Selector& selector, const Encode& 
                     const TrainConfig& config, bool resume, const TrainHooks& hooks) {
   check_distillation(config, resume, backbone.config(), selector.config(), hooks.replicas,
                      backbone.is_sharded());
+  if (resume && newest_checkpoint(config.output).empty() && hooks.show_progress && hooks.replicas.rank == 0)
+    notice("{}: holds no checkpoint to resume; the run begins at its first step\n", config.output.string());
   return Run(backbone, selector, encode, end_of_text, config, hooks).run();
 }
 

@@ -83,7 +83,8 @@ void parse_logit_bias(const Fields& fields, SamplingOptions& sampling) {
   for (const auto& [key, value] : bias->items()) {
     int32_t id = -1;
     const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), id);
-    if (error != std::errc() || end != key.data() + key.size() || id < 0)
+    // "05" too: it would name token 5 a second time.
+    if (error != std::errc() || end != key.data() + key.size() || id < 0 || key != std::to_string(id))
       refuse("logit_bias", "logit_bias names '{}'; a token id was expected", key);
     if (!value.is_number() || !(std::abs(value.get<double>()) <= 100))
       refuse("logit_bias", "logit_bias of token {} is {}; -100 to 100 is possible", id, shown(value));
@@ -168,6 +169,8 @@ void parse_common(const Json& body, const SamplingOptions& defaults, ApiRequest&
   refuse_unsupported(fields);
   request.model = fields.text("model");
   request.attention = fields.text("attention");
+  if (request.attention.empty() && fields.has("attention"))
+    refuse("attention", "attention is empty; name a method, or leave it out");
   SamplingOptions& sampling = request.sampling = defaults;
   sampling.logprobs = -1;
   sampling.temperature = fields.number("temperature", defaults.temperature, 0, 100);

@@ -270,7 +270,7 @@ void Connection::tick(Clock::time_point now) {
 }
 
 void Connection::close_when_idle() {
-  closing_ = true;
+  close_after_reply();
   if (state_ == State::reading && buffer_.size() == 0 && !(parser_ && parser_->got_some())) close();
 }
 

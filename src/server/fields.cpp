@@ -1,6 +1,7 @@
 #include "server/fields.h"
 
 #include <cmath>
+#include <limits>
 #include <set>
 #include <vector>
 
@@ -89,8 +90,10 @@ int64_t Fields::integer(const std::string& name, int64_t otherwise, int64_t low,
   const double real = value->is_number() ? value->get<double>() : 0;
   if (!value->is_number() || real != std::floor(real))
     refuse(path_ + name, "{}{} is {}; a whole number was expected", path_, name, shown(*value));
-  if (real < static_cast<double>(low) || real > static_cast<double>(high))
-    refuse(path_ + name, "{}{} is {}; {} to {} is possible", path_, name, shown(*value), low, high);
+  if (real < static_cast<double>(low))
+    refuse(path_ + name, "{}{} is {}; {} is the least", path_, name, shown(*value), low);
+  if (real > static_cast<double>(high))
+    refuse(path_ + name, "{}{} is {}; {} is the most", path_, name, shown(*value), high);
   return value->is_number_float() ? static_cast<int64_t>(real) : value->get<int64_t>();
 }
 
@@ -101,7 +104,8 @@ double Fields::number(const std::string& name, double otherwise, double low, dou
     refuse(path_ + name, "{}{} is {}; a number was expected", path_, name, shown(*value));
   const auto real = value->get<double>();
   if (!(real >= low && real <= high))
-    refuse(path_ + name, "{}{} is {}; {} to {} is possible", path_, name, shown(*value), low, high);
+    refuse(path_ + name, "{}{} is {}; {} to {} is possible", path_, name, shown(*value),
+           low == std::numeric_limits<double>::min() ? "above 0" : shown(low), high);
   return real;
 }
 

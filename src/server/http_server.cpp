@@ -53,28 +53,35 @@ bool same_secret(std::string_view a, std::string_view b) {
 
 }  // namespace
 
-HttpServer::HttpServer(HttpOptions options, const ServedModel& model, EngineLoop& engine, Metrics& metrics)
+BoundAddress::BoundAddress(const std::string& host, int port) {
+  try {
+    tcp::resolver resolver(context_);
+    const tcp::endpoint endpoint =
+        *resolver.resolve(host, std::to_string(port), tcp::resolver::passive).begin();
+    acceptor_.open(endpoint.protocol());
+    acceptor_.set_option(asio::socket_base::reuse_address(true));
+    acceptor_.bind(endpoint);
+  } catch (const boost::system::system_error& error) {
+    fail("{}:{} cannot be listened on: {}; choose another --host or --port", host, port,
+         error.code().message());
+  }
+}
+
+HttpServer::HttpServer(HttpOptions options, BoundAddress& address, const ServedModel& model,
+                       EngineLoop& engine, Metrics& metrics)
     : options_(std::move(options)),
       model_(model),
       engine_(engine),
       metrics_(metrics),
+      context_(address.context_),
+      acceptor_(address.acceptor_),
       signals_(context_, SIGINT, SIGTERM),
-      last_deadline_(Connection::Clock::time_point::max()) {}
-
-int HttpServer::listen() {
-  const std::string where = fmt::format("{}:{}", options_.host, options_.port);
-  try {
-    tcp::resolver resolver(context_);
-    const tcp::endpoint endpoint =
-        *resolver.resolve(options_.host, std::to_string(options_.port), tcp::resolver::passive).begin();
-    acceptor_.open(endpoint.protocol());
-    acceptor_.set_option(asio::socket_base::reuse_address(true));
-    acceptor_.bind(endpoint);
-    acceptor_.listen();
-  } catch (const boost::system::system_error& error) {
-    fail("{} cannot be listened on: {}; choose another --host or --port", where, error.code().message());
-  }
-  return acceptor_.local_endpoint().port();
+      last_deadline_(Connection::Clock::time_point::max()) {
+  error_code error;
+  acceptor_.listen(asio::socket_base::max_listen_connections, error);
+  if (error)
+    fail("port {} cannot be listened on: {}; choose another --host or --port", address.port(),
+         error.message());
 }
 
 void HttpServer::run() {
@@ -122,6 +129,7 @@ void HttpServer::accept() {
       const auto connection = std::make_shared<Connection>(std::move(socket), *this);
       connections_[connection.get()] = connection;
       connection->start();
+      if (draining_) connection->close_after_reply();
     }
   });
 }
@@ -147,27 +155,33 @@ void HttpServer::on_signal() {
     if (!draining_) {
       notice("ending: {} requests in progress have {} s; a second signal ends at once\n", exchanges_.size(),
              options_.drain_seconds);
-      draining_ = true;
-      drain_deadline_ = now + std::chrono::seconds(options_.drain_seconds);
-      error_code ignored;
-      acceptor_.close(ignored);
+      begin_drain(now + std::chrono::seconds(options_.drain_seconds));
     } else {
       drain_deadline_ = now;
+      drain();
     }
-    drain();
     on_signal();
   });
+}
+
+// Until everything has been answered who connects is told 503, by which a load balancer knows.
+void HttpServer::begin_drain(Connection::Clock::time_point deadline) {
+  draining_ = true;
+  drain_deadline_ = deadline;
+  std::vector<std::shared_ptr<Connection>> all;
+  for (const auto& [key, connection] : connections_)
+    if (auto one = connection.lock()) all.push_back(std::move(one));
+  for (const auto& connection : all) connection->close_when_idle();
+  drain();
 }
 
 // One look: everything has been answered, or its time is over.
 void HttpServer::drain() {
   const auto now = Connection::Clock::now();
   if (now >= drain_deadline_) abort_all("the server is ending");
-  std::vector<std::shared_ptr<Connection>> all;
-  for (const auto& [key, connection] : connections_)
-    if (auto one = connection.lock()) all.push_back(std::move(one));
-  for (const auto& connection : all) connection->close_when_idle();
   if (!exchanges_.empty()) return;
+  error_code ignored;
+  acceptor_.close(ignored);
   // What is written already still has to reach its reader.
   if (last_deadline_ == Connection::Clock::time_point::max()) last_deadline_ = now + 3s;
   if (connections_.empty() || now >= last_deadline_) context_.stop();
@@ -180,12 +194,8 @@ void HttpServer::abort_all(const std::string& message) {
 
 void HttpServer::end(const std::string& reason) {
   asio::post(context_, [this, reason] {
-    draining_ = true;
-    drain_deadline_ = Connection::Clock::now();
-    error_code ignored;
-    acceptor_.close(ignored);
     abort_all(reason);
-    drain();
+    begin_drain(Connection::Clock::now());
   });
 }
 

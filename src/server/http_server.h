@@ -24,8 +24,6 @@
 namespace spot::server {
 
 struct HttpOptions {
-  std::string host = "127.0.0.1";
-  int port = 8000;      // 0: any free one
   std::string api_key;  // empty: none is asked for
   uint64_t max_body_bytes = uint64_t{16} << 20;
   int64_t max_bodies = 16;                      // as large as that, at one time; more are answered 503
@@ -35,15 +33,28 @@ struct HttpOptions {
   int64_t drain_seconds = 30;                   // for the answers in progress when the server is to end
 };
 
+// An address taken before the weights are read, so that one in use is known at once; whoever connects is refused until
+// a server listens.
+class BoundAddress {
+ public:
+  // port 0: any free one. Throws Error when the address is in use or not this machine's.
+  BoundAddress(const std::string& host, int port);
+  int port() const { return acceptor_.local_endpoint().port(); }
+
+ private:
+  friend class HttpServer;
+  boost::asio::io_context context_{1};
+  boost::asio::ip::tcp::acceptor acceptor_{context_};
+};
+
 class HttpServer {
  public:
   static constexpr int kRetrySoon = 1, kRetryLater = 10;  // seconds, for Retry-After
 
-  // All outlive the server.
-  HttpServer(HttpOptions options, const ServedModel& model, EngineLoop& engine, Metrics& metrics);
+  // Listens. All outlive the server, which is its address's only one.
+  HttpServer(HttpOptions options, BoundAddress& address, const ServedModel& model, EngineLoop& engine,
+             Metrics& metrics);
 
-  // Binds; the port. Throws Error when that fails.
-  int listen();
   // Serves until SIGTERM or SIGINT (then answers in progress have drain_seconds; a second signal ends at once), or
   // end(). Stops the engine loop before it returns.
   void run();
@@ -77,6 +88,7 @@ class HttpServer {
   void accept();
   void tick();
   void on_signal();
+  void begin_drain(Connection::Clock::time_point deadline);
   void drain();
   void abort_all(const std::string& message);
   void begin_exchange(bool chat, std::string body, const std::shared_ptr<Connection>& connection);
@@ -88,10 +100,10 @@ class HttpServer {
   const ServedModel& model_;
   EngineLoop& engine_;
   Metrics& metrics_;
-  boost::asio::io_context context_{1};
+  boost::asio::io_context& context_;
+  boost::asio::ip::tcp::acceptor& acceptor_;
   boost::asio::thread_pool preparation_{2};
   boost::asio::thread_pool compilation_{1};  // of schemas: other requests do not wait for them
-  boost::asio::ip::tcp::acceptor acceptor_{context_};
   boost::asio::signal_set signals_;
   boost::asio::steady_timer timer_{context_}, pause_{context_};
   std::map<const Connection*, std::weak_ptr<Connection>> connections_;

@@ -108,6 +108,10 @@ PreparedRequest prepare(ApiRequest api, const ServedModel& model) {
   request.completions = api.completions;
   request.sampling = api.sampling;
   request.sampling.seed = api.seed.value_or(fresh_seed());
+  for (const auto& [token, bias] : api.sampling.logit_bias)
+    if (token >= model.vocab_size)
+      refuse("logit_bias", "logit_bias: token {} lies outside the model's vocabulary of {}", token,
+             model.vocab_size);
   try {
     request.sampling.check(model.vocab_size);
   } catch (const Error& error) {

@@ -108,11 +108,19 @@ def test_folders_that_are_no_checkpoints_are_left_alone(spot, place, tmp_path, r
     wait_for(lambda: lines_of(out) >= 4, process)
     process.kill()
     process.communicate()
+    saved = list(out.glob("checkpoint-*"))
+    for checkpoint in saved:  # one that lacks a file is damaged, whichever file that is
+        for path in checkpoint.glob("*.*"):
+            path.rename(tmp_path / path.name)
+            done = spot(*words(place, out, "--resume"))
+            assert done.returncode == 1 and path.name in done.stderr, (path, done)
+            (tmp_path / path.name).rename(path)
     mine = out / "checkpoint-999999"
     mine.mkdir()
     (mine / "notes").write_text("mine")
     done = spot(*words(place, out, "--resume"))
     assert done.returncode == 0 and (mine / "notes").read_text() == "mine", done
+    assert ("holds no checkpoint to resume" in done.stderr) == (not saved), done.stderr
     (mine / "notes").unlink()
     mine.rmdir()
     assert run_of(out) == run_of(reference[0])

@@ -93,9 +93,14 @@ def test_what_is_no_number_is_called_so(spot, commands, seed):
     ]
     for name, option in dice.sample(pairs, SAMPLED):
         kind = "number" if option.kind == "FLOAT" else "whole number"
-        sentences = {"abc": f"no {kind}", "1e400": "too large a number", "nan": f"no {kind}", "12 apples": f"no {kind}"}
+        sentences = {
+            "abc": f"no {kind}",
+            "1e400": "a number out of range",
+            "nan": f"no {kind}",
+            "12 apples": f"no {kind}",
+        }
         if option.kind != "FLOAT":
-            sentences |= {"1.5": "no whole number", "99999999999999999999": "too large a number"}
+            sentences |= {"1.5": "no whole number", "99999999999999999999": "a number out of range"}
         value = dice.choice(sorted(sentences))
         done = spot(*name.split(), option.name, value)
         assert done.returncode == 2, (name, option, done)
@@ -145,7 +150,8 @@ MISTAKES = {
     "selecting": [["--selector", "nope"], ["--selector", "spot", "--top-p", "2"], ["--selector", "spot", "--cache-format", "int5"],
                   ["--selector", "spot", "--sinks", "-1"], ["--selector", "spot", "--top-k-tokens", "0"]],
     "generate": [["--prompt-file", "/nope"], ["--prompt", ""], ["--temperature", "-1"], ["--sampling-top-p", "2", "--temperature", "1"],
-                 ["--logit-bias", "x"], ["--logit-bias", "99999=1"], ["--logprobs", "5000"], ["--attention", "spto"], ["--attention", "spot"],
+                 ["--logit-bias", "x"], ["--logit-bias", "99999=1"],
+                 ["--logit-bias", "5=1,7=2,5=1"], ["--logprobs", "5000"], ["--attention", "spto"], ["--attention", "spot"],
                  ["--chat", "--chat-template", "/nope"], ["--repetition-penalty", "0"]],
     "distill": [["--data", "/nope"], ["--length-mix", "x"], ["--loss", "none"], ["--preset", "none"], ["--lr", "-1"], ["--key-heads", "3"],
                 ["--dense-layers", "0,1,2,3,4,5,6,7"], ["--out", "/proc/nope"], ["--sequences-per-step", "0"], ["--store", "int3"],

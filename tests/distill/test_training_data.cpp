@@ -115,6 +115,15 @@ TEST(DocumentReader, ReadsTheSameFromEveryPacking) {
   EXPECT_EQ(all_documents(folder.write("a.txt.zst", zstandard(with_nul))), want);
   EXPECT_EQ(all_documents(folder.write("b.jsonl", lines)), want);
   EXPECT_EQ(all_documents(folder.write("b.jsonl.gz", gzipped(lines, scratch))), want);
+  // Members one after another, and padding behind them.
+  std::string members;
+  for (size_t done = 0, step = 0; done < lines.size(); done += step) {
+    step = std::min(lines.size() - done, 1 + engine() % 100000);
+    members += gzipped(lines.substr(done, step), scratch);
+  }
+  EXPECT_EQ(all_documents(folder.write("b.jsonl.gz", members)), want);
+  EXPECT_EQ(all_documents(folder.write("b.jsonl.gz", members + std::string(1 + engine() % 1000, '\0'))),
+            want);
   // Two zstd frames in one file, as `zstd a b > c` leaves them.
   EXPECT_EQ(all_documents(folder.write("b.jsonl.zst",
                                        zstandard(lines.substr(0, 1000)) + zstandard(lines.substr(1000)))),
@@ -168,6 +177,14 @@ TEST(DocumentReader, NamesWhatIsWrong) {
   const std::string long_text(100000, 'x');
   const std::string gz = gzipped(long_text, folder.path / "scratch"), zst = zstandard(long_text);
   EXPECT_NE(fault("e.txt.gz", gz.substr(0, gz.size() / 2)).find("gzip"), std::string::npos);
+  for (const std::string& behind :
+       {std::string("x"), std::string("\0\0x", 3), "\x1f" + gz.substr(1, 1) + "xxxx"})
+    EXPECT_NE(fault("e.txt.gz", gz + behind).find("damaged or truncated gzip data"), std::string::npos);
+  for (size_t bit = 0; bit < 8; ++bit) {  // of the second member's first byte
+    std::string damaged = gz + gz;
+    damaged[gz.size()] = static_cast<char>(damaged[gz.size()] ^ (1 << bit));
+    EXPECT_NE(fault("e.txt.gz", damaged).find("damaged or truncated gzip data"), std::string::npos);
+  }
   EXPECT_NE(fault("f.txt.gz", long_text).find("is not gzip data"), std::string::npos);
   EXPECT_NE(fault("g.txt.zst", zst.substr(0, zst.size() - 3)).find("zstd"), std::string::npos);
   EXPECT_NE(fault("h.txt.zst", long_text).find("damaged zstd data"), std::string::npos);

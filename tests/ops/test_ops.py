@@ -256,6 +256,37 @@ def test_errors_of_linear(change, words):
         torch.ops.spot.linear(**{**arguments, **change})
 
 
+@pytest.mark.parametrize("length", [-1, 65, 2**31 - 1])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_lengths_that_no_page_table_holds(length, chosen):
+    pool, table = torch.zeros(2, 4, 16, 64), torch.arange(4, dtype=torch.int32).expand(2, 4)
+    lengths = torch.tensor([64, length], dtype=torch.int32)
+    one = torch.ones(2, 1, dtype=torch.int32)
+    selection = dict(indices=one[..., None] * 0, counts=one) if chosen else {}
+    with pytest.raises(
+        RuntimeError, match=f"row 1 has a length of {length}; its page table has room for 0 to 64 tokens"
+    ):
+        torch.ops.spot.sparse_decode_attention(torch.zeros(2, 4, 64), pool, pool, table, lengths, 0.1, **selection)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(positions=torch.arange(3) + 7), "positions reach from 7 to 9; the rotary table has rows 0 to 8"),
+        (dict(positions=torch.arange(3) - 1), "positions reach from -1 to 1; the rotary table has rows 0 to 8"),
+        (dict(norm="none", norm_weight=torch.ones(128)), "norm is none, so a norm weight or bias has no effect"),
+    ],
+)
+def test_errors_of_a_projection(change, words):
+    arguments = dict(
+        hidden=torch.zeros(3, 8), query_weight=torch.zeros(512, 8), key_weight=torch.zeros(128, 8),
+        mix_weight=torch.zeros(4, 8), positions=torch.arange(3), cos=torch.ones(9, 32), sin=torch.zeros(9, 32),
+    )  # fmt: skip
+    torch.ops.spot.selector_project(**arguments)
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.spot.selector_project(**{**arguments, **change})
+
+
 @pytest.mark.parametrize(
     "rule, words",
     [
@@ -263,6 +294,8 @@ def test_errors_of_linear(change, words):
         (dict(p=1.5), "p is 1.5; it must be above 0 and at most 1"),
         (dict(sinks=2**40), "does not fit 32 bits"),
         (dict(temperature=0.0), "temperature is 0; it must be positive"),
+        (dict(sinks=-1), "sinks is -1; it must be 0 to 2"),
+        (dict(max_selected=2**40), "max_selected is 1099511627776; it must be 0 to 2"),
         (dict(max_selected=3), "max_selected is 3 blocks, but the rule may keep at least 32"),
     ],
 )

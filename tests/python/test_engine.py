@@ -78,6 +78,70 @@ def test_events_come_step_by_step(engine, prompts):
     assert statistics["running"] == statistics["waiting"] == 0 and statistics["cached_tokens"] > 0
 
 
+@pytest.fixture()
+def answers(engine, prompts):
+    """(prompt, its tokens alone)."""
+    return [(p, engine.generate([p], max_new_tokens=5, stop_ids=[])[0][0].tokens) for p in prompts]
+
+
+def test_streams_in_turn(engine, answers):
+    streams = [engine.stream(prompt, max_new_tokens=5, stop_ids=[]) for prompt, _ in answers]
+    rounds = list(zip(*streams, strict=True))
+    for stream, (_, want) in zip(zip(*rounds, strict=True), answers, strict=True):
+        assert [event.token for event in stream] == want
+    assert engine.idle
+
+
+@pytest.mark.parametrize("other", ["generate", "step", "stream"])
+def test_a_stream_with_others_inside(engine, answers, other):
+    """Whoever drives the engine meanwhile, each event reaches the one that waits for it."""
+    (prompt, want), (inner, inner_want), (loose, loose_want) = answers
+    number = engine.add(loose, max_new_tokens=5, stop_ids=[])
+    tokens, met = [], []
+    for event in engine.stream(prompt, max_new_tokens=5, stop_ids=[]):
+        tokens.append(event.token)
+        if other == "generate":
+            assert engine.generate([inner], max_new_tokens=5, stop_ids=[])[0][0].tokens == inner_want
+        elif other == "stream":
+            assert [e.token for e in engine.stream(inner, max_new_tokens=5, stop_ids=[])] == inner_want
+        else:
+            met += engine.step()
+    assert tokens == want
+    while not engine.idle:
+        met += engine.step()
+    assert [(event.request, event.token) for event in met] == [(number, token) for token in loose_want]
+
+
+def test_a_stream_that_is_cancelled_ends(engine, answers):
+    prompt, want = answers[0]
+    seen = []
+    for event in engine.stream(prompt, max_new_tokens=500, stop_ids=[]):
+        seen.append(event.token)
+        if len(seen) == 3:
+            engine.cancel(event.request)
+    assert seen == want[:3] and engine.idle and engine.step() == []
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_generate_leaves_nothing(engine, answers, failure, monkeypatch):
+    advance, steps = engine._advance, []
+
+    def failing():
+        steps.append(advance())
+        if len(steps) == 3:
+            raise failure
+        return steps[-1]
+
+    monkeypatch.setattr(engine, "_advance", failing)
+    with pytest.raises(failure):
+        engine.generate([prompt for prompt, _ in answers], max_new_tokens=100, stop_ids=[])
+    monkeypatch.undo()
+    assert engine.idle and engine.step() == []
+    assert engine.statistics["running"] == engine.statistics["waiting"] == 0
+    prompt, want = answers[0]
+    assert engine.generate([prompt], max_new_tokens=5, stop_ids=[])[0][0].tokens == want
+
+
 def test_the_text_is_the_programs(engine, build_folder, tiny_qwen3, prose):
     text = words(prose, 500, 300)
     command = ["generate", "--model", tiny_qwen3, "--selector", "spot", "--prompt", text, "--max-new-tokens", 12]

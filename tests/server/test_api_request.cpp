@@ -121,6 +121,8 @@ TEST(ApiRequest, NamesTheMemberThatIsWrong) {
                                                            {"stream", 1},
                                                            {"logit_bias", {{"x", 1}}},
                                                            {"logit_bias", {{"1", 1000}}},
+                                                           {"logit_bias", {{"05", 1}}},
+                                                           {"attention", ""},
                                                            {"ignore_eos", "yes"},
                                                            {"stop_token_ids", "a"},
                                                            {"best_of", 4},

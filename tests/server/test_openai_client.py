@@ -181,6 +181,9 @@ def test_refusals_are_the_clients_errors(client, server):
     refused(openai.BadRequestError, "attention", extra_body={"attention": "spot:nonsense=1"})
     refused(openai.BadRequestError, "prompt", prompt=[1, 5000])
     refused(openai.BadRequestError, "prompt", prompt=[])
+    refused(openai.BadRequestError, "logit_bias", logit_bias={"99999": 1})
+    assert "above 0 to 1" in refused(openai.BadRequestError, "top_p", top_p=0)
+    assert refused(openai.BadRequestError, "max_tokens", max_tokens=0).endswith("1 is the least")
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(
             model=MODEL, messages=[{"role": "user", "content": "a"}], extra_body={"guided_grammar": "root"}

@@ -336,8 +336,10 @@ def test_sigterm_lets_answers_end(start, book):
         data = read_all(connection)
         assert events_of(data)[-1] == "[DONE]"
         assert json.loads(events_of(data)[-2])["choices"][0]["finish_reason"] == "length"
-        with pytest.raises(OSError):
-            ending.socket()
+        with pytest.raises(OSError):  # a second later nothing listens
+            for _ in range(100):
+                ending.socket().close()
+                time.sleep(0.05 * SLOWER)
     assert ending.process.wait(30) == 0
 
 
@@ -350,7 +352,20 @@ def test_sigterm_twice_ends_at_once(start, book):
         whole.sendall(request(body))
         ending.wait_for(lambda m: m["vllm:num_requests_running"] == 2)
         ending.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        # Who connects meanwhile is told, by which a load balancer knows.
+        end = time.monotonic() + 30 * SLOWER
+        while True:
+            assert time.monotonic() < end
+            with ending.socket() as new:
+                new.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                status, headers, _, _ = read_reply(new)
+                if status == 503:
+                    assert headers["connection"] == "close" and read_all(new) == b""
+                    break
+        with ending.socket() as new:
+            new.sendall(request(body))
+            status, headers, _, _ = read_reply(new)
+            assert status == 503 and int(headers["retry-after"]) == 10
         ending.process.send_signal(signal.SIGTERM)
         events = events_of(read_all(stream))
         assert "error" in json.loads(events[-1]) and "[DONE]" not in events
@@ -387,7 +402,9 @@ def test_kill_marks_nothing_finished(start, book):
 
 def test_a_taken_port_and_bad_options_are_told(server, build_folder, tiny_qwen3, tmp_path):
     def said(*options):
-        command = [build_folder / "spot", "serve", tiny_qwen3, "--max-tokens", "64", *options]
+        command = [build_folder / "spot", "serve", "--max-tokens", "64", *options]
+        if "--model" not in options:
+            command.insert(2, tiny_qwen3)
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120 * SLOWER)
         lines = [
             line for line in done.stderr.splitlines() if not line.startswith("Loading ")
@@ -396,6 +413,13 @@ def test_a_taken_port_and_bad_options_are_told(server, build_folder, tiny_qwen3,
         return done.stderr
 
     assert "cannot be listened on" in said("--port", str(server.port))
+    # Known before the weights are read: these cannot be.
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in tiny_qwen3.iterdir():
+        if path.is_file():
+            (model / path.name).write_bytes(b"" if path.suffix == ".safetensors" else path.read_bytes())
+    assert "cannot be listened on" in said("--model", str(model), "--port", str(server.port))
     assert "--selector" in said("--attention", "spot")
     assert "room for" in said("--cache-gib", "0.0001")
     empty = tmp_path / "key"

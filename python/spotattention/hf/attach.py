@@ -132,6 +132,12 @@ class Attached:
             if getattr(model, "spot", None) is self:
                 del model.spot
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Neither copied nor pickled: the copy's layers would go on reading the original's state."""
+        raise TypeError(
+            "a model with a selector attached cannot be copied or pickled; call spotattention.detach(model) first"
+        )
+
     def _step_of(self, paged: PagedLayer, tokens: int, position_ids: Tensor | None, device: torch.device) -> "Step":
         """What the layers of a forward pass share, made by the first of them."""
         key = (paged.length, tokens, paged.capacity, tuple(paged.padding), paged.decoding, device)

@@ -1,6 +1,8 @@
 """Attached models: unchanged generate(), the same logits under a full budget, the rule's tokens under a small one."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -246,6 +248,23 @@ def test_dense_layers_and_the_dense_policy(spotattention, small, random_selector
     attached.detach()
     spotattention.attach(model, selector, "dense")
     assert torch.equal(generated(model, rows)[1], logits)
+
+
+def test_attached_models_are_not_copied(spotattention, small, random_selector):
+    """A copy's layers would read the original's state, and its end would be the original's."""
+    model = small("Llama")
+    spotattention.attach(model, random_selector(model), TIGHT)
+    for copying in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"cannot be copied or pickled; call spotattention\.detach\(model\) first"):
+            copying(model.spot if copying is copy.copy else model)
+    prompt = torch.randint(1, 90, (1, 70))
+    model.generate(prompt, max_new_tokens=2, do_sample=False)
+    spotattention.detach(model)
+    assert torch.equal(
+        copy.deepcopy(model).generate(prompt, max_new_tokens=4, do_sample=False),
+        model.generate(prompt, max_new_tokens=4, do_sample=False),
+    )
+    pickle.dumps(model)
 
 
 def test_models_and_policies_that_do_not_fit_are_refused(spotattention, small, transformers, random_selector):
