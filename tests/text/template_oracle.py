@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import signal
 import subprocess
 import sys
 import zipfile
@@ -16,12 +17,24 @@ WORDS = [
 ]  # fmt: skip
 
 
+SECONDS = 10  # for one rendering: Python goes on for hours about (-7) ** 9007199254740993, which is refused here
+
+
 def theirs(template, variables):
-    """Text, or None where compiling or rendering raises; with the error."""
+    """Text, or None where compiling or rendering raises or does not end; with the error."""
+
+    def over(signal_number, frame):
+        raise TimeoutError(f"no end in {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(SECONDS)
     try:
         return _compile_jinja_template(template).render(**copy.deepcopy(variables)), None
     except Exception as e:
         return None, f"{type(e).__name__}: {e}"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def ours(build_folder, folder, requests):
