@@ -11,10 +11,12 @@ namespace spot::ops {
 namespace {
 
 void check_rule(const char* op, const SelectionRule& rule, int64_t groups, int64_t max_selected) {
-  for (const auto& [name, number] :
-       {std::pair("budget", int64_t{rule.budget}), {"sinks", int64_t{rule.sinks}},
-        {"recency", int64_t{rule.recency}}, {"floor", int64_t{rule.floor}}, {"cap", int64_t{rule.cap}},
-        {"max_selected", max_selected}})
+  for (const auto& [name, number] : {std::pair("budget", int64_t{rule.budget}),
+                                     {"sinks", int64_t{rule.sinks}},
+                                     {"recency", int64_t{rule.recency}},
+                                     {"floor", int64_t{rule.floor}},
+                                     {"cap", int64_t{rule.cap}},
+                                     {"max_selected", max_selected}})
     TORCH_CHECK(number >= 0 && number <= (int64_t{1} << 30), op, ": ", name, " is ", number,
                 "; it must be 0 to 2^30");
   TORCH_CHECK(rule.budget_fraction >= 0 && rule.budget_fraction <= 1, op, ": budget_fraction is ",

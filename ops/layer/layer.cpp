@@ -39,9 +39,9 @@ at::Tensor rotate_heads(const at::Tensor& x, const at::Tensor& positions, const 
 #endif
   if (positions.is_cpu() && positions.numel() > 0) {
     const auto [least, most] = at::aminmax(positions);
-    TORCH_CHECK(least.item<int64_t>() >= 0 && most.item<int64_t>() < cos.size(0), "spot: positions reach from ",
-                least.item<int64_t>(), " to ", most.item<int64_t>(), "; the rotary table has rows 0 to ",
-                cos.size(0) - 1);
+    TORCH_CHECK(least.item<int64_t>() >= 0 && most.item<int64_t>() < cos.size(0),
+                "spot: positions reach from ", least.item<int64_t>(), " to ", most.item<int64_t>(),
+                "; the rotary table has rows 0 to ", cos.size(0) - 1);
   }
   const int64_t half = cos.size(1), rest = x.size(2) - 2 * half;
   const at::Tensor c = cos.index_select(0, positions).unsqueeze(1).unsqueeze(1);  // [T, 1, 1, half]
