@@ -65,9 +65,9 @@ struct Server {
   Engine engine{backbone, stack, {.max_sequences = 8, .max_tokens = 128, .tokenizer = &model.tokenizer}};
   server::Metrics metrics{"m", kBlockSize, 64, true};
   server::EngineLoop loop{engine, stack, metrics};
+  server::BoundAddress address{"127.0.0.1", 0};
   server::HttpServer http{
-      {.port = 0, .api_key = "k", .max_body_bytes = 1 << 16, .max_answers = 16}, model, loop, metrics};
-  int port = http.listen();
+      {.api_key = "k", .max_body_bytes = 1 << 16, .max_answers = 16}, address, model, loop, metrics};
 
   Server() {
     std::thread([this] { http.run(); }).detach();
@@ -105,7 +105,7 @@ std::string read_all(int fd, int quiet) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static spot::Server* server = new spot::Server;
-  const int fd = spot::connect_to(server->port);
+  const int fd = spot::connect_to(server->address.port());
   for (const uint8_t *at = data, *end = data + size; at < end;) {
     const uint8_t* cut = std::find(at, end, uint8_t{0xFF});
     if (cut > at && ::send(fd, at, static_cast<size_t>(cut - at), MSG_NOSIGNAL) < 0) break;
@@ -116,7 +116,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   ::close(fd);
   static int64_t count = 0;
   if (++count % 64 == 0) {
-    const int other = spot::connect_to(server->port);
+    const int other = spot::connect_to(server->address.port());
     constexpr std::string_view kAsk = "GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
     ::send(other, kAsk.data(), kAsk.size(), MSG_NOSIGNAL);
     if (spot::read_all(other, 10000).find("200 OK") == std::string::npos) std::abort();
