@@ -55,7 +55,7 @@ def test_generate_writes_from_codes(spot):
 
     numbers, codes = logprobs(), logprobs("--kv-cache-dtype", "fp8")
     assert len(numbers) == len(codes) == 24 and numbers != codes
-    assert abs(numbers[0] - codes[0]) < 0.2
+    assert abs(numbers[0] - codes[0]) < 0.5
     # Cut into chunks and under a method that keeps everything: the same codes are read.
     for options in (["--prefill-chunk", 16], ["--attention", "oracle:k=4096"]):
         assert logprobs("--kv-cache-dtype", "fp8", *options) == pytest.approx(codes, abs=2e-3)

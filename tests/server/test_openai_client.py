@@ -223,7 +223,7 @@ def test_an_fp8_cache_holds_four_times_the_tokens_of_float32(start, book):
     alone = codes.client().completions.create(**asked).choices[0]
     exact = numbers.client().completions.create(**asked).choices[0]
     assert alone.logprobs.token_logprobs != exact.logprobs.token_logprobs
-    assert abs(alone.logprobs.token_logprobs[0] - exact.logprobs.token_logprobs[0]) < 0.2
+    assert abs(alone.logprobs.token_logprobs[0] - exact.logprobs.token_logprobs[0]) < 0.5
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         others = [
             pool.submit(codes.client().completions.create, **asked | {"prompt": book[i:900]}) for i in (0, 30, 60)
