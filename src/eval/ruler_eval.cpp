@@ -245,7 +245,6 @@ nlohmann::json settings_of(const Backbone& backbone, const Selector* selector, c
       {"model", backbone.fingerprint()},
       {"rope", {{"theta", rope.theta}, {"scaling", static_cast<int>(rope.scaling)}, {"factor", rope.factor}}},
       {"dtype", at::toString(backbone.dtype())},
-      {"kv_cache_dtype", to_string(options.kv_cache)},
       {"selector", selector ? selector_hash(*selector) : "none"},
       {"essay", fmt::format("{:016x}", stable_hash(essay))},
       {"tokenizer", probe},
@@ -253,6 +252,8 @@ nlohmann::json settings_of(const Backbone& backbone, const Selector* selector, c
       {"methods", nlohmann::json::array()}};
   for (const MethodSpec& method : methods)
     json["methods"].push_back(method_settings(method, backbone.device()));
+  // Left out where it is the model's dtype, so that runs from before there was a choice go on.
+  if (options.kv_cache != KvCacheDtype::automatic) json["kv_cache_dtype"] = to_string(options.kv_cache);
   return json;
 }
 

@@ -76,3 +76,13 @@ def test_the_cache_is_a_quarter_of_float32(spot, place):
     shown = spot("inspect", SHIPPED, "--bytes", 2).stdout, spot("inspect", SHIPPED, "--kv-cache-dtype", "fp8").stdout
     two, one = (int(re.search(r"KV cache: (\d+) bytes a token", text)[1]) for text in shown)
     assert two == 2 * one and "(1 byte a number)" in shown[1]
+
+
+def test_ruler_does_not_mix_caches(spot, tmp_path):
+    words = ["eval", "ruler", "--model", SHIPPED, "--tasks", "vt", "--lengths", 1024, "--samples", 1, "--methods", "dense",
+             "--threads", 1, "--out", tmp_path]  # fmt: skip
+    assert spot(*words, "--kv-cache-dtype", "fp8").returncode == 0
+    again = spot(*words, "--kv-cache-dtype", "fp8")
+    assert again.returncode == 0 and "1 of 1 prompts stand in" in again.stdout
+    other = spot(*words)
+    assert other.returncode == 1 and "holds results of other settings (kv_cache_dtype differ)" in other.stderr
