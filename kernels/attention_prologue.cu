@@ -21,12 +21,40 @@ int64_t heads_of(const AttentionPrologueParams& p) {
   return p.num_heads + 2 * p.num_kv_heads + selector;
 }
 
+// Where a head is stored in the cache besides (null: nowhere): numbers of the model's type, or codes of them over `scale`.
+struct Stored {
+  void* head = nullptr;
+  bool codes = false;
+  float scale = 1.0f;
+};
+
+template <typename T>
+__device__ __forceinline__ Stored stored_head(const AttentionPrologueParams& p, void* pool,
+                                              const float* scales, int64_t token, int head) {
+  if (pool == nullptr || p.slots[token] < 0) return {};
+  const int64_t slot = p.slots[token], offset = head * p.pool_head_stride +
+                                                slot / kPageTokens * p.pool_page_stride +
+                                                slot % kPageTokens * p.pool_token_stride;
+  if (p.e4m3) return {static_cast<uint8_t*>(pool) + offset, true, scales != nullptr ? scales[head] : 1.0f};
+  return {static_cast<T*>(pool) + offset};
+}
+
+template <typename T>
+__device__ __forceinline__ void store_also(const Stored& also, int i, const float (&v)[2]) {
+  if (also.head == nullptr) return;
+  if (!also.codes) return store(static_cast<T*>(also.head) + i, v);
+  // What a reader of the output would store.
+  const uint32_t codes = ptx::floats_to_e4m3x2(div_rn(to_float(rounded<T>(v[0])), also.scale),
+                                               div_rn(to_float(rounded<T>(v[1])), also.scale));
+  *reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(also.head) + i) = static_cast<uint16_t>(codes);
+}
+
 // One head's way: norm unless norm is null, the first 2 * pairs dims turned by cos and sin, and out to `to`
-// and, unless null, to `also`. `row` is the warp's own shared memory.
+// and `also`. `row` is the warp's own shared memory.
 template <typename T>
 __device__ __forceinline__ void prepare_head(const T* from, int dim, const float* norm, float epsilon,
                                              const float* cos, const float* sin, int pairs, float* row, T* to,
-                                             T* also) {
+                                             const Stored& also) {
   const int lane = threadIdx.x % 32;
   float square_sum = 0.0f, v[2];
   // One or two turns, and code that runs once is dear: not unrolled.
@@ -58,13 +86,8 @@ __device__ __forceinline__ void prepare_head(const T* from, int dim, const float
         v[j] = v[j] * cos[d - pairs] + row[d - pairs] * sin[d - pairs];
     }
     store(to + i, v);
-    if (also != nullptr) store(also + i, v);
+    store_also<T>(also, i, v);
   }
-}
-
-__device__ __forceinline__ int64_t pool_offset(const AttentionPrologueParams& p, int head, int64_t slot) {
-  return head * p.pool_head_stride + slot / kPageTokens * p.pool_page_stride +
-         slot % kPageTokens * p.pool_token_stride;
 }
 
 template <typename T>
@@ -111,25 +134,24 @@ __global__ void __launch_bounds__(kThreads)
     const float* norm = p.qk_norm != nullptr ? p.qk_norm + static_cast<int64_t>(head) * p.head_dim : nullptr;
     const bool is_query = head < p.num_heads;
     const T* from = projected + head * p.query_head_stride;
-    T *to = static_cast<T*>(p.query) + (token * p.num_heads + head) * p.head_dim, *pool = nullptr;
+    T* to = static_cast<T*>(p.query) + (token * p.num_heads + head) * p.head_dim;
+    Stored also;
     if (!is_query) {
       head -= p.num_heads;
       from = projected + p.key_offset + static_cast<int64_t>(head) * p.head_dim;
       to = static_cast<T*>(p.key) + (token * p.num_kv_heads + head) * p.head_dim;
-      if (p.key_pool != nullptr && p.slots[token] >= 0)
-        pool = static_cast<T*>(p.key_pool) + pool_offset(p, head, p.slots[token]);
+      also = stored_head<T>(p, p.key_pool, p.key_scales, token, head);
     }
     prepare_head(from, p.head_dim, norm, p.norm_epsilon, p.rope_cos + angle, p.rope_sin + angle,
-                 p.rotary_pairs, row, to, pool);
+                 p.rotary_pairs, row, to, also);
     return;
   }
   head -= p.num_heads + p.num_kv_heads;
   if (head < p.num_kv_heads) {  // a value
-    T *to = static_cast<T*>(p.value) + (token * p.num_kv_heads + head) * p.head_dim, *pool = nullptr;
-    if (p.value_pool != nullptr && p.slots[token] >= 0)
-      pool = static_cast<T*>(p.value_pool) + pool_offset(p, head, p.slots[token]);
+    T* to = static_cast<T*>(p.value) + (token * p.num_kv_heads + head) * p.head_dim;
     prepare_head<T>(projected + p.value_offset + static_cast<int64_t>(head) * p.head_dim, p.head_dim, nullptr,
-                    0.0f, nullptr, nullptr, 0, row, to, pool);
+                    0.0f, nullptr, nullptr, 0, row, to,
+                    stored_head<T>(p, p.value_pool, p.value_scales, token, head));
     return;
   }
   head -= p.num_kv_heads;
@@ -141,7 +163,7 @@ __global__ void __launch_bounds__(kThreads)
         static_cast<const T*>(p.selector_queries) + token * p.selector_token_stride + head * kKeyDim;
     prepare_head<T>(from, kKeyDim, nullptr, 0.0f, turns ? keys.rope_cos + angle : nullptr,
                     turns ? keys.rope_sin + angle : nullptr, turns ? kRotaryPairs : 0, row,
-                    static_cast<T*>(p.selector_query) + (token * kSelectorHeads + head) * kKeyDim, nullptr);
+                    static_cast<T*>(p.selector_query) + (token * kSelectorHeads + head) * kKeyDim, {});
     return;
   }
   head -= kSelectorHeads;
@@ -176,7 +198,8 @@ bool valid_shape(const AttentionPrologueParams& p) {
 bool valid_attention(const AttentionPrologueParams& p) {
   if (p.projected == nullptr || p.rope_cos == nullptr || p.rope_sin == nullptr || p.positions == nullptr ||
       p.query == nullptr || p.key == nullptr || p.value == nullptr ||
-      (p.key_pool == nullptr) != (p.value_pool == nullptr) || (p.key_pool != nullptr && p.slots == nullptr))
+      (p.key_pool == nullptr) != (p.value_pool == nullptr) || (p.key_pool != nullptr && p.slots == nullptr) ||
+      (!p.e4m3 && (p.key_scales != nullptr || p.value_scales != nullptr)))
     return false;
   return even({p.head_dim, p.token_stride, p.query_head_stride, p.key_offset, p.value_offset,
                p.pool_head_stride, p.pool_page_stride, p.pool_token_stride}) &&

@@ -308,6 +308,16 @@ __device__ __forceinline__ float2 e4m3x2_to_float2(uint32_t two) {
   return e4m3x2_by_bits(two);
 #endif
 }
+// Two numbers to E4M3 (the first the low byte), to nearest even, saturating at +-448; NaN is 0x7f.
+__device__ __forceinline__ uint32_t floats_to_e4m3x2(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t two;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
+  return two;
+#else
+  return e4m3x2_of_floats(low, high);
+#endif
+}
 // Four E4M3 numbers (lowest byte first) to float16, two a word, exactly.
 __device__ __forceinline__ void e4m3x4_to_halves(uint32_t four, uint32_t& low, uint32_t& high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890

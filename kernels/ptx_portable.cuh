@@ -2,6 +2,8 @@
 // there, and by the tests' emulation.
 #pragma once
 
+#include "kernels/key_format.h"
+
 namespace spot::kernels::ptx {
 
 // wgmma_k16 (ptx.cuh) by each warp for its own 16 rows, on operands that are plain addresses; done when it returns.
@@ -41,6 +43,14 @@ __device__ __forceinline__ float2 e4m3x2_by_bits(uint32_t two) {
   if ((two & 0x7fu) == 0x7fu) x.x = __uint_as_float(0x7fffffffu);
   if ((two & 0x7f00u) == 0x7f00u) x.y = __uint_as_float(0x7fffffffu);
   return x;
+}
+
+// floats_to_e4m3x2 by bits.
+__device__ __forceinline__ uint32_t e4m3x2_of_floats(float low, float high) {
+  const auto code = [](float x) {
+    return x == x ? float_to_e4m3(x < 0.0f ? -x : x) | (float_bits(x) >> 24 & 0x80u) : 0x7fu;
+  };
+  return code(low) | code(high) << 8;
 }
 
 // e4m3x4_to_halves by bits.

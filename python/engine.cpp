@@ -75,11 +75,14 @@ std::optional<at::ScalarType> dtype_of(const std::string& name) {
 
 class EngineHandle : public torch::CustomClassHolder {
  public:
-  // options: device, dtype, cache_tokens, max_sequences, max_step_tokens, prefix_cache, graphs, self_check
+  // options: device, dtype, kv_cache_dtype, cache_tokens, max_sequences, max_step_tokens, prefix_cache, graphs, self_check
   EngineHandle(const std::string& model, const std::string& selector, const std::vector<std::string>& methods,
                const std::string& options_text) {
     silence();
     const json options = json::parse(options_text);
+    const std::string kv_word = options.at("kv_cache_dtype");
+    const std::optional<KvCacheDtype> kv_cache = kv_cache_dtype(kv_word);
+    if (!kv_cache) fail("kv_cache_dtype '{}' is unknown; give auto or fp8", kv_word);
     const std::filesystem::path folder = find_checkpoint(model);
     backbone_.emplace(Backbone::load(folder, device_of(options.at("device")), dtype_of(options.at("dtype"))));
     const Backbone& backbone = *backbone_;
@@ -91,14 +94,16 @@ class EngineHandle : public torch::CustomClassHolder {
     }
     std::vector<MethodSpec> specs;
     for (const std::string& method : methods)
-      specs.push_back(parse_method(method, {}, selector_ ? &selector_->config() : nullptr));
+      check_kv_cache(*kv_cache, specs.emplace_back(
+                                    parse_method(method, {}, selector_ ? &selector_->config() : nullptr)));
     const int64_t sequences = options.at("max_sequences"), tokens = options.at("cache_tokens");
     if (sequences < 1 || tokens < 1)
       fail("engine: max_sequences is {} and cache_tokens {}; both must be at least 1", sequences, tokens);
     stack_.emplace(backbone, selector_ ? &*selector_ : nullptr, specs,
                    StackOptions{.num_pages = (tokens + kBlockSize - 1) / kBlockSize,
                                 .num_sequences = sequences,
-                                .num_snapshots = sequences});
+                                .num_snapshots = sequences,
+                                .kv_scales = kv_scales(*kv_cache, backbone)});
     tokenizer_.emplace(Tokenizer::load(folder));
     const int64_t every = options.at("self_check");
     engine_.emplace(

@@ -22,6 +22,8 @@ struct PageKernels {
   // gives 0. A NaN anywhere gives NaN.
   float (*exponentials)(float* x, int64_t count, float max);
   void (*from_bfloat16)(const uint16_t* source, float* target, int64_t count);
+  // E4M3 codes, exactly; both codes of all ones are NaN.
+  void (*from_e4m3)(const uint8_t* source, float* target, int64_t count);
 };
 
 // The widest set this processor has.

@@ -4,24 +4,12 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Float8_e4m3fn.h>
 
-#include <array>
 #include <type_traits>
 #include <vector>
 
 #include "ops/cpu/page_kernels.h"
 
 namespace spot::ops::cpu {
-
-// The numbers of all E4M3 codes.
-inline const std::array<float, 256>& e4m3_numbers() {
-  static const std::array<float, 256> numbers = [] {
-    std::array<float, 256> all;
-    for (int code = 0; code < 256; ++code)
-      all[code] = c10::Float8_e4m3fn(static_cast<uint8_t>(code), c10::Float8_e4m3fn::from_bits());
-    return all;
-  }();
-  return numbers;
-}
 
 // Gives a page in place when it is float32 of a whole number of vectors and dense, else converts it. Its tokens lie
 // token_stride elements apart. The pointer lives until the next load.
@@ -40,9 +28,9 @@ class PageLoader {
         kernels_.from_bfloat16(reinterpret_cast<const uint16_t*>(page + j * token_stride_),
                                buffer_.data() + j * stride_, width_);
     } else if constexpr (std::is_same_v<scalar_t, c10::Float8_e4m3fn>) {
-      const std::array<float, 256>& numbers = e4m3_numbers();
       for (int j = 0; j < tokens; ++j)
-        for (int c = 0; c < width_; ++c) buffer_[j * stride_ + c] = numbers[page[j * token_stride_ + c].x];
+        kernels_.from_e4m3(reinterpret_cast<const uint8_t*>(page + j * token_stride_),
+                           buffer_.data() + j * stride_, width_);
     } else {
       for (int j = 0; j < tokens; ++j)
         for (int c = 0; c < width_; ++c)

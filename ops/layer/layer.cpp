@@ -1,5 +1,7 @@
 #include "ops/layer/layer.h"
 
+#include <utility>
+
 #ifdef SPOT_CUDA
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -106,12 +108,23 @@ void check_prologue(const AttentionPrologue& a) {
   TORCH_CHECK(a.key_pool.defined() == a.value_pool.defined() && a.key_pool.defined() <= a.slots.defined(), op,
               ": key_pool, value_pool and slots must be given together");
   check_devices(op, a.projected,
-                {&a.qk_norm, &a.cos, &a.sin, &a.positions, &a.key_pool, &a.value_pool, &a.slots});
+                {&a.qk_norm, &a.cos, &a.sin, &a.positions, &a.key_pool, &a.value_pool, &a.slots, &a.key_scale,
+                 &a.value_scale});
+  const bool codes = a.key_pool.defined() && a.key_pool.scalar_type() == at::kFloat8_e4m3fn;
+  for (const auto& [name, scale] : {std::pair("key_scale", a.key_scale), {"value_scale", a.value_scale}}) {
+    if (!scale.defined()) continue;
+    TORCH_CHECK(codes, op, ": ", name, " was given without pools of float8_e4m3fn; leave it out");
+    TORCH_CHECK(scale.scalar_type() == at::kFloat && scale.dim() == 1 && scale.size(0) == a.num_kv_heads &&
+                    scale.is_contiguous(),
+                op, ": ", name, " is ", scale.scalar_type(), " ", scale.sizes(),
+                "; it must be contiguous float32 [", a.num_kv_heads, "]");
+  }
   if (!a.slots.defined()) return;
   check_slots(op, a.slots, tokens);
   if (!a.key_pool.defined()) return;
-  check_pool(op, "key_pool", a.key_pool, a.num_kv_heads, a.head_dim, dtype);
-  check_pool(op, "value_pool", a.value_pool, a.num_kv_heads, a.head_dim, dtype);
+  const auto stored = codes ? at::kFloat8_e4m3fn : dtype;
+  check_pool(op, "key_pool", a.key_pool, a.num_kv_heads, a.head_dim, stored);
+  check_pool(op, "value_pool", a.value_pool, a.num_kv_heads, a.head_dim, stored);
   TORCH_CHECK(a.value_pool.sizes() == a.key_pool.sizes() && a.value_pool.strides() == a.key_pool.strides(),
               op, ": value_pool is ", a.value_pool.sizes(), " with strides ", a.value_pool.strides(),
               "; it must match key_pool, ", a.key_pool.sizes(), " with strides ", a.key_pool.strides());

@@ -77,11 +77,14 @@ struct AttentionPrologue {
   double norm_eps = 1e-6;
   at::Tensor cos, sin;   // [positions, rotary_dim / 2] float32; the first rotary_dim dims turn, half-split
   at::Tensor positions;  // [T] int64, rows of the tables
-  // [num_kv_heads, pages, 16, head_dim] of projected's dtype, any strides but contiguous dims, equal for both: keys
-  // and values are written here too, at slots [T] int64 = page * 16 + offset, but where a slot is negative.
-  // Undefined: they are only returned.
+  // [num_kv_heads, pages, 16, head_dim] of projected's dtype or float8_e4m3fn, any strides but contiguous dims, equal
+  // for both: keys and values are written here too, at slots [T] int64 = page * 16 + offset, but where a slot is
+  // negative. Undefined: they are only returned.
   at::Tensor key_pool, value_pool, slots;
   SelectorPrologue selector = {};
+  // Of float8_e4m3fn pools, contiguous [num_kv_heads] float32; undefined: 1. What is stored is the returned key or value
+  // divided by its head's scale (ops/e4m3.h).
+  at::Tensor key_scale, value_scale;
 
   static constexpr auto fields() {
     using S = AttentionPrologue;
@@ -102,7 +105,8 @@ struct AttentionPrologue {
         optional<at, keys, &K::norm_bias>("key_norm_bias"), optional<at, keys, &K::norm_eps>("key_norm_eps"),
         optional<at, keys, &K::cos>("selector_cos"), optional<at, keys, &K::sin>("selector_sin"),
         optional_updated<at, &P::pool>("selector_pool"), optional<at, &P::format>("format"),
-        optional<at, &P::global_scale>("global_scale"));
+        optional<at, &P::global_scale>("global_scale"), optional<&S::key_scale>("key_scale"),
+        optional<&S::value_scale>("value_scale"));
   }
   void check() const;
 };

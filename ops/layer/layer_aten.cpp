@@ -1,6 +1,7 @@
 // The layer's operators by ATen: the oracle of the kernels, and what serves where they do not.
 #include <utility>
 
+#include "ops/e4m3.h"
 #include "ops/layer/layer.h"
 
 namespace spot::ops::aten {
@@ -19,7 +20,10 @@ at::Tensor gated_product(const GatedProduct& a) {
 namespace {
 
 // rows [T, heads, dim] to the tokens' slots; negative ones are skipped.
-void store(const at::Tensor& pool, const at::Tensor& slots, const at::Tensor& rows) {
+void store(const at::Tensor& pool, const at::Tensor& scale, const at::Tensor& slots, const at::Tensor& rows) {
+  if (pool.scalar_type() == at::kFloat8_e4m3fn &&
+      rows.scalar_type() != at::kByte)  // not every device indexes FP8
+    return store(pool.view(at::kByte), {}, slots, to_e4m3(rows, scale).view(at::kByte));
   const int64_t page_tokens = pool.size(2);
   const at::Tensor kept = slots.ge(0).nonzero().squeeze(1);
   const at::Tensor where = slots.index_select(0, kept);
@@ -69,8 +73,8 @@ AttentionPrologue::Result attention_prologue(const AttentionPrologue& a) {
                    value = own(a.projected.narrow(1, query_rows + kv_rows, kv_rows)
                                    .unflatten(1, {a.num_kv_heads, dim}));
   if (a.key_pool.defined()) {
-    store(a.key_pool, a.slots, key);
-    store(a.value_pool, a.slots, value);
+    store(a.key_pool, a.key_scale, a.slots, key);
+    store(a.value_pool, a.value_scale, a.slots, value);
   }
   const SelectorPrologue& s = a.selector;
   if (!s.projected.defined())

@@ -198,6 +198,9 @@ AttentionPrologue::Result attention_prologue(const AttentionPrologue& a) {
   if (a.key_pool.defined()) {
     params.key_pool = a.key_pool.mutable_data_ptr();
     params.value_pool = a.value_pool.mutable_data_ptr();
+    params.e4m3 = a.key_pool.scalar_type() == at::kFloat8_e4m3fn;
+    if (a.key_scale.defined()) params.key_scales = a.key_scale.const_data_ptr<float>();
+    if (a.value_scale.defined()) params.value_scales = a.value_scale.const_data_ptr<float>();
     params.pool_head_stride = a.key_pool.stride(0);
     params.pool_page_stride = a.key_pool.stride(1);
     params.pool_token_stride = a.key_pool.stride(2);

@@ -73,7 +73,8 @@ class Engine:
     MODEL/selectors. methods: as `spot eval --methods` takes them ("dense", "spot:p=0.9", "quest:k=10%"); the first one
     is a request's unless it says otherwise; by default spot with a selector, else dense. cache_tokens: room for keys and
     values, over all sequences. device and dtype "auto": CUDA where there is one, the checkpoint's dtype there and float32
-    on the CPU.
+    on the CPU. kv_cache_dtype: "auto", keys and values in the model's dtype, or "fp8", a byte a number (E4M3, a scale a
+    layer and KV head), which serves every method but quest and twilight.
 
     Self-check: of every answer one decode step in self_check (0: none) runs eagerly and is compared with exact attention;
     `captured_mass` keeps the means by layer, and a layer whose mean falls below least_captured is warned about once. A
@@ -91,6 +92,7 @@ class Engine:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
         cache_tokens: int = 32768,
         max_sequences: int = 16,
         max_step_tokens: int = 2048,
@@ -109,6 +111,7 @@ class Engine:
         options = {
             "device": arguments.text("device", device, "the text auto, cpu, cuda or cuda:N"),
             "dtype": arguments.text("dtype", dtype, "the text auto, float32, bfloat16 or float16"),
+            "kv_cache_dtype": arguments.text("kv_cache_dtype", kv_cache_dtype, "the text auto or fp8"),
             "cache_tokens": arguments.whole("cache_tokens", cache_tokens, 1, _MOST),
             "max_sequences": arguments.whole("max_sequences", max_sequences, 1, _MOST),
             "max_step_tokens": arguments.whole("max_step_tokens", max_step_tokens, 1, _MOST),
@@ -123,7 +126,13 @@ class Engine:
         try:
             self._engine = torch.classes.spot.Engine(model, selector, self.methods, json.dumps(options))
         except RuntimeError as error:  # which may advise an option of the command line
-            raise RuntimeError(re.sub(r"(?<= )--(selector|dtype)\b", r"the argument \1", str(error))) from None
+            raise RuntimeError(
+                re.sub(
+                    r"(?<= )--(selector|dtype|kv-cache-dtype)\b",
+                    lambda flag: f"the argument {flag[1].replace('-', '_')}",
+                    str(error),
+                )
+            ) from None
         if foreign := self._engine.foreign():
             warnings.warn(foreign, RuntimeWarning, stacklevel=2)
 

@@ -188,44 +188,45 @@ at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, cons
   return causal_attention_flash(query, key, value, start, scale, logsumexp);
 }
 
-at::Tensor attend_dense_decode(const AttentionInputs& inputs, const at::Tensor& keys,
-                               const at::Tensor& values) {
+at::Tensor attend_dense_decode(const AttentionInputs& inputs, const KvPools& pools) {
   const Batch& batch = inputs.batch;
-  if (ops::attends(inputs.query, keys))
-    return ops::sparse_decode_attention(
-        {inputs.query, keys, values, batch.page_table, batch.lengths, inputs.scale});
+  const auto& [keys, values] = pools;
+  if (ops::attends(inputs.query, keys.stored))
+    return ops::sparse_decode_attention({.query = inputs.query,
+                                         .key_pool = keys.stored,
+                                         .value_pool = values.stored,
+                                         .page_table = batch.page_table,
+                                         .lengths = batch.lengths,
+                                         .scale = inputs.scale,
+                                         .key_scale = keys.scale,
+                                         .value_scale = values.scale});
   // Shapes that the operator does not know: as chunks of one token.
   at::Tensor output = at::empty_like(inputs.query);
-  paged_prefill_attention(inputs.query, keys, values, paged_chunks(batch, query_chunks(batch)), inputs.scale,
+  paged_prefill_attention(inputs.query, pools, paged_chunks(batch, query_chunks(batch)), inputs.scale,
                           output);
   return output;
 }
 
-at::Tensor attend_dense(const AttentionInputs& inputs, const at::Tensor& keys, const at::Tensor& values) {
+at::Tensor attend_dense(const AttentionInputs& inputs, const KvPools& pools) {
   const Batch& batch = inputs.batch;
-  if (batch.is_decode()) return attend_dense_decode(inputs, keys, values);
+  if (batch.is_decode()) return attend_dense_decode(inputs, pools);
   at::Tensor output = at::empty_like(inputs.query);
   if (batch.num_decodes > 0) {
     const Batch decodes = batch.decodes();
-    output.narrow(0, 0, batch.num_decodes)
-        .copy_(attend_dense_decode(inputs.decode_rows(decodes), keys, values));
+    output.narrow(0, 0, batch.num_decodes).copy_(attend_dense_decode(inputs.decode_rows(decodes), pools));
   }
-  attend_prefill(inputs, keys, values, output);
+  attend_prefill(inputs, pools, output);
   return output;
 }
 
 AttentionPreparation DenseAttention::prepare(int64_t layer, const at::Tensor&, const Batch& batch) {
-  return {
-      .key_pool = pools_.get("keys", layer), .value_pool = pools_.get("values", layer), .slots = batch.slots};
+  return {.pools = kv_pools(pools_, layer), .slots = batch.slots};
 }
 
 at::Tensor DenseAttention::forward(const AttentionInputs& inputs) {
-  const at::Tensor &keys = pools_.get("keys", inputs.layer), &values = pools_.get("values", inputs.layer);
-  if (!inputs.stored) {
-    write_tokens(keys, inputs.batch.slots, inputs.key);
-    write_tokens(values, inputs.batch.slots, inputs.value);
-  }
-  return attend_dense(inputs, keys, values);
+  const KvPools pools = kv_pools(pools_, inputs.layer);
+  if (!inputs.stored) write_tokens(pools, inputs.batch.slots, inputs.key, inputs.value);
+  return attend_dense(inputs, pools);
 }
 
 }  // namespace spot

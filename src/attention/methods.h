@@ -78,6 +78,8 @@ struct AttentionMethod {
   bool (*same_stores)(const MethodSpec& a, const MethodSpec& b, const Selector* selector) = nullptr;
   // What the rule keeps, in words; null: describe(SelectionRule).
   std::string (*describe)(const MethodSpec& spec) = nullptr;
+  // Whether it reads the cache's keys itself, which must be numbers then: an FP8 cache does not serve it.
+  bool reads_stored_keys = false;
   // Keys of the settings that it reads; "k%" is a share of the context.
   std::set<std::string> settings = {};
 };

@@ -16,26 +16,25 @@ PagedChunks paged_chunks(const Batch& batch, const std::vector<QueryChunk>& chun
   return paged;
 }
 
-void paged_prefill_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
-                             const PagedChunks& chunks, double scale, const at::Tensor& output) {
+void paged_prefill_attention(const at::Tensor& query, const KvPools& pools, const PagedChunks& chunks,
+                             double scale, const at::Tensor& output) {
   for (size_t i = 0; i < chunks.chunks.size(); ++i) {
     const QueryChunk& chunk = chunks.chunks[i];
     const int64_t length = chunk.start + chunk.count;
-    const auto tokens = [&](const at::Tensor& pool) {
+    const auto tokens = [&](const TokenPool& pool) {
       return chunks.first_pages[i] >= 0
                  ? view_tokens(pool, chunks.first_pages[i], length)
                  : gather_tokens(pool, chunks.page_table.select(0, static_cast<int64_t>(i)), length);
     };
     output.narrow(0, chunk.first, chunk.count)
-        .copy_(causal_attention(query.narrow(0, chunk.first, chunk.count), tokens(keys), tokens(values),
-                                chunk.start, scale));
+        .copy_(causal_attention(query.narrow(0, chunk.first, chunk.count), tokens(pools.keys),
+                                tokens(pools.values), chunk.start, scale));
   }
 }
 
-void attend_prefill(const AttentionInputs& inputs, const at::Tensor& keys, const at::Tensor& values,
-                    const at::Tensor& output) {
-  paged_prefill_attention(inputs.query, keys, values,
-                          paged_chunks(inputs.batch, prefill_chunks(inputs.batch)), inputs.scale, output);
+void attend_prefill(const AttentionInputs& inputs, const KvPools& pools, const at::Tensor& output) {
+  paged_prefill_attention(inputs.query, pools, paged_chunks(inputs.batch, prefill_chunks(inputs.batch)),
+                          inputs.scale, output);
 }
 
 }  // namespace spot

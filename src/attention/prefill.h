@@ -25,14 +25,13 @@ struct PagedChunks {
 // `chunks` are consecutive whole sequences of the batch.
 PagedChunks paged_chunks(const Batch& batch, const std::vector<QueryChunk>& chunks);
 
-// Causal attention of query [T, num_heads, head_dim] over pools keys and values [num_kv_heads, num_pages,
-// page_size, head_dim]; writes the chunks' rows of output [T, num_heads, head_dim] and no other. A sequence
-// is read in place where its pages are consecutive, and gathered elsewhere.
-void paged_prefill_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
-                             const PagedChunks& chunks, double scale, const at::Tensor& output);
+// Causal attention of query [T, num_heads, head_dim] over the pools; writes the chunks' rows of output [T, num_heads,
+// head_dim] and no other. A sequence is read in place where its pages are consecutive and hold numbers, and gathered
+// elsewhere: an FP8 cache's own new tokens too, as stored, so that a prompt's cuts do not change what a query sees.
+void paged_prefill_attention(const at::Tensor& query, const KvPools& pools, const PagedChunks& chunks,
+                             double scale, const at::Tensor& output);
 
 // The batch's prefill chunks, into their rows of `output`.
-void attend_prefill(const AttentionInputs& inputs, const at::Tensor& keys, const at::Tensor& values,
-                    const at::Tensor& output);
+void attend_prefill(const AttentionInputs& inputs, const KvPools& pools, const at::Tensor& output);
 
 }  // namespace spot

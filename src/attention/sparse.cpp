@@ -27,27 +27,22 @@ AttentionPreparation SparseAttention::prepare(int64_t layer, const at::Tensor& h
   AttentionPreparation wanted;
   // With prefill chunks in the batch the selector's queries would be made for all of their rows too.
   if (selects(layer) && batch.is_decode()) wanted = policy_.prepare(layer, hidden, batch.positions);
-  wanted.key_pool = pools_.get("keys", layer);
-  wanted.value_pool = pools_.get("values", layer);
+  wanted.pools = kv_pools(pools_, layer);
   wanted.slots = batch.slots;
   return wanted;
 }
 
 at::Tensor SparseAttention::forward(const AttentionInputs& inputs) {
-  const at::Tensor &keys = pools_.get("keys", inputs.layer), &values = pools_.get("values", inputs.layer);
-  const Batch& batch = inputs.batch;
-  if (!inputs.stored) {
-    write_tokens(keys, batch.slots, inputs.key);
-    write_tokens(values, batch.slots, inputs.value);
-  }
+  if (!inputs.stored)
+    write_tokens(kv_pools(pools_, inputs.layer), inputs.batch.slots, inputs.key, inputs.value);
   if (policy_.covers(inputs.layer)) policy_.append(inputs);
   return attend(inputs, options_.prefill, options_.query_tile);
 }
 
 at::Tensor SparseAttention::attend(const AttentionInputs& inputs, PrefillMode prefill, int64_t query_tile) {
-  const at::Tensor &keys = pools_.get("keys", inputs.layer), &values = pools_.get("values", inputs.layer);
+  const KvPools pools = kv_pools(pools_, inputs.layer);
   const Batch& batch = inputs.batch;
-  if (!selects(inputs.layer)) return attend_dense(inputs, keys, values);
+  if (!selects(inputs.layer)) return attend_dense(inputs, pools);
   if (batch.is_decode()) return decode(inputs);
   if (batch.num_decodes == 0 && prefill == PrefillMode::sparse) return sparse_prefill(inputs, query_tile);
   at::Tensor output = at::empty_like(inputs.query);
@@ -56,7 +51,7 @@ at::Tensor SparseAttention::attend(const AttentionInputs& inputs, PrefillMode pr
     output.narrow(0, 0, batch.num_decodes).copy_(decode(inputs.decode_rows(decodes)));
   }
   if (prefill == PrefillMode::dense) {
-    attend_prefill(inputs, keys, values, output);
+    attend_prefill(inputs, pools, output);
   } else {
     const Batch prefills = batch.prefills();
     const AttentionInputs rows = inputs.prefill_rows(prefills);
@@ -79,7 +74,7 @@ at::Tensor SparseAttention::attend_queries(const AttentionInputs& inputs) {
 // Every row is a decode row. Rows up to the floor keep every block in the operator that attend_dense uses
 // too: no case apart.
 at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
-  const at::Tensor &keys = pools_.get("keys", inputs.layer), &values = pools_.get("values", inputs.layer);
+  const auto [keys, values] = kv_pools(pools_, inputs.layer);
   const Batch& batch = inputs.batch;
   const SelectionRule rule = policy_.rule(inputs.layer);
   const bool observed = options_.count || options_.observer != nullptr;
@@ -93,7 +88,7 @@ at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
   if (policy_.prunes_tokens()) {
     const Selection selection = policy_.select_decode(inputs, observed);
     report(selection);
-    return ops::token_attention({inputs.query, keys, values, batch.page_table, batch.lengths,
+    return ops::token_attention({inputs.query, keys.stored, values.stored, batch.page_table, batch.lengths,
                                  selection.token_positions, selection.token_counts, inputs.scale});
   }
   const at::Tensor scores = policy_.score_decode(inputs);
@@ -101,20 +96,22 @@ at::Tensor SparseAttention::decode(const AttentionInputs& inputs) {
   const ops::SettledHistory settled(true);
   const ops::SelectAndAttend::Result attended = ops::select_and_attend({.scores = scores,
                                                                         .query = inputs.query,
-                                                                        .key_pool = keys,
-                                                                        .value_pool = values,
+                                                                        .key_pool = keys.stored,
+                                                                        .value_pool = values.stored,
                                                                         .page_table = batch.page_table,
                                                                         .lengths = batch.lengths,
                                                                         .scale = inputs.scale,
                                                                         .rule = rule,
-                                                                        .with_mass = observed});
+                                                                        .with_mass = observed,
+                                                                        .key_scale = keys.scale,
+                                                                        .value_scale = values.scale});
   report({attended.indices, attended.counts, attended.predicted_mass, batch.lengths});
   return attended.output;
 }
 
 at::Tensor SparseAttention::sparse_prefill(const AttentionInputs& inputs, int64_t query_tile) {
   if (std::optional<at::Tensor> output = tile_prefill(inputs, query_tile)) return *std::move(output);
-  const at::Tensor &keys = pools_.get("keys", inputs.layer), &values = pools_.get("values", inputs.layer);
+  const auto [keys, values] = kv_pools(pools_, inputs.layer);
   at::Tensor output = at::empty_like(inputs.query);
   const SelectionRule rule = policy_.rule(inputs.layer);
   for (const QueryChunk& whole : query_chunks(inputs.batch)) {
@@ -172,7 +169,7 @@ at::Tensor masked_attention(const at::Tensor& query, const at::Tensor& key, cons
 at::Tensor SparseAttention::attend_chunk(const AttentionInputs& inputs, const QueryChunk& chunk,
                                          const at::Tensor& lengths, const Selection& selection) {
   const at::Tensor query = inputs.query.narrow(0, chunk.first, chunk.count);
-  const at::Tensor &keys = pools_.get("keys", inputs.layer), &values = pools_.get("values", inputs.layer);
+  const auto [keys, values] = kv_pools(pools_, inputs.layer);
   const int64_t length = chunk.start + chunk.count;
   // Measured on two AVX-512 cores: gathering wins while less than a quarter is selected. (A mask needs a
   // token in every row, which a rule without recent tokens may not give.) Single tokens need the mask.
@@ -186,14 +183,14 @@ at::Tensor SparseAttention::attend_chunk(const AttentionInputs& inputs, const Qu
                             mask.transpose(0, 1), inputs.scale);
   }
   const at::Tensor table = inputs.batch.page_table.narrow(0, chunk.sequence, 1);
-  const int64_t step = ops::kMaxAttentionParts / (2 * keys.size(0));  // a group has at most two tiles
+  const int64_t step = ops::kMaxAttentionParts / (2 * keys.stored.size(0));  // a group has at most two tiles
   std::vector<at::Tensor> parts;
   for (int64_t done = 0; done < chunk.count; done += step) {
     const int64_t count = std::min(step, chunk.count - done);
     auto part = [&](const at::Tensor& x) { return x.narrow(0, done, count); };
-    parts.push_back(
-        ops::sparse_decode_attention({part(query), keys, values, table.expand({count, -1}), part(lengths),
-                                      inputs.scale, part(selection.indices), part(selection.counts)}));
+    parts.push_back(ops::sparse_decode_attention(
+        {part(query), keys.stored, values.stored, table.expand({count, -1}), part(lengths), inputs.scale,
+         part(selection.indices), part(selection.counts), keys.scale, values.scale}));
   }
   return parts.size() == 1 ? parts[0] : at::cat(parts);
 }
@@ -203,8 +200,8 @@ std::optional<at::Tensor> SparseAttention::tile_prefill(const AttentionInputs& i
   if (query_tile == 1 || policy_.prunes_tokens() || !policy_.score_tiles(inputs, prefill))
     return std::nullopt;
   prefill.query = inputs.query;
-  prefill.key_pool = pools_.get("keys", inputs.layer);
-  prefill.value_pool = pools_.get("values", inputs.layer);
+  const KvPools pools = kv_pools(pools_, inputs.layer);
+  prefill.pools = pools;
   prefill.page_table = inputs.batch.page_table;
   prefill.starts = inputs.batch.starts;
   prefill.counts = inputs.batch.query_lengths;
@@ -222,7 +219,7 @@ std::optional<at::Tensor> SparseAttention::tile_prefill(const AttentionInputs& i
                                            at::arange(tile[i][3] + 1, tile[i][3] + tile[i][2] + 1, options));
       options_.observer({inputs.layer,
                          inputs,
-                         prefill.key_pool,
+                         pools.keys,
                          {tile[i][0], tile[i][1], tile[i][2], tile[i][3]},
                          policy_,
                          prefill.rule,

@@ -21,7 +21,7 @@ struct SelectionEvent {
   int64_t layer;
   const AttentionInputs& inputs;  // of the decode rows alone, or of the prefill chunks alone
   // The pool of the layer's keys; sequence_tokens() reads a sequence of inputs.batch.
-  const at::Tensor& keys;
+  const TokenPool& keys;
   QueryChunk chunk;
   const SelectionPolicy& policy;  // that chose
   SelectionRule rule;

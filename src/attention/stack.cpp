@@ -42,13 +42,17 @@ AttentionInputs inputs_of(const AttentionInputs& all, const Batch& batch, int64_
 
 AttentionStack::AttentionStack(const Backbone& backbone, const Selector* selector,
                                std::vector<MethodSpec> methods, const StackOptions& options)
-    : model_(backbone.config()), selector_(selector), specs_(std::move(methods)) {
+    : model_(backbone.config()),
+      selector_(selector),
+      kv_cache_(options.kv_scales ? KvCacheDtype::fp8 : KvCacheDtype::automatic),
+      specs_(std::move(methods)) {
   if (specs_.empty()) fail("no attention method was given; name at least one of {}", attention_words());
   MemoryNeed need{.what = fmt::format("the cache of {} tokens", options.num_pages * kBlockSize),
                   .remedy = "use a shorter context, fewer sequences at once, or bfloat16",
                   .on_host = backbone.device().is_cpu()};
   if (options.num_pages > 1) {
-    const AttentionStack one(backbone, selector, specs_, {.num_sequences = 1});
+    const AttentionStack one(backbone, selector, specs_,
+                             {.num_sequences = 1, .kv_scales = options.kv_scales});
     need.bytes =
         static_cast<double>(options.num_pages) * static_cast<double>(one.cache_->pools().page_bytes()) +
         static_cast<double>(options.num_sequences + options.num_snapshots) *
@@ -56,12 +60,15 @@ AttentionStack::AttentionStack(const Backbone& backbone, const Selector* selecto
   }
   within_memory(need, [&] {
     cache_ = std::make_unique<ModelCache>(backbone.config(), options.num_pages, backbone.dtype(),
-                                          backbone.device(), options.num_sequences, options.num_snapshots);
+                                          backbone.device(), options.num_sequences, options.num_snapshots,
+                                          options.kv_scales.get());
     for (const MethodSpec& spec : specs_) methods_.push_back(make_method(spec));
   });
   made_ = true;
-  const at::Tensor keys = cache_->pools().get("keys", model_.full_attention_layers().front());
-  attends_on_device_ = ops::attends(at::empty({1, model_.num_heads, model_.head_dim}, keys.options()), keys);
+  const TokenPool keys = cache_->pools().tokens("keys", model_.full_attention_layers().front());
+  attends_on_device_ =
+      ops::attends(at::empty({1, model_.num_heads, model_.head_dim}, keys.stored.options().dtype(keys.dtype)),
+                   keys.stored);
 }
 
 // A policy with the stores that the method reads: one that is there, or a new one. Without stores a policy is cheap, and
@@ -90,6 +97,7 @@ int64_t AttentionStack::policy_for(const MethodSpec& spec) {
 
 AttentionStack::Method AttentionStack::make_method(const MethodSpec& spec) {
   Method method;
+  check_kv_cache(kv_cache_, spec);
   const AttentionMethod& row = attention_method(spec.word);
   if (!row.make) return method;
   method.policy = policy_for(spec);
@@ -182,8 +190,7 @@ AttentionPreparation AttentionStack::prepare(int64_t layer, const at::Tensor& hi
         wanted = policy.prepare(layer, hidden, batch.positions);
     }
   }
-  wanted.key_pool = cache_->pools().get("keys", layer);
-  wanted.value_pool = cache_->pools().get("values", layer);
+  wanted.pools = kv_pools(cache_->pools(), layer);
   wanted.slots = batch.slots;
   return wanted;
 }
@@ -191,10 +198,8 @@ AttentionPreparation AttentionStack::prepare(int64_t layer, const at::Tensor& hi
 at::Tensor AttentionStack::forward(const AttentionInputs& inputs) {
   const int64_t layer = inputs.layer;
   if (parts_.empty()) fail("begin_pass() must come before a forward pass through an attention stack");
-  if (!inputs.stored) {
-    write_tokens(cache_->pools().get("keys", layer), inputs.batch.slots, inputs.key);
-    write_tokens(cache_->pools().get("values", layer), inputs.batch.slots, inputs.value);
-  }
+  if (!inputs.stored)
+    write_tokens(kv_pools(cache_->pools(), layer), inputs.batch.slots, inputs.key, inputs.value);
   const int64_t rows = inputs.query.size(0);
   for (size_t p = 0; p < policies_.size(); ++p) {
     SelectionPolicy* policy = policies_[p].policy.get();
@@ -214,9 +219,7 @@ at::Tensor AttentionStack::forward(const AttentionInputs& inputs) {
 }
 
 at::Tensor AttentionStack::attend(const Part& part, const AttentionInputs& inputs) {
-  if (!part.sparse)
-    return attend_dense(inputs, cache_->pools().get("keys", inputs.layer),
-                        cache_->pools().get("values", inputs.layer));
+  if (!part.sparse) return attend_dense(inputs, kv_pools(cache_->pools(), inputs.layer));
   attending_ = &part;
   SparseAttention& sparse = *methods_[static_cast<size_t>(part.method)].sparse;
   // A policy of one method alone has its rule from its making.

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "attention/kv_scales.h"
 #include "attention/methods.h"
 #include "model/backbone.h"
 #include "model/model_cache.h"
@@ -15,6 +16,8 @@ struct StackOptions {
   int64_t num_pages = 1;
   int64_t num_sequences = 1;  // at once, of models with recurrent states
   int64_t num_snapshots = 0;  // of those, for the prefix cache
+  // An FP8 cache with these (attention/kv_scales.h); null: keys and values in the model's dtype.
+  std::shared_ptr<const KvScales> kv_scales = nullptr;
 };
 
 // How a sequence of a batch attends.
@@ -35,7 +38,8 @@ struct AttendedRows {
 // the pages of a prompt that was read densely.
 class AttentionStack : public AttentionBackend {
  public:
-  // Backbone and selector outlive the stack. Throws Error on no method, and as the methods do.
+  // Backbone and selector outlive the stack. Throws Error on no method, on one that an FP8 cache does not serve, and as
+  // the methods do.
   AttentionStack(const Backbone& backbone, const Selector* selector, std::vector<MethodSpec> methods,
                  const StackOptions& options);
 
@@ -91,6 +95,7 @@ class AttentionStack : public AttentionBackend {
 
   const ModelConfig& model_;
   const Selector* selector_;
+  KvCacheDtype kv_cache_;
   std::unique_ptr<PagedCache> cache_;
   std::vector<MethodSpec> specs_;
   std::vector<Method> methods_;

@@ -38,6 +38,31 @@ std::vector<Piece> pieces_of(const at::Tensor& tiles, int64_t per_strip, int64_t
   return pieces;
 }
 
+// Pools that the kernels can read, and the pages of each sequence in them.
+struct ReadablePools {
+  at::Tensor keys, values, page_table;
+};
+
+// Codes become numbers in pages of their own, the sequences' one after the other.
+ReadablePools readable(const TilePrefill& a) {
+  if (!a.pools.keys.has_codes()) return {a.pools.keys.stored, a.pools.values.stored, a.page_table};
+  const int64_t width = a.page_table.size(1);
+  std::vector<at::Tensor> pages;
+  std::vector<int32_t> first;
+  int64_t count = 0;
+  for (size_t i = 0; i < a.starts.size(); ++i) {
+    const int64_t own = a.counts[i] > 0 ? (a.starts[i] + a.counts[i] + kPage - 1) / kPage : 0;
+    pages.push_back(a.page_table.select(0, static_cast<int64_t>(i)).narrow(0, 0, own));
+    first.push_back(static_cast<int32_t>(count));
+    count += own;
+  }
+  const at::Tensor all = at::cat(pages), begin = at::tensor(first, at::kInt).to(all.device()).unsqueeze(1);
+  // What lies past a sequence's own pages is not read; it names a page that is there.
+  const at::Tensor table =
+      (begin + at::arange(width, all.options())).clamp_max(static_cast<int32_t>(count - 1));
+  return {gather_pages(a.pools.keys, all), gather_pages(a.pools.values, all), table.contiguous()};
+}
+
 }  // namespace
 
 at::Tensor query_tiles(const std::vector<int64_t>& starts, const std::vector<int64_t>& counts,
@@ -100,6 +125,7 @@ at::Tensor prefill_in_tiles(const TilePrefill& a, const TileObserver& observer, 
   const at::Tensor keys =
       ops::selector_key_stage({a.selector_pool, a.page_table, at::tensor(lengths, at::kInt).to(device),
                                key_begins, tokens, a.format, a.global_scale});
+  const ReadablePools pools = readable(a);
   SelectionRule rule = a.rule;
   rule.recency = std::max(rule.recency, static_cast<int32_t>(a.tile_queries));
 
@@ -116,7 +142,7 @@ at::Tensor prefill_in_tiles(const TilePrefill& a, const TileObserver& observer, 
     begin(TileStage::select);
     const Selection selection = select_blocks(scores, ends, rule);
     begin(TileStage::attend);
-    rows(output).copy_(ops::attend_tiles({rows(a.query), a.key_pool, a.value_pool, a.page_table, here,
+    rows(output).copy_(ops::attend_tiles({rows(a.query), pools.keys, pools.values, pools.page_table, here,
                                           a.tile_queries, selection.indices, selection.counts, a.scale}));
     begin(TileStage::none);
     if (observer) observer(tiles.slice(0, piece.first, piece.end), selection);

@@ -7,15 +7,17 @@
 #include <functional>
 #include <vector>
 
+#include "cache/page_pools.h"
 #include "ops/prefill/prefill.h"
 #include "selection/selection.h"
 
 namespace spot {
 
 struct TilePrefill {
-  at::Tensor query;                             // [T, num_heads, head_dim], sequence after sequence
-  at::Tensor key_pool, value_pool, page_table;  // keys and values of the new tokens are there already
-  std::vector<int64_t> starts, counts;          // of each sequence: position of its first query, its queries
+  at::Tensor query;                     // [T, num_heads, head_dim], sequence after sequence
+  KvPools pools;                        // keys and values of the new tokens are there already
+  at::Tensor page_table;                // [sequences, pages] int32
+  std::vector<int64_t> starts, counts;  // of each sequence: position of its first query, its queries
   double scale = 0;
   at::Tensor selector_query;   // [T, 4, 128]
   at::Tensor selector_weight;  // [T, groups, 4] float32

@@ -54,7 +54,7 @@ DecodeScene record_decode(const Backbone& backbone, const Selector& selector,
     const at::Tensor& positions = inputs.batch.positions;
     const bool prepared = inputs.selector_query.defined();
     DecodeSet& set = sets.emplace_back();
-    set.keys = event.keys;
+    set.keys = event.keys.stored;
     set.values = cache.pools().get("values", event.layer);
     set.query = inputs.query.clone();
     set.page_table = inputs.batch.page_table.clone();

@@ -18,8 +18,7 @@ void fill_with_noise(const Backbone& backbone, AttentionStack& stack, int64_t se
                                  at::randn({count, config.num_kv_heads, config.head_dim}, options),
                                  1.0,
                                  batch};
-    write_tokens(cache.pools().get("keys", layer), batch.slots, inputs.key);
-    write_tokens(cache.pools().get("values", layer), batch.slots, inputs.value);
+    write_tokens(kv_pools(cache.pools(), layer), batch.slots, inputs.key, inputs.value);
     if (policy && policy->covers(layer)) policy->append(inputs);
   }
 }

@@ -187,7 +187,7 @@ std::vector<PrefillLayerRow> measure_prefill_layer(const ModelConfig& model, con
 
   for (const MethodSpec& method : methods) {
     TilePrefill prefill;
-    prefill.key_pool = scene.keys, prefill.value_pool = scene.values;
+    prefill.pools = {scene.keys, scene.values};
     prefill.page_table = scene.page_table;
     prefill.scale = scale;
     prefill.format = method.cache_format.value_or(selector.cache_format);

@@ -1,7 +1,5 @@
 #include "cache/batch.h"
 
-#include "cache/page_pools.h"
-
 namespace spot {
 
 Batch Batch::decodes() const {
@@ -76,7 +74,7 @@ at::Tensor sequence_pages(const Batch& batch, int64_t sequence, int64_t length) 
   return batch.page_table.select(0, sequence).narrow(0, 0, (length + batch.page_size - 1) / batch.page_size);
 }
 
-at::Tensor sequence_tokens(const at::Tensor& pool, const Batch& batch, int64_t sequence, int64_t length) {
+at::Tensor sequence_tokens(const TokenPool& pool, const Batch& batch, int64_t sequence, int64_t length) {
   const int64_t first = batch.first_pages[sequence];
   return first >= 0 ? view_tokens(pool, first, length)
                     : gather_tokens(pool, batch.page_table.select(0, sequence), length);

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cache/page_pools.h"
+
 namespace spot {
 
 // New tokens of several sequences laid end to end; sequence i brings query_lengths[i] tokens at positions
@@ -60,9 +62,9 @@ std::vector<QueryChunk> prefill_chunks(const Batch& batch);
 
 // Pages of the first `length` tokens of the batch's sequence i, [pages] int32: a row of the page table.
 at::Tensor sequence_pages(const Batch& batch, int64_t sequence, int64_t length);
-// The first `length` tokens of the batch's sequence i in a pool [heads, num_pages, page_size, dim], as
-// [heads, length, dim]: a view where the pages are consecutive, else a copy.
-at::Tensor sequence_tokens(const at::Tensor& pool, const Batch& batch, int64_t sequence, int64_t length);
+// The first `length` tokens of the batch's sequence i in a pool, as [heads, length, dim]: a view where the pages are
+// consecutive and hold numbers, else a copy.
+at::Tensor sequence_tokens(const TokenPool& pool, const Batch& batch, int64_t sequence, int64_t length);
 
 // A batch of whole sequences that nothing is kept of, as prefill chunks from position 0: `tokens` cut at
 // `part_starts` (ascending, the first 0). For models with recurrent states the caller sets state_slots.

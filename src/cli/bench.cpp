@@ -23,6 +23,7 @@ namespace {
 struct BenchOptions {
   ModelOptions model;
   MethodOptions method;
+  KvCacheOptions kv_cache;
   std::vector<std::string> attentions = {"dense", "spot"};
   std::string preset = "spot", out;
   int64_t context = 32768, batch = 1, steps = 32, chunk = 4096;
@@ -59,11 +60,12 @@ void prefill(Runner& runner, const std::vector<int64_t>& sequences, const std::v
 
 // Tokens a second of decode through the engine, as `spot generate` runs it: scheduling, sampling and events included.
 double measure_engine(const BenchOptions& options, const Backbone& backbone, const Selector* selector,
-                      const MethodSpec& spec) {
+                      const MethodSpec& spec, const std::shared_ptr<const KvScales>& scales) {
   const int64_t room = options.context + options.steps + 8;
-  AttentionStack stack(
-      backbone, selector, {spec},
-      {.num_pages = options.batch * (room / kBlockSize + 1), .num_sequences = options.batch});
+  AttentionStack stack(backbone, selector, {spec},
+                       {.num_pages = options.batch * (room / kBlockSize + 1),
+                        .num_sequences = options.batch,
+                        .kv_scales = scales});
   Engine engine(backbone, stack,
                 {.max_step_tokens = std::max(options.chunk, kBlockSize) + options.batch,
                  .max_sequences = options.batch,
@@ -99,6 +101,7 @@ bool reads_selector(const std::string& attention) {
 Measurement measure(const BenchOptions& options, const Backbone& backbone, const std::string& attention) {
   const c10::InferenceMode inference;
   const at::Device device = backbone.device();
+  const auto scales = kv_scales(options.kv_cache.dtype, backbone);
   reset_peak(device);
   std::optional<Selector> selector;
   if (reads_selector(attention)) {
@@ -109,11 +112,12 @@ Measurement measure(const BenchOptions& options, const Backbone& backbone, const
   const MethodSpec spec = options.method.parse(attention, selector ? &selector->config() : nullptr);
   Measurement result{attention, spec.describe()};
   if (options.engine)
-    result.engine_tokens = measure_engine(options, backbone, selector ? &*selector : nullptr, spec);
+    result.engine_tokens = measure_engine(options, backbone, selector ? &*selector : nullptr, spec, scales);
   const int64_t room = options.context + options.steps + 8;
-  AttentionStack stack(
-      backbone, selector ? &*selector : nullptr, {spec},
-      {.num_pages = options.batch * (room / kBlockSize + 1), .num_sequences = options.batch});
+  AttentionStack stack(backbone, selector ? &*selector : nullptr, {spec},
+                       {.num_pages = options.batch * (room / kBlockSize + 1),
+                        .num_sequences = options.batch,
+                        .kv_scales = scales});
   Runner runner(backbone, stack,
                 {.graphs = !options.eager, .max_sequences = options.batch, .max_tokens = room});
   std::vector<int64_t> sequences;
@@ -162,6 +166,7 @@ void run_bench(const BenchOptions& options, const CLI::App& command) {
   }
   check_needs(command, met);
   MethodOptions::check_read(command, methods, {"--prefill"});
+  options.kv_cache.check(methods);
   if (options.context > config.max_position_embeddings - options.steps - 3)
     fail(
         "{} tokens of context, {} steps and 3 before them pass the model's limit of {} positions; ask for less",
@@ -181,6 +186,7 @@ void run_bench(const BenchOptions& options, const CLI::App& command) {
                          {"batch", options.batch},
                          {"device", device.str()},
                          {"dtype", std::string(c10::toString(backbone.dtype()))},
+                         {"kv_cache_dtype", to_string(options.kv_cache.dtype)},
                          {"load_seconds", load_seconds},
                          {"random_weights", options.random},
                          {"cuda_graph", device.is_cuda() && !options.eager}};
@@ -223,6 +229,7 @@ void add_bench(CLI::App& app) {
   options->model.add(command);
   command.get_option("--model")->required(false);  // the subcommands have none
   options->method.add(command);
+  options->kv_cache.add(command);
   command.add_flag("--random", options->random, "Random weights of the shapes in MODEL/config.json");
   command
       .add_option("--attention", options->attentions,

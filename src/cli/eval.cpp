@@ -39,6 +39,7 @@ void add_text(CLI::App& parent) {
     const auto methods = options->checked_methods(command, config, false);
     check_needs(command, methods.empty() ? std::set<Need>{} : std::set{Need::sparse});
     const auto tokens = Tokenizer::load(options->model.folder).encode(options->read_text());
+    eval->kv_cache = options->kv_cache.dtype;
     check_text_eval(*eval, static_cast<int64_t>(tokens.size()), config);
     const FolderLock lock = prepare_output(options->out, "spot eval text");
     const Backbone backbone = options->model.load();
@@ -77,6 +78,7 @@ void add_needle(CLI::App& parent) {
     const ModelConfig config = options->model.prepare();
     const auto methods = options->checked_methods(command, config, true);
     check_needs(command, methods.size() < 2 ? std::set<Need>{} : std::set{Need::sparse});
+    needle->kv_cache = options->kv_cache.dtype;
     std::vector<NeedleOptions> sweeps(lengths->size(), *needle);
     for (size_t i = 0; i < sweeps.size(); ++i) {
       sweeps[i].length = (*lengths)[i];

@@ -14,6 +14,7 @@ CLI::Option* EvalOptions::add(CLI::App& command) {
   selector.add(command);
   method.add(command);
   method.add_prefill(command);
+  kv_cache.add(command);
   command
       .add_option(
           "--methods", methods,
@@ -47,6 +48,7 @@ std::vector<MethodSpec> EvalOptions::checked_methods(const CLI::App& command, co
   const std::optional<SelectorConfig> said = selector.read_config(model, config);
   const auto parsed = parse_methods(said ? &*said : nullptr, with_dense);
   MethodOptions::check_read(command, parsed);
+  kv_cache.check(parsed);
   return parsed;
 }
 

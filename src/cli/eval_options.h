@@ -23,6 +23,7 @@ struct EvalOptions {
   ModelOptions model;
   SelectorOptions selector;
   MethodOptions method;
+  KvCacheOptions kv_cache;
   std::vector<std::string> methods, text_files;
   std::string out;
 
@@ -30,7 +31,8 @@ struct EvalOptions {
   CLI::Option* add(CLI::App& command);
   // The methods named on the command line (or the default ones), dense first if asked for.
   std::vector<MethodSpec> parse_methods(const SelectorConfig* selector, bool with_dense) const;
-  // parse_methods, before any weights are read. Throws UsageError on a flag that no method reads.
+  // parse_methods, before any weights are read. Throws UsageError on a flag that no method reads, Error on a method that
+  // the cache does not serve.
   std::vector<MethodSpec> checked_methods(const CLI::App& command, const ModelConfig& config,
                                           bool with_dense) const;
   // The text files, one after the other.

@@ -90,6 +90,7 @@ void run_eval_ruler(EvalRulerOptions options, const CLI::App& command) {
   options.eval.tasks = parse_tasks(options.tasks);
   options.eval.stop_when_answered = !options.whole_answers;
   options.eval.out = options.out;
+  options.eval.kv_cache = options.kv_cache.dtype;
   const ModelConfig config = options.model.prepare();
   std::vector<MethodSpec> methods;
   std::set<Need> met;

@@ -25,6 +25,7 @@ struct GenerateOptions {
   ModelOptions model;
   SelectorOptions selector;
   MethodOptions method;
+  KvCacheOptions kv_cache;
   SamplingFlags sampling;
   Request request;
   int64_t prefill_chunk = 2048;
@@ -93,6 +94,7 @@ void run_generate(const GenerateOptions& options, const CLI::App& command) {
   if (request.sampling.temperature > 0) met.insert(Need::sampling);
   check_needs(command, met);
   MethodOptions::check_read(command, {method});
+  options.kv_cache.check({method});
   const Tokenizer tokenizer = Tokenizer::load(options.model.folder);
   request.prompt = read_prompt(options, tokenizer);
   request.stop_strings = options.stop;
@@ -104,9 +106,11 @@ void run_generate(const GenerateOptions& options, const CLI::App& command) {
   const Selector* selector = loaded ? &*loaded : nullptr;
   const int64_t answers = request.completions,
                 total = static_cast<int64_t>(request.prompt.size()) + request.max_new_tokens;
-  AttentionStack stack(
-      backbone, selector, {method},
-      {.num_pages = answers * (total / kBlockSize + 1), .num_sequences = answers, .num_snapshots = 1});
+  AttentionStack stack(backbone, selector, {method},
+                       {.num_pages = answers * (total / kBlockSize + 1),
+                        .num_sequences = answers,
+                        .num_snapshots = 1,
+                        .kv_scales = kv_scales(options.kv_cache.dtype, backbone)});
   EngineOptions engine_options{.max_step_tokens = options.prefill_chunk + answers,
                                .max_sequences = answers,
                                .max_tokens = std::min(total, backbone.config().max_position_embeddings),
@@ -169,6 +173,7 @@ void add_generate(CLI::App& app) {
   options->selector.add(command);
   options->method.add(command);
   options->method.add_prefill(command);
+  options->kv_cache.add(command);
   auto* text = command.add_option("--prompt", options->prompt, "The prompt");
   auto* file = command.add_option("--prompt-file", options->prompt_file, "A file that holds the prompt");
   text->excludes(file);

@@ -20,6 +20,7 @@ struct InspectOptions {
   std::string model, preset = "spot", selector;
   double memory_gib = 80;
   int64_t kv_bytes = 2;
+  KvCacheOptions kv_cache;
 };
 
 // Parameters of a decoder layer stack as published: embeddings, projections, norms; each linear-attention
@@ -87,15 +88,15 @@ void run_inspect(const InspectOptions& options) {
              100.0 * static_cast<double>(extra) / static_cast<double>(weights), selected, with);
 
   // The cache itself says what it holds; on no device, so that nothing is allocated.
-  const at::ScalarType dtype = options.kv_bytes == 1   ? at::kByte
-                               : options.kv_bytes == 2 ? at::kBFloat16
-                                                       : at::kFloat;
+  const int64_t kv_bytes = options.kv_cache.dtype == KvCacheDtype::fp8 ? 1 : options.kv_bytes;
+  const at::ScalarType dtype = kv_bytes == 1 ? at::kByte : kv_bytes == 2 ? at::kBFloat16 : at::kFloat;
   ModelCache cache(model, 1, dtype, at::kMeta);
   const double kv = static_cast<double>(cache.pools().page_bytes()) / static_cast<double>(cache.page_size());
   const double state = static_cast<double>(cache.states().slot_bytes());
   const double memory =
       options.memory_gib * (1 << 30) - static_cast<double>((weights + extra) * options.kv_bytes) - state;
-  fmt::print("KV cache: {:.0f} bytes a token, all layers ({} bytes a number)", kv, options.kv_bytes);
+  fmt::print("KV cache: {:.0f} bytes a token, all layers ({} {} a number)", kv, kv_bytes,
+             kv_bytes == 1 ? "byte" : "bytes");
   if (state > 0) fmt::print("; recurrent state {} a sequence", in_gib(state));
   fmt::print("\n\n");
   Table table{{"selector cache", "bytes/token/layer", "bytes/token", "of KV",
@@ -132,6 +133,7 @@ void add_inspect(CLI::App& app) {
   command.add_option("--bytes", options->kv_bytes, "Bytes a number of weights and KV cache (2: bfloat16)")
       ->check(CLI::IsMember({1, 2, 4}))
       ->capture_default_str();
+  options->kv_cache.add(command);
   command.callback([options, &command] {
     check_needs(command, options->selector.empty() ? std::set{Need::preset} : std::set<Need>{});
     run_inspect(*options);

@@ -202,6 +202,18 @@ void MethodOptions::check_read(const CLI::App& command, const std::vector<Method
   }
 }
 
+void KvCacheOptions::add(CLI::App& app) {
+  app.add_option_function<std::string>(
+         "--kv-cache-dtype", [this](const std::string& word) { dtype = *kv_cache_dtype(word); },
+         "Keys and values in the cache: auto (the model's dtype) or fp8 (E4M3, a scale a layer and KV head)")
+      ->check(CLI::IsMember({"auto", "fp8"}))
+      ->default_str("auto");
+}
+
+void KvCacheOptions::check(const std::vector<MethodSpec>& methods) const {
+  for (const MethodSpec& method : methods) check_kv_cache(dtype, method);
+}
+
 void SamplingFlags::add(CLI::App& app) {
   app.add_option("--temperature", temperature,
                  "0: greedy (this and the next ones: default as in the model's generation_config.json)");

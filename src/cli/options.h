@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/kv_scales.h"
 #include "attention/methods.h"
 #include "engine/sampling.h"
 #include "model/backbone.h"
@@ -58,6 +59,15 @@ struct MethodOptions : MethodSettings {
   // Throws UsageError when an option of these was given that none of `methods` reads, nor the command itself.
   static void check_read(const CLI::App& command, const std::vector<MethodSpec>& methods,
                          const std::set<std::string>& read_by_command = {});
+};
+
+// --kv-cache-dtype
+struct KvCacheOptions {
+  KvCacheDtype dtype = KvCacheDtype::automatic;
+
+  void add(CLI::App& app);
+  // Throws Error when the cache does not serve one of the methods.
+  void check(const std::vector<MethodSpec>& methods) const;
 };
 
 // The sampler's settings: the checkpoint's generation_config.json, and above it what was given on the command line.

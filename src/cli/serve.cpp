@@ -37,6 +37,7 @@ struct ServeOptions {
   ModelOptions model;
   SelectorOptions selector;
   MethodOptions method;
+  KvCacheOptions kv_cache;
   server::HttpOptions http;
   EngineOptions engine{.max_sequences = 64};
   std::string host = "127.0.0.1";
@@ -120,10 +121,12 @@ std::unique_ptr<AttentionStack> make_stack(const ServeOptions& options, const Ba
                                            const Selector* selector, const std::vector<MethodSpec>& methods,
                                            int64_t max_tokens) {
   const int64_t sequences = options.engine.max_sequences;
+  const auto scales = kv_scales(options.kv_cache.dtype, backbone);
   const auto make = [&](int64_t pages, int64_t count, int64_t snapshots) {
     return std::make_unique<AttentionStack>(
         backbone, selector, methods,
-        StackOptions{.num_pages = pages, .num_sequences = count, .num_snapshots = snapshots});
+        StackOptions{
+            .num_pages = pages, .num_sequences = count, .num_snapshots = snapshots, .kv_scales = scales});
   };
   const auto probe = make(1, 1, 0);
   const double page_bytes = static_cast<double>(probe->cache().pools().page_bytes()),
@@ -163,6 +166,7 @@ void run_serve(ServeOptions options, const CLI::App& command) {
   std::vector<MethodSpec> methods = {options.method.parse(attention, rule)};
   if (rule && methods[0].word != "spot") methods.push_back(options.method.parse("spot", rule));
   MethodOptions::check_read(command, methods);
+  options.kv_cache.check(methods);
   server::BoundAddress address(options.host, options.port);
 
   const Backbone backbone = options.random ? Backbone::random(config, options.model.resolve_device(),
@@ -177,7 +181,8 @@ void run_serve(ServeOptions options, const CLI::App& command) {
   if (engine_options.max_tokens == 0) engine_options.max_tokens = positions;
   const auto stack = make_stack(options, backbone, selector, methods, engine_options.max_tokens);
   model.max_tokens = std::min(engine_options.max_tokens, stack->cache().num_pages() * kBlockSize);
-  server::Metrics metrics(model.name, kBlockSize, stack->cache().num_pages(), !options.no_prefix_cache);
+  server::Metrics metrics(model.name, kBlockSize, stack->cache().num_pages(),
+                          to_string(options.kv_cache.dtype), !options.no_prefix_cache);
   engine_options.prefix_cache = !options.no_prefix_cache;
   engine_options.graphs = !options.eager;
   engine_options.tokenizer = &model.tokenizer;
@@ -222,6 +227,7 @@ void add_serve(CLI::App& app) {
   options->selector.add(command);
   options->method.add(command);
   options->method.add_prefill(command);
+  options->kv_cache.add(command);
   command
       .add_option("--attention", options->attention,
                   "Of requests that name none: auto (spot with a selector, else dense), " +

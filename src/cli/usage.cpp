@@ -37,6 +37,7 @@ constexpr Row kRows[] = {
     {"spot eval ruler", "--device", Need::answers},
     {"spot eval ruler", "--dtype", Need::answers},
     {"spot eval ruler", "--threads", Need::answers},
+    {"spot eval ruler", "--kv-cache-dtype", Need::answers},
     {"spot eval ruler", "--selector", Need::answers},
     {"spot eval ruler", "--selector", Need::sparse},
     {"spot eval ruler", "--methods", Need::answers},

@@ -48,7 +48,9 @@ NeedleEvalResult evaluate_needles(const Backbone& backbone, const Selector* sele
   const auto count = static_cast<int64_t>(methods.size());
   // A hybrid's states are kept at the context's end, for all methods, and at the last two ends of dense attention's chunks.
   AttentionStack stack(backbone, selector, methods,
-                       {.num_pages = (options.length + kAnswerTokens) / kBlockSize + 2, .num_snapshots = 4});
+                       {.num_pages = (options.length + kAnswerTokens) / kBlockSize + 2,
+                        .num_snapshots = 4,
+                        .kv_scales = kv_scales(options.kv_cache, backbone)});
   // One prompt and method at a time, so that steps can be timed. The true mass needs dense attention: it is measured
   // while the answer is written once more, by an engine whose time nobody takes.
   EngineOptions engine_options{.max_step_tokens = 1024, .max_sequences = 1};

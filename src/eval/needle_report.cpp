@@ -27,9 +27,13 @@ Interval exact_match_interval(const NeedleMethodResult& method) {
 }  // namespace
 
 nlohmann::json NeedleEvalResult::to_json() const {
-  nlohmann::json json = {{"length", options.length},           {"distractors", options.distractors},
-                         {"samples", depths.size()},           {"seed", options.seed},
-                         {"prefill_seconds", prefill_seconds}, {"depths", depths}};
+  nlohmann::json json = {{"length", options.length},
+                         {"distractors", options.distractors},
+                         {"samples", depths.size()},
+                         {"seed", options.seed},
+                         {"kv_cache_dtype", to_string(options.kv_cache)},
+                         {"prefill_seconds", prefill_seconds},
+                         {"depths", depths}};
   for (const NeedleMethodResult& m : methods) {
     const Interval interval = exact_match_interval(m);
     json["methods"].push_back({{"name", m.name},

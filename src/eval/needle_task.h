@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/kv_scales.h"
 #include "text/tokenizer.h"
 
 namespace spot {
@@ -22,6 +23,7 @@ struct NeedleOptions {
   int64_t distractors = 64;  // needles with other keys
   int64_t samples = 10;      // their needles' depths are spread evenly
   uint64_t seed = 1;
+  KvCacheDtype kv_cache = KvCacheDtype::automatic;
 };
 
 // `filler` is running text, drawn from at random offsets; it is repeated if it is shorter than a prompt.

@@ -81,7 +81,7 @@ class PromptRunner {
       : codec_(codec),
         options_(options),
         num_methods_(static_cast<int64_t>(methods.size())),
-        stack_(backbone, selector, methods, stack_options(methods, options)),
+        stack_(backbone, selector, methods, stack_options(backbone, methods, options)),
         engine_(backbone, stack_, engine_options(options, backbone.device())) {}
 
   void start(const Job& job, MadePrompt prompt) {
@@ -148,7 +148,8 @@ class PromptRunner {
 
   // Room for `batch` prompts: a context for all methods that read it densely and one for each that does not, and
   // question and answer of each. Requests wait where that is too little.
-  static StackOptions stack_options(const std::vector<MethodSpec>& methods, const RulerEvalOptions& options) {
+  static StackOptions stack_options(const Backbone& backbone, const std::vector<MethodSpec>& methods,
+                                    const RulerEvalOptions& options) {
     constexpr int64_t kTail = 512;
     const int64_t longest = *std::max_element(options.lengths.begin(), options.lengths.end());
     int64_t contexts = 0, shared = 0;
@@ -158,7 +159,8 @@ class PromptRunner {
         (contexts + (shared > 0)) * pages(longest) + std::max<int64_t>(shared - 1, 0) * pages(kTail);
     return {.num_pages = options.batch * prompt,
             .num_sequences = options.batch * static_cast<int64_t>(methods.size()),
-            .num_snapshots = 4 * options.batch};
+            .num_snapshots = 4 * options.batch,
+            .kv_scales = kv_scales(options.kv_cache, backbone)};
   }
 
   EngineOptions engine_options(const RulerEvalOptions& options, const at::Device& device) {
@@ -250,6 +252,8 @@ nlohmann::json settings_of(const Backbone& backbone, const Selector* selector, c
       {"methods", nlohmann::json::array()}};
   for (const MethodSpec& method : methods)
     json["methods"].push_back(method_settings(method, backbone.device()));
+  // Left out where it is the model's dtype, so that runs from before there was a choice go on.
+  if (options.kv_cache != KvCacheDtype::automatic) json["kv_cache_dtype"] = to_string(options.kv_cache);
   return json;
 }
 

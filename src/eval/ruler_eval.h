@@ -12,6 +12,7 @@
 #include <string_view>
 #include <vector>
 
+#include "attention/kv_scales.h"
 #include "attention/methods.h"
 #include "eval/ruler_score.h"
 #include "eval/ruler_tasks.h"
@@ -45,6 +46,7 @@ struct RulerEvalOptions {
   int64_t mass_every = 4;     // answer tokens from one measurement of captured mass to the next; 0: none
   int64_t prefill_chunk = 0;  // prompt tokens a step; 0: 32,768 on a GPU, 1,024 on a CPU
   int64_t batch = 4;          // prompts at once
+  KvCacheDtype kv_cache = KvCacheDtype::automatic;
   // Every finished prompt is appended to out/ruler.jsonl, and prompts that this file holds already are not
   // run again. Empty: nothing is kept.
   std::filesystem::path out;

@@ -160,6 +160,7 @@ TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
   Progress progress("evaluate",
                     options.sequences * options.length * static_cast<int64_t>(methods.size() + 1));
   int64_t done = 0;
+  const auto scales = kv_scales(options.kv_cache, backbone);
 
   for (int64_t s = 0; s < options.sequences; ++s) {
     std::vector<std::unique_ptr<AttentionStack>> runs;
@@ -169,7 +170,7 @@ TextEvalResult evaluate_text(const Backbone& backbone, const Selector* selector,
       // A text is one long prompt: each query selects for itself unless the method reads prompts sparsely.
       if (!spec.reads_sparsely(options.length)) spec.query_tile = 1;
       spec.prefill = PrefillMode::sparse;
-      const StackOptions room{.num_pages = options.length / kBlockSize + 1};
+      const StackOptions room{.num_pages = options.length / kBlockSize + 1, .kv_scales = scales};
       runs.push_back(std::make_unique<AttentionStack>(backbone, selector, std::vector{spec}, room));
       ids.push_back(runs.back()->cache().open_sequence());
       if (m) {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/kv_scales.h"
 #include "attention/methods.h"
 #include "report/page.h"
 
@@ -19,6 +20,7 @@ struct TextEvalOptions {
   int64_t skip = 1024;            // positions below are not scored: contexts near the floor are dense anyway
   int64_t measured_queries = 16;  // queries a chunk on which the true attention is computed
   std::vector<double> calibration_p = {0.5, 0.6, 0.7, 0.8, 0.9, 0.95};
+  KvCacheDtype kv_cache = KvCacheDtype::automatic;  // of all methods, the dense reference too
 };
 
 // Means over the measured queries of one layer.

@@ -83,6 +83,7 @@ nlohmann::json TextEvalResult::to_json() const {
   nlohmann::json json = {{"length", options.length},
                          {"sequences", options.sequences},
                          {"skip", options.skip},
+                         {"kv_cache_dtype", to_string(options.kv_cache)},
                          {"dense", method_json(dense)}};
   for (const MethodResult& method : methods) json["methods"].push_back(method_json(method));
   return json;

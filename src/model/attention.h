@@ -17,7 +17,8 @@ namespace spot {
 struct AttentionPreparation {
   // Where keys and values are written: the cache's pools of the layer, and slots [T] int64. Undefined:
   // nowhere.
-  at::Tensor key_pool, value_pool, slots;
+  KvPools pools;
+  at::Tensor slots;
   // Needs slots; all but `projected`, which the backbone makes with selector_projection [rows, hidden_size]:
   // in one product with its own where that lies right below Backbone::projection in memory.
   std::optional<ops::SelectorPrologue> selector;

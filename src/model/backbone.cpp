@@ -87,11 +87,15 @@ at::Tensor attend(const Pass& pass, int64_t layer, const at::Tensor& x, const At
                                   .cos = rope.cos,
                                   .sin = rope.sin,
                                   .positions = pass.batch.positions};
-  const bool stored = wanted.slots.defined() && wanted.key_pool.scalar_type() == x.scalar_type();
+  const auto& [keys, values] = wanted.pools;
+  const bool stored =
+      wanted.slots.defined() && (keys.has_codes() || keys.stored.scalar_type() == x.scalar_type());
   if (stored) {
-    prologue.key_pool = wanted.key_pool;
-    prologue.value_pool = wanted.value_pool;
+    prologue.key_pool = keys.stored;
+    prologue.value_pool = values.stored;
     prologue.slots = wanted.slots;
+    prologue.key_scale = keys.scale;
+    prologue.value_scale = values.scale;
   }
   if (stored && wanted.selector) prologue.selector = *wanted.selector;
   const ops::AttentionPrologue::Result made = ops::attention_prologue(prologue);

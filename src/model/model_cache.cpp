@@ -14,16 +14,23 @@ void declare_states(StateSlots& states, const ModelConfig& config) {
 }
 
 ModelCache::ModelCache(const ModelConfig& config, int64_t num_pages, at::ScalarType dtype, at::Device device,
-                       int64_t num_sequences, int64_t num_snapshots)
+                       int64_t num_sequences, int64_t num_snapshots, const KvScales* scales)
     : PagedCache({.num_pages = num_pages,
                   .max_tokens = config.max_position_embeddings,
                   .vocab_size = config.vocab_size,
                   .num_sequences = num_sequences,
                   .num_snapshots = num_snapshots},
                  device) {
-  for (const int64_t layer : config.full_attention_layers())
-    for (const char* name : {"keys", "values"})
-      pools().add(name, layer, {{config.num_kv_heads}, {page_size(), config.head_dim}}, dtype);
+  const PageShape shape{{config.num_kv_heads}, {page_size(), config.head_dim}};
+  for (const int64_t layer : config.full_attention_layers()) {
+    if (scales) {
+      pools().add_codes("keys", layer, shape, scales->keys.at(layer), dtype);
+      pools().add_codes("values", layer, shape, scales->values.at(layer), dtype);
+    } else {
+      pools().add("keys", layer, shape, dtype);
+      pools().add("values", layer, shape, dtype);
+    }
+  }
   declare_states(states(), config);
 }
 

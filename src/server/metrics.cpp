@@ -17,7 +17,8 @@ const std::vector<double> kFew = {1, 2, 5, 10, 20};
 
 }  // namespace
 
-Metrics::Metrics(const std::string& model, int64_t page_tokens, int64_t num_pages, bool prefix_cache)
+Metrics::Metrics(const std::string& model, int64_t page_tokens, int64_t num_pages,
+                 const std::string& cache_dtype, bool prefix_cache)
     : registry_({{"model_name", model}, {"engine", "0"}}),
       running(registry_.gauge("vllm:num_requests_running", "Answers in progress.")),
       waiting(registry_.gauge("vllm:num_requests_waiting", "Answers that wait for their turn.")),
@@ -66,6 +67,7 @@ Metrics::Metrics(const std::string& model, int64_t page_tokens, int64_t num_page
   registry_
       .gauge("vllm:cache_config_info", "The cache's settings.",
              {{"block_size", std::to_string(page_tokens)},
+              {"cache_dtype", cache_dtype},
               {"num_gpu_blocks", std::to_string(num_pages)},
               {"enable_prefix_caching", prefix_cache ? "True" : "False"}})
       .set(1);

@@ -12,7 +12,9 @@ namespace spot::server {
 
 class Metrics {
  public:
-  Metrics(const std::string& model, int64_t page_tokens, int64_t num_pages, bool prefix_cache);
+  // cache_dtype: as --kv-cache-dtype was given.
+  Metrics(const std::string& model, int64_t page_tokens, int64_t num_pages, const std::string& cache_dtype,
+          bool prefix_cache);
 
   std::string text() const { return registry_.text(); }
 

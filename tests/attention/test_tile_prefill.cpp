@@ -30,8 +30,8 @@ TilePrefill draw_prefill(int64_t groups) {
   const int64_t pages = 3 * width + 2;
   p.page_table = at::randperm(pages, at::kInt).slice(0, 0, 3 * width).view({3, width});
   p.query = at::randn({rows, 4, 32});
-  p.key_pool = at::randn({2, pages, 16, 32});
-  p.value_pool = at::randn({2, pages, 16, 32});
+  p.pools.keys = at::randn({2, pages, 16, 32});
+  p.pools.values = at::randn({2, pages, 16, 32});
   p.scale = 0.2;
   p.selector_query = at::randn({rows, 4, 128});
   p.selector_weight = at::randn({rows, groups, 4});
@@ -79,12 +79,31 @@ TEST(TilePrefill, EveryBlockIsDenseAttention) {
     };
     const at::Tensor mask = at::arange(length) <= at::arange(start, length).unsqueeze(1);
     const at::Tensor want = at::scaled_dot_product_attention(
-        p.query.narrow(0, row, count).transpose(0, 1).to(at::kDouble), of(p.key_pool).to(at::kDouble),
-        of(p.value_pool).to(at::kDouble), mask, 0.0, false, p.scale);
+        p.query.narrow(0, row, count).transpose(0, 1).to(at::kDouble),
+        of(p.pools.keys.stored).to(at::kDouble), of(p.pools.values.stored).to(at::kDouble), mask, 0.0, false,
+        p.scale);
     if (count > 0) {
       EXPECT_LT(largest_difference(got.narrow(0, row, count), want.transpose(0, 1)), 1e-5);
     }
     row += count;
+  }
+}
+
+// Of codes the kernels get numbers in pages of their own.
+TEST(TilePrefill, CodesAreReadAsTheirNumbers) {
+  fresh_seed();
+  for (int round = 0; round < 4; ++round) {
+    TilePrefill p = draw_prefill(round % 2 + 1);
+    TilePrefill codes = p;
+    const auto encode = [](TokenPool& numbers, TokenPool& pool) {
+      const at::Tensor scale = at::exp2(at::randint(-6, 0, {2}).to(at::kFloat)),
+                       wide = scale.view({2, 1, 1, 1});
+      pool = {(numbers.stored / wide).to(at::kFloat8_e4m3fn), scale, at::kFloat};
+      numbers = pool.stored.to(at::kFloat) * wide;
+    };
+    encode(p.pools.keys, codes.pools.keys);
+    encode(p.pools.values, codes.pools.values);
+    EXPECT_TRUE(at::equal(prefill_in_tiles(codes), prefill_in_tiles(p)));
   }
 }
 
@@ -209,8 +228,8 @@ TEST(TilePrefill, MemoryGrowsWithLengthAlone) {
     const int64_t pages = length / 16;
     p.page_table = at::arange(pages, at::kInt).unsqueeze(0);
     p.query = at::randn({rows, 2, 16});
-    p.key_pool = at::randn({1, pages, 16, 16});
-    p.value_pool = at::randn({1, pages, 16, 16});
+    p.pools.keys = at::randn({1, pages, 16, 16});
+    p.pools.values = at::randn({1, pages, 16, 16});
     p.starts = {length - rows}, p.counts = {rows};
     p.scale = 0.25;
     p.selector_query = at::randn({rows, 4, 128});

@@ -1,11 +1,13 @@
 #include <ATen/ATen.h>
 
 #include "cache/batch_builder.h"
+#include "tests/cache/e4m3.h"
 #include "tests/checkpoint/support.h"
 
 namespace spot {
 namespace {
 
+using test::kept_by_e4m3;
 using testing::expect_error;
 using Tokens = std::vector<int32_t>;
 
@@ -163,6 +165,39 @@ TEST(PagedTensors, PaddedRowsAreNotWritten) {
   EXPECT_TRUE(view_tokens(pool, 1, 7).is_alias_of(pool));
   EXPECT_TRUE(at::equal(view_tokens(pool, 1, 7), gather_tokens(pool, at::tensor({1, 2, 0}, at::kInt), 7)));
   expect_error([&] { write_tokens(pool, at::tensor({0}, at::kLong), rows); }, {"cannot be written"});
+}
+
+TEST(PagedTensors, CodesAreTheNearestNumbersAndSaturate) {
+  at::manual_seed(testing::fresh_seed());
+  for (const auto dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    const int64_t heads = 3, dim = 10, tokens = 37;
+    PagePools pools(5, 8, at::kCPU);
+    const at::Tensor scale = at::tensor({0.0625f, 1.0f, 0.001953125f});
+    pools.add_codes("keys", 4, {{heads}, {8, dim}}, scale, dtype);
+    EXPECT_EQ(pools.page_bytes(), heads * 8 * dim);
+    // From what becomes zero to what saturates in every head.
+    at::Tensor rows = (at::randn({tokens, heads, dim}) *
+                       at::exp2(at::randint(-18, 12, {tokens, heads, dim})) * scale.unsqueeze(1))
+                          .to(dtype);
+    rows[3][2].fill_(3.0);  // past 448 times the scale
+    const TokenPool pool = pools.tokens("keys", 4);
+    const at::Tensor slots = at::arange(tokens, at::kLong);
+    write_tokens(pool, slots, rows);
+    const at::Tensor read = view_tokens(pool, 0, tokens).transpose(0, 1);
+    EXPECT_EQ(read.scalar_type(), dtype);
+    EXPECT_TRUE(at::equal(read, kept_by_e4m3(rows, scale)));
+    EXPECT_EQ(read[3][2].min().item<double>(), 448 * 0.001953125);
+    EXPECT_FALSE(at::equal(read, rows));
+    EXPECT_TRUE(
+        at::equal(gather_tokens(pool, at::arange(5, at::kInt), tokens), view_tokens(pool, 0, tokens)));
+    // Stored again what was read: nothing changes.
+    const at::Tensor before = pool.stored.clone();
+    write_tokens(pool, slots, read);
+    EXPECT_TRUE(at::equal(before.view(at::kByte), pool.stored.view(at::kByte)));
+  }
+  PagePools pools(5, 8, at::kCPU);
+  expect_error([&] { pools.add_codes("keys", 4, {{2}, {8, 6}}, at::ones({3}), at::kFloat); },
+               {"layer 4", "scales of 3 were given for 2 heads"});
 }
 
 }  // namespace

@@ -2,11 +2,13 @@
 
 #include "cache/batch_builder.h"
 #include "cache/paged_cache.h"
+#include "tests/cache/e4m3.h"
 #include "tests/checkpoint/support.h"
 
 namespace spot {
 namespace {
 
+using test::kept_by_e4m3;
 using testing::expect_error;
 using testing::fresh_seed;
 using Tokens = std::vector<int32_t>;
@@ -53,9 +55,15 @@ TEST(PagedCache, HoldsWhatAPlainStoreHolds) {
   int64_t reused = 0;  // in one of thirteen worlds nothing is
   for (uint64_t world = 0; world < 6; ++world) {
     const auto dtype = world % 2 ? at::kBFloat16 : at::kFloat;
+    const bool codes = world % 3 == 2;
+    const at::Tensor scale = at::exp2(at::randint(-5, 6, {kHeads}).to(at::kFloat));
     std::mt19937_64 random(seed + world);
     PagedCache cache(options(40, 8), at::kCPU);
-    const at::Tensor pool = cache.pools().add("keys", 0, {{kHeads}, {8, kDim}}, dtype);
+    if (codes)
+      cache.pools().add_codes("keys", 0, {{kHeads}, {8, kDim}}, scale, dtype);
+    else
+      cache.pools().add("keys", 0, {{kHeads}, {8, kDim}}, dtype);
+    const TokenPool pool = cache.pools().tokens("keys", 0);
     struct Plain {
       Tokens tokens;
       at::Tensor rows;  // [length, heads, dim]
@@ -117,7 +125,8 @@ TEST(PagedCache, HoldsWhatAPlainStoreHolds) {
         }
         if (entries.empty()) continue;
         const Batch batch = build_batch(cache, entries);
-        const at::Tensor rows = at::randn({batch.num_tokens(), kHeads, kDim}).to(dtype);
+        at::Tensor rows = at::randn({batch.num_tokens(), kHeads, kDim}).to(dtype);
+        if (codes) rows = kept_by_e4m3(rows, scale);
         write_tokens(pool, batch.slots, rows);
         commit_batch(cache, batch);
         int64_t first = 0;

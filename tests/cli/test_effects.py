@@ -44,7 +44,8 @@ SILENT = {
                    ([], [["--wording", "1"]]),
                    (["--write-prompts", PROMPTS], [["--selector", "spot"], ["--batch", "2"], ["--whole-answers"], ["--out", "x"],
                                                        ["--stop-at-newline"], ["--prefill-chunk", "64"], ["--methods", "quest"],
-                                                       ["--device", "cpu"], ["--dtype", "float32"], ["--threads", "1"], ["--prefill", "dense"], *METHOD])],
+                                                       ["--device", "cpu"], ["--dtype", "float32"], ["--threads", "1"], ["--prefill", "dense"],
+                                                       ["--kv-cache-dtype", "fp8"], *METHOD])],
     "bench": [(["--attention", "dense"], [["--preset", "spot"], *METHOD])],
     "inspect": [(["--selector", "spot"], [["--preset", "paper"]])],
 }  # fmt: skip

@@ -55,9 +55,12 @@ class GpuRunner : public ::testing::TestWithParam<std::tuple<bool, int64_t, std:
 TEST_P(GpuRunner, CapturedEqualsEager) {
   const c10::InferenceMode inference;
   const uint64_t seed = test::fresh_seed();
-  const auto& [hybrid, head_dim, word] = GetParam();
+  const auto& [hybrid, head_dim, named] = GetParam();
+  const bool fp8 = named.ends_with(" fp8");
+  const std::string word = fp8 ? named.substr(0, named.size() - 4) : named;
   const ModelConfig config = config_of(hybrid, head_dim);
   const Backbone backbone = Backbone::random(config, kGpu, at::kBFloat16, seed);
+  const auto scales = kv_scales(fp8 ? KvCacheDtype::fp8 : KvCacheDtype::automatic, backbone);
   Selector selector(SelectorConfig{}, config, kGpu, at::kBFloat16, seed);
   const int64_t room = 1200;
   std::vector<std::vector<at::Tensor>> logits(4);
@@ -65,7 +68,7 @@ TEST_P(GpuRunner, CapturedEqualsEager) {
   for (size_t way = 0; way < 4; ++way) {
     if (way == 3) selector.join(backbone);
     AttentionStack stack(backbone, &selector, {everything(word)},
-                         {.num_pages = 3 * room / 16, .num_sequences = 3});
+                         {.num_pages = 3 * room / 16, .num_sequences = 3, .kv_scales = scales});
     Unprepared plain(stack);
     Runner runner(backbone, stack, {.graphs = way >= 2, .max_sequences = 3, .max_tokens = room});
     EXPECT_EQ(runner.captures(0), way >= 2);
@@ -107,7 +110,8 @@ TEST_P(GpuRunner, CapturedEqualsEager) {
 
 INSTANTIATE_TEST_SUITE_P(, GpuRunner,
                          ::testing::Combine(::testing::Bool(), ::testing::Values(64, 128, 256),
-                                            ::testing::Values("dense", "spot", "quest", "twilight")));
+                                            ::testing::Values("dense", "spot", "quest", "twilight",
+                                                              "dense fp8", "spot fp8")));
 
 // Sequences that come and go change the bucket; each one's text is as alone, with graphs and without, and so it is for two
 // methods in one engine. In float32, where nothing is captured, to rounding; in bfloat16 up to the first choice between

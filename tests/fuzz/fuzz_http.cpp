@@ -63,7 +63,7 @@ struct Server {
   AttentionStack stack{backbone, nullptr, {parse_method("dense", {}, nullptr)}, {.num_pages = 64}};
   server::ServedModel model = served();
   Engine engine{backbone, stack, {.max_sequences = 8, .max_tokens = 128, .tokenizer = &model.tokenizer}};
-  server::Metrics metrics{"m", kBlockSize, 64, true};
+  server::Metrics metrics{"m", kBlockSize, 64, "auto", true};
   server::EngineLoop loop{engine, stack, metrics};
   server::BoundAddress address{"127.0.0.1", 0};
   server::HttpServer http{

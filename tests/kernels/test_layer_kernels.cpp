@@ -138,7 +138,21 @@ struct PrologueCase {
   KeyNorm key_norm = KeyNorm::layernorm;
   KeyFormat format = KeyFormat::int4;
   bool selector_turns = true;
+  bool e4m3 = false;  // pools of codes
 };
+
+// The E4M3 code of x: the nearest of the 127 magnitudes, the even one of two, NaN for NaN.
+uint8_t code_of(double x) {
+  if (std::isnan(x)) return 0x7f;
+  int best = 0;
+  double least = std::abs(x);
+  for (int code = 1; code < 0x7f; ++code) {
+    const double number = std::ldexp(code < 8 ? code : 8 + code % 8, std::max(code / 8, 1) - 10),
+                 distance = std::abs(std::abs(x) - number);
+    if (distance < least || (distance == least && code % 2 == 0)) best = code, least = distance;
+  }
+  return static_cast<uint8_t>(best | (std::signbit(x) ? 0x80 : 0));
+}
 
 // Inputs of some tokens, the call, and the outputs.
 class Prologue {
@@ -165,8 +179,15 @@ class Prologue {
         key_weight_(testing::normal(random, kKeyDim)),
         key_bias_(testing::normal(random, kKeyDim)),
         mix_(testing::normal(random, mix_rows_ * hidden_size_, 0.1f)),
+        key_scales_(testing::normal(random, c.kv_heads)),
+        value_scales_(testing::normal(random, c.kv_heads)),
+        with_scales_(random() % 4 != 0),
         positions_(tokens),
         slots_(kPages * kPageTokens) {
+    // Powers of two and others, some so small that numbers saturate, some so large that they are subnormal.
+    for (auto* scales : {&key_scales_, &value_scales_})
+      for (float& scale : *scales)
+        scale = std::ldexp(random() % 2 ? 1.0f : 1 + std::abs(scale), static_cast<int>(random() % 16) - 9);
     for (int64_t& p : positions_) p = random() % kPositions;
     std::iota(slots_.begin(), slots_.end(), 0);
     std::shuffle(slots_.begin(), slots_.end(), random);
@@ -198,13 +219,13 @@ class Prologue {
     const auto bytes = [&](int64_t n) { return static_cast<size_t>(n * size); };
     Buffer<uint8_t> projected(projected_.bytes), hidden(hidden_.bytes),
         query(bytes(count * c_.heads * c_.dim)), key(bytes(count * c_.kv_heads * c_.dim)),
-        value(bytes(count * c_.kv_heads * c_.dim)), key_pool(bytes(pool_size())),
-        value_pool(bytes(pool_size())), selector_query(bytes(count * 4 * kKeyDim)),
+        value(bytes(count * c_.kv_heads * c_.dim)), key_pool(pool_size() * stored_bytes()),
+        value_pool(pool_size() * stored_bytes()), selector_query(bytes(count * 4 * kKeyDim)),
         selector_pool(
             static_cast<size_t>(kPages * page_bytes(c_.format, std::max(1, c_.selector_key_heads))));
     Buffer<float> qk_norm(qk_norm_), cos(cos_), sin(sin_), selector_cos(selector_cos_),
         selector_sin(selector_sin_), key_weight(key_weight_), key_bias(key_bias_), mix(mix_),
-        weight(count * mix_rows_);
+        key_scales(key_scales_), value_scales(value_scales_), weight(count * mix_rows_);
     Buffer<int64_t> positions(positions_), slots(slots_);
     AttentionPrologueParams p;
     p.type = c_.type;
@@ -229,6 +250,9 @@ class Prologue {
       p.value = value.data();
       p.key_pool = c_.stored ? key_pool.data() : nullptr;
       p.value_pool = c_.stored ? value_pool.data() : nullptr;
+      p.e4m3 = c_.e4m3;
+      p.key_scales = c_.e4m3 && with_scales_ ? key_scales.data() : nullptr;
+      p.value_scales = c_.e4m3 && with_scales_ ? value_scales.data() : nullptr;
       p.pool_head_stride = pool_.head;
       p.pool_page_stride = pool_.page;
       p.pool_token_stride = pool_.token;
@@ -287,8 +311,8 @@ class Prologue {
     expect_close(numbers(c_.type, out.query), query, once, what + " query");
     expect_close(numbers(c_.type, out.key), key, once, what + " key");
     expect_close(numbers(c_.type, out.value), value, 0, what + " value");
-    expect_stored(out.key_pool, out.key, what + " stored key");
-    expect_stored(out.value_pool, out.value, what + " stored value");
+    expect_stored(out.key_pool, out.key, key_scales_, what + " stored key");
+    expect_stored(out.value_pool, out.value, value_scales_, what + " stored value");
     if (c_.selector_key_heads > 0) compare_selector(out, what);
   }
 
@@ -320,15 +344,25 @@ class Prologue {
     out.insert(out.end(), y.begin(), y.end());
   }
 
-  // The pool holds the heads' bytes at their slots and nothing else has changed.
+  int64_t stored_bytes() const { return c_.e4m3 ? 1 : bytes_of(c_.type); }
+
+  // The pool holds the heads' bytes, or the codes of their numbers, at their slots and nothing else has changed.
   void expect_stored(const std::vector<uint8_t>& pool, const std::vector<uint8_t>& heads,
-                     const std::string& what) const {
-    std::vector<uint8_t> expected(pool.size(), 0xff);
-    const int64_t size = bytes_of(c_.type), bytes = c_.dim * size;
+                     const std::vector<float>& scales, const std::string& what) const {
+    std::vector<uint8_t> expected(pool.size(), 0xff), rows = heads;
+    if (c_.e4m3) {
+      rows.clear();
+      const std::vector<double> all = numbers(c_.type, heads);
+      for (size_t i = 0; i < all.size(); ++i) {
+        const float scale = with_scales_ ? scales[i / c_.dim % c_.kv_heads] : 1.0f;
+        rows.push_back(code_of(static_cast<float>(all[i]) / scale));
+      }
+    }
+    const int64_t size = stored_bytes(), bytes = c_.dim * size;
     for (int64_t t = 0; t < tokens_ && c_.stored; ++t)
       for (int32_t h = 0; h < c_.kv_heads && slots_[t] >= 0; ++h)
         std::memcpy(expected.data() + pool_at(h, slots_[t]) * size,
-                    heads.data() + (t * c_.kv_heads + h) * bytes, bytes);
+                    rows.data() + (t * c_.kv_heads + h) * bytes, bytes);
     EXPECT_EQ(pool, expected) << what;
   }
 
@@ -367,7 +401,9 @@ class Prologue {
   int64_t tokens_, query_stride_, key_offset_, value_offset_, selector_offset_, stride_, hidden_size_,
       hidden_stride_, mix_rows_;
   Typed projected_, hidden_;
-  std::vector<float> qk_norm_, cos_, sin_, selector_cos_, selector_sin_, key_weight_, key_bias_, mix_;
+  std::vector<float> qk_norm_, cos_, sin_, selector_cos_, selector_sin_, key_weight_, key_bias_, mix_,
+      key_scales_, value_scales_;
+  bool with_scales_;
   PoolStrides pool_;
   std::vector<int64_t> positions_, slots_;
 };
@@ -386,6 +422,7 @@ TEST(AttentionPrologue, MatchesFloat64OnEveryLayout) {
         c.norm = random() % 2;
         c.gated = random() % 2;
         c.stored = random() % 3 != 0;
+        c.e4m3 = c.stored && random() % 2;
         c.selector_key_heads = 0;
         const int64_t tokens = 1 + static_cast<int64_t>(random() % 7);
         const Prologue prologue(random, c, tokens);
@@ -402,8 +439,19 @@ TEST(AttentionPrologue, TakesTheSelectorAlong) {
        {KeyFormat::bf16, KeyFormat::int8, KeyFormat::int4, KeyFormat::mxfp4, KeyFormat::nvfp4})
     for (int key_heads : {1, 4})
       for (KeyNorm norm : {KeyNorm::none, KeyNorm::layernorm, KeyNorm::rmsnorm}) {
-        PrologueCase c{kTypes[random() % 3], 8, 2, 128, 64, true, false, true, key_heads, norm, format,
-                       random() % 4 != 0};
+        PrologueCase c{kTypes[random() % 3],
+                       8,
+                       2,
+                       128,
+                       64,
+                       true,
+                       false,
+                       true,
+                       key_heads,
+                       norm,
+                       format,
+                       random() % 4 != 0,
+                       random() % 2 != 0};
         const int64_t tokens = 1 + static_cast<int64_t>(random() % 9);
         const Prologue prologue(random, c, tokens);
         const auto out = prologue.run(0, tokens, Overlap::kLaunch);
@@ -515,6 +563,14 @@ TEST(LayerKernels, RejectWhatTheyCannotDo) {
   prologue.head_dim = 64;
   prologue.rotary_pairs = 32;
   EXPECT_EQ(attention_prologue(prologue, nullptr), cudaErrorInvalidValue);  // null pointers
+  int64_t position = 0;
+  float number[64] = {};
+  prologue.projected = number;
+  prologue.rope_cos = prologue.rope_sin = number;
+  prologue.positions = prologue.slots = &position;
+  prologue.query = prologue.key = prologue.value = prologue.key_pool = prologue.value_pool = number;
+  prologue.key_scales = number;
+  EXPECT_EQ(attention_prologue(prologue, nullptr), cudaErrorInvalidValue);  // scales of numbers
   prologue.rotary_pairs = 33;
   EXPECT_EQ(attention_prologue(prologue, nullptr), cudaErrorInvalidValue);
   prologue.head_dim = 514;

@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "ops/e4m3.h"
 #include "ops/layer/layer.h"
 #include "tests/selector/support.h"
 
@@ -124,6 +125,12 @@ ops::AttentionPrologue random_attention(const Layout& l, at::ScalarType dtype, i
   if (stored) {
     // By heads as ours are, by pages with the heads inside as other engines keep them, or keys and values in turn.
     const int64_t kv_heads = l.num_kv_heads, dim = l.head_dim;
+    const bool codes = random_int(0, 2) == 0;
+    if (codes) dtype = at::kFloat8_e4m3fn;
+    if (codes && random_int(0, 2)) {
+      a.key_scale = at::exp2(at::randint(-9, 4, {kv_heads}).to(at::kFloat));
+      a.value_scale = at::exp2(at::randint(-9, 4, {kv_heads}).to(at::kFloat));
+    }
     if (random_int(0, 2) == 0) {
       a.key_pool = at::zeros({kv_heads, kPages, 16, dim}, dtype);
       a.value_pool = at::zeros_like(a.key_pool);
@@ -143,9 +150,9 @@ ops::AttentionPrologue there(const ops::AttentionPrologue& a) {
   ops::AttentionPrologue b = a;
   ops::SelectorPrologue& s = b.selector;
   ops::KeyPreparation& keys = s.preparation;
-  for (at::Tensor* x :
-       {&b.projected, &b.qk_norm, &b.cos, &b.sin, &b.positions, &b.key_pool, &b.value_pool, &b.slots,
-        &s.projected, &s.hidden, &s.mix, &s.pool, &keys.norm_weight, &keys.norm_bias, &keys.cos, &keys.sin})
+  for (at::Tensor* x : {&b.projected, &b.qk_norm, &b.cos, &b.sin, &b.positions, &b.key_pool, &b.value_pool,
+                        &b.slots, &b.key_scale, &b.value_scale, &s.projected, &s.hidden, &s.mix, &s.pool,
+                        &keys.norm_weight, &keys.norm_bias, &keys.cos, &keys.sin})
     *x = there(*x);
   return b;
 }
@@ -171,8 +178,22 @@ TEST(GpuLayerOps, PrologueOnEveryLayout) {
           expect_close(got.key, expected.key, what);
           EXPECT_TRUE(at::equal(got.value.cpu(), expected.value)) << what;
           if (a.key_pool.defined()) {
-            expect_close(b.key_pool, a.key_pool, what);
-            EXPECT_TRUE(at::equal(b.value_pool.cpu(), a.value_pool)) << what;
+            const bool codes = a.key_pool.scalar_type() == at::kFloat8_e4m3fn;
+            const auto bytes = [&](const at::Tensor& x) { return codes ? x.cpu().view(at::kByte) : x.cpu(); };
+            EXPECT_TRUE(at::equal(bytes(b.value_pool), bytes(a.value_pool))) << what;
+            if (codes) {  // the codes of the keys that this device made
+              ops::AttentionPrologue stored = a;
+              stored.key_pool = at::zeros_like(a.key_pool);
+              const at::Tensor kept = a.slots.ge(0).nonzero().squeeze(1),
+                               where = a.slots.index_select(0, kept);
+              stored.key_pool.view(at::kByte)
+                  .permute({1, 2, 0, 3})
+                  .index_put_({at::div(where, 16, "floor"), where.remainder(16)},
+                              ops::to_e4m3(got.key.cpu(), a.key_scale).view(at::kByte).index_select(0, kept));
+              EXPECT_TRUE(at::equal(bytes(b.key_pool), bytes(stored.key_pool))) << what;
+            } else {
+              expect_close(b.key_pool, a.key_pool, what);
+            }
           }
           // A token alone gives the same bits.
           auto alone = b;

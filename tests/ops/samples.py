@@ -212,11 +212,14 @@ def attention_prologue():
     extra = dict(output_gate=gate)
     if random.random() < 0.7:
         extra["qk_norm"] = torch.randn(heads + kv_heads, dim)
-    keys, values = pools(kv_heads, 5, dim, dtype)
+    codes = random.random() < 0.3
+    keys, values = (pool.to(torch.float8_e4m3fn if codes else dtype) for pool in pools(kv_heads, 5, dim, dtype))
     slots = torch.randperm(5 * PAGE)[:tokens]
     slots[random.randrange(tokens)] = -1
     if random.random() < 0.8:
         extra.update(key_pool=keys, value_pool=values, slots=slots)
+        if codes:
+            extra.update(key_scale=torch.rand(kv_heads) + 0.1, value_scale=torch.rand(kv_heads) + 0.1)
     if "slots" in extra and random.random() < 0.7:
         key_heads, fmt, size = random.choice([1, 4]), random.choice(list(PAGE_HEAD_BYTES)), 50
         cos, sin = tables(32)

@@ -210,6 +210,45 @@ def test_the_prologue_stores_through_any_strides():
         torch.ops.spot.attention_prologue(*arguments, key_pool=keys, value_pool=layouts[0][1], slots=slots)
 
 
+def test_the_prologue_stores_e4m3_codes():
+    """The nearest of all codes to each returned number over its head's scale; what lies past the largest saturates."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    table = codes.view(torch.float8_e4m3fn).double()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        tokens, heads, kv_heads, dim, pages = 20, 6, 3, 16, 3
+        projected = (3 * torch.randn(tokens, (heads + 2 * kv_heads) * dim)).to(dtype)
+        arguments = (projected, heads, kv_heads, dim, *samples.tables(8), torch.randint(100, (tokens,)))
+        slots = torch.randperm(pages * 16)[:tokens]
+        slots[random.randrange(tokens)] = -1
+        scales = dict(key_scale=torch.rand(kv_heads) * 0.1 + 1e-3, value_scale=torch.tensor([2**-9, 0.25, 128.0]))
+        pools = [torch.full((kv_heads, pages, 16, dim), 9.0).to(torch.float8_e4m3fn) for _ in range(2)]
+        made = torch.ops.spot.attention_prologue(
+            *arguments, key_pool=pools[0], value_pool=pools[1], slots=slots, **scales
+        )
+        for pool, rows, scale in zip(pools, made[1:3], scales.values(), strict=True):
+            ratio = (rows.float() / scale[:, None]).double()
+            distance = (ratio[..., None] - table).abs().nan_to_num(nan=torch.inf)
+            stored = pool.permute(1, 2, 0, 3).reshape(-1, kv_heads, dim)
+            got = stored[slots[slots >= 0]].double()
+            best = distance.amin(-1)[slots >= 0]
+            assert torch.equal((got - ratio[slots >= 0]).abs(), best)
+            untouched = torch.ones(pages * 16, dtype=torch.bool)
+            untouched[slots[slots >= 0]] = False
+            assert (stored[untouched].float() == 9).all()
+        assert (got.abs() == 448).any()
+    for wrong, words in (
+        (dict(key_scale=torch.ones(2)), r"key_scale is Float \[2\]; it must be contiguous float32 \[3\]"),
+        (dict(value_scale=torch.ones(3).half()), r"value_scale is Half \[3\]; it must be contiguous float32 \[3\]"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.spot.attention_prologue(*arguments, key_pool=pools[0], value_pool=pools[1], slots=slots, **wrong)
+    numbers = [torch.zeros(kv_heads, pages, 16, dim).half() for _ in range(2)]
+    with pytest.raises(RuntimeError, match="key_scale was given without pools of float8_e4m3fn; leave it out"):
+        torch.ops.spot.attention_prologue(
+            *arguments, key_pool=numbers[0], value_pool=numbers[1], slots=slots, key_scale=torch.ones(3)
+        )
+
+
 @pytest.mark.parametrize(
     "change, words",
     [

@@ -175,6 +175,13 @@ TEST(PageKernels, MatchDoublePrecision) {
     kernels.from_bfloat16(reinterpret_cast<const uint16_t*>(half.const_data_ptr()),
                           wide.mutable_data_ptr<float>(), count);
     EXPECT_TRUE(at::equal(wide, half.to(at::kFloat)));
+    // Every code, and rows of any length, whose neighbours are left alone.
+    const at::Tensor codes = at::cat({at::randperm(256), at::randint(256, {count})}).to(at::kByte);
+    wide = at::full({256 + count + 1}, 7.0f);
+    kernels.from_e4m3(codes.const_data_ptr<uint8_t>(), wide.mutable_data_ptr<float>(), 256 + count);
+    const at::Tensor numbers = codes.view(at::kFloat8_e4m3fn).to(at::kFloat);
+    EXPECT_TRUE(at::allclose(wide.slice(0, 0, -1), numbers, 0, 0, /*equal_nan=*/true));
+    EXPECT_EQ(wide[-1].item<float>(), 7.0f);
   }
 }
 

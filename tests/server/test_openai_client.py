@@ -1,5 +1,7 @@
 """The server through the official client, against transformers where text and numbers are concerned."""
 
+import concurrent.futures
+
 import openai
 import pytest
 import torch
@@ -207,3 +209,29 @@ def test_api_key(start):
         )
     status, errors = guarded.stop()
     assert status == 0 and "error" not in errors
+
+
+def test_an_fp8_cache_holds_four_times_the_tokens_of_float32(start, book):
+    """Of one prompt alone and among others, and from the prefix cache, the same answer."""
+    numbers, codes = (
+        start("--cache-gib", "0.02", "--max-tokens", "2048", "--kv-cache-dtype", word) for word in ("auto", "fp8")
+    )
+    pages = []
+    for server, word in ((numbers, "auto"), (codes, "fp8")):
+        info = next(line for line in server.get("/metrics").splitlines() if line.startswith("vllm:cache_config_info"))
+        assert f'cache_dtype="{word}"' in info
+        pages.append(int(info.split('num_gpu_blocks="')[1].split('"')[0]))
+    assert 3.9 * pages[0] < pages[1] < 4.1 * pages[0]
+    asked = dict(model=MODEL, prompt=book[:900], max_tokens=24, temperature=0, logprobs=1)
+    alone = codes.client().completions.create(**asked).choices[0]
+    exact = numbers.client().completions.create(**asked).choices[0]
+    assert alone.logprobs.token_logprobs != exact.logprobs.token_logprobs
+    assert abs(alone.logprobs.token_logprobs[0] - exact.logprobs.token_logprobs[0]) < 0.5
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        others = [
+            pool.submit(codes.client().completions.create, **asked | {"prompt": book[i:900]}) for i in (0, 30, 60)
+        ]
+        assert others[0].result().choices[0].text == alone.text
+        assert all(other.result().choices[0].text for other in others)
+    with pytest.raises(openai.BadRequestError, match="quest"):
+        codes.client().completions.create(**asked, extra_body={"attention": "quest"})

@@ -5,7 +5,7 @@
 namespace spot {
 
 at::Tensor OraclePolicy::score_chunk(const AttentionInputs& inputs, const QueryChunk& chunk) {
-  const at::Tensor key = sequence_tokens(pools_.get("keys", inputs.layer), inputs.batch, chunk.sequence,
+  const at::Tensor key = sequence_tokens(pools_.tokens("keys", inputs.layer), inputs.batch, chunk.sequence,
                                          chunk.start + chunk.count);
   return attention_mass(chunk_rows(inputs.query, chunk), key, inputs.scale, chunk.start, groups_, reduction_)
       .to(at::kFloat)

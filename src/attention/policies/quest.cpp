@@ -59,6 +59,7 @@ AttentionMethod quest_method() {
     return Policy{nullptr, std::make_unique<QuestPolicy>(model, pools, spec.rule)};
   };
   method.decodes_on_device = true;
+  method.reads_stored_keys = true;
   method.same_stores = [](const MethodSpec&, const MethodSpec&, const Selector*) { return true; };
   method.settings = rule_settings();
   return method;

@@ -59,6 +59,7 @@ AttentionMethod twilight_method() {
     return Policy{nullptr, std::make_unique<TwilightPolicy>(model, pools, spec.rule, spec.rule.p)};
   };
   method.decodes_on_device = true;
+  method.reads_stored_keys = true;
   // The defaults of its paper: Quest proposes a quarter of the context, and 95% of its weight is kept.
   method.adapt = [](MethodSpec& spec, const MethodSettings& settings) {
     spec.rule.mode = SelectionMode::top_k;

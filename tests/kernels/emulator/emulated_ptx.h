@@ -184,6 +184,20 @@ inline float2 e4m3x2_to_float2(uint32_t two) {
   };
   return make_float2(number(two & 0xff), number(two >> 8 & 0xff));
 }
+inline uint32_t floats_to_e4m3x2(float low, float high) {
+  if (emulator::architecture() < 89) return e4m3x2_of_floats(low, high);
+  const auto nearest = [](float x) -> uint32_t {
+    if (std::isnan(x)) return 0x7f;
+    uint32_t best = 0;
+    for (uint32_t code = 1; code < 0x7f; ++code) {
+      const double to_code = std::fabs(double{std::fabs(x)} - e4m3_to_float(code)),
+                   to_best = std::fabs(double{std::fabs(x)} - e4m3_to_float(best));
+      if (to_code < to_best || (to_code == to_best && code % 2 == 0)) best = code;
+    }
+    return best | (std::signbit(x) ? 0x80u : 0u);
+  };
+  return nearest(low) | nearest(high) << 8;
+}
 
 template <typename T>
 uint32_t pack2(float low, float high) {
