@@ -30,8 +30,8 @@ struct AttentionPrologueParams {
   void* key = nullptr;                 // [T, num_kv_heads, head_dim] of type
   void* value = nullptr;               // [T, num_kv_heads, head_dim] of type
   // [num_kv_heads, pages, 16, head_dim] of type, dims contiguous, the rest at these strides in elements; null: keys
-  // and values are not stored. With e4m3 E4M3 codes, a byte each, of the outputs divided by their head's scale, [num_kv_heads]
-  // each (null: 1): to nearest even, saturating at +-448, NaN as NaN.
+  // and values are not stored. With e4m3 E4M3 codes, a byte each, of the outputs divided by their head's scale,
+  // [num_kv_heads] each (null: 1): to nearest even, saturating at +-448, NaN as NaN.
   void* key_pool = nullptr;
   void* value_pool = nullptr;
   bool e4m3 = false;
@@ -56,8 +56,8 @@ struct AttentionPrologueParams {
   Overlap overlap = Overlap::kNone;  // kHistory: the same as kLaunch
 };
 
-// All in float32, queries and keys rounded once (and once more where they are stored as codes). A token's results depend on the token alone. The selector's
-// stored keys have the bits of selector_key_append.
+// All in float32, queries and keys rounded once (and once more where they are stored as codes). A token's results
+// depend on the token alone. The selector's stored keys have the bits of selector_key_append.
 cudaError_t attention_prologue(const AttentionPrologueParams& params, cudaStream_t stream);
 
 }  // namespace spot::kernels

@@ -17,9 +17,10 @@ namespace spot {
 at::Tensor causal_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                             int64_t start, double scale, at::Tensor* logsumexp = nullptr);
 
-// Dense attention of the whole batch, whose keys and values are in the pools already. Decode rows run the sparse operator over every block: it reads pages only, is faster on
-// the CPU than torch's attention, needs no host lengths, and sparse attention with a full budget then gives
-// the same bits. Prefill chunks go through prefill.h.
+// Dense attention of the whole batch, whose keys and values are in the pools already. Decode rows run the
+// sparse operator over every block: it reads pages only, is faster on the CPU than torch's attention, needs no
+// host lengths, and sparse attention with a full budget then gives the same bits. Prefill chunks go through
+// prefill.h.
 at::Tensor attend_dense(const AttentionInputs& inputs, const KvPools& pools);
 // The decode rows of it, [num_decodes, num_heads, head_dim]; every row of `inputs` is one.
 at::Tensor attend_dense_decode(const AttentionInputs& inputs, const KvPools& pools);

@@ -16,8 +16,9 @@ struct KvScales {
 };
 
 // Pools "keys" and "values" of every full-attention layer, [num_kv_heads, num_pages, 16, head_dim] of
-// `dtype`, or with scales of float8_e4m3fn (a byte a number): a page of one head is contiguous, and a sequence whose pages are consecutive is a plain strided
-// [num_kv_heads, tokens, head_dim] view. States as declare_states has them.
+// `dtype`, or with scales of float8_e4m3fn (a byte a number): a page of one head is contiguous, and a sequence
+// whose pages are consecutive is a plain strided [num_kv_heads, tokens, head_dim] view. States as
+// declare_states has them.
 class ModelCache : public PagedCache {
  public:
   // num_sequences and num_snapshots matter to models with linear-attention layers only: how many sequences
