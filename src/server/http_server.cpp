@@ -61,6 +61,7 @@ BoundAddress::BoundAddress(const std::string& host, int port) {
     acceptor_.open(endpoint.protocol());
     acceptor_.set_option(asio::socket_base::reuse_address(true));
     acceptor_.bind(endpoint);
+    endpoint_ = acceptor_.local_endpoint();
   } catch (const boost::system::system_error& error) {
     fail("{}:{} cannot be listened on: {}; choose another --host or --port", host, port,
          error.code().message());
@@ -73,8 +74,7 @@ HttpServer::HttpServer(HttpOptions options, BoundAddress& address, const ServedM
       model_(model),
       engine_(engine),
       metrics_(metrics),
-      context_(address.context_),
-      acceptor_(address.acceptor_),
+      acceptor_(context_, address.endpoint_.protocol(), address.acceptor_.release()),
       signals_(context_, SIGINT, SIGTERM),
       last_deadline_(Connection::Clock::time_point::max()) {
   error_code error;

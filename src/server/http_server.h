@@ -39,19 +39,20 @@ class BoundAddress {
  public:
   // port 0: any free one. Throws Error when the address is in use or not this machine's.
   BoundAddress(const std::string& host, int port);
-  int port() const { return acceptor_.local_endpoint().port(); }
+  int port() const { return endpoint_.port(); }
 
  private:
   friend class HttpServer;
   boost::asio::io_context context_{1};
   boost::asio::ip::tcp::acceptor acceptor_{context_};
+  boost::asio::ip::tcp::endpoint endpoint_;
 };
 
 class HttpServer {
  public:
   static constexpr int kRetrySoon = 1, kRetryLater = 10;  // seconds, for Retry-After
 
-  // Listens. All outlive the server, which is its address's only one.
+  // Takes the address and listens. All outlive the server.
   HttpServer(HttpOptions options, BoundAddress& address, const ServedModel& model, EngineLoop& engine,
              Metrics& metrics);
 
@@ -100,10 +101,10 @@ class HttpServer {
   const ServedModel& model_;
   EngineLoop& engine_;
   Metrics& metrics_;
-  boost::asio::io_context& context_;
-  boost::asio::ip::tcp::acceptor& acceptor_;
+  boost::asio::io_context context_{1};
   boost::asio::thread_pool preparation_{2};
   boost::asio::thread_pool compilation_{1};  // of schemas: other requests do not wait for them
+  boost::asio::ip::tcp::acceptor acceptor_{context_};
   boost::asio::signal_set signals_;
   boost::asio::steady_timer timer_{context_}, pause_{context_};
   std::map<const Connection*, std::weak_ptr<Connection>> connections_;
