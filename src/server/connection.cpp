@@ -271,7 +271,9 @@ void Connection::tick(Clock::time_point now) {
 
 void Connection::close_when_idle() {
   close_after_reply();
-  if (state_ == State::reading && buffer_.size() == 0 && !(parser_ && parser_->got_some())) close();
+  // Whoever has just connected is about to ask, and learns more from a reply than from a closed connection.
+  if (keep_alive_ && state_ == State::reading && buffer_.size() == 0 && !(parser_ && parser_->got_some()))
+    close();
 }
 
 void Connection::drop(const char* reason) {

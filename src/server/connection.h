@@ -48,7 +48,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void set_exchange(std::shared_ptr<Exchange> exchange) { exchange_ = std::move(exchange); }
   // Once a second: closes what is overdue, sends a comment where a stream has been silent.
   void tick(Clock::time_point now);
-  // No more requests: closes with the end of the reply, or where none is awaited now.
+  // No more requests: closes with the end of the reply, or now where it waits for a further request.
   void close_after_reply() { closing_ = true; }
   void close_when_idle();
   // Closes at once, whatever is under way. `reason` as Metrics::dropped names it.
