@@ -68,4 +68,19 @@ void check_heads(const char* op, const char* rows, const at::Tensor& query, cons
               "; it must match key_pool, ", key_pool.sizes(), " with strides ", key_pool.strides());
 }
 
+void check_scales(const char* op, const at::Tensor& pool, int64_t num_kv_heads, const at::Tensor& key_scale,
+                  const at::Tensor& value_scale, bool one_for_all) {
+  for (const auto& [name, scale] : {std::pair("key_scale", key_scale), {"value_scale", value_scale}}) {
+    if (!scale.defined()) continue;
+    TORCH_CHECK(pool.defined(), op, ": ", name, " was given without pools; leave it out");
+    TORCH_CHECK(pool.scalar_type() == at::kFloat8_e4m3fn, op, ": ", name, " was given for pools of ",
+                pool.scalar_type(), "; scales are for float8_e4m3fn, leave it out");
+    const bool each = scale.dim() == 1 && scale.size(0) == num_kv_heads;
+    TORCH_CHECK(scale.scalar_type() == at::kFloat &&
+                    (one_for_all ? each || scale.numel() == 1 : each && scale.is_contiguous()),
+                op, ": ", name, " is ", scale.scalar_type(), " ", scale.sizes(), "; it must be ",
+                one_for_all ? "float32 of one number or [" : "contiguous float32 [", num_kv_heads, "]");
+  }
+}
+
 }  // namespace spot::ops

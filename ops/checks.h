@@ -30,4 +30,9 @@ void check_pool(const char* op, const char* name, const at::Tensor& pool, int64_
 void check_heads(const char* op, const char* rows, const at::Tensor& query, const at::Tensor& key_pool,
                  const at::Tensor& value_pool, bool e4m3 = false);
 
+// What the codes of float8_e4m3fn pools are multiplied by, undefined: 1; else contiguous float32 [num_kv_heads], or with
+// `one_for_all` any float32 of one number or [num_kv_heads]. Without a pool there are none.
+void check_scales(const char* op, const at::Tensor& pool, int64_t num_kv_heads, const at::Tensor& key_scale,
+                  const at::Tensor& value_scale, bool one_for_all);
+
 }  // namespace spot::ops

@@ -39,21 +39,6 @@ void check_scores(const char* op, const at::Tensor& scores) {
               scores.scalar_type(), " ", scores.sizes(), "; they must be float32 [rows, groups, blocks]");
 }
 
-// What codes are multiplied by: one number, or one a KV head.
-void check_scales(const char* op, const at::Tensor& query, const at::Tensor& pool,
-                  const at::Tensor& key_scale, const at::Tensor& value_scale) {
-  for (const auto& [name, scale] : {std::pair("key_scale", key_scale), {"value_scale", value_scale}}) {
-    if (!scale.defined()) continue;
-    TORCH_CHECK(pool.scalar_type() == at::kFloat8_e4m3fn, op, ": ", name, " was given for pools of ",
-                pool.scalar_type(), "; scales are for float8_e4m3fn, leave it out");
-    TORCH_CHECK(scale.scalar_type() == at::kFloat &&
-                    (scale.numel() == 1 || (scale.dim() == 1 && scale.size(0) == pool.size(0))),
-                op, ": ", name, " is ", scale.scalar_type(), " ", scale.sizes(),
-                "; it must be float32 of one number or [", pool.size(0), "]");
-    check_devices(op, query, {&scale});
-  }
-}
-
 }  // namespace
 
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key_pool,
@@ -75,7 +60,8 @@ void SelectBlocks::check() const {
 void SparseDecodeAttention::check() const {
   const char* op = "spot::sparse_decode_attention";
   check_attention(op, query, key_pool, value_pool, page_table, lengths, /*e4m3=*/true);
-  check_scales(op, query, key_pool, key_scale, value_scale);
+  check_scales(op, key_pool, key_pool.size(0), key_scale, value_scale, /*one_for_all=*/true);
+  check_devices(op, query, {&key_scale, &value_scale});
   TORCH_CHECK(indices.defined() == counts.defined(), op, ": indices and counts must be given together");
   if (!counts.defined()) return;
   TORCH_CHECK(counts.dim() == 2 && counts.size(0) == query.size(0) && counts.scalar_type() == at::kInt &&
@@ -94,7 +80,8 @@ void SelectAndAttend::check() const {
   check_scores(op, scores);
   check_rule(op, rule, scores.size(1), max_selected);
   check_attention(op, query, key_pool, value_pool, page_table, lengths, /*e4m3=*/true);
-  check_scales(op, query, key_pool, key_scale, value_scale);
+  check_scales(op, key_pool, key_pool.size(0), key_scale, value_scale, /*one_for_all=*/true);
+  check_devices(op, query, {&key_scale, &value_scale});
   TORCH_CHECK(scores.size(0) == query.size(0) && (scores.size(1) == 1 || scores.size(1) == key_pool.size(0)),
               op, ": scores are ", scores.sizes(), "; they must be [", query.size(0), ", 1 or ",
               key_pool.size(0), ", blocks]");

@@ -111,14 +111,7 @@ void check_prologue(const AttentionPrologue& a) {
                 {&a.qk_norm, &a.cos, &a.sin, &a.positions, &a.key_pool, &a.value_pool, &a.slots, &a.key_scale,
                  &a.value_scale});
   const bool codes = a.key_pool.defined() && a.key_pool.scalar_type() == at::kFloat8_e4m3fn;
-  for (const auto& [name, scale] : {std::pair("key_scale", a.key_scale), {"value_scale", a.value_scale}}) {
-    if (!scale.defined()) continue;
-    TORCH_CHECK(codes, op, ": ", name, " was given without pools of float8_e4m3fn; leave it out");
-    TORCH_CHECK(scale.scalar_type() == at::kFloat && scale.dim() == 1 && scale.size(0) == a.num_kv_heads &&
-                    scale.is_contiguous(),
-                op, ": ", name, " is ", scale.scalar_type(), " ", scale.sizes(),
-                "; it must be contiguous float32 [", a.num_kv_heads, "]");
-  }
+  check_scales(op, a.key_pool, a.num_kv_heads, a.key_scale, a.value_scale, /*one_for_all=*/false);
   if (!a.slots.defined()) return;
   check_slots(op, a.slots, tokens);
   if (!a.key_pool.defined()) return;

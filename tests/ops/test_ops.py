@@ -243,7 +243,9 @@ def test_the_prologue_stores_e4m3_codes():
         with pytest.raises(RuntimeError, match=words):
             torch.ops.spot.attention_prologue(*arguments, key_pool=pools[0], value_pool=pools[1], slots=slots, **wrong)
     numbers = [torch.zeros(kv_heads, pages, 16, dim).half() for _ in range(2)]
-    with pytest.raises(RuntimeError, match="key_scale was given without pools of float8_e4m3fn; leave it out"):
+    with pytest.raises(
+        RuntimeError, match="key_scale was given for pools of Float; scales are for float8_e4m3fn, leave it out"
+    ):
         torch.ops.spot.attention_prologue(
             *arguments, key_pool=numbers[0], value_pool=numbers[1], slots=slots, key_scale=torch.ones(3)
         )
