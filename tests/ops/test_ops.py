@@ -244,11 +244,13 @@ def test_the_prologue_stores_e4m3_codes():
             torch.ops.spot.attention_prologue(*arguments, key_pool=pools[0], value_pool=pools[1], slots=slots, **wrong)
     numbers = [torch.zeros(kv_heads, pages, 16, dim).half() for _ in range(2)]
     with pytest.raises(
-        RuntimeError, match="key_scale was given for pools of Float; scales are for float8_e4m3fn, leave it out"
+        RuntimeError, match="key_scale was given for pools of Half; scales are for float8_e4m3fn, leave it out"
     ):
         torch.ops.spot.attention_prologue(
             *arguments, key_pool=numbers[0], value_pool=numbers[1], slots=slots, key_scale=torch.ones(3)
         )
+    with pytest.raises(RuntimeError, match="value_scale was given without pools; leave it out"):
+        torch.ops.spot.attention_prologue(*arguments, value_scale=torch.ones(3))
 
 
 @pytest.mark.parametrize(
