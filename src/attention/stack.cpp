@@ -42,10 +42,7 @@ AttentionInputs inputs_of(const AttentionInputs& all, const Batch& batch, int64_
 
 AttentionStack::AttentionStack(const Backbone& backbone, const Selector* selector,
                                std::vector<MethodSpec> methods, const StackOptions& options)
-    : model_(backbone.config()),
-      selector_(selector),
-      kv_cache_(options.kv_scales ? KvCacheDtype::fp8 : KvCacheDtype::automatic),
-      specs_(std::move(methods)) {
+    : model_(backbone.config()), selector_(selector), specs_(std::move(methods)) {
   if (specs_.empty()) fail("no attention method was given; name at least one of {}", attention_words());
   MemoryNeed need{.what = fmt::format("the cache of {} tokens", options.num_pages * kBlockSize),
                   .remedy = "use a shorter context, fewer sequences at once, or bfloat16",
@@ -97,7 +94,8 @@ int64_t AttentionStack::policy_for(const MethodSpec& spec) {
 
 AttentionStack::Method AttentionStack::make_method(const MethodSpec& spec) {
   Method method;
-  check_kv_cache(kv_cache_, spec);
+  const TokenPool keys = cache_->pools().tokens("keys", model_.full_attention_layers().front());
+  check_kv_cache(keys.has_codes() ? KvCacheDtype::fp8 : KvCacheDtype::automatic, spec);
   const AttentionMethod& row = attention_method(spec.word);
   if (!row.make) return method;
   method.policy = policy_for(spec);

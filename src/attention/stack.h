@@ -95,7 +95,6 @@ class AttentionStack : public AttentionBackend {
 
   const ModelConfig& model_;
   const Selector* selector_;
-  KvCacheDtype kv_cache_;
   std::unique_ptr<PagedCache> cache_;
   std::vector<MethodSpec> specs_;
   std::vector<Method> methods_;

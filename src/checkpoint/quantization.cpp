@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "core/error.h"
+#include "ops/e4m3.h"
 
 namespace spot {
 namespace {
@@ -184,7 +185,6 @@ at::Tensor Quantization::dequantize(const Part& part, const std::string& where) 
 // 448 / max |w| instead, which differs in the last bit. 448 is E4M3's largest number, so that nothing saturates.
 Fp8Blocks quantize_fp8(const at::Tensor& matrix) {
   constexpr int64_t kBlock = 128;
-  constexpr double kLargest = 448;
   const int64_t rows = matrix.size(0), columns = matrix.size(1);
   const int64_t down = (rows + kBlock - 1) / kBlock, across = (columns + kBlock - 1) / kBlock;
   Fp8Blocks made{at::empty({rows, columns}, matrix.options().dtype(at::kFloat8_e4m3fn)),
@@ -196,8 +196,8 @@ Fp8Blocks quantize_fp8(const at::Tensor& matrix) {
         at::constant_pad_nd(wide, {0, across * kBlock - columns}).view({count, across, kBlock});
     const at::Tensor largest = blocks.abs().amax({0, 2});
     // Of a block of the smallest numbers the quotient would lose its bits, or be 0.
-    const at::Tensor scale =
-        at::where(largest > 0, (largest / kLargest).clamp_min(std::numeric_limits<float>::min()), 1.0);
+    const at::Tensor scale = at::where(
+        largest > 0, (largest / ops::kLargestE4m3).clamp_min(std::numeric_limits<float>::min()), 1.0);
     made.scales.select(0, i).copy_(scale);
     made.codes.narrow(0, i * kBlock, count)
         .copy_(blocks.div(scale.unsqueeze(1)).view({count, across * kBlock}).narrow(1, 0, columns));
